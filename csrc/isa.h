@@ -1,0 +1,55 @@
+// Which vector instructions a kernel may use, decided once per process at run time.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace tfkern {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline const char* name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "default";
+}
+
+// The best level of this processor, lowered by TFKERN_CPU_CAPABILITY=default|avx2|avx512 (the
+// counterpart of ATen's ATEN_CPU_CAPABILITY; a level that the processor lacks is never chosen).
+inline Isa isa() {
+  static const Isa chosen = [] {
+    Isa best = Isa::baseline;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      best = Isa::avx2;
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        best = Isa::avx512;
+      }
+    }
+#endif
+    const char* wish = std::getenv("TFKERN_CPU_CAPABILITY");
+    for (Isa lower : {Isa::avx2, Isa::baseline}) {
+      if (wish && std::strcmp(wish, name(lower)) == 0 && lower < best) best = lower;
+    }
+    return best;
+  }();
+  return chosen;
+}
+
+}  // namespace tfkern
+
+// Calls `function` of the namespace of the level in use.
+#if defined(__x86_64__)
+#define TFKERN_ISA_CALL(function, ...)                    \
+  switch (::tfkern::isa()) {                              \
+    case ::tfkern::Isa::avx512:                           \
+      return ::tfkern::avx512::function(__VA_ARGS__);     \
+    case ::tfkern::Isa::avx2:                             \
+      return ::tfkern::avx2::function(__VA_ARGS__);       \
+    default:                                              \
+      return ::tfkern::baseline::function(__VA_ARGS__);   \
+  }
+#else
+#define TFKERN_ISA_CALL(function, ...) return ::tfkern::baseline::function(__VA_ARGS__)
+#endif

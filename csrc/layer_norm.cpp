@@ -1,0 +1,211 @@
+// Layer norm and RMS norm of the rows of (M, N) matrices, on the CPU. Rows lie `stride` elements apart
+// and are contiguous within. A row is read once, widened into a buffer that stays in the L1 cache, and
+// everything else (dropout, residual, statistics, output) happens there.
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+#include "isa.h"
+#include "philox.h"
+#include "tensor.h"
+
+namespace tfkern {
+
+// A matrix of any element type; null data stands for an absent one.
+struct Rows {
+  char* data = nullptr;
+  int64_t stride = 0;  // in bytes
+  Dtype dtype = Dtype::f32;
+};
+
+struct Dropout {
+  double p = 0;  // 0 is off
+  uint64_t seed = 0;
+};
+
+template <class C>
+struct LayerNormForward {
+  int64_t N;
+  double eps;
+  bool rms;
+  Dropout dropout;
+  Rows x, residual;
+  const C *weight, *bias;  // null if absent
+  Rows y, h;
+  C *mean, *rstd;
+};
+
+template <class C>
+struct LayerNormBackward {
+  int64_t N;
+  bool rms;
+  Dropout dropout;
+  Rows dy, dh, h;
+  const C* weight;
+  const C *mean, *rstd;
+  Rows dx, dresidual;
+};
+
+}  // namespace tfkern
+
+#define TFKERN_KERNEL "layer_norm_kernel.h"
+#include "each_isa.h"
+
+namespace tfkern {
+namespace {
+
+template <class C>
+void forward_rows(const LayerNormForward<C>& a, int64_t begin, int64_t end) {
+  TFKERN_ISA_CALL(layer_norm_forward, a, begin, end);
+}
+
+template <class C>
+void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight, C* dbias) {
+  TFKERN_ISA_CALL(layer_norm_backward, a, begin, end, dweight, dbias);
+}
+
+Rows rows(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) <= 1 || t.stride(1) == 1,
+                  "tfkern::layer_norm: expected matrices with contiguous rows");
+  const int64_t bytes = static_cast<int64_t>(t.element_size());
+  return {static_cast<char*>(t.data_ptr()), t.stride(0) * bytes, dtype(t)};
+}
+
+Rows rows(const std::optional<Tensor>& t) { return t ? rows(*t) : Rows{}; }
+
+// A vector of N parameters in the computing type, or null.
+template <class C>
+const C* parameters(const std::optional<Tensor>& t, int64_t N, std::vector<C>& storage) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->numel() == N && (N <= 1 || t->stride(0) == 1),
+                  "tfkern::layer_norm: expected a contiguous vector of N parameters");
+  storage.resize(N);
+  TFKERN_DTYPE(dtype(*t), baseline::convert(storage.data(), static_cast<const T*>(t->data_ptr()), N));
+  return storage.data();
+}
+
+Dropout dropout(const std::optional<Tensor>& seed, double p) {
+  if (!seed) return {};
+  return {p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()))};
+}
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class C>
+Four forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& residual, const std::optional<Tensor>& seed, double p,
+             double eps, bool rms) {
+  constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
+  const int64_t M = x.size(0), N = x.size(1);
+  const bool separate_h = residual || seed;
+  Tensor y = empty(x, {M, N}, x.scalar_type());
+  const ScalarType h_type = promote(x, residual);
+  Tensor h = separate_h ? empty(x, {M, N}, h_type) : absent(x, h_type);
+  Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
+  Tensor rstd = empty(x, {M}, kCompute);
+
+  std::vector<C> weight_storage, bias_storage;
+  const LayerNormForward<C> a{
+      N,
+      eps,
+      rms,
+      dropout(seed, p),
+      rows(x),
+      rows(residual),
+      parameters(weight, N, weight_storage),
+      parameters(bias, N, bias_storage),
+      rows(y),
+      separate_h ? rows(h) : Rows{},
+      rms ? nullptr : static_cast<C*>(mean.data_ptr()),
+      static_cast<C*>(rstd.data_ptr()),
+  };
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, N));
+  torch::stable::parallel_for(
+      0, M, grain, [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
+  return {y, h, mean, rstd};
+}
+
+template <class C>
+Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h,
+              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& mean, const Tensor& rstd,
+              const std::optional<Tensor>& seed, double p, bool separate_residual) {
+  const int64_t M = dy.size(0), N = dy.size(1);
+  Tensor dx = empty(dy, {M, N}, dy.scalar_type());
+  Tensor dresidual = separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
+  Tensor dweight = weight ? empty(dy, {N}, weight->scalar_type()) : absent(dy, dy.scalar_type());
+  Tensor dbias = bias ? empty(dy, {N}, bias->scalar_type()) : absent(dy, dy.scalar_type());
+
+  std::vector<C> weight_storage;
+  const LayerNormBackward<C> a{
+      N,
+      !mean,
+      dropout(seed, p),
+      rows(dy),
+      rows(dh),
+      rows(h),
+      parameters(weight, N, weight_storage),
+      mean ? static_cast<const C*>(mean->data_ptr()) : nullptr,
+      static_cast<const C*>(rstd.data_ptr()),
+      rows(dx),
+      separate_residual ? rows(dresidual) : Rows{},
+  };
+  // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the shape
+  // alone, so that the result does not depend on the number of threads.
+  const int64_t chunks = std::clamp<int64_t>(M / 16, 1, 64);
+  std::vector<C> partial_dweight(weight ? chunks * N : 0), partial_dbias(bias ? chunks * N : 0);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      backward_rows<C>(a, M * i / chunks, M * (i + 1) / chunks,
+                       weight ? partial_dweight.data() + i * N : nullptr,
+                       bias ? partial_dbias.data() + i * N : nullptr);
+    }
+  });
+  const auto finish = [&](std::vector<C>& partial, Tensor& out) {
+    for (int64_t i = 1; i < chunks; ++i) {
+      for (int64_t n = 0; n < N; ++n) partial[n] += partial[i * N + n];
+    }
+    TFKERN_DTYPE(dtype(out), baseline::convert(static_cast<T*>(out.data_ptr()), partial.data(), N));
+  };
+  if (weight) finish(partial_dweight, dweight);
+  if (bias) finish(partial_dbias, dbias);
+  return {dx, dresidual, dweight, dbias};
+}
+
+Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual, std::optional<Tensor> seed,
+                        double dropout_p, double eps, bool rms) {
+  STD_TORCH_CHECK(!residual || (residual->size(0) == x.size(0) && residual->size(1) == x.size(1)),
+                  "tfkern::layer_norm_forward: residual and x must have the same shape");
+  const bool wide = promote(x, residual) == ScalarType::Double;
+  return (wide ? forward<double> : forward<float>)(x, weight, bias, residual, seed, dropout_p, eps, rms);
+}
+
+Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, std::optional<Tensor> weight,
+                         std::optional<Tensor> bias, std::optional<Tensor> mean, Tensor rstd,
+                         std::optional<Tensor> seed, double dropout_p, bool separate_residual) {
+  STD_TORCH_CHECK(h.size(0) == dy.size(0) && h.size(1) == dy.size(1) && rstd.numel() == dy.size(0) &&
+                      (!mean || mean->numel() == dy.size(0)),
+                  "tfkern::layer_norm_backward: dy, h, mean and rstd do not fit together");
+  const bool wide = rstd.scalar_type() == ScalarType::Double;
+  return (wide ? backward<double> : backward<float>)(dy, dh, h, weight, bias, mean, rstd, seed,
+                                                     dropout_p, separate_residual);
+}
+
+}  // namespace
+}  // namespace tfkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
+      "float dropout_p, float eps, bool rms) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, Tensor? mean, "
+      "Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&tfkern::layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&tfkern::layer_norm_backward));
+}

@@ -1,0 +1,24 @@
+// The pybind11 module tfkern._C: facts about this build and this processor. The operators themselves
+// live in the library beside it, which has no Python symbols.
+#include <pybind11/pybind11.h>
+
+#include "isa.h"
+
+#define TFKERN_STRING(x) TFKERN_STRING_(x)
+#define TFKERN_STRING_(x) #x
+
+PYBIND11_MODULE(_C, m) {
+#if defined(__clang__)
+  m.attr("compiler") = "clang " TFKERN_STRING(__clang_major__) "." TFKERN_STRING(__clang_minor__);
+#else
+  m.attr("compiler") = "gcc " TFKERN_STRING(__GNUC__) "." TFKERN_STRING(__GNUC_MINOR__);
+#endif
+  m.attr("torch_version") = TFKERN_STRING(TFKERN_TORCH_VERSION);
+#if defined(__x86_64__)
+  m.attr("cpu_levels") = pybind11::make_tuple("default", "avx2", "avx512");
+#else
+  m.attr("cpu_levels") = pybind11::make_tuple("default");
+#endif
+  m.def("cpu_capability", [] { return tfkern::name(tfkern::isa()); },
+        "The level of vector instructions that the kernels use in this process.");
+}

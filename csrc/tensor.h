@@ -1,0 +1,50 @@
+// What the bindings need of torch: the stable ABI only, so that one binary serves every torch >= 2.11.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "dtype.h"
+
+namespace tfkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, "tfkern: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// A new contiguous tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                    ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+// What an operator returns for an output that the call does not have.
+inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
+
+// torch.promote_types of the two, or the type of `a` if there is no `b`.
+inline ScalarType promote(const Tensor& a, const std::optional<Tensor>& b) {
+  if (!b || a.scalar_type() == b->scalar_type()) return a.scalar_type();
+  const bool wide = dtype(a) == Dtype::f64 || dtype(*b) == Dtype::f64;
+  return wide ? ScalarType::Double : ScalarType::Float;  // bfloat16 with float16 gives float32 too
+}
+
+}  // namespace tfkern

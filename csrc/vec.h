@@ -1,0 +1,173 @@
+// Vectors of float or double for one instruction set. Included by each_isa.h only, inside a namespace
+// and a target region of its own, hence without an include guard. TFKERN_VEC_BYTES is the width.
+//
+// The vectors are the compiler's own (GCC vector extension): + - * /, comparisons and ?: work on them,
+// and a * b + c becomes a fused multiply-add.
+
+typedef float VecFloat __attribute__((vector_size(TFKERN_VEC_BYTES)));
+typedef double VecDouble __attribute__((vector_size(TFKERN_VEC_BYTES)));
+typedef int32_t VecInt __attribute__((vector_size(TFKERN_VEC_BYTES)));
+typedef uint32_t VecUint __attribute__((vector_size(TFKERN_VEC_BYTES)));
+typedef uint16_t VecHalfBits __attribute__((vector_size(TFKERN_VEC_BYTES / 2)));
+
+template <class C>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef VecFloat type;
+};
+template <>
+struct VecOf<double> {
+  typedef VecDouble type;
+};
+template <class C>
+using Vec = typename VecOf<C>::type;
+template <class C>
+constexpr int kLanes = TFKERN_VEC_BYTES / sizeof(C);
+
+template <class C>
+inline Vec<C> broadcast(C value) {
+  return Vec<C>{} + value;
+}
+
+// ---- memory: any element type is widened to the computing type on load, rounded on store ----
+
+inline VecFloat load(const float* p) {
+  VecFloat v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline VecDouble load(const double* p) {
+  VecDouble v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline VecFloat load(const BFloat16* p) {
+  VecHalfBits h;
+  std::memcpy(&h, p, sizeof(h));
+  return (VecFloat)(__builtin_convertvector(h, VecUint) << 16);
+}
+
+inline void store(float* p, VecFloat v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, VecDouble v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(BFloat16* p, VecFloat v) {
+  VecUint bits = (VecUint)v;
+  bits += 0x7fffu + ((bits >> 16) & 1u);            // round to nearest, ties to even
+  bits = v == v ? bits : (VecUint{} + 0x7fc00000u);  // the carry could turn a NaN into an infinity
+  VecHalfBits h = __builtin_convertvector(bits >> 16, VecHalfBits);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+#if TFKERN_VEC_BYTES == 64
+inline VecFloat load(const Half* p) {
+  return (VecFloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+inline void store(Half* p, VecFloat v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif TFKERN_VEC_BYTES == 32
+inline VecFloat load(const Half* p) {
+  return (VecFloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+inline void store(Half* p, VecFloat v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+#if defined(__aarch64__)
+typedef __fp16 NativeHalf;
+#else
+typedef _Float16 NativeHalf;
+#endif
+inline VecFloat load(const Half* p) {
+  NativeHalf h[kLanes<float>];
+  std::memcpy(h, p, sizeof(h));
+  VecFloat v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(h[i]);
+  return v;
+}
+inline void store(Half* p, VecFloat v) {
+  NativeHalf h[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) h[i] = static_cast<NativeHalf>(v[i]);
+  std::memcpy(p, h, sizeof(h));
+}
+#endif
+
+// The first n elements; the other lanes are 0 and their memory is not touched.
+template <class T>
+inline Vec<Compute<T>> load(const T* p, int n) {
+  T part[kLanes<Compute<T>>] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+template <class T>
+inline void store(T* p, Vec<Compute<T>> v, int n) {
+  T part[kLanes<Compute<T>>];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+// dst[i] = src[i], widened or rounded.
+template <class D, class S>
+inline void convert(D* dst, const S* src, int64_t n) {
+  constexpr int L = kLanes<Compute<S>>;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<Compute<D>, Compute<S>>) {
+    for (; i + L <= n; i += L) store(dst + i, load(src + i));
+    if (i < n) store(dst + i, load(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  } else {  // double on one side only, which is rare: by way of float
+    for (; i < n; ++i) {
+      const auto v = load(src + i, 1);
+      store(dst + i, Vec<Compute<D>>{static_cast<Compute<D>>(v[0])}, 1);
+    }
+  }
+}
+
+// ---- arithmetic ----
+
+template <class V>
+inline V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+inline V vmin(V a, V b) {
+  return a < b ? a : b;
+}
+
+// Sum and maximum over the lanes, always in the same order.
+template <class C>
+inline C sum(Vec<C> v) {
+  C part[kLanes<C>];
+  store(part, v);
+  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+template <class C>
+inline C maximum(Vec<C> v) {
+  C best = v[0];
+  for (int i = 1; i < kLanes<C>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x = 2^n e^r with |r| <= ln(2)/2; the polynomial's relative error is 1e-8, the result is within 2 ulp.
+inline VecFloat exp(VecFloat x) {
+  x = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));  // above: inf, below: 0; NaN stays
+  const VecFloat magic = broadcast(12582912.0f);            // 1.5 * 2^23: adding it rounds to an integer
+  const VecFloat n = (x * 1.44269504f + magic) - magic;
+  VecFloat r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  VecFloat p = r * 0.001392618359f + 0.008363179053f;
+  p = p * r + 0.04166655462f;
+  p = p * r + 0.1666657699f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors, since n reaches from -150 to 128
+  const VecInt k = __builtin_convertvector(n, VecInt);
+  const VecInt half = k >> 1;
+  return p * (VecFloat)((half + 127) << 23) * (VecFloat)((k - half + 127) << 23);
+}
+inline VecDouble exp(VecDouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}

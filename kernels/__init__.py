@@ -1,0 +1,41 @@
+"""Triton kernels, one file per op. This folder is installed as `tfkern.kernels`.
+
+Every launcher is an operator of the library `tfkern_triton`, so that torch.compile sees one call with
+known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+if __name__ != "tfkern.kernels":
+    raise ImportError("this folder is tfkern.kernels, not a top-level package: run `pip install -e .`")
+
+import triton  # noqa: E402  an ImportError here is the reason that dispatch reports
+
+_library = torch.library.Library("tfkern_triton", "DEF")
+
+
+def interpreted() -> bool:
+    """True if the kernels were defined under TRITON_INTERPRET=1, and so run on CPU tensors."""
+    return triton.knobs.runtime.interpret
+
+
+def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
+    """Defines operator `schema` with its launcher and its fake, and returns the operator."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, launcher, "CUDA")
+    if interpreted():
+        _library.impl(name, launcher, "CPU")
+    torch.library.register_fake(f"tfkern_triton::{name}", fake, lib=_library)
+    return getattr(torch.ops.tfkern_triton, name).default
+
+
+def unavailable(x: torch.Tensor) -> str | None:
+    """Why no kernel here can take `x`: its device or its dtype. None if it can."""
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+        return f"needs a CUDA device (or TRITON_INTERPRET=1 for the CPU), got {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {x.dtype}"
+    return None

@@ -1,0 +1,240 @@
+"""Layer norm and RMS norm of the rows of (M, N) matrices, with dropout and residual addition in front.
+
+Forward: a program holds whole rows in registers, so x is read once; the variance is summed from the
+register copy, which is as stable as Welford's method. Backward: a fixed number of programs stride over
+the rows, read x and dy once, and keep their part of dweight and dbias in float32 registers; one small
+kernel adds the parts in a fixed order, so there are no atomics and the result is deterministic.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import register, unavailable
+
+_MAX_N = 16384  # wider rows would not fit into the registers of the backward
+
+
+def _config(N: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps: about 16 elements a thread, whole rows."""
+    BLOCK_N = max(16, triton.next_power_of_2(N))
+    BLOCK_M = max(1, 1024 // BLOCK_N)
+    num_warps = min(max(BLOCK_M * BLOCK_N // 512, 2), 32)
+    return BLOCK_M, BLOCK_N, num_warps
+
+
+@functools.lru_cache
+def _programs(device: torch.device) -> int:
+    """Programs of the backward: enough to fill the device, few enough to make the last sum small."""
+    if device.type != "cuda":
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _keep(SEED, m, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout mask of a tile: element (m, n) takes lane n % 4 of counter (n // 4, m, m >> 32, 1)."""
+    group = tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
+    low = (m & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.zeros_like(group).to(tl.uint32)
+    high = (m >> 32).to(tl.uint32)[:, None] + tl.zeros_like(group).to(tl.uint32)
+    one = tl.zeros_like(group) + 1
+    a, b, c, d = tl.philox(tl.load(SEED), group.to(tl.uint32), low, high, one.to(tl.uint32))
+    draw = tl.join(tl.join(a, c), tl.join(b, d)).reshape(BLOCK_M, BLOCK_N)
+    return draw.to(tl.int64) >= threshold
+
+
+@triton.jit
+def _forward_kernel(
+    X, W, BIAS, R, SEED, Y, H, MEAN, RSTD,
+    stride_x, stride_r, M, N, threshold, keep_scale, eps,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    in_m, in_n = m < M, n < N
+    mask = in_m[:, None] & in_n[None, :]
+    h = tl.load(X + m[:, None] * stride_x + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if SEED is not None:
+        keep = _keep(SEED, m, threshold, BLOCK_M, BLOCK_N)
+        h = tl.where(keep, h * tl.cast(keep_scale, tl.float32), 0.0)
+    if R is not None:
+        h += tl.load(R + m[:, None] * stride_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if H is not None:
+        tl.store(H + m[:, None] * N + n[None, :], h.to(H.dtype.element_ty), mask=mask)
+
+    if RMS:
+        centred = h
+    else:
+        mean = tl.sum(h, 1) / N
+        centred = tl.where(mask, h - mean[:, None], 0.0)
+        shift = tl.sum(centred, 1) / N  # what rounding left over, when the mean is large
+        centred = tl.where(mask, centred - shift[:, None], 0.0)
+        tl.store(MEAN + m, mean + shift, mask=in_m)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / N + tl.cast(eps, tl.float32))
+    tl.store(RSTD + m, rstd, mask=in_m)
+    y = centred * rstd[:, None]
+    if W is not None:
+        y *= tl.load(W + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if BIAS is not None:
+        y += tl.load(BIAS + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + m[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=mask)
+
+
+def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms):
+    M, N = x.shape
+    y, h, mean, rstd = _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms)
+    if x.numel():
+        BLOCK_M, BLOCK_N, num_warps = _config(N)
+        _forward_kernel[(triton.cdiv(M, BLOCK_M),)](
+            x, weight, bias, residual, seed, y, _or_none(h), _or_none(mean), rstd,
+            x.stride(0), 0 if residual is None else residual.stride(0), M, N,
+            *_dropout(dropout_p), eps,
+            RMS=rms, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms):
+    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    separate_h = residual is not None or seed is not None
+    h = x.new_empty(x.shape if separate_h else 0, dtype=h_dtype)
+    mean = x.new_empty(0 if rms else x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), h, mean, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _dropout(p: float) -> tuple[int, float]:
+    """The threshold that a kept draw reaches, and the factor of a kept element."""
+    return math.ceil(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
+
+
+def _or_none(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+@triton.jit
+def _backward_kernel(
+    DY, DH, H, W, MEAN, RSTD, SEED, DX, DR, PARTIAL_DW, PARTIAL_DB,
+    stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    in_n = n < N
+    if W is not None:
+        w = tl.load(W + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        in_m = m < M
+        mask = in_m[:, None] & in_n[None, :]
+        g = tl.load(DY + m[:, None] * stride_dy + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        xhat = tl.load(H + m[:, None] * stride_h + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + m, mask=in_m, other=0.0)[:, None]
+        if MEAN is not None:
+            xhat = tl.where(mask, xhat - tl.load(MEAN + m, mask=in_m, other=0.0)[:, None], 0.0)
+        xhat *= rstd
+        # forward: y = xhat * weight + bias
+        dw += g * xhat
+        db += g
+        if W is not None:
+            g *= w
+        # forward: xhat = (h - mean) * rstd
+        dh = g - xhat * (tl.sum(g * xhat, 1) / N)[:, None]
+        if MEAN is not None:
+            dh -= (tl.sum(g, 1) / N)[:, None]
+        dh *= rstd
+        if DH is not None:
+            dh += tl.load(DH + m[:, None] * stride_dh + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        # forward: h = residual + dropout(x)
+        if DR is not None:
+            tl.store(DR + m[:, None] * N + n[None, :], dh.to(DR.dtype.element_ty), mask=mask)
+        if SEED is not None:
+            keep = _keep(SEED, m, threshold, BLOCK_M, BLOCK_N)
+            dh = tl.where(keep, dh * tl.cast(keep_scale, tl.float32), 0.0)
+        tl.store(DX + m[:, None] * N + n[None, :], dh.to(DX.dtype.element_ty), mask=mask)
+    if PARTIAL_DW is not None:
+        tl.store(PARTIAL_DW + pid * N + n, tl.sum(dw, 0), mask=in_n)
+    if PARTIAL_DB is not None:
+        tl.store(PARTIAL_DB + pid * N + n, tl.sum(db, 0), mask=in_n)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    PARTIAL_DW, PARTIAL_DB, DW, DB, G, N, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dw = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+    db = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+    for start in range(0, G, BLOCK_G):
+        g = start + tl.arange(0, BLOCK_G)
+        mask = (g < G)[:, None] & (n < N)[None, :]
+        if DW is not None:
+            dw += tl.load(PARTIAL_DW + g[:, None] * N + n[None, :], mask=mask, other=0.0)
+        if DB is not None:
+            db += tl.load(PARTIAL_DB + g[:, None] * N + n[None, :], mask=mask, other=0.0)
+    if DW is not None:
+        tl.store(DW + n, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=n < N)
+    if DB is not None:
+        tl.store(DB + n, tl.sum(db, 0).to(DB.dtype.element_ty), mask=n < N)
+
+
+def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual):
+    M, N = dy.shape
+    outputs = _backward_outputs(
+        dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual
+    )
+    dx, dresidual, dweight, dbias = outputs
+    if not dx.numel():
+        return dx, dresidual, dweight.zero_(), dbias.zero_()
+    BLOCK_M, BLOCK_N, num_warps = _config(N)
+    programs = min(triton.cdiv(M, BLOCK_M), _programs(dy.device))
+    partial_dweight, partial_dbias = (
+        None if p is None else rstd.new_empty(programs, N) for p in (weight, bias)
+    )
+    _backward_kernel[(programs,)](
+        dy, dh, h, weight, mean, rstd, seed, dx, _or_none(dresidual), partial_dweight, partial_dbias,
+        dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), M, N, *_dropout(dropout_p),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+    )  # fmt: skip
+    if weight is not None or bias is not None:
+        _sum_partials_kernel[(triton.cdiv(N, 64),)](
+            partial_dweight, partial_dbias, _or_none(dweight), _or_none(dbias), programs, N,
+            BLOCK_G=32, BLOCK_N=64,
+        )  # fmt: skip
+    return outputs
+
+
+def _backward_outputs(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual):
+    dresidual = h.new_empty(h.shape if separate_residual else 0)
+    dweight = dy.new_empty(0) if weight is None else torch.empty_like(weight)
+    dbias = dy.new_empty(0) if bias is None else torch.empty_like(bias)
+    return dy.new_empty(dy.shape), dresidual, dweight, dbias
+
+
+def why_not(x, weight, bias, residual, seed, dropout_p, eps, rms, *, needs_grad) -> str | None:
+    if x.shape[-1] > _MAX_N:
+        return f"holds whole rows in registers, at most {_MAX_N} elements, got {x.shape[-1]}"
+    for tensor in (x, weight, bias, residual):
+        if tensor is not None and (reason := unavailable(tensor)):
+            return reason
+    return None
+
+
+forward = register(
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
+    "float dropout_p, float eps, bool rms) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    _forward,
+    _forward_outputs,
+)
+backward = register(
+    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, Tensor? mean, "
+    "Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _backward,
+    _backward_outputs,
+)

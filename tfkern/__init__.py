@@ -1,0 +1,9 @@
+"""Fused transformer kernels: attention, layer norm and MLP, forward and backward."""
+
+from importlib.metadata import version as _version
+
+from tfkern.dispatch import Explanation, backends, use_backend
+from tfkern.ops import explain, layer_norm, rms_norm
+
+__version__ = _version("tfkern")
+__all__ = ["Explanation", "backends", "explain", "layer_norm", "rms_norm", "use_backend"]

@@ -1,0 +1,153 @@
+"""Chooses the backend that runs an op. The only file that names one.
+
+A backend is a package with one module per op, and each module has `forward`, `backward` and
+`why_not`, which returns a sentence or None. Backends are imported before the first call that may use
+them, and kept in plain dicts: torch.compile cannot trace an import or a context variable.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+_PACKAGE = {
+    "native": "tfkern.native",
+    "triton": "tfkern.kernels",
+    "reference": "tfkern.reference",
+}
+_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+
+_ops: list[str] = []
+_missing: dict[str, str | None] = {}  # backend -> why its package cannot be imported, None if it can
+_implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, op)
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that a call would use, and why the ones before it would not serve."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend'}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.reasons.items()])
+
+
+def check_backend(name: str) -> str:
+    """`name`, if there is such a backend; ValueError otherwise."""
+    if name not in _PACKAGE:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(_PACKAGE)}")
+    return name
+
+
+def load(backend: str) -> None:
+    """Imports a backend for all ops. A package that refuses is noted with its reason."""
+    if backend not in _missing:
+        try:
+            importlib.import_module(_PACKAGE[backend])
+            _missing[backend] = None
+        except ImportError as error:
+            _missing[backend] = str(error)
+    if _missing[backend] is None:
+        for op in _ops:
+            name = f"{_PACKAGE[backend]}.{op}"
+            if (backend, op) not in _implementations and importlib.util.find_spec(name):
+                _implementations[backend, op] = importlib.import_module(name)
+
+
+def register(op: str) -> None:
+    """Makes `op` known and imports the backends that its calls can reach by default."""
+    _ops.append(op)
+    for backend in ("native", "reference"):
+        load(backend)
+    if torch.cuda.device_count() > 0:  # asks the driver, and makes no CUDA context
+        load("triton")
+    if _forced is not None:
+        load(_forced)
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    return _implementations[backend, op]
+
+
+def why_not(op: str, backend: str, args: tuple) -> str | None:
+    """Why `backend` cannot run `op` on the normalised arguments, or None if it can."""
+    if backend not in _missing:
+        load(backend)
+    if (backend, op) not in _implementations:
+        return _missing[backend] or f"does not implement {op}"
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(a, torch.Tensor) and a.requires_grad for a in args
+    )
+    return _implementations[backend, op].why_not(*args, needs_grad=needs_grad)
+
+
+def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
+    """Which backend serves the call: the forced one or none, else the first of the device's order."""
+    forced = _forced if backend is None else check_backend(backend)
+    order = (forced,) if forced else _ORDER.get(args[0].device.type, ("reference",))
+    reasons = {}
+    for name in order:
+        reason = why_not(op, name, args)
+        if reason is None:
+            return Explanation(op, name, reasons)
+        reasons[name] = reason
+    return Explanation(op, None, reasons)
+
+
+def select(op: str, args: tuple, backend: str | None = None) -> str:
+    """Name of the backend for the call; NotImplementedError with every reason if none serves."""
+    choice = explain(op, args, backend)
+    if choice.backend is None:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in choice.reasons.items())
+        raise NotImplementedError(f"no backend runs this {op}:{listed}")
+    return choice.backend
+
+
+def backends(op: str) -> dict[str, str | None]:
+    """Every backend by name, with the reason why it cannot run `op` at all here, None if it can."""
+    if op not in _ops:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_ops)}")
+    for backend in _PACKAGE:
+        load(backend)
+    return {
+        name: None if (name, op) in _implementations else _missing[name] or f"does not implement {op}"
+        for name in _PACKAGE
+    }
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces a backend within a `with` block: "native", "triton" or "reference"; None lifts it.
+
+    A forced backend never falls back: a call that it cannot serve raises NotImplementedError. The
+    backward of a call uses the backend of its forward. The setting holds for the whole process, and
+    TFKERN_BACKEND sets it from the start.
+    """
+    global _forced
+    if name is not None:
+        load(check_backend(name))
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Turns autocast off around an op, whose inputs already have the dtype that it shall compute in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+if os.environ.get("TFKERN_BACKEND"):
+    _forced = check_backend(os.environ["TFKERN_BACKEND"])

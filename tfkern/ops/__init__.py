@@ -1,0 +1,34 @@
+"""The public functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tfkern import dispatch
+from tfkern.ops import layer_norm as _layer_norm
+from tfkern.ops.layer_norm import layer_norm, rms_norm
+
+__all__ = ["explain", "layer_norm", "rms_norm"]
+
+_BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
+    "layer_norm": ("layer_norm", _layer_norm.bind),
+    "rms_norm": ("layer_norm", _layer_norm.bind_rms),
+}
+
+
+def explain(function: str, *args: Any, backend: str | None = None, **options: Any):
+    """Which backend `tfkern.<function>(*args, **options)` would use, and why not the others.
+
+    Args:
+        function: name of a public function, such as "layer_norm".
+        *args, **options: the arguments of the call, those that concern the computation.
+
+    Returns:
+        An `Explanation` with `backend` (None if none serves) and `reasons`; str() gives a paragraph.
+
+    Raises:
+        ValueError: an unknown function, or arguments that the function itself would refuse.
+    """
+    if function not in _BIND:
+        raise ValueError(f"unknown function {function!r}: expected one of {', '.join(_BIND)}")
+    op, bind = _BIND[function]
+    return dispatch.explain(op, bind(*args, **options), backend)

@@ -1,0 +1,196 @@
+"""Layer norm and RMS norm with fused dropout and residual addition: checks, autograd, public functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfkern import dispatch
+from tfkern.ops import checks
+
+dispatch.register("layer_norm")
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    eps: float = 1e-5,
+    return_residual: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Normalises the last axis of `h = residual + dropout(x)`, in one pass over memory.
+
+        y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias
+
+    Statistics and sums are float32 (float64 for float64 inputs) whatever the dtype of x. Autocast does
+    not apply: y keeps the dtype of x.
+
+    Args:
+        x: (..., N), float32, float64, bfloat16 or float16.
+        weight, bias: (N,), any floating dtype, often float32 beside a bfloat16 x.
+        residual: the shape of x, any floating dtype. h has the promoted dtype of the two.
+        dropout_p: probability that an element of x is zeroed; the others grow by 1 / (1 - dropout_p).
+            Call with 0 outside training.
+        seed: key of the dropout mask, a 0-d int64 tensor or an int; the same seed gives the same mask
+            on every backend. None draws one from torch's generator of the device.
+        eps: added to the variance.
+        return_residual: also return h, the residual stream for the next sublayer.
+        backend: forces "native", "triton" or "reference" for this call.
+
+    Returns:
+        y (..., N) in the dtype of x, or (y, h). Without residual and dropout h is x itself.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit together.
+        NotImplementedError: the forced backend cannot serve the call.
+
+    Layer normalization: Ba, Kiros, Hinton 2016. Mask: Philox4x32-10, Salmon et al. 2011.
+    """
+    args = bind(x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps)
+    return _apply(x, args, return_residual, backend)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    eps: float | None = None,
+    return_residual: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Scales the last axis of `h = residual + dropout(x)` to unit root mean square.
+
+        y = h / sqrt(mean(h^2) + eps) * weight
+
+    Arguments, results and errors are those of `layer_norm`. eps None is the machine epsilon of the
+    dtype of x, as in torch.
+
+    Root mean square layer normalization: Zhang, Sennrich 2019.
+    """
+    args = bind_rms(x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps)
+    return _apply(x, args, return_residual, backend)
+
+
+def bind(x, weight=None, bias=None, *, residual=None, dropout_p=0.0, seed=None, eps=1e-5, rms=False):
+    """The public arguments, checked, as the positional arguments of an implementation's forward."""
+    checks.floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one axis, got a 0-d tensor")
+    N = x.shape[-1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            checks.floating(name, parameter)
+            checks.same_device("x", x, name, parameter)
+            checks.shape(name, parameter, (N,), "the size of the last axis of x")
+    if residual is not None:
+        checks.floating("residual", residual)
+        checks.same_device("x", x, "residual", residual)
+        checks.shape("residual", residual, x.shape, "the shape of x")
+        residual = _rows(residual)
+    checks.probability("dropout_p", dropout_p)
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    seed = checks.seed(seed, x.device) if dropout_p > 0 else None
+    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
+    return _rows(x), weight, bias, residual, seed, float(dropout_p), float(eps), rms
+
+
+def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=None):
+    """`bind` for RMS norm."""
+    checks.floating("x", x)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return bind(x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, rms=True)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix whose rows are contiguous; a view where strides allow."""
+    x = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _apply(x: Tensor, args: tuple, return_residual: bool, backend: str | None) -> Any:
+    backend = dispatch.select("layer_norm", args, backend)
+    with dispatch.no_autocast(x.device):
+        y, h, _, _ = _LayerNorm.apply(*args, backend)
+    y = y.view(x.shape)
+    if not return_residual:
+        return y
+    separate_h = args[3] is not None or args[4] is not None
+    return y, h.view(x.shape) if separate_h else x
+
+
+class _LayerNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, residual, seed, dropout_p, eps, rms, backend):
+        op = dispatch.implementation("layer_norm", backend)
+        return op.forward(x, weight, bias, residual, seed, dropout_p, eps, rms)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, residual, seed, dropout_p, _, rms, backend = inputs
+        _, h, mean, rstd = output
+        separate_h = residual is not None or seed is not None
+        ctx.mark_non_differentiable(mean, rstd, *(() if separate_h else (h,)))
+        ctx.save_for_backward(h if separate_h else x, weight, bias, None if rms else mean, rstd, seed)
+        ctx.separate_h, ctx.dropout_p, ctx.backend = separate_h, dropout_p, backend
+        ctx.residual_dtype = None if residual is None else residual.dtype
+
+    @staticmethod
+    def backward(ctx, dy, dh, _mean, _rstd):
+        h, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        # Without dropout between them, and in the same dtype, dx and dresidual are one tensor.
+        separate_residual = ctx.residual_dtype is not None and (
+            seed is not None or ctx.residual_dtype != dy.dtype
+        )
+        with dispatch.no_autocast(dy.device):
+            dx, dresidual, dweight, dbias = _LayerNormBackward.apply(
+                _rows(dy),
+                _rows(dh) if ctx.separate_h and dh is not None else None,
+                h,
+                weight,
+                bias,
+                mean,
+                rstd,
+                seed,
+                ctx.dropout_p,
+                separate_residual,
+                ctx.backend,
+            )
+        if ctx.residual_dtype is None:
+            dresidual = None
+        else:
+            dresidual = dresidual.to(ctx.residual_dtype) if separate_residual else dx
+        dweight = None if weight is None else dweight
+        dbias = None if bias is None else dbias
+        return dx, dweight, dbias, dresidual, None, None, None, None, None
+
+
+class _LayerNormBackward(torch.autograd.Function):
+    """A function of its own, so that a second differentiation raises instead of losing terms."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, backend):
+        op = dispatch.implementation("layer_norm", backend)
+        return op.backward(
+            dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("layer_norm and rms_norm have no second derivative")

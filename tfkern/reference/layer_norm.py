@@ -1,0 +1,99 @@
+"""Layer norm and RMS norm over the last axis in plain PyTorch: the definition of the op.
+
+    h     = residual + dropout(x)
+    xhat  = (h - mean) rstd            rstd = (var + eps)^(-1/2)
+    y     = xhat weight + bias
+
+    g       = dy weight
+    dh     += (g - c2 - xhat c1) rstd  c1 = mean(g xhat), c2 = mean(g)
+    dx      = dropout'(dh),  dresidual = dh
+    dweight = sum(dy xhat),  dbias = sum(dy)
+
+RMS norm is the same with mean = 0 and c2 = 0. Tensors are (M, N) matrices and vectors of N. An output
+that a call does not have is an empty tensor of shape (0,).
+"""
+
+import torch
+from torch import Tensor
+
+from tfkern.reference.dropout import philox, rescaled_mask
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y in the dtype of x, h (absent if it is x), and mean (absent if rms) and rstd (M,)."""
+    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = torch.promote_types(h_dtype, torch.float32)
+    h = x.to(dtype)
+    if seed is not None:
+        h = h * _dropout(seed, x.shape, dropout_p, dtype)
+    if residual is not None:
+        h = h + residual.to(dtype)
+
+    mean = h.new_zeros(len(h)) if rms else h.mean(-1)
+    centred = h - mean[:, None]
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    y = centred * rstd[:, None]
+    if weight is not None:
+        y = y * weight.to(dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    absent = x.new_empty(0)
+    separate_h = residual is not None or seed is not None
+    return y.to(x.dtype), h.to(h_dtype) if separate_h else absent, absent if rms else mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    separate_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns dx, dresidual in the dtype of h (absent unless asked for), dweight and dbias."""
+    dtype, absent = rstd.dtype, dy.new_empty(0)
+    g, xhat = dy.to(dtype), h.to(dtype)
+    if mean is not None:
+        xhat = xhat - mean[:, None]
+    xhat = xhat * rstd[:, None]
+    # forward: y = xhat * weight + bias
+    dweight = absent if weight is None else (g * xhat).sum(0).to(weight.dtype)
+    dbias = absent if bias is None else g.sum(0).to(bias.dtype)
+    if weight is not None:
+        g = g * weight.to(dtype)
+    # forward: xhat = (h - mean) * rstd
+    g = g - xhat * (g * xhat).mean(-1, keepdim=True) - (0 if mean is None else g.mean(-1, keepdim=True))
+    g = g * rstd[:, None]
+    if dh is not None:
+        g = g + dh.to(dtype)
+    # forward: h = residual + dropout(x)
+    dresidual = g.to(h.dtype) if separate_residual else absent
+    if seed is not None:
+        g = g * _dropout(seed, g.shape, dropout_p, dtype)
+    return g.to(dy.dtype), dresidual, dweight, dbias
+
+
+def why_not(*args, needs_grad: bool) -> str | None:
+    return None
+
+
+def _dropout(seed: Tensor, shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """Element (m, n) takes lane n % 4 of the counter (n // 4, m, m >> 32, 1)."""
+    M, N = shape
+    m = torch.arange(M, device=seed.device)[:, None]
+    n = torch.arange((N + 3) // 4, device=seed.device)
+    draws = philox(seed, n, m & 0xFFFFFFFF, m >> 32, 1)
+    return rescaled_mask(draws.flatten(-2)[:, :N], p, dtype)
