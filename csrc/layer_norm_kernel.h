@@ -64,7 +64,7 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
       square = sum<C>(s2) / N - shift * shift;
       mean += shift;
     }
-    const C rstd = 1 / std::sqrt(square + static_cast<C>(a.eps));
+    const C rstd = static_cast<C>(1 / std::sqrt(square + a.eps));  // in double, once a row
     if (a.mean) a.mean[m] = mean;
     a.rstd[m] = rstd;
 

@@ -14,11 +14,7 @@ if __name__ != "tfkern.kernels":
 import triton  # noqa: E402  an ImportError here is the reason that dispatch reports
 
 _library = torch.library.Library("tfkern_triton", "DEF")
-
-
-def interpreted() -> bool:
-    """True if the kernels were defined under TRITON_INTERPRET=1, and so run on CPU tensors."""
-    return triton.knobs.runtime.interpret
+_INTERPRETED = triton.knobs.runtime.interpret  # as it stands when the kernels are defined
 
 
 def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
@@ -26,7 +22,7 @@ def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, launcher, "CUDA")
-    if interpreted():
+    if _INTERPRETED:
         _library.impl(name, launcher, "CPU")
     torch.library.register_fake(f"tfkern_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.tfkern_triton, name).default
@@ -34,7 +30,7 @@ def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
 
 def unavailable(x: torch.Tensor) -> str | None:
     """Why no kernel here can take `x`: its device or its dtype. None if it can."""
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _INTERPRETED):
         return f"needs a CUDA device (or TRITON_INTERPRET=1 for the CPU), got {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, got {x.dtype}"

@@ -71,7 +71,7 @@ def rms_norm(
         y = h / sqrt(mean(h^2) + eps) * weight
 
     Arguments, results and errors are those of `layer_norm`. eps None is the machine epsilon of the
-    dtype of x, as in torch.
+    dtype that sums are in (float32, or float64 for float64), as in torch.
 
     Root mean square layer normalization: Zhang, Sennrich 2019.
     """
@@ -106,7 +106,7 @@ def bind(x, weight=None, bias=None, *, residual=None, dropout_p=0.0, seed=None, 
 def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=None):
     """`bind` for RMS norm."""
     checks.floating("x", x)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
     return bind(x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, rms=True)
 
 

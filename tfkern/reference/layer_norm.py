@@ -39,6 +39,8 @@ def forward(
         h = h + residual.to(dtype)
 
     mean = h.new_zeros(len(h)) if rms else h.mean(-1)
+    if not rms:  # what rounding left over, which matters when the mean is large
+        mean = mean + (h - mean[:, None]).mean(-1)
     centred = h - mean[:, None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()
     y = centred * rstd[:, None]

@@ -1,0 +1,249 @@
+"""Compiles Triton kernels for GPUs that need not be present, and says what they use.
+
+    python tests/aot.py GROUP [ARCH ...]      e.g. python tests/aot.py selftest 80 90
+
+records what the launchers called by GROUP would launch on each ARCH, compiles exactly that, and
+prints one line of JSON per kernel. To add a group, decorate a function that makes tensors of
+realistic shape on "cuda" and calls launchers with them. The tensors are fake: they need neither GPU
+nor memory. (Where torch has no CUDA, `x[1:]` fails on them; `x.narrow` and its like do not.)
+
+Tests call `report`, which starts a process of its own: a process in which TRITON_INTERPRET is set
+cannot compile.
+"""
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+# Shared memory that one block may opt in to, by architecture (CUDA programming guide, table of
+# technical specifications per compute capability).
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+INSTRUCTIONS = re.compile(r"\b(cp\.async(?=\.c[ag])|mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma)\b")
+
+GROUPS: dict[str, Callable[[], None]] = {}
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int  # per thread
+    stack_bytes: int  # per thread; Triton's kernels have a stack only where registers spill
+    shared_bytes: int  # per block
+    instructions: dict[str, int]  # asynchronous copies and matrix products, as counted in the PTX
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of one kernel, as Triton's launch would compile it."""
+
+    fn: JITFunction
+    signature: dict[str, str]
+    constexprs: dict  # by path: (3,) is the fourth parameter
+    attrs: dict  # likewise
+    arch: int
+    options: dict = field(repr=False)
+    grid: tuple[int, ...] | None = None
+
+    def compile(self) -> Resources:
+        source = ASTSource(self.fn, self.signature, self.constexprs, self.attrs)
+        target = GPUTarget("cuda", self.arch, 32)
+        kernel = triton.compile(source, target=target, options=self.options)
+        registers, stack = _usage(kernel.asm["cubin"])
+        instructions = Counter(INSTRUCTIONS.findall(kernel.asm["ptx"]))
+        # Triton asks for shared memory at launch: the cubin itself says 0.
+        return Resources(registers, stack, kernel.metadata.shared, dict(instructions))
+
+
+def compile(
+    fn: JITFunction,
+    signature: dict[str, str],
+    constexprs: dict,
+    arch: int,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    divisible: tuple[str, ...] = (),
+) -> Resources:
+    """Compiles one kernel from a hand-written signature; `divisible` names multiples of 16."""
+    path = {name: (i,) for i, name in enumerate(fn.arg_names)}
+    return Launch(
+        fn,
+        signature={name: signature.get(name, "constexpr") for name in fn.arg_names},
+        constexprs={path[name]: value for name, value in constexprs.items()},
+        attrs={path[name]: [["tt.divisibility", 16]] for name in divisible},
+        arch=arch,
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    ).compile()
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+class _Pointer:
+    """What Triton asks of a tensor argument, for a tensor without memory."""
+
+    def __init__(self, x: FakeTensor):
+        self.dtype = x.dtype
+        self.address = x.storage_offset() * x.itemsize  # torch aligns storages to more than 16
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@contextlib.contextmanager
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Launches inside the block are listed, on the specialisation a GPU would see, and not run.
+
+    Tensors made inside are fake, and torch.cuda describes a device of architecture `arch`.
+    """
+    launches = []
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    capability = divmod(arch, 10)
+    properties = SimpleNamespace(
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=108,
+        shared_memory_per_block_optin=SHARED_LIMIT[arch],
+    )
+
+    def record(fn, *args, grid, warmup, **kwargs):
+        args, kwargs = tree_map_only(FakeTensor, _Pointer, (args, kwargs))
+        bind = create_function_from_signature(fn.signature, fn.params, backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        options, signature, constexprs, attrs = fn._pack_args(
+            backend, kwargs, bound, specialization, options
+        )
+        grid = tuple(grid(bound) if callable(grid) else grid)
+        launches.append(
+            Launch(fn, signature, constexprs, attrs, arch, dict(options.__dict__), grid)
+        )
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        mock.patch("torch.cuda.get_device_properties", lambda device=None: properties),
+        mock.patch("torch.cuda.current_device", lambda: 0),
+        mock.patch("torch.cuda.device", contextlib.nullcontext),
+        mock.patch("torch.cuda.device_of", contextlib.nullcontext),
+        FakeTensorMode(),
+    ):
+        yield launches
+
+
+def python(*arguments: str) -> str:
+    """What python prints when run on `arguments` in a process that can compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+@functools.cache
+def report(group: str, *arches: int) -> list[dict]:
+    """The rows of `group` by architecture, all if none is named, and in the order of launches."""
+    lines = python(__file__, group, *map(str, arches)).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _row(launch: Launch) -> dict:
+    start = time.perf_counter()
+    used = launch.compile()
+    names = launch.fn.arg_names
+    return {
+        "kernel": launch.fn.__name__,
+        "arch": launch.arch,
+        "dtypes": sorted({t.strip("*k") for t in launch.signature.values() if t[0] == "*"}),
+        "constexprs": {names[path[0]]: str(v) for path, v in launch.constexprs.items()},
+        "num_warps": launch.options["num_warps"],
+        "num_stages": launch.options["num_stages"],
+        "grid": launch.grid,
+        "registers": used.registers,
+        "stack": used.stack_bytes,
+        "shared": used.shared_bytes,
+        "limit": SHARED_LIMIT[launch.arch],
+        "instructions": used.instructions,
+        "seconds": round(time.perf_counter() - start, 2),  # near 0 from Triton's cache
+    }
+
+
+def _rows(group: str, arch: int) -> list[dict]:
+    with record_launches(arch) as launches:
+        GROUPS[group]()
+    if not launches:
+        raise RuntimeError(f"{group} launched no Triton kernel")
+    return [_row(launch) for launch in launches]
+
+
+def group(fn: Callable[[], None]) -> Callable[[], None]:
+    GROUPS[fn.__name__] = fn
+    return fn
+
+
+@triton.jit
+def _matmul(
+    A, B, C, K, stride_a, stride_b, stride_c, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    rows, columns = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    k = tl.arange(0, BLOCK)
+    c = tl.zeros((M, N), tl.float32)
+    for start in range(0, K, BLOCK):
+        a = tl.load(A + rows * stride_a + (start + k)[None, :])
+        b = tl.load(B + (start + k)[:, None] * stride_b + columns)
+        c = tl.dot(a, b, c)
+    tl.store(C + rows * stride_c + columns, c)
+
+
+def _launch_matmul(a, b, num_warps=4):
+    c = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    strides = a.stride(0), b.stride(0), c.stride(0)
+    _matmul[(1,)](a, b, c, a.shape[1], *strides, *c.shape, 32, num_warps=num_warps, num_stages=3)
+
+
+@group
+def selftest():
+    """A plain product, the same with rows at odd addresses, and one too large for its warp."""
+    a = torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")
+    _launch_matmul(a, a)
+    odd = torch.empty(128, 129, dtype=torch.bfloat16, device="cuda").narrow(1, 0, 128)
+    _launch_matmul(odd, odd)
+    _launch_matmul(a, a, num_warps=1)
+
+
+if __name__ == "__main__":
+    name, *arches = sys.argv[1:]
+    # A fresh fork for each architecture: launchers may cache what they once asked of the device.
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        compiled = functools.partial(_rows, name)
+        for rows in pool.imap(compiled, map(int, arches or SHARED_LIMIT), chunksize=1):
+            for row in rows:
+                print(json.dumps(row), flush=True)

@@ -1,0 +1,54 @@
+"""Conditions under which every test runs, and the parametrisation over backends and dtypes."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which reads it
+
+import interpreter  # noqa: E402
+import pytest  # noqa: E402
+
+import tfkern  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.patch()
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    """Fresh allocations are NaN, so that an element that a kernel forgets is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+def pytest_generate_tests(metafunc):
+    """`backend` runs a test once per backend of the op that its file is named after."""
+    names = metafunc.fixturenames
+    if "backend" not in names:
+        return
+    op = metafunc.module.__name__.rpartition("test_")[2]
+    cases = []
+    for backend, reason in tfkern.backends(op).items():
+        for dtype in DTYPES if "dtype" in names else (None,):
+            if backend == "triton" and dtype == torch.float64:
+                continue  # not among the dtypes of the Triton kernels
+            if backend == "native" and DEVICE == "cuda":
+                continue  # runs on the CPU only
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            values = (backend, dtype) if "dtype" in names else (backend,)
+            label = backend if dtype is None else f"{backend}-{str(dtype).removeprefix('torch.')}"
+            cases.append(pytest.param(*values, marks=marks, id=label))
+    metafunc.parametrize(("backend", "dtype") if "dtype" in names else ("backend",), cases)
