@@ -17,17 +17,24 @@ def native():
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         raise SystemExit(
-            "tfkern builds against the torch that you have installed, and there is none in this build "
-            "environment. Install torch first and add --no-build-isolation, or set TFKERN_NATIVE=0 "
-            "for an installation without C++ kernels."
+            "tfkern builds against the torch that you have installed, and there is none in this "
+            "build environment. Install torch first and add --no-build-isolation, or set "
+            "TFKERN_NATIVE=0 for an installation without C++ kernels."
         ) from None
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         raise SystemExit(
-            f"tfkern needs a C++ compiler, and {compiler!r} is not one that can be found. Set CXX, or "
-            "set TFKERN_NATIVE=0 for an installation without C++ kernels."
+            f"tfkern needs a C++ compiler, and {compiler!r} cannot be found. Set CXX, or set "
+            "TFKERN_NATIVE=0 for an installation without C++ kernels."
         )
-    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-ffp-contract=fast",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+    ]
     module = CppExtension(
         "tfkern._C",
         ["csrc/module.cpp"],

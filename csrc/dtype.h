@@ -22,10 +22,26 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 }  // namespace tfkern
 
 // Evaluates the statement with `T` naming the element type of `dtype`.
-#define TFKERN_DTYPE(dtype, ...)                                          \
-  switch (dtype) {                                                        \
-    case ::tfkern::Dtype::f32: { using T = float; __VA_ARGS__; break; }   \
-    case ::tfkern::Dtype::f64: { using T = double; __VA_ARGS__; break; }  \
-    case ::tfkern::Dtype::bf16: { using T = ::tfkern::BFloat16; __VA_ARGS__; break; } \
-    case ::tfkern::Dtype::f16: { using T = ::tfkern::Half; __VA_ARGS__; break; }      \
+#define TFKERN_DTYPE(dtype, ...)    \
+  switch (dtype) {                  \
+    case ::tfkern::Dtype::f32: {    \
+      using T = float;              \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    case ::tfkern::Dtype::f64: {    \
+      using T = double;             \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    case ::tfkern::Dtype::bf16: {   \
+      using T = ::tfkern::BFloat16; \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    case ::tfkern::Dtype::f16: {    \
+      using T = ::tfkern::Half;     \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
   }

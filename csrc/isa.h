@@ -41,14 +41,14 @@ inline Isa isa() {
 
 // Calls `function` of the namespace of the level in use.
 #if defined(__x86_64__)
-#define TFKERN_ISA_CALL(function, ...)                    \
-  switch (::tfkern::isa()) {                              \
-    case ::tfkern::Isa::avx512:                           \
-      return ::tfkern::avx512::function(__VA_ARGS__);     \
-    case ::tfkern::Isa::avx2:                             \
-      return ::tfkern::avx2::function(__VA_ARGS__);       \
-    default:                                              \
-      return ::tfkern::baseline::function(__VA_ARGS__);   \
+#define TFKERN_ISA_CALL(function, ...)                  \
+  switch (::tfkern::isa()) {                            \
+    case ::tfkern::Isa::avx512:                         \
+      return ::tfkern::avx512::function(__VA_ARGS__);   \
+    case ::tfkern::Isa::avx2:                           \
+      return ::tfkern::avx2::function(__VA_ARGS__);     \
+    default:                                            \
+      return ::tfkern::baseline::function(__VA_ARGS__); \
   }
 #else
 #define TFKERN_ISA_CALL(function, ...) return ::tfkern::baseline::function(__VA_ARGS__)

@@ -1,6 +1,6 @@
-// Layer norm and RMS norm of the rows of (M, N) matrices, on the CPU. Rows lie `stride` elements apart
-// and are contiguous within. A row is read once, widened into a buffer that stays in the L1 cache, and
-// everything else (dropout, residual, statistics, output) happens there.
+// Layer norm and RMS norm of the rows of (M, N) matrices, on the CPU. Rows lie `stride` elements
+// apart and are contiguous within. A row is read once, widened into a buffer that stays in the L1
+// cache, and everything else (dropout, residual, statistics, output) happens there.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -60,7 +60,8 @@ void forward_rows(const LayerNormForward<C>& a, int64_t begin, int64_t end) {
 }
 
 template <class C>
-void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight, C* dbias) {
+void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight,
+                   C* dbias) {
   TFKERN_ISA_CALL(layer_norm_backward, a, begin, end, dweight, dbias);
 }
 
@@ -80,7 +81,8 @@ const C* parameters(const std::optional<Tensor>& t, int64_t N, std::vector<C>& s
   STD_TORCH_CHECK(t->numel() == N && (N <= 1 || t->stride(0) == 1),
                   "tfkern::layer_norm: expected a contiguous vector of N parameters");
   storage.resize(N);
-  TFKERN_DTYPE(dtype(*t), baseline::convert(storage.data(), static_cast<const T*>(t->data_ptr()), N));
+  TFKERN_DTYPE(dtype(*t),
+               baseline::convert(storage.data(), static_cast<const T*>(t->data_ptr()), N));
   return storage.data();
 }
 
@@ -92,10 +94,11 @@ Dropout dropout(const std::optional<Tensor>& seed, double p) {
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class C>
-Four forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-             const std::optional<Tensor>& residual, const std::optional<Tensor>& seed, double p,
-             double eps, bool rms) {
-  constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
+Four forward(const Tensor& x, const std::optional<Tensor>& weight,
+             const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+             const std::optional<Tensor>& seed, double p, double eps, bool rms) {
+  constexpr ScalarType kCompute =
+      std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t M = x.size(0), N = x.size(1);
   const bool separate_h = residual || seed;
   Tensor y = empty(x, {M, N}, x.scalar_type());
@@ -120,8 +123,8 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight, const std::op
       static_cast<C*>(rstd.data_ptr()),
   };
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, N));
-  torch::stable::parallel_for(
-      0, M, grain, [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
+  torch::stable::parallel_for(0, M, grain,
+                              [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
   return {y, h, mean, rstd};
 }
 
@@ -132,7 +135,8 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
               const std::optional<Tensor>& seed, double p, bool separate_residual) {
   const int64_t M = dy.size(0), N = dy.size(1);
   Tensor dx = empty(dy, {M, N}, dy.scalar_type());
-  Tensor dresidual = separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
+  Tensor dresidual =
+      separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
   Tensor dweight = weight ? empty(dy, {N}, weight->scalar_type()) : absent(dy, dy.scalar_type());
   Tensor dbias = bias ? empty(dy, {N}, bias->scalar_type()) : absent(dy, dy.scalar_type());
 
@@ -150,8 +154,8 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
       rows(dx),
       separate_residual ? rows(dresidual) : Rows{},
   };
-  // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the shape
-  // alone, so that the result does not depend on the number of threads.
+  // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the
+  // shape alone, so that the result does not depend on the number of threads.
   const int64_t chunks = std::clamp<int64_t>(M / 16, 1, 64);
   std::vector<C> partial_dweight(weight ? chunks * N : 0), partial_dbias(bias ? chunks * N : 0);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -178,14 +182,16 @@ Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Te
   STD_TORCH_CHECK(!residual || (residual->size(0) == x.size(0) && residual->size(1) == x.size(1)),
                   "tfkern::layer_norm_forward: residual and x must have the same shape");
   const bool wide = promote(x, residual) == ScalarType::Double;
-  return (wide ? forward<double> : forward<float>)(x, weight, bias, residual, seed, dropout_p, eps, rms);
+  return (wide ? forward<double> : forward<float>)(x, weight, bias, residual, seed, dropout_p, eps,
+                                                   rms);
 }
 
-Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, std::optional<Tensor> weight,
-                         std::optional<Tensor> bias, std::optional<Tensor> mean, Tensor rstd,
-                         std::optional<Tensor> seed, double dropout_p, bool separate_residual) {
-  STD_TORCH_CHECK(h.size(0) == dy.size(0) && h.size(1) == dy.size(1) && rstd.numel() == dy.size(0) &&
-                      (!mean || mean->numel() == dy.size(0)),
+Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
+                         std::optional<Tensor> weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
+                         double dropout_p, bool separate_residual) {
+  STD_TORCH_CHECK(h.size(0) == dy.size(0) && h.size(1) == dy.size(1) &&
+                      rstd.numel() == dy.size(0) && (!mean || mean->numel() == dy.size(0)),
                   "tfkern::layer_norm_backward: dy, h, mean and rstd do not fit together");
   const bool wide = rstd.scalar_type() == ScalarType::Double;
   return (wide ? backward<double> : backward<float>)(dy, dh, h, weight, bias, mean, rstd, seed,
@@ -200,7 +206,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
       "float dropout_p, float eps, bool rms) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
   m.def(
-      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, Tensor? mean, "
+      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, Tensor? "
+      "mean, "
       "Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 }

@@ -2,7 +2,8 @@
 
 template <class C>
 void load_row(C* dst, const Rows& rows, int64_t m, int64_t N) {
-  TFKERN_DTYPE(rows.dtype, convert(dst, reinterpret_cast<const T*>(rows.data + m * rows.stride), N));
+  TFKERN_DTYPE(rows.dtype,
+               convert(dst, reinterpret_cast<const T*>(rows.data + m * rows.stride), N));
 }
 
 template <class C>
@@ -10,7 +11,8 @@ void store_row(const Rows& rows, int64_t m, const C* src, int64_t N) {
   TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(rows.data + m * rows.stride), src, N));
 }
 
-// row[n] = keep ? row[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >> 32, 1).
+// row[n] = keep ? row[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >>
+// 32, 1).
 template <class C>
 void drop(C* row, int64_t m, int64_t N, const Dropout& dropout) {
   const double threshold = std::ldexp(dropout.p, 32);  // keep if the draw is not below it

@@ -1,5 +1,5 @@
-// The pybind11 module tfkern._C: facts about this build and this processor. The operators themselves
-// live in the library beside it, which has no Python symbols.
+// The pybind11 module tfkern._C: facts about this build and this processor. The operators
+// themselves live in the library beside it, which has no Python symbols.
 #include <pybind11/pybind11.h>
 
 #include "isa.h"
@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cpu_levels") = pybind11::make_tuple("default");
 #endif
-  m.def("cpu_capability", [] { return tfkern::name(tfkern::isa()); },
-        "The level of vector instructions that the kernels use in this process.");
+  m.def(
+      "cpu_capability", [] { return tfkern::name(tfkern::isa()); },
+      "The level of vector instructions that the kernels use in this process.");
 }

@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the counter-based
-// generator that every backend draws dropout masks from, so that all of them draw the same one.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the
+// counter-based generator that every backend draws dropout masks from, so that all of them draw the
+// same one.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// What the bindings need of torch: the stable ABI only, so that one binary serves every torch >= 2.11.
+// What the bindings need of torch: the stable ABI only, so that one binary serves every torch
+// >= 2.11.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,8 +1,9 @@
-// Vectors of float or double for one instruction set. Included by each_isa.h only, inside a namespace
-// and a target region of its own, hence without an include guard. TFKERN_VEC_BYTES is the width.
+// Vectors of float or double for one instruction set. Included by each_isa.h only, inside a
+// namespace and a target region of its own, hence without an include guard. TFKERN_VEC_BYTES is the
+// width.
 //
-// The vectors are the compiler's own (GCC vector extension): + - * /, comparisons and ?: work on them,
-// and a * b + c becomes a fused multiply-add.
+// The vectors are the compiler's own (GCC vector extension): + - * /, comparisons and ?: work on
+// them, and a * b + c becomes a fused multiply-add.
 
 typedef float VecFloat __attribute__((vector_size(TFKERN_VEC_BYTES)));
 typedef double VecDouble __attribute__((vector_size(TFKERN_VEC_BYTES)));
@@ -52,7 +53,7 @@ inline void store(float* p, VecFloat v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, VecDouble v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(BFloat16* p, VecFloat v) {
   VecUint bits = (VecUint)v;
-  bits += 0x7fffu + ((bits >> 16) & 1u);            // round to nearest, ties to even
+  bits += 0x7fffu + ((bits >> 16) & 1u);             // round to nearest, ties to even
   bits = v == v ? bits : (VecUint{} + 0x7fc00000u);  // the carry could turn a NaN into an infinity
   VecHalfBits h = __builtin_convertvector(bits >> 16, VecHalfBits);
   std::memcpy(p, &h, sizeof(h));
@@ -150,10 +151,11 @@ inline C maximum(Vec<C> v) {
   return best;
 }
 
-// e^x = 2^n e^r with |r| <= ln(2)/2; the polynomial's relative error is 1e-8, the result is within 2 ulp.
+// e^x = 2^n e^r with |r| <= ln(2)/2; the polynomial's relative error is 1e-8, the result is within
+// 2 ulp.
 inline VecFloat exp(VecFloat x) {
   x = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));  // above: inf, below: 0; NaN stays
-  const VecFloat magic = broadcast(12582912.0f);            // 1.5 * 2^23: adding it rounds to an integer
+  const VecFloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecFloat n = (x * 1.44269504f + magic) - magic;
   VecFloat r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;

@@ -1,7 +1,7 @@
 """Triton kernels, one file per op. This folder is installed as `tfkern.kernels`.
 
-Every launcher is an operator of the library `tfkern_triton`, so that torch.compile sees one call with
-known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors.
+Every launcher is an operator of the library `tfkern_triton`, so that torch.compile sees one call
+with known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 
 if __name__ != "tfkern.kernels":
-    raise ImportError("this folder is tfkern.kernels, not a top-level package: run `pip install -e .`")
+    raise ImportError(
+        "this folder is tfkern.kernels, not a top-level package: run `pip install -e .`"
+    )
 
 import triton  # noqa: E402  an ImportError here is the reason that dispatch reports
 

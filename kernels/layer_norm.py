@@ -1,9 +1,10 @@
-"""Layer norm and RMS norm of the rows of (M, N) matrices, with dropout and residual addition in front.
+"""Layer norm and RMS norm of the rows of (M, N) matrices, dropout and residual addition in front.
 
 Forward: a program holds whole rows in registers, so x is read once; the variance is summed from the
-register copy, which is as stable as Welford's method. Backward: a fixed number of programs stride over
-the rows, read x and dy once, and keep their part of dweight and dbias in float32 registers; one small
-kernel adds the parts in a fixed order, so there are no atomics and the result is deterministic.
+register copy, which is as stable as Welford's method. Backward: a fixed number of programs stride
+over the rows, read x and dy once, and keep their part of dweight and dbias in float32 registers;
+one small kernel adds the parts in a fixed order, so there are no atomics and the result is
+deterministic.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import register, unavailable
 
-_MAX_N = 16384  # wider rows would not fit into the registers of the backward
+_MAX_N = 16384  # the backward spills a little beyond 8192 and would spill badly beyond this
 
 
 def _config(N: int) -> tuple[int, int, int]:
@@ -29,7 +30,7 @@ def _config(N: int) -> tuple[int, int, int]:
 
 @functools.lru_cache
 def _programs(device: torch.device) -> int:
-    """Programs of the backward: enough to fill the device, few enough to make the last sum small."""
+    """Programs of the backward: they fill the device, and leave the last sum small."""
     if device.type != "cuda":
         return 4
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -37,7 +38,7 @@ def _programs(device: torch.device) -> int:
 
 @triton.jit
 def _keep(SEED, m, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Dropout mask of a tile: element (m, n) takes lane n % 4 of counter (n // 4, m, m >> 32, 1)."""
+    """Dropout mask: element (m, n) takes lane n % 4 of counter (n // 4, m, m >> 32, 1)."""
     group = tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     low = (m & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.zeros_like(group).to(tl.uint32)
     high = (m >> 32).to(tl.uint32)[:, None] + tl.zeros_like(group).to(tl.uint32)
@@ -149,7 +150,8 @@ def _backward_kernel(
             dh -= (tl.sum(g, 1) / N)[:, None]
         dh *= rstd
         if DH is not None:
-            dh += tl.load(DH + m[:, None] * stride_dh + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            more = tl.load(DH + m[:, None] * stride_dh + n[None, :], mask=mask, other=0.0)
+            dh += more.to(tl.float32)
         # forward: h = residual + dropout(x)
         if DR is not None:
             tl.store(DR + m[:, None] * N + n[None, :], dh.to(DR.dtype.element_ty), mask=mask)
@@ -197,7 +199,8 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
         None if p is None else rstd.new_empty(programs, N) for p in (weight, bias)
     )
     _backward_kernel[(programs,)](
-        dy, dh, h, weight, mean, rstd, seed, dx, _or_none(dresidual), partial_dweight, partial_dbias,
+        dy, dh, h, weight, mean, rstd, seed,
+        dx, _or_none(dresidual), partial_dweight, partial_dbias,
         dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), M, N, *_dropout(dropout_p),
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
@@ -232,8 +235,8 @@ forward = register(
     _forward_outputs,
 )
 backward = register(
-    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, Tensor? mean, "
-    "Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
+    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
+    "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _backward,
     _backward_outputs,

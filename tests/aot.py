@@ -13,6 +13,7 @@ cannot compile.
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
@@ -175,6 +176,18 @@ def report(group: str, *arches: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def check(group: str, spills: Mapping[str, int] | None = None) -> None:
+    """Fails on a kernel of `group` that spills or asks for more shared memory than there is.
+
+    `spills` allows a kernel that many bytes of stack, in float32 only.
+    """
+    for row in report(group):
+        allowed = (spills or {}).get(row["kernel"], 0) if "bf16" not in row["dtypes"] else 0
+        label = {k: row[k] for k in ("kernel", "arch", "dtypes", "constexprs", "num_warps")}
+        assert row["stack"] <= allowed, f"{row['stack']} bytes of spills: {label}"
+        assert row["shared"] <= row["limit"], f"{row['shared']} > {row['limit']} bytes: {label}"
+
+
 def _row(launch: Launch) -> dict:
     start = time.perf_counter()
     used = launch.compile()
@@ -237,6 +250,22 @@ def selftest():
     odd = torch.empty(128, 129, dtype=torch.bfloat16, device="cuda").narrow(1, 0, 128)
     _launch_matmul(odd, odd)
     _launch_matmul(a, a, num_warps=1)
+
+
+@group
+def layer_norm():
+    """A usual width and the largest that fits into registers; every option at once, and none."""
+    from tfkern.kernels import layer_norm as op
+
+    seed = torch.empty((), dtype=torch.int64, device="cuda")
+    for N, dtype in itertools.product((768, 8192), (torch.bfloat16, torch.float32)):
+        x = torch.empty(4096, N, dtype=dtype, device="cuda")
+        w = torch.empty(N, dtype=dtype, device="cuda")
+        stat = torch.empty(4096, device="cuda")
+        op._forward(x, w, w, x, seed, 0.1, 1e-5, False)
+        op._backward(x, x, x, w, w, stat, stat, seed, 0.1, True)
+        op._forward(x, w, None, None, None, 0.0, 1e-5, True)
+        op._backward(x, None, x, w, None, None, stat, None, 0.0, False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 
+import aot
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,9 @@ def test_strides(backend, device, layout):
 
 
 def test_nothing_is_overwritten_and_runs_are_equal(backend, dtype, device):
-    inputs = make((33, 70), dtype, device) | {"residual": torch.randn(33, 70, device=device).to(dtype)}
+    inputs = make((33, 70), dtype, device) | {
+        "residual": torch.randn(33, 70, device=device).to(dtype)
+    }
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     before = {k: v.detach().clone() for k, v in inputs.items()}
     grads = (torch.randn(33, 70).to(device, dtype), torch.randn(33, 70).to(device, dtype))
@@ -303,7 +306,16 @@ def test_opcheck(backend, device, with_residual):
     x, weight, bias = (t.to(device) for t in (x, weight, bias))
     residual = torch.randn(6, 20, device=device) if with_residual else None
     seed = torch.tensor(1, device=device) if with_residual else None
-    args = (x, weight, bias if with_residual else None, residual, seed, 0.2, 1e-5, not with_residual)
+    args = (
+        x,
+        weight,
+        bias if with_residual else None,
+        residual,
+        seed,
+        0.2,
+        1e-5,
+        not with_residual,
+    )
     torch.library.opcheck(ops.layer_norm_forward.default, args)
     _, h, mean, rstd = ops.layer_norm_forward(*args)
     args = (
@@ -311,6 +323,10 @@ def test_opcheck(backend, device, with_residual):
         mean if with_residual else None, rstd, seed, 0.2, with_residual,
     )  # fmt: skip
     torch.library.opcheck(ops.layer_norm_backward.default, args)
+
+
+def test_compiles_ahead_of_time_without_spills():
+    aot.check("layer_norm")
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -374,7 +390,10 @@ x = torch.zeros(2, 4)
         (lambda: tfkern.layer_norm(x, torch.zeros(4, device="meta")), ["weight", "meta", "cpu"]),
         (lambda: tfkern.layer_norm(x, residual=torch.zeros(4)), ["residual", "(4,)", "(2, 4)"]),
         (lambda: tfkern.layer_norm(x, dropout_p=1.5), ["dropout_p", "1.5"]),
-        (lambda: tfkern.rms_norm(x, dropout_p=0.5, seed=torch.zeros(2)), ["seed", "float32", "(2,)"]),
+        (
+            lambda: tfkern.rms_norm(x, dropout_p=0.5, seed=torch.zeros(2)),
+            ["seed", "float32", "(2,)"],
+        ),
         (lambda: tfkern.rms_norm(x, eps=-1.0), ["eps", "-1.0"]),
         (lambda: tfkern.rms_norm(x, backend="cuda"), ["backend", "'cuda'", "native, triton"]),
     ],

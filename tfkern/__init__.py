@@ -3,7 +3,15 @@
 from importlib.metadata import version as _version
 
 from tfkern.dispatch import Explanation, backends, use_backend
-from tfkern.ops import explain, layer_norm, rms_norm
+from tfkern.ops import attention, explain, layer_norm, rms_norm
 
 __version__ = _version("tfkern")
-__all__ = ["Explanation", "backends", "explain", "layer_norm", "rms_norm", "use_backend"]
+__all__ = [
+    "Explanation",
+    "attention",
+    "backends",
+    "explain",
+    "layer_norm",
+    "rms_norm",
+    "use_backend",
+]

@@ -1,8 +1,8 @@
 """Chooses the backend that runs an op. The only file that names one.
 
 A backend is a package with one module per op, and each module has `forward`, `backward` and
-`why_not`, which returns a sentence or None. Backends are imported before the first call that may use
-them, and kept in plain dicts: torch.compile cannot trace an import or a context variable.
+`why_not`, which returns a sentence or None. Backends are imported before the first call that may
+use them, and kept in plain dicts: torch.compile cannot trace an import or a context variable.
 """
 
 import contextlib
@@ -23,7 +23,9 @@ _PACKAGE = {
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 _ops: list[str] = []
-_missing: dict[str, str | None] = {}  # backend -> why its package cannot be imported, None if it can
+_missing: dict[
+    str, str | None
+] = {}  # backend -> why its package cannot be imported, None if it can
 _implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, op)
 _forced: str | None = None
 
@@ -91,10 +93,10 @@ def why_not(op: str, backend: str, args: tuple) -> str | None:
 
 
 def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
-    """Which backend serves the call: the forced one or none, else the first of the device's order."""
+    """Which backend serves the call: the forced one or none, else the device's first that can."""
     forced = _forced if backend is None else check_backend(backend)
     order = (forced,) if forced else _ORDER.get(args[0].device.type, ("reference",))
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in order:
         reason = why_not(op, name, args)
         if reason is None:
@@ -119,7 +121,9 @@ def backends(op: str) -> dict[str, str | None]:
     for backend in _PACKAGE:
         load(backend)
     return {
-        name: None if (name, op) in _implementations else _missing[name] or f"does not implement {op}"
+        name: None
+        if (name, op) in _implementations
+        else _missing[name] or f"does not implement {op}"
         for name in _PACKAGE
     }
 
@@ -143,7 +147,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Turns autocast off around an op, whose inputs already have the dtype that it shall compute in."""
+    """Turns autocast off around an op whose inputs already have the dtype to compute in."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

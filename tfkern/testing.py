@@ -1,16 +1,17 @@
 """Compares a kernel with a float64 reference: what tests, `tfkern validate` and users share.
 
-The yardstick is PyTorch itself. The reference runs once in float64, which is taken for the truth, and
-once in the dtype of the inputs, whose error says what that dtype can give. A kernel passes if
+The yardstick is PyTorch itself. The reference runs once in float64, which is taken for the truth,
+and once in the dtype of the inputs, whose error says what that dtype can give. A kernel passes if
 
     max|ours - truth| <= 2 max|torch - truth| + floor
 
 for every output and every gradient, where the floor is the rounding noise of the dtype around the
-truth g, 2 max|((g + 0.3) - 0.3) - g|. For float64 inputs, where truth and yardstick coincide, the limit is
-64 eps max(1, max|truth|). A NaN fails, and infinities must be the same ones. The rule is that of the
-tests of FlashAttention-3 (Shah et al. 2024).
+truth g, 2 max|((g + 0.3) - 0.3) - g|. For float64 inputs, where truth and yardstick coincide, the
+limit is 64 eps max(1, max|truth|). A NaN fails, and infinities must be the same ones. The rule is
+that of the tests of FlashAttention-3 (Shah et al. 2024).
 
-Example: a softmax that forgets to subtract the maximum passes on small inputs and fails on large ones.
+Example: a softmax that forgets to subtract the maximum passes on small inputs and fails on large
+ones.
 
     >>> import torch
     >>> from tfkern.testing import validate
@@ -101,7 +102,8 @@ def validate(
         inputs: arguments by name. Floating tensors are cast to float64 for the truth, and get a
             gradient; other values are passed on as they are.
         gradients: whether to compare the gradients as well.
-        grad_outputs: the incoming gradient of every output; drawn from a normal distribution if None.
+        grad_outputs: the incoming gradient of every output; drawn from a normal distribution if
+            None.
         floor_scale: factor of the floor by the name of an input, for gradients that sum many terms:
             sqrt(rows) for the weight of a norm.
         seed: for drawing the incoming gradients.
@@ -140,7 +142,7 @@ def _run(fn, inputs, dtype, gradients, grad_outputs, seed):
         return outputs, {}
     wanted = {n: a for n, a in arguments.items() if isinstance(a, Tensor) and a.requires_grad}
     if grad_outputs is None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(2**20 + seed)  # not the seed of the inputs
         # drawn in the dtype of the call, so that all three runs get the same numbers
         narrow = next((inputs[n].dtype for n in wanted), torch.float32)
         grad_outputs = tuple(
@@ -181,7 +183,9 @@ def _compare(name, ours, torchs, truth, floor_scale) -> Comparison:
         torch_error, magnitude = 0.0, max(1.0, _largest(truth.abs()))
         limit = 64 * torch.finfo(torch.float64).eps * magnitude * floor_scale
     else:
-        torch_error = _largest((torchs[finite].double() - truth).abs().nan_to_num(nan=0.0, posinf=0.0))
+        torch_error = _largest(
+            (torchs[finite].double() - truth).abs().nan_to_num(nan=0.0, posinf=0.0)
+        )
         g = truth.to(ours.dtype)
         floor = 2 * _largest((((g + 0.3) - 0.3) - g).double().abs())
         limit = 2 * torch_error + floor * floor_scale

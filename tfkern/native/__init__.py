@@ -7,7 +7,9 @@ import torch
 try:
     from tfkern import _C
 except ImportError as error:
-    raise ImportError(f"not part of this installation, built with TFKERN_NATIVE=0 ({error})") from None
+    raise ImportError(
+        f"not part of this installation, built with TFKERN_NATIVE=0 ({error})"
+    ) from None
 
 for _library in sorted(Path(_C.__file__).parent.glob("_operators*.so")):
     torch.ops.load_library(_library)

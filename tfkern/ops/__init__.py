@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from tfkern import dispatch
+from tfkern.ops import attention as _attention
 from tfkern.ops import layer_norm as _layer_norm
+from tfkern.ops.attention import attention
 from tfkern.ops.layer_norm import layer_norm, rms_norm
 
-__all__ = ["explain", "layer_norm", "rms_norm"]
+__all__ = ["attention", "explain", "layer_norm", "rms_norm"]
 
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
+    "attention": ("attention", _attention.bind),
     "layer_norm": ("layer_norm", _layer_norm.bind),
     "rms_norm": ("layer_norm", _layer_norm.bind_rms),
 }
@@ -23,7 +26,8 @@ def explain(function: str, *args: Any, backend: str | None = None, **options: An
         *args, **options: the arguments of the call, those that concern the computation.
 
     Returns:
-        An `Explanation` with `backend` (None if none serves) and `reasons`; str() gives a paragraph.
+        An `Explanation` with `backend` (None if none serves) and `reasons`; str() gives a
+        paragraph.
 
     Raises:
         ValueError: an unknown function, or arguments that the function itself would refuse.

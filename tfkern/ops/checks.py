@@ -1,4 +1,4 @@
-"""The checks that public functions share: each raises ValueError with what it got and what it takes."""
+"""The checks that public functions share. A ValueError says what was got and what is taken."""
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ def shape(name: str, x: Tensor, expected: tuple, what: str) -> None:
 def probability(name: str, p: float) -> None:
     if not 0 <= p <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple:
+    """The tensors in autocast's dtype if autocast is on for their device, as they are otherwise.
+
+    As autocast does to torch's own operators, this leaves float64 alone.
+    """
+    kind = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def values_at_hand(x: Tensor) -> bool:
+    """Whether reading values of x is free of synchronisation and of graph breaks."""
+    plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and not torch._C._functorch.is_batchedtensor(x)
 
 
 def seed(value: Tensor | int | None, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm with fused dropout and residual addition: checks, autograd, public functions."""
+"""Layer norm and RMS norm with fused dropout and residual: checks, autograd, public functions."""
 
 from typing import Any
 
@@ -27,17 +27,17 @@ def layer_norm(
 
         y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias
 
-    Statistics and sums are float32 (float64 for float64 inputs) whatever the dtype of x. Autocast does
-    not apply: y keeps the dtype of x.
+    Statistics and sums are float32 (float64 for float64 inputs) whatever the dtype of x. Autocast
+    does not apply: y keeps the dtype of x.
 
     Args:
         x: (..., N), float32, float64, bfloat16 or float16.
         weight, bias: (N,), any floating dtype, often float32 beside a bfloat16 x.
         residual: the shape of x, any floating dtype. h has the promoted dtype of the two.
-        dropout_p: probability that an element of x is zeroed; the others grow by 1 / (1 - dropout_p).
-            Call with 0 outside training.
-        seed: key of the dropout mask, a 0-d int64 tensor or an int; the same seed gives the same mask
-            on every backend. None draws one from torch's generator of the device.
+        dropout_p: probability that an element of x is zeroed; the others grow by 1 / (1 -
+            dropout_p). Call with 0 outside training.
+        seed: key of the dropout mask, a 0-d int64 tensor or an int; the same seed gives the same
+            mask on every backend. None draws one from torch's generator of the device.
         eps: added to the variance.
         return_residual: also return h, the residual stream for the next sublayer.
         backend: forces "native", "triton" or "reference" for this call.
@@ -79,7 +79,9 @@ def rms_norm(
     return _apply(x, args, return_residual, backend)
 
 
-def bind(x, weight=None, bias=None, *, residual=None, dropout_p=0.0, seed=None, eps=1e-5, rms=False):
+def bind(
+    x, weight=None, bias=None, *, residual=None, dropout_p=0.0, seed=None, eps=1e-5, rms=False
+):
     """The public arguments, checked, as the positional arguments of an implementation's forward."""
     checks.floating("x", x)
     if x.dim() == 0:
@@ -141,7 +143,9 @@ class _LayerNorm(torch.autograd.Function):
         _, h, mean, rstd = output
         separate_h = residual is not None or seed is not None
         ctx.mark_non_differentiable(mean, rstd, *(() if separate_h else (h,)))
-        ctx.save_for_backward(h if separate_h else x, weight, bias, None if rms else mean, rstd, seed)
+        ctx.save_for_backward(
+            h if separate_h else x, weight, bias, None if rms else mean, rstd, seed
+        )
         ctx.separate_h, ctx.dropout_p, ctx.backend = separate_h, dropout_p, backend
         ctx.residual_dtype = None if residual is None else residual.dtype
 
@@ -183,9 +187,7 @@ class _LayerNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, backend):
         op = dispatch.implementation("layer_norm", backend)
-        return op.backward(
-            dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual
-        )
+        return op.backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -9,8 +9,8 @@
     dx      = dropout'(dh),  dresidual = dh
     dweight = sum(dy xhat),  dbias = sum(dy)
 
-RMS norm is the same with mean = 0 and c2 = 0. Tensors are (M, N) matrices and vectors of N. An output
-that a call does not have is an empty tensor of shape (0,).
+RMS norm is the same with mean = 0 and c2 = 0. Tensors are (M, N) matrices and vectors of N. An
+output that a call does not have is an empty tensor of shape (0,).
 """
 
 import torch
@@ -29,7 +29,7 @@ def forward(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y in the dtype of x, h (absent if it is x), and mean (absent if rms) and rstd (M,)."""
+    """Returns y in the dtype of x, h (absent if it is x), mean (absent if rms) and rstd (M,)."""
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = torch.promote_types(h_dtype, torch.float32)
     h = x.to(dtype)
@@ -77,7 +77,11 @@ def backward(
     if weight is not None:
         g = g * weight.to(dtype)
     # forward: xhat = (h - mean) * rstd
-    g = g - xhat * (g * xhat).mean(-1, keepdim=True) - (0 if mean is None else g.mean(-1, keepdim=True))
+    g = (
+        g
+        - xhat * (g * xhat).mean(-1, keepdim=True)
+        - (0 if mean is None else g.mean(-1, keepdim=True))
+    )
     g = g * rstd[:, None]
     if dh is not None:
         g = g + dh.to(dtype)

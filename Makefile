@@ -1,0 +1,46 @@
+# One virtual environment, .venv, holds everything; each target sets it up first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: bench test test-slow test-gpu bench-gpu lint format clean
+
+bench: .venv/ready  ## context-length benchmark of attention: table, CSV, JSON and plot
+	$(BIN)/tfkern bench attention --out benchmarks/results/cpu
+
+test: .venv/ready  ## everything that runs without a GPU
+	$(BIN)/pytest
+
+test-slow: .venv/ready
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+
+# The GPU targets take python3 as they find it, with torch and triton in it, and need no network.
+test-gpu: .gpu/ready
+	PYTHONPATH=.gpu $(PYTHON) -m pytest --override-ini=pythonpath=tests -p no:cacheprovider tests
+
+bench-gpu: .gpu/ready
+	PYTHONPATH=.gpu $(PYTHON) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --out benchmarks/results/gpu
+
+clean:
+	rm -rf .venv .gpu build dist *.egg-info tfkern/*.so
+
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=77' ninja
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+.gpu/ready: pyproject.toml setup.py $(wildcard csrc/* kernels/* tfkern/* tfkern/*/* benchmarks/*)
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target .gpu .
+	@touch $@

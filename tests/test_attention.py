@@ -1,0 +1,375 @@
+"""Attention on every backend against plain PyTorch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tfkern
+from tfkern.testing import validate
+
+# B, H, Hk, T, S, D, Dv, causal: tiles are 64 to 128 rows, so lengths lie on either side of them
+CASES = [
+    (64, 1, 1, 1, 1, 1, 1, False),  # many batches of a tiny case: the rule compares maxima
+    (8, 2, 1, 1, 9, 16, 16, True),
+    (8, 2, 2, 2, 5, 7, 7, True),
+    (8, 2, 2, 12, 9, 40, 40, True),  # the first three rows see nothing
+    (1, 4, 2, 33, 65, 16, 32, False),
+    (2, 4, 1, 113, 203, 64, 64, True),
+    (1, 1, 1, 239, 1, 59, 59, False),
+    (1, 2, 1, 129, 129, 80, 96, True),
+    (1, 1, 1, 70, 131, 128, 128, False),
+    (1, 1, 1, 67, 67, 256, 256, True),
+]
+
+
+def identifier(case):
+    *sizes, causal = case
+    return "x".join(map(str, sizes)) + ("-causal" if causal else "")
+
+
+def make(case, dtype, device):
+    B, H, Hk, T, S, D, Dv, _ = case
+    shapes = {"q": (B, H, T, D), "k": (B, Hk, S, D), "v": (B, Hk, S, Dv)}
+    return {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
+
+
+def dense_mask(B, T, S, causal=False, query_lengths=None, key_lengths=None):
+    """(B, 1, T, S): which query sees which key, written down row by row."""
+    mask = torch.zeros(B, 1, T, S, dtype=torch.bool)
+    for b in range(B):
+        rows = T if query_lengths is None else int(query_lengths[b])
+        keys = S if key_lengths is None else int(key_lengths[b])
+        for t in range(rows):
+            mask[b, :, t, : max(0, min(keys, t + 1 + keys - rows) if causal else keys)] = True
+    return mask
+
+
+def torch_attention(q, k, v, scale=None, return_lse=True, **masking):
+    """The yardstick: torch's own attention with a dense mask, and an unfused log-sum-exp.
+
+    torch's fused kernel rather than unfused code, because that has the same cancellation in its
+    backward, dp - rowsum(do o), as every kernel of this kind.
+    """
+    B, H, T, D = q.shape
+    S, Dv = k.shape[2], v.shape[3]
+    mask = dense_mask(B, T, S, **masking).to(q.device)
+    seen = mask.any(-1, keepdim=True)
+    q = torch.where(seen, q, 0)  # padding may hold NaN
+    k, v = (torch.where(mask.any(2)[..., None], x, 0) for x in (k, v))
+    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    if S == 0:
+        o = q.new_zeros(B, H, T, Dv)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, mask | ~seen, scale=scale) * seen
+    if not return_lse:
+        return o
+    s = (D**-0.5 if scale is None else scale) * (q @ k.mT)
+    s = s.to(torch.promote_types(s.dtype, torch.float32)).masked_fill(~(mask | ~seen), -torch.inf)
+    lse = s.logsumexp(-1) if S else s.sum(-1)
+    return o, lse.masked_fill(~seen[..., 0], -torch.inf)
+
+
+def check(inputs, backend, **options):
+    report = validate(
+        lambda **kw: tfkern.attention(**kw, **options, return_lse=True, backend=backend),
+        lambda **kw: torch_attention(**kw, **options),
+        inputs,
+    )
+    report.check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=identifier)
+def test_matches_torch(backend, dtype, device, case):
+    check(make(case, dtype, device), backend, causal=case[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [1, 7, 16, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_head_sizes(backend, dtype, device, D, causal):
+    check(make((1, 2, 1, 71, 135, D, D, causal), dtype, device), backend, causal=causal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 9), (2, 5), (5, 2), (799, 3), (113, 203), (255, 256)])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_lengths_pairs(backend, dtype, device, T, S, causal):
+    check(make((1, 2, 1, T, S, 32, 32, causal), dtype, device), backend, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_lengths(backend, dtype, device, causal):
+    """Padding holds NaN and infinities, in the incoming gradient as well, and never matters."""
+    B, H, T, S, D = 5, 2, 66, 130, 16
+    query_lengths = torch.tensor([66, 0, 3, 65, 40], device=device)
+    key_lengths = torch.tensor([130, 5, 0, 2, 129], device=device, dtype=torch.int32)
+    inputs = make((B, H, 1, T, S, D, D, causal), dtype, device)
+    lengths = {"query_lengths": query_lengths, "key_lengths": key_lengths}
+    for name, length in (("q", query_lengths), ("k", key_lengths), ("v", key_lengths)):
+        x = inputs[name]
+        padding = torch.arange(x.shape[2], device=device) >= length[:, None]
+        x.masked_fill_(padding[:, None, :, None], torch.nan)
+        x[:, :, -1] = torch.where(padding[:, None, -1:], torch.inf, x[:, :, -1])
+    padding = torch.arange(T, device=device) >= query_lengths[:, None]
+
+    def poisoned(**kw):
+        o, lse = tfkern.attention(**kw, causal=causal, **lengths, return_lse=True, backend=backend)
+        o.register_hook(lambda do: do.masked_fill(padding[:, None, :, None], torch.nan))
+        return o, lse
+
+    validate(poisoned, lambda **kw: torch_attention(**kw, causal=causal, **lengths), inputs).check()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
+def test_empty(backend, dtype, device, shape):
+    B, H, T, S = shape
+    q, k, v = make((B, H, H, T, S, 8, 8, False), dtype, device).values()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, lse = tfkern.attention(*leaves, causal=True, return_lse=True, backend=backend)
+    assert o.shape == (B, H, T, 8) and lse.shape == (B, H, T)
+    assert torch.equal(o, torch.zeros_like(o))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+    grads = torch.autograd.grad(o.sum() + lse.nan_to_num(neginf=0).sum(), leaves)
+    for x, dx in zip(leaves, grads, strict=True):
+        assert torch.equal(dx, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+def test_scale(backend, device, scale):
+    inputs = make((1, 2, 2, 65, 70, 16, 16, True), torch.float32, device)
+    check(inputs, backend, causal=True, scale=scale)
+
+
+def test_large_logits(backend, dtype, device):
+    """Scores of +-1e4: the softmax is nearly one-hot and nothing overflows."""
+    inputs = make((1, 1, 1, 40, 70, 16, 16, False), dtype, device)
+    inputs = {name: x * (50 if name != "v" else 1) for name, x in inputs.items()}
+    o, lse = tfkern.attention(**inputs, scale=1.0, return_lse=True, backend=backend)
+    truth, true_lse = torch_attention(**{n: x.double() for n, x in inputs.items()}, scale=1.0)
+    assert true_lse.max() > 1e4
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(o.double(), truth, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("layout", ["bthd", "every other", "expanded", "sliced"])
+def test_strides(backend, device, layout):
+    """Strided inputs and incoming gradients give the very bits of contiguous ones."""
+    B, H, T, D = 2, 2, 70, 16
+    q, k, v, do = {
+        "bthd": lambda: torch.randn(4, B, T, H, D, device=device).transpose(2, 3),
+        "every other": lambda: torch.randn(4, B, H, T, 2 * D, device=device)[..., ::2],
+        "expanded": lambda: torch.randn(4, B, H, 1, 1, device=device).expand(4, B, H, T, D),
+        "sliced": lambda: torch.randn(4, B, H, T + 9, D + 5, device=device)[..., 4:-5, 3:-2],
+    }[layout]().unbind()
+    results = []
+    for copy in (False, True):
+        leaves = [(x.contiguous() if copy else x).detach().requires_grad_() for x in (q, k, v)]
+        o = tfkern.attention(*leaves, causal=True, backend=backend)
+        results.append((o, *torch.autograd.grad(o, leaves, do.contiguous() if copy else do)))
+    for strided, contiguous in zip(*results, strict=True):
+        assert torch.equal(strided, contiguous)
+    check({"q": q, "k": k, "v": v}, backend, causal=True)
+
+
+def test_same_tensor_three_times(backend, device):
+    x = torch.randn(1, 2, 40, 16, device=device)
+
+    def both(attention):
+        return lambda x: attention(x, x, x, causal=True)
+
+    ours = both(lambda *a, **kw: tfkern.attention(*a, **kw, backend=backend))
+    validate(
+        ours, both(lambda *a, **kw: torch_attention(*a, **kw, return_lse=False)), {"x": x}
+    ).check()
+
+
+def test_gradient_of_lse_alone(backend, device):
+    inputs = make((1, 2, 1, 20, 30, 8, 8, True), torch.float32, device)
+    v = inputs.pop("v")
+    report = validate(
+        lambda q, k: tfkern.attention(q, k, v, causal=True, return_lse=True, backend=backend)[1],
+        lambda q, k: torch_attention(q, k, v.to(q.dtype), causal=True)[1],
+        inputs,
+    )
+    report.check()
+
+
+def test_runs_are_equal_and_nothing_is_overwritten(backend, dtype, device):
+    inputs = make((2, 4, 2, 100, 130, 32, 32, True), dtype, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    before = [x.detach().clone() for x in leaves]
+    do = torch.randn(2, 4, 100, 32, device=device).to(dtype)
+    kept = do.clone()
+
+    def run():
+        o = tfkern.attention(*leaves, causal=True, backend=backend)
+        return (o, *torch.autograd.grad(o, leaves, do))
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
+    assert torch.equal(do, kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 2)], ids=["one head", "grouped"])
+def test_threads_do_not_change_the_result(shape):
+    if tfkern.backends("attention")["native"]:
+        pytest.skip("no native build")
+    B, H, Hk = shape
+    leaves = [
+        x.requires_grad_()
+        for x in make((B, H, Hk, 300, 300, 32, 32, True), torch.float32, "cpu").values()
+    ]
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        o = tfkern.attention(*leaves, causal=True, backend="native")
+        results.append((o, *torch.autograd.grad(o.square().sum(), leaves)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+def test_causal_is_aligned_to_the_lower_right(backend, device):
+    """The last query sees every key, and a query does not see what comes after it."""
+    q, k, v = make((1, 1, 1, 3, 5, 8, 8, True), torch.float32, device).values()
+    o = tfkern.attention(q, k, v, causal=True, backend=backend)
+    last = F.scaled_dot_product_attention(q[:, :, 2:], k, v)
+    torch.testing.assert_close(o[:, :, 2:], last)
+    first = F.scaled_dot_product_attention(q[:, :, :1], k[:, :, :3], v[:, :, :3])
+    torch.testing.assert_close(o[:, :, :1], first)
+    square = make((1, 2, 2, 7, 7, 8, 8, True), torch.float32, device)
+    upper_left = F.scaled_dot_product_attention(
+        **{"query": square["q"], "key": square["k"], "value": square["v"]}, is_causal=True
+    )
+    torch.testing.assert_close(tfkern.attention(**square, causal=True, backend=backend), upper_left)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_reference_gradcheck(causal):
+    q, k, v = make((2, 2, 1, 4, 5, 3, 2, causal), torch.float64, "cpu").values()
+    lengths = torch.tensor([5, 2])
+
+    def fn(q, k, v):
+        o, lse = tfkern.attention(
+            q, k, v, causal=causal, key_lengths=lengths, return_lse=True, backend="reference"
+        )
+        return o, lse.nan_to_num(neginf=0)
+
+    assert torch.autograd.gradcheck(fn, tuple(x.requires_grad_() for x in (q, k, v)))
+
+
+def test_second_derivative_raises(backend, device):
+    q, k, v = (
+        x.requires_grad_()
+        for x in make((1, 1, 1, 4, 4, 8, 8, False), torch.float32, device).values()
+    )
+    o = tfkern.attention(q, k, v, backend=backend)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_opcheck(backend, device, with_lengths):
+    if backend == "reference":
+        pytest.skip("the reference is not a registered operator")
+    ops = torch.ops.tfkern if backend == "native" else torch.ops.tfkern_triton
+    q, k, v = make((2, 2, 1, 9, 20, 16, 8, True), torch.float32, device).values()
+    q = (
+        q.transpose(1, 2).contiguous().transpose(1, 2)
+    )  # a dense layout other than the contiguous one
+    lengths = torch.tensor([9, 4], device=device) if with_lengths else None
+    options = (lengths, lengths, True, 0.25)
+    torch.library.opcheck(ops.attention_forward.default, (q, k, v, *options))
+    o, lse = ops.attention_forward(q, k, v, *options)
+    dlse = torch.randn_like(lse) if with_lengths else None
+    torch.library.opcheck(ops.attention_backward.default, (o, dlse, q, k, v, o, lse, *options))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compile(backend, device, return_lse):
+    torch._dynamo.reset()
+
+    def fn(q, k, v):
+        out = tfkern.attention(q.sin(), k, v, causal=True, return_lse=return_lse, backend=backend)
+        return out[0] * 2 + out[1][..., None] if return_lse else out * 2
+
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T, S in ((5, 8), (9, 31), (70, 70)):
+            leaves = [
+                x.requires_grad_()
+                for x in make((2, 4, 2, T, S, 16, 16, True), torch.float32, device).values()
+            ]
+            do = torch.randn(2, 4, T, 16, device=device)
+            eager = torch.autograd.grad(fn(*leaves), leaves, do)
+            ours = torch.autograd.grad(compiled(*leaves), leaves, do)
+            for a, b in zip(ours, eager, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(backend, device):
+    q, k, v = (
+        x.unflatten(0, (3, 2))
+        for x in make((6, 2, 2, 5, 7, 8, 8, True), torch.float32, device).values()
+    )
+
+    def loss(q, k, v):
+        return tfkern.attention(q, k, v, causal=True, backend=backend).square().sum()
+
+    ours = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v)
+    leaves = [x.flatten(0, 1).double().requires_grad_() for x in (q, k, v)]
+    o = torch_attention(*leaves, causal=True, return_lse=False)
+    for a, b in zip(ours, torch.autograd.grad(o.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a.flatten(0, 1).double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast(backend, device):
+    q, k, v = (
+        x.requires_grad_()
+        for x in make((1, 2, 2, 6, 6, 16, 16, False), torch.float32, device).values()
+    )
+    narrow = tfkern.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        o = tfkern.attention(q, k, v, backend=backend)
+        assert o.dtype == torch.bfloat16 and torch.equal(o, narrow)
+        o.sum().backward()
+    assert q.grad.dtype == torch.float32
+    wide = torch.autograd.grad(narrow.sum(), q)[0]
+    assert torch.equal(wide, q.grad)
+
+
+q, k, v = (torch.zeros(2, 4, 3, 8) for _ in range(3))
+
+
+def on_keys(lengths):
+    return lambda: tfkern.attention(q, k, v, key_lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tfkern.attention(q[0], k, v), ["q", "(4, 3, 8)"]),
+        (lambda: tfkern.attention(q.int(), k, v), ["q", "int32"]),
+        (lambda: tfkern.attention(q, k.double(), v), ["k", "float64", "float32"]),
+        (lambda: tfkern.attention(q, k.to("meta"), v), ["k", "meta", "cpu"]),
+        (lambda: tfkern.attention(q, k[..., :4], v), ["k", "(2, 4, 3, 4)", "(2, 4, 3, 8)"]),
+        (lambda: tfkern.attention(q, k, v[:, :, :2]), ["v", "(2, 4, 2, 8)", "(2, 4, 3, 8)"]),
+        (lambda: tfkern.attention(q, k[:, :3], v[:, :3]), ["heads", "4", "3"]),
+        (lambda: tfkern.attention(q, k[:, :0], v[:, :0]), ["heads", "4", "0"]),
+        (lambda: tfkern.attention(*(torch.zeros(1, 1, 2, 257),) * 3), ["head size", "256", "257"]),
+        (lambda: tfkern.attention(*(torch.zeros(1, 1, 2, 0),) * 3), ["head size", "0"]),
+        (on_keys(torch.tensor([1, 4])), ["key_lengths", "0 to 3", "4"]),
+        (on_keys(torch.tensor([-1, 2])), ["key_lengths", "-1"]),
+        (on_keys(torch.tensor([1.0, 2])), ["key_lengths", "float32"]),
+        (on_keys([1, 2]), ["key_lengths", "list"]),
+        (on_keys(torch.tensor([1])), ["key_lengths", "(1,)", "(2,)"]),
+        (lambda: tfkern.attention(q, k, v, backend="flash"), ["backend", "'flash'"]),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,222 @@
+"""The benchmark suite: what it counts, what it refuses, what it writes. No test asserts a time."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import tfkern
+from tfkern.benchmarks import attention, memory, report, sweep, timing
+from tfkern.benchmarks.case import Variant, load
+
+_QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A sweep without the parts that take seconds: the ceiling and fresh processes."""
+    monkeypatch.setattr(timing, "product_ceiling", lambda dtype, device: 1e11)
+    monkeypatch.setattr(timing, "copy_ceiling", lambda device: 1e10)
+    monkeypatch.setattr(memory, "peak", lambda case, variant: 1000 * case.length)
+
+
+def _case(**options):
+    return load("attention")(**{"length": 16, "heads": 2, "head_dim": 8} | options)
+
+
+def _variant(case, name):
+    return next(v for v in case.variants() if v.name == name)
+
+
+def _names(case):
+    return [v.name for v in case.variants() if v.unavailable is None]
+
+
+@pytest.mark.parametrize("name", _names(_case()))
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_counted_flops_are_quadratic(name, causal, backward):
+    lengths = [4096, 8192, 16384, 32768, 65536]
+    case = _case(causal=causal, backward=backward)
+    counts = [sweep.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
+    assert sweep.slope(lengths, counts) == pytest.approx(2, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["plain", "sdpa flash", "sdpa math"])
+def test_counted_flops_equal_the_closed_form(name):
+    case = _case(length=4096, batch=3)
+    closed = 4 * 3 * 2 * 4096**2 * 8
+    assert sweep.count_flops(case, _variant(case, name)) == closed == case.work("forward")
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 9), (64, 64), (100, 100), (130, 70), (0, 4)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tile_flops_counts_tiles_with_a_visible_pair(T, S, causal):
+    rows, cols = torch.arange(T)[:, None], torch.arange(S)[None, :]
+    visible = (cols <= rows + S - T) if causal else torch.ones(T, S, dtype=torch.bool)
+    pairs = 0
+    for t in range(0, T, 16):
+        for s in range(0, S, 32):
+            tile = visible[t : t + 16, s : s + 32]
+            pairs += tile.numel() if tile.any() else 0
+    shapes = (2, 3, T, 8), (2, 3, S, 8), (2, 3, S, 4)
+    counted = attention.tile_flops(*shapes, causal=causal, tile=(16, 32), products=(1, 1))
+    assert counted == 2 * 2 * 3 * pairs * (8 + 4)
+
+
+def test_work_by_convention():
+    case = _case(length=1024, backward=True)
+    forward = case.work("forward")
+    assert forward == 4 * 2 * 1024**2 * 8
+    assert case.work("backward") == 2.5 * forward
+    assert case.work("forward+backward") == 3.5 * forward
+    assert _case(length=1024, causal=True).work("forward") == forward / 2
+    norm = load("layer_norm")(length=10, hidden=32, backward=True)
+    assert norm.work("forward") == 2 * 10 * 32 * 4
+    assert norm.work("backward") == 3 * 10 * 32 * 4
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_variant_is_not_timed(quick, monkeypatch, backward):
+    right = attention.OpCase.variants
+
+    def planted(case, backends=None):
+        def wrong(q, k, v):
+            assert case.length <= 197, "timed"
+            return 1.001 * attention.plain(q, k, v, causal=case.causal)
+
+        return [*right(case, backends), Variant("planted", wrong)]
+
+    monkeypatch.setattr(attention.OpCase, "variants", planted)
+    results = sweep.run(_case(backward=backward), [256], protocol=_QUICK)
+    assert list(results.wrong) == ["planted"]
+    assert results.wrong["planted"].startswith("output is off by ")
+    assert "plain" in {r["variant"] for r in results.rows}
+    assert "planted" not in {r["variant"] for r in results.rows}
+
+
+def test_a_wrong_gradient_is_noticed(quick, monkeypatch):
+    def wrong(q, k, v):
+        return attention.plain(q, k, v.detach() + 0.5 * (v - v.detach()), causal=False)
+
+    monkeypatch.setattr(attention.OpCase, "variants", lambda *_: [Variant("planted", wrong)])
+    assert "dv" in sweep.run(_case(backward=True), [16], protocol=_QUICK).wrong["planted"]
+    assert not sweep.run(_case(), [16], protocol=_QUICK).wrong
+
+
+def test_what_does_not_fit_is_predicted_and_not_run(quick, monkeypatch):
+    need = 2 * 2 * 1024**2 * 4
+    monkeypatch.setattr(memory, "available", lambda device: need)
+    results = sweep.run(_case(), [512, 1024], protocol=_QUICK)
+    rows = {(r["variant"], r["length"]): r for r in results.rows}
+    assert rows["plain", 512]["status"] == sweep.MEASURED
+    assert rows["plain", 1024]["status"] == "would need 16.8 MB"
+    assert rows["plain", 1024]["predicted_bytes"] == need
+    assert rows["plain", 1024]["p50_ms"] is None
+    assert rows["sdpa flash", 1024]["status"] == sweep.MEASURED
+
+
+def test_what_takes_too_long_is_predicted(quick):
+    results = sweep.run(_case(), [16, 1000000], protocol=_QUICK, max_seconds=1e-3)
+    status = {r["status"] for r in results.rows if r["length"] == 1000000}
+    assert all(s.startswith("would ") for s in status)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_files(quick, tmp_path, backward):
+    results = sweep.run(_case(backward=backward), [16, 32], protocol=_QUICK)
+    paths = report.write(results, tmp_path)
+    assert [p.name for p in paths] == ["attention.csv", "attention.json", "attention.png"]
+    with paths[0].open() as file:
+        rows = list(csv.DictReader(file))
+    columns = {
+        *("op", "variant", "pass", "length", "dtype", "batch", "heads", "head_dim", "causal"),
+        *("status", "p20_ms", "p50_ms", "p80_ms", "rate", "unit", "fraction_of_ceiling"),
+        *("counted_flops", "peak_bytes", "predicted_bytes"),
+        *("device", "instructions", "threads", "driver", "torch", "triton", "tfkern"),
+        *("commit", "date", "command"),
+    }
+    assert columns <= set(rows[0])
+    passes = ["forward", "backward", "forward+backward"] if backward else ["forward"]
+    assert len(rows) == 2 * len(_names(_case())) * len(passes)
+    assert list(dict.fromkeys(r["pass"] for r in rows)) == passes
+    assert all(r["torch"] == torch.__version__ and r["device"] and r["date"] for r in rows)
+    content = json.loads(paths[1].read_text())
+    assert len(content["rows"]) == len(rows)
+    assert content["slopes"]["plain"]["counted_flops"] == pytest.approx(2, abs=1e-6)
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "mlp", "model"])
+def test_other_ops(quick, monkeypatch, tmp_path, op):
+    kind = load(op)
+    every = kind.variants
+    monkeypatch.setattr(  # compiling takes a while, and is PyTorch's business
+        kind, "variants", lambda *a: [v for v in every(*a) if v.name != "torch.compile"]
+    )
+    results = sweep.run(kind(length=16, hidden=32, backward=True), [16, 32], protocol=_QUICK)
+    assert not results.wrong
+    assert {r["status"] for r in results.rows} == {sweep.MEASURED}
+    assert len(report.write(results, tmp_path)) == 3
+
+
+def test_variants_are_interleaved_until_each_has_enough():
+    calls = []
+    steps = {name: timing.Step(lambda name=name: calls.append(name)) for name in "ab"}
+    protocol = timing.Protocol(warmup=0, min_samples=3, max_samples=3, min_seconds=0)
+    timings = timing.interleaved(steps, "cpu", protocol)
+    assert "".join(calls) == "ababab"
+    assert [len(t.samples) for t in timings.values()] == [3, 3]
+
+
+def test_quantiles():
+    samples = [(float(i), 2.0 * i) for i in range(11)]
+    assert timing.Timing(samples).quantiles("forward") == (2, 5, 8)
+    assert timing.Timing(samples).quantiles("forward+backward") == (6, 15, 24)
+
+
+def test_slope():
+    assert sweep.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert sweep.slope([1, 2], [0, 5]) is None
+
+
+def _memory_slope(name, lengths, **options):
+    peaks = []
+    for length in lengths:
+        case = _case(length=length, heads=2, head_dim=64, **options)
+        peaks.append(memory.peak(case, _variant(case, name)))
+    return sweep.slope(lengths, peaks)
+
+
+def test_peak_memory_of_plain_attention_is_quadratic():
+    assert 1.9 < _memory_slope("plain", [1024, 4096]) < 2.1
+
+
+@pytest.mark.skipif(
+    tfkern.backends("attention")["native"] is not None, reason="no native kernel here"
+)
+def test_peak_memory_of_native_attention_is_linear():
+    assert _memory_slope("tfkern native", [1024, 8192]) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_growth_of_peak_memory(causal, backward):
+    lengths = [1024, 2048, 4096, 8192]
+    options = {"causal": causal, "backward": backward}
+    assert 1.9 < _memory_slope("plain", lengths, **options) < 2.1
+    assert _memory_slope("sdpa flash", lengths, **options) < 1.1
+    if tfkern.backends("attention")["native"] is None:
+        assert _memory_slope("tfkern native", lengths, **options) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "sdpa math", "tfkern reference"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_predicted_memory_is_near_the_measured(name, causal, backward):
+    case = _case(length=4096, head_dim=64, causal=causal, backward=backward)
+    variant = _variant(case, name)
+    assert variant.scratch == pytest.approx(memory.peak(case, variant), rel=0.2)

@@ -1,0 +1,110 @@
+"""The program `tfkern`: what it says and how it exits."""
+
+import sys
+
+import pytest
+
+from tfkern.benchmarks import attention, memory, timing
+from tfkern.benchmarks.case import Variant
+from tfkern.cli import main
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "product_ceiling", lambda dtype, device: 1e11)
+    monkeypatch.setattr(memory, "peak", lambda case, variant: 1000 * case.length)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["nope"], "nope"),
+        (["bench", "nope"], "nope"),
+        (["bench", "attention", "--nope"], "--nope"),
+        (["bench", "attention", "--lengths", "16,many"], "lengths are integers"),
+        (["bench", "attention", "--lengths", "0"], "lengths must be positive"),
+        (["bench", "attention", "--dtype", "float12"], "unknown dtype 'float12'"),
+        (["bench", "attention", "--head-dim", "x"], "--head-dim"),
+        (["bench", "attention", "--heads", "0"], "--heads"),
+        (["bench", "attention", "--backends", "abacus"], "unknown backend 'abacus'"),
+        (["bench", "attention", "--device", "abacus"], "unknown device 'abacus'"),
+        (["bench", "attention", "--device", "cuda:99"], "cuda:99 is not available"),
+        (["bench", "attention", "--out", "/dev/null/x"], "/dev/null"),
+        (["bench", "mlp", "--activation", "abacus"], "unknown activation 'abacus'"),
+        (["doctor", "--nope"], "--nope"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(capsys, arguments, told):
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("tfkern: ") and output.err.count("\n") == 1
+    assert told in output.err
+
+
+def test_a_forced_backend_that_cannot_serve_is_an_error(quick, capsys, tmp_path):
+    call = ["bench", "attention", "--lengths", "16", "--out", str(tmp_path / "out")]
+    assert main([*call, "--device", "cpu", "--backends", "triton"]) == 2
+    assert "tfkern triton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_a_missing_extra_is_one_line(monkeypatch, capsys, missing):
+    for name in [n for n in sys.modules if n.startswith(("tfkern.benchmarks.", missing))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == (
+        f"tfkern: {missing} is not installed: pip install tfkern[cli]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--help"], ["bench", "doctor"]),
+        (["bench", "--help"], ["attention", "layer_norm", "mlp", "model", "float64"]),
+        (["bench", "attention", "--help"], ["--lengths", "--causal", "--backward", "--out"]),
+        (["doctor", "--help"], ["--kernels"]),
+    ],
+)
+def test_help(capsys, arguments, told):
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert all(word in output for word in told)
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    for word in ("torch", "python", "device", "CUDA architectures", "attention", "reference", "on"):
+        assert word in output
+
+
+def test_doctor_lists_kernels_and_where_they_ran(capsys):
+    pytest.importorskip("triton")
+    assert main(["doctor", "--kernels"]) == 0
+    output = capsys.readouterr().out
+    assert "layer_norm_forward_kernel" in output and "no GPU yet" in output
+
+
+def test_bench_writes_its_files(quick, capsys, tmp_path):
+    out = tmp_path / "results"
+    call = ["bench", "attention", "--lengths", "16,32", "--heads", "1", "--device", "cpu"]
+    assert main([*call, "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "attention.csv",
+        "attention.json",
+        "attention.png",
+    ]
+    assert "sdpa flash" in capsys.readouterr().out
+
+
+def test_bench_exits_with_1_on_a_wrong_variant(quick, monkeypatch, capsys, tmp_path):
+    def wrong(q, k, v):
+        return v
+
+    monkeypatch.setattr(attention.OpCase, "variants", lambda *_: [Variant("planted", wrong)])
+    call = ["bench", "attention", "--lengths", "16", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(call) == 1
+    assert "planted is wrong and was not timed" in capsys.readouterr().err

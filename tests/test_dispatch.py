@@ -1,0 +1,113 @@
+"""Choosing a backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tfkern
+from tfkern import dispatch
+
+x = torch.randn(3, 8)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def test_backends_names_all_three():
+    assert tfkern.backends("layer_norm") == {"native": None, "triton": None, "reference": None}
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown op 'softmax': expected one of"):
+        tfkern.backends("softmax")
+    with pytest.raises(ValueError, match="unknown backend 'cpp': expected one of native"):
+        with tfkern.use_backend("cpp"):
+            pass
+    with pytest.raises(ValueError, match="unknown function 'softmax': expected one of"):
+        tfkern.explain("softmax", x)
+
+
+def test_default_on_a_cpu_is_native():
+    explanation = tfkern.explain("layer_norm", x)
+    assert explanation.backend == "native" and explanation.reasons == {}
+    assert str(explanation) == "layer_norm: native"
+
+
+def test_explain_gives_the_reason():
+    explanation = tfkern.explain("layer_norm", torch.empty(2, 3, device="meta"), backend="native")
+    assert explanation.backend is None
+    assert "run on the CPU, got meta" in str(explanation)
+
+
+def test_use_backend_nests_and_restores():
+    with tfkern.use_backend("reference"):
+        assert tfkern.explain("layer_norm", x).backend == "reference"
+        with tfkern.use_backend("triton"):
+            assert tfkern.explain("layer_norm", x).backend == "triton"
+            assert tfkern.explain("layer_norm", x, backend="native").backend == "native"
+        with tfkern.use_backend(None):
+            assert tfkern.explain("layer_norm", x).backend == "native"
+        assert tfkern.explain("layer_norm", x).backend == "reference"
+    with pytest.raises(RuntimeError), tfkern.use_backend("reference"):
+        raise RuntimeError
+    assert tfkern.explain("layer_norm", x).backend == "native"
+
+
+def test_a_forced_backend_never_falls_back():
+    double = x.double()
+    assert tfkern.layer_norm(double).dtype == torch.float64
+    with tfkern.use_backend("triton"), pytest.raises(NotImplementedError) as error:
+        tfkern.layer_norm(double)
+    assert "triton: takes float32, bfloat16 and float16, got torch.float64" in str(error.value)
+
+
+def test_backward_uses_the_backend_of_its_forward(monkeypatch):
+    leaf = x.clone().requires_grad_()
+    with tfkern.use_backend("reference"):
+        y = tfkern.layer_norm(leaf)
+    for backend in ("native", "triton"):
+        module = dispatch.implementation("layer_norm", backend)
+        monkeypatch.setattr(module, "backward", lambda *a: pytest.fail("another backend ran"))
+    y.sum().backward()
+    assert leaf.grad is not None
+
+
+def test_needs_grad_reaches_why_not(monkeypatch):
+    seen = []
+    module = dispatch.implementation("layer_norm", "native")
+    monkeypatch.setattr(module, "why_not", lambda *a, needs_grad: seen.append(needs_grad))
+    leaf = x.clone().requires_grad_()
+    tfkern.layer_norm(leaf)
+    with torch.no_grad():
+        tfkern.layer_norm(leaf)
+    tfkern.layer_norm(x)
+    assert seen == [True, False, False]
+
+
+def test_environment_forces_a_backend():
+    code = "import torch, tfkern; print(tfkern.explain('rms_norm', torch.zeros(1, 2)).backend)"
+    assert run(code, TFKERN_BACKEND="reference").stdout == "reference\n"
+    assert "unknown backend 'nativ'" in run(code, TFKERN_BACKEND="nativ").stderr
+
+
+def test_triton_without_a_gpu_says_what_it_needs():
+    code = "import torch, tfkern; tfkern.layer_norm(torch.zeros(1, 2), backend='triton')"
+    error = run(code, TRITON_INTERPRET="0").stderr
+    assert "NotImplementedError" in error and "TRITON_INTERPRET=1" in error
+
+
+def test_a_backend_that_cannot_be_imported_gives_its_reason():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import tfkern; print(tfkern.backends('layer_norm')['triton'])"
+    )
+    assert "triton" in run(code).stdout

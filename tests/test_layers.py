@@ -1,0 +1,98 @@
+"""The import ranks, and what importing the package does not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from packages of lower rank. Modules of one package may import each other.
+RANKS = {
+    "tfkern.reference": 0,
+    "tfkern.kernels": 0,
+    "tfkern.native": 0,
+    "tfkern._C": -1,
+    "tfkern.dispatch": 1,
+    "tfkern.ops": 2,
+    "tfkern.nn": 3,
+    "tfkern.models": 4,
+    "tfkern.testing": 4,
+    "tfkern.benchmarks": 5,
+    "tfkern.cli": 6,
+}
+
+
+def modules():
+    for path in sorted(ROOT.glob("tfkern/**/*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(p for p in parts if p != "__init__"), path
+    for folder in ("kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            yield f"tfkern.{folder}.{path.stem}", path
+
+
+def package(name):
+    return ".".join(name.split(".")[:2])
+
+
+def imports(name, path):
+    """Full names of the tfkern modules that a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found = [package(name)]
+        elif isinstance(node, ast.ImportFrom) and node.module == "tfkern":
+            found = [f"tfkern.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found = [node.module]
+        else:
+            continue
+        for target in found:
+            assert target.split(".")[0] not in ("kernels", "benchmarks"), f"{path} imports {target}"
+            if target.split(".")[0] == "tfkern":
+                yield package(target)
+
+
+def broken_rules(files):
+    for name, path in files:
+        if name == "tfkern":
+            continue
+        for target in imports(name, path):
+            # names that tfkern itself exports come from its highest rank below nn
+            rank = RANKS.get(target, RANKS["tfkern.ops"])
+            if target != package(name) and rank >= RANKS[package(name)]:
+                yield f"{name} imports {target}"
+
+
+def test_every_module_has_a_rank():
+    assert {package(name) for name, _ in modules()} - {"tfkern"} <= set(RANKS)
+
+
+def test_imports_go_down_the_ranks():
+    assert list(broken_rules(modules())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from tfkern.ops import layer_norm", "import tfkern.nn", "from tfkern import layer_norm"],
+)
+def test_a_planted_import_is_found(tmp_path, line):
+    path = tmp_path / "planted.py"
+    path.write_text(line)
+    assert list(broken_rules([("tfkern.reference.planted", path)]))
+
+
+def test_import_is_inert():
+    """No Triton, no command line, no CUDA context, nothing printed."""
+    code = (
+        "import sys, torch, tfkern\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'triton', 'typer', 'rich', 'matplotlib', 'numpy.testing'} & set(sys.modules)\n"
+        "assert torch.cuda.device_count() or not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -1,0 +1,466 @@
+"""Modules against their namesakes in torch.nn: parameters, outputs, gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import tfkern
+import tfkern.nn.attention
+from tfkern import nn
+from tfkern.testing import validate
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=["default", "reference", "native"])
+def forced(request):
+    """The backends of the device's order, and each that runs all ops on this machine."""
+    name = None if request.param == "default" else request.param
+    if name and any(tfkern.backends(op)[name] for op in ("attention", "layer_norm", "mlp")):
+        pytest.skip(f"{name} does not run all ops here")
+    with tfkern.use_backend(name):
+        yield
+
+
+def pair(kind, *args, **options):
+    """Our module and torch's with the same random weights, loaded strictly in both directions."""
+    ours, theirs = (getattr(module, kind)(*args, **options) for module in (nn, torch.nn))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert not any(ours.load_state_dict(theirs.state_dict()))
+    assert not any(theirs.load_state_dict(ours.state_dict()))
+    return ours, theirs
+
+
+def compare(ours, theirs, modules, inputs):
+    """Outputs of two functions of inputs; gradients of inputs and of the parameters of modules."""
+    results = []
+    for function, module in zip((ours, theirs), modules, strict=True):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = [outputs] if torch.is_tensor(outputs) else [o for o in outputs if o is not None]
+        torch.manual_seed(3)
+        # not randn_like, which draws in the order of the memory
+        loss = sum((o * torch.randn(o.shape, dtype=o.dtype)).sum() for o in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, [*leaves, *module.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def check(ours, theirs, dtype, inputs, rows, **options):
+    """The error limits of `validate` for a call of both modules, with gradients of parameters."""
+    parameters = dict(theirs.named_parameters())
+
+    def run(module):
+        def function(**tensors):
+            own = {name: tensors.pop(name) for name in parameters}
+            output = functional_call(module, own, tuple(tensors.values()), options)
+            return output if torch.is_tensor(output) else output[0]
+
+        return function
+
+    tensors = {name: x.to(dtype) for name, x in {**inputs, **parameters}.items()}
+    scale = dict.fromkeys(parameters, math.sqrt(rows))
+    validate(run(ours), run(theirs), tensors, floor_scale=scale).check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options"),
+    [
+        ("LayerNorm", (6,), {}),
+        ("LayerNorm", ((5, 6),), {"bias": False}),
+        ("LayerNorm", (6,), {"elementwise_affine": False}),
+        ("RMSNorm", (6,), {"dtype": torch.float64}),
+        ("RMSNorm", ([5, 6],), {"elementwise_affine": False}),
+        ("MultiheadAttention", (6, 2), {}),
+        ("MultiheadAttention", (6, 2), {"bias": False, "add_bias_kv": True}),
+        ("MultiheadAttention", (6, 3), {"kdim": 4, "vdim": 5, "dtype": torch.float64}),
+    ],
+)
+def test_same_initialisation_and_state(kind, args, options):
+    states = []
+    for module in (nn, torch.nn):
+        torch.manual_seed(1)
+        states.append(getattr(module, kind)(*args, **options).state_dict())
+    ours, theirs = states
+    assert list(ours) == list(theirs)
+    for name, parameter in theirs.items():
+        assert torch.equal(ours[name], parameter) and ours[name].dtype == parameter.dtype
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)], ids=str)
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+class TestNorm:
+    @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+    def test_matches_torch(self, kind, shape, affine):
+        ours, theirs = pair(kind, shape, elementwise_affine=affine, dtype=torch.float64)
+        x = torch.randn(2, 5, *shape, dtype=torch.float64)
+        compare(ours, theirs, (ours, theirs), [x])
+        strided = x.transpose(0, -1).contiguous().transpose(0, -1)
+        assert torch.equal(ours(strided), ours(x))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_error_limits(self, kind, shape, dtype):
+        check(*pair(kind, shape), dtype, {"x": torch.randn(2, 5, *shape)}, rows=10)
+
+    def test_adds_residual(self, kind, shape):
+        ours, theirs = pair(kind, shape, dtype=torch.float64)
+        x, residual = torch.randn(2, 2, 5, *shape, dtype=torch.float64)
+        compare(
+            lambda x, residual: ours(x, residual=residual, return_residual=True),
+            lambda x, residual: (theirs(residual + x), residual + x),
+            (ours, theirs),
+            [x, residual],
+        )
+        assert torch.equal(ours(x, residual=residual), ours(x + residual))
+        y, h = ours(x, return_residual=True)
+        assert torch.equal(y, ours(x)) and torch.equal(h, x)
+
+    def test_drops_in_training_only(self, kind, shape):
+        norm = getattr(nn, kind)(shape)
+        x, residual = torch.randn(2, 400, *shape)
+        _, h = norm(x, residual=residual, dropout_p=0.25, return_residual=True)
+        kept = (h - residual).abs() > 1e-6
+        torch.testing.assert_close((h - residual)[kept], x[kept] / 0.75, atol=1e-5, rtol=1e-5)
+        assert 0.7 < kept.float().mean() < 0.8
+        _, h = norm.eval()(x, residual=residual, dropout_p=0.25, return_residual=True)
+        assert torch.equal(h, x + residual)
+
+
+def test_norm_errors():
+    norm = nn.LayerNorm((3, 4))
+    with pytest.raises(ValueError, match="input has shape .* expected its last axes to be"):
+        norm(torch.randn(5, 4))
+    with pytest.raises(ValueError, match="residual has shape"):
+        norm(torch.randn(2, 3, 4), residual=torch.randn(3, 4))
+    with pytest.raises(ValueError, match="dropout_p"):
+        norm(torch.randn(2, 3, 4), dropout_p=2.0)
+
+
+B, T, S, E, H = 3, 5, 7, 12, 2
+LENGTHS = torch.tensor([7, 4, 1])
+PADDING = torch.arange(S) >= LENGTHS[:, None]
+# key 0 is always seen: torch gives NaN otherwise
+MASK = torch.arange(T)[:, None] * torch.arange(S) % 3 == 1
+HEADS_MASK = (torch.arange(B * H)[:, None, None] + MASK.long()) * torch.arange(S) % 4 == 3
+SLOPES = -0.3 * (torch.arange(T)[:, None] - torch.arange(S)).abs().double()
+
+MASKS = {
+    "no mask": {},
+    "padding": {"key_padding_mask": PADDING},
+    "additive padding": {"key_padding_mask": SLOPES[:B]},
+    "mask": {"attn_mask": MASK},
+    "mask of each head": {"attn_mask": HEADS_MASK},
+    "additive mask": {"attn_mask": SLOPES},
+    "both": {"attn_mask": MASK, "key_padding_mask": PADDING},
+    "both, additive": {"attn_mask": SLOPES, "key_padding_mask": SLOPES[-B:]},
+}
+MODULES = {
+    "time first": {},
+    "batch first": {"batch_first": True},
+    "bias_kv": {"bias": False, "add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True, "batch_first": True},
+    "other sizes": {"kdim": 4, "vdim": 9, "add_bias_kv": True, "add_zero_attn": True},
+}
+
+
+def attention_pair(**options):
+    return pair("MultiheadAttention", E, H, dtype=torch.float64, **options)
+
+
+def attention_inputs(kdim=E, vdim=E, batch_first=False, **options):
+    shapes = ((B, T, E), (B, S, kdim), (B, S, vdim))
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    return inputs if batch_first else [x.transpose(0, 1).contiguous() for x in inputs]
+
+
+class TestMultiheadAttention:
+    @pytest.mark.parametrize("masks", MASKS)
+    @pytest.mark.parametrize("options", MODULES)
+    def test_matches_torch(self, options, masks):
+        masks, options = MASKS[masks], MODULES[options]
+        ours, theirs = attention_pair(**options)
+        inputs = attention_inputs(**options)
+        for extra in (
+            {},
+            {"average_attn_weights": False},
+            {"need_weights": False},
+        ):
+            compare(
+                lambda *x, extra=extra: ours(*x, **masks, **extra),
+                lambda *x, extra=extra: theirs(*x, **masks, **extra),
+                (ours, theirs),
+                inputs,
+            )
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("options", MODULES)
+    def test_fused_matches_torch(self, options):
+        ours, theirs = attention_pair(**MODULES[options])
+        compare(
+            lambda *x: ours(*x, need_weights=False),
+            lambda *x: theirs(*x, need_weights=False),
+            (ours, theirs),
+            attention_inputs(**MODULES[options]),
+        )
+
+    @pytest.mark.parametrize("masks", MASKS)
+    @pytest.mark.parametrize("need_weights", [True, False])
+    def test_without_batch(self, masks, need_weights):
+        ours, theirs = attention_pair(add_bias_kv=True)
+        masks = dict(MASKS[masks], need_weights=need_weights)
+        if "key_padding_mask" in masks:
+            masks["key_padding_mask"] = masks["key_padding_mask"][1]
+        if masks.get("attn_mask") is HEADS_MASK:
+            masks["attn_mask"] = HEADS_MASK[:H]
+        inputs = [x[:, 0] for x in attention_inputs()]
+        compare(
+            lambda *x: ours(*x, **masks), lambda *x: theirs(*x, **masks), (ours, theirs), inputs
+        )
+
+    def test_inference(self):
+        """There torch runs another implementation of its own."""
+        ours, theirs = attention_pair(batch_first=True)
+        x = torch.randn(B, S, E, dtype=torch.float64)
+        with torch.no_grad():
+            for masks in ({}, {"key_padding_mask": PADDING}):
+                got, expected = (m.eval()(x, x, x, **masks) for m in (ours, theirs))
+                torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("options", ["batch first", "bias_kv", "zero_attn"])
+    @pytest.mark.parametrize("keys", [T, S, 2])
+    def test_causal(self, keys, options, need_weights):
+        ours, theirs = attention_pair(**MODULES[options])
+        query, *rest = attention_inputs(batch_first=ours.batch_first)
+        inputs = [query, *(x.narrow(int(ours.batch_first), 0, keys) for x in rest)]
+        mask = torch.ones(T, keys, dtype=torch.bool).triu(1)
+        for given in (None, mask):
+            compare(
+                lambda *x, given=given: ours(
+                    *x, is_causal=True, attn_mask=given, need_weights=need_weights
+                ),
+                lambda *x: theirs(*x, attn_mask=mask, need_weights=need_weights),
+                (ours, theirs),
+                inputs,
+            )
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("options", ["time first", "batch first", "bias_kv"])
+    def test_key_lengths(self, options, need_weights):
+        ours, theirs = attention_pair(**MODULES[options])
+        compare(
+            lambda *x: ours(*x, key_lengths=LENGTHS, need_weights=need_weights),
+            lambda *x: theirs(*x, key_padding_mask=PADDING, need_weights=need_weights),
+            (ours, theirs),
+            attention_inputs(**MODULES[options]),
+        )
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("need_weights", [True, False])
+    def test_causal_key_lengths(self, need_weights):
+        """Queries beyond the length are padding, too: there torch differs."""
+        ours, theirs = attention_pair(batch_first=True)
+        mask = torch.ones(S, S, dtype=torch.bool).triu(1)
+        padded = PADDING[..., None]
+        options = {"is_causal": True, "key_lengths": LENGTHS, "need_weights": need_weights}
+
+        def plain(x):
+            output, weights = theirs(x, x, x, PADDING, need_weights, mask)
+            output = torch.where(padded, theirs.out_proj.bias, output)
+            return output, torch.where(padded, 0, weights) if need_weights else None
+
+        x = torch.randn(B, S, E, dtype=torch.float64)
+        compare(lambda x: ours(x, x, x, **options), plain, (ours, theirs), [x])
+
+    @pytest.mark.usefixtures("forced")
+    def test_padding_may_be_nan(self):
+        ours, _ = attention_pair(batch_first=True)
+        x = torch.randn(B, S, E, dtype=torch.float64)
+        expected, _ = ours(x[:, :T], x, x, key_lengths=LENGTHS, need_weights=False)
+        x = x.masked_fill(PADDING[..., None], torch.nan)
+        query = x[:, :T].nan_to_num()
+        got, _ = ours(query, x, x, key_lengths=LENGTHS, need_weights=False)
+        assert not got.isnan().any()
+        assert torch.equal(got[0], expected[0])
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("by", ["key_lengths", "key_padding_mask", "attn_mask"])
+    def test_no_visible_key(self, by, need_weights):
+        ours, _ = attention_pair(batch_first=True)
+        hidden = {
+            "key_lengths": torch.tensor([S, 0, S]),
+            "key_padding_mask": torch.tensor([[False], [True], [False]]).expand(B, S),
+            "attn_mask": (torch.arange(B * H) // H == 1)[:, None, None].expand(-1, T, S),
+        }
+        inputs = [x.requires_grad_() for x in attention_inputs(batch_first=True)]
+        output, weights = ours(*inputs, need_weights=need_weights, **{by: hidden[by]})
+        assert torch.equal(output[1], ours.out_proj.bias.expand(T, E))
+        if need_weights:
+            assert torch.equal(weights[1], torch.zeros(T, S))
+        for grad in torch.autograd.grad(output.sum(), [*inputs, ours.in_proj_weight]):
+            assert grad.isfinite().all()
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("need_weights", [True, False])
+    def test_error_limits(self, dtype, need_weights):
+        ours, theirs = pair("MultiheadAttention", 32, 2, batch_first=True)
+        inputs = {name: torch.randn(2, 67, 32) for name in ("query", "key", "value")}
+        check(ours, theirs, dtype, inputs, rows=134, need_weights=need_weights)
+
+    @pytest.mark.usefixtures("forced")
+    def test_autocast(self):
+        ours = nn.MultiheadAttention(32, 2)
+        theirs = torch.nn.MultiheadAttention(32, 2)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(9, 2, 32)
+        for need_weights in (True, False):
+            with torch.autocast("cpu", torch.bfloat16):
+                a, b = (m(x, x, x, need_weights=need_weights)[0] for m in (ours, theirs))
+            assert a.dtype == b.dtype == torch.bfloat16
+            torch.testing.assert_close(a, b, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fused", "masks"),
+    [
+        (True, {}),
+        (True, {"is_causal": True}),
+        (True, {"is_causal": True, "attn_mask": torch.ones(T, T, dtype=torch.bool).triu(1)}),
+        (True, {"key_lengths": torch.tensor([5, 2, 1])}),
+        (False, {"need_weights": True}),
+        (False, {"key_padding_mask": torch.zeros(B, T, dtype=torch.bool)}),
+        (False, {"attn_mask": torch.zeros(T, T)}),
+    ],
+)
+def test_which_calls_are_fused(monkeypatch, fused, masks):
+    calls = []
+    original = tfkern.nn.attention.attention
+    monkeypatch.setattr(
+        tfkern.nn.attention, "attention", lambda *a, **kw: calls.append(kw) or original(*a, **kw)
+    )
+    x = torch.randn(B, T, E)
+    nn.MultiheadAttention(E, H, batch_first=True)(x, x, x, **{"need_weights": False, **masks})
+    assert len(calls) == fused
+
+
+def test_attention_dropout():
+    module = nn.MultiheadAttention(E, H, dropout=0.1)
+    x = torch.randn(T, B, E)
+    with pytest.raises(NotImplementedError, match="dropout=0.1"):
+        module(x, x, x)
+    module.eval()(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"query": torch.randn(T, B, E + 1)}, "query has shape"),
+        ({"query": torch.randn(T, E)}, "key has shape"),
+        ({"query": torch.randn(T, 1, E)}, "batch sizes, those of axis 1"),
+        ({"value": torch.randn(S + 1, B, E)}, "key has shape .* and value"),
+        ({"attn_mask": torch.zeros(T, T)}, "attn_mask has shape"),
+        ({"attn_mask": torch.zeros(B, T, S)}, "attn_mask has shape"),
+        ({"attn_mask": torch.zeros(T, S, dtype=torch.int64)}, "attn_mask must be bool"),
+        ({"key_padding_mask": torch.zeros(S, B)}, "key_padding_mask has shape"),
+        ({"key_lengths": torch.ones(B)}, "key_lengths must be"),
+        ({"key_lengths": torch.ones(B + 1, dtype=torch.int64)}, "key_lengths must be"),
+        ({"key_lengths": LENGTHS, "key_padding_mask": PADDING}, "exclude each other"),
+        ({"key_lengths": LENGTHS, "is_causal": True}, "as many queries as keys"),
+    ],
+)
+def test_attention_errors(arguments, message):
+    query, key, value = (x.float() for x in attention_inputs())
+    with pytest.raises(ValueError, match=message):
+        nn.MultiheadAttention(E, H)(**{"query": query, "key": key, "value": value, **arguments})
+
+
+class PlainMLP(torch.nn.Module):
+    """What `MLP` and `GatedMLP` compute, with modules of the same names."""
+
+    def __init__(self, module, activation, gated):
+        super().__init__()
+        self.gated, self.activation = gated, activation
+        for name, child in module.named_children():
+            setattr(self, name, child)
+
+    def forward(self, x):
+        act = {
+            "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+            "gelu": F.gelu,
+            "relu": F.relu,
+            "silu": F.silu,
+        }[self.activation]
+        if not self.gated:
+            return self.fc2(act(self.fc1(x)))
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(act(gate) * up)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_mlp(gated, bias, activation):
+    kind = nn.GatedMLP if gated else nn.MLP
+    module = kind(8, 20, bias=bias, activation=activation)
+    plain = PlainMLP(module, activation, gated)
+    x = torch.randn(2, 5, 8)
+    for dtype in DTYPES:
+        check(module, plain, dtype, {"x": x}, rows=10)
+    module.double()
+    compare(module, plain, (module, plain), [x.double()])
+
+
+def test_mlp_parameters():
+    def shapes(module):
+        return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+    assert shapes(nn.MLP(6)) == {
+        "fc1.weight": (24, 6),
+        "fc1.bias": (24,),
+        "fc2.weight": (6, 24),
+        "fc2.bias": (6,),
+    }
+    assert shapes(nn.MLP(6, 10, bias=False)) == {"fc1.weight": (10, 6), "fc2.weight": (6, 10)}
+    assert shapes(nn.GatedMLP(6, 10)) == {"gate_up.weight": (20, 6), "down.weight": (6, 10)}
+    assert nn.GatedMLP(6, 10, bias=True, dtype=torch.float64).down.bias.dtype == torch.float64
+    with pytest.raises(ValueError, match="activation"):
+        nn.MLP(6, activation="tanh")(torch.randn(2, 6))
+
+
+def test_repr_names_the_options():
+    assert "activation=silu" in repr(nn.GatedMLP(6, 10))
+    assert "activation=relu" in repr(nn.MLP(6, activation="relu"))
+    assert "embed_dim=12, num_heads=2, batch_first=True" in repr(
+        nn.MultiheadAttention(12, 2, batch_first=True)
+    )
+    assert "(3, 4), eps=1e-05" in repr(nn.LayerNorm((3, 4)))
+
+
+def test_compiles_without_graph_breaks():
+    x = torch.randn(B, T, E)
+
+    def run(norm, attention, mlp, gated, lengths, x):
+        y, h = norm(x, residual=x, return_residual=True)
+        y = attention(y, y, y, need_weights=False, key_lengths=lengths, is_causal=True)[0]
+        y = attention(y, y, y, need_weights=True)[0]
+        return gated(mlp(y)) + h
+
+    modules = (
+        nn.LayerNorm(E),
+        nn.MultiheadAttention(E, H, batch_first=True),
+        nn.MLP(E),
+        nn.GatedMLP(E, 16),
+    )
+    lengths = torch.tensor([5, 2, 1])
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*modules, lengths, x), run(*modules, lengths, x))

@@ -1,0 +1,326 @@
+"""The decoder-only transformer against the same architecture in plain torch, and in training."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tfkern
+from tfkern.models import Transformer, TransformerConfig
+
+SMALL = TransformerConfig(vocab_size=11, dim=24, layers=2, heads=4, max_length=16)
+CONFIGS = {
+    "gpt2": SMALL,
+    "llama": dataclasses.replace(
+        SMALL,
+        kv_heads=2,
+        norm="rms_norm",
+        gated=True,
+        activation="silu",
+        positions="rotary",
+        tie_embeddings=False,
+        bias=False,
+    ),
+    "untied": dataclasses.replace(SMALL, tie_embeddings=False, activation="gelu", kv_heads=1),
+    "rotary": dataclasses.replace(SMALL, positions="rotary", rotary_base=50.0, activation="relu"),
+    "gated": dataclasses.replace(SMALL, gated=True, hidden_dim=20, bias=False, layers=1),
+    "rms": dataclasses.replace(SMALL, norm="rms_norm", norm_eps=1e-2, hidden_dim=30),
+}
+
+
+@pytest.fixture(params=["default", "reference", "native"])
+def forced(request):
+    name = None if request.param == "default" else request.param
+    if name and any(tfkern.backends(op)[name] for op in ("attention", "layer_norm", "mlp")):
+        pytest.skip(f"{name} does not run all ops here")
+    with tfkern.use_backend(name):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More would wait for each other longer than these sizes take to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def make(config, std=0.3):
+    """A float64 model whose weights are large enough for every part to matter."""
+    model = Transformer(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def batch(config, B=3, T=13):
+    tokens = torch.randint(config.vocab_size, (B, T + 1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def plain_rotary(x, base):
+    """x (B, H, T, D) as complex numbers, times e^(i angle)."""
+    T, D = x.shape[-2:]
+    frequency = torch.tensor([base ** (-2 * i / D) for i in range(D // 2)], dtype=x.dtype)
+    angle = torch.outer(torch.arange(T, dtype=x.dtype), frequency)
+    z = torch.complex(x[..., : D // 2], x[..., D // 2 :])
+    z = z * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([z.real, z.imag], -1)
+
+
+def plain_loss(config, p, tokens, targets):
+    """The architecture in plain torch, the residual addition where textbooks have it."""
+    acts = {
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu": F.gelu,
+        "relu": F.relu,
+        "silu": F.silu,
+    }
+    act = acts[config.activation]
+
+    def linear(name, x):
+        return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+    def norm(name, x):
+        weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
+        if config.norm == "rms_norm":
+            return F.rms_norm(x, (config.dim,), weight, config.norm_eps)
+        return F.layer_norm(x, (config.dim,), weight, bias, config.norm_eps)
+
+    D = config.dim // config.heads
+    groups = config.heads // (config.kv_heads or config.heads)
+    x = F.embedding(tokens, p["embedding.weight"])
+    if config.positions == "learned":
+        x = x + F.embedding(torch.arange(tokens.shape[1]), p["positions.weight"])
+    for layer in range(config.layers):
+        name = f"blocks.{layer}"
+        qkv = linear(f"{name}.attention.qkv", norm(f"{name}.norm1", x))
+        kv = (qkv.shape[-1] - config.dim) // 2
+        q, k, v = (
+            y.view(*y.shape[:2], -1, D).transpose(1, 2) for y in qkv.split([config.dim, kv, kv], -1)
+        )
+        if config.positions == "rotary":
+            q, k = (plain_rotary(y, config.rotary_base) for y in (q, k))
+        k, v = (y.repeat_interleave(groups, 1) for y in (k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(f"{name}.attention.out", o.transpose(1, 2).reshape(x.shape))
+        y = norm(f"{name}.norm2", x)
+        if config.gated:
+            gate, up = linear(f"{name}.mlp.gate_up", y).chunk(2, -1)
+            x = x + linear(f"{name}.mlp.down", act(gate) * up)
+        else:
+            x = x + linear(f"{name}.mlp.fc2", act(linear(f"{name}.mlp.fc1", y)))
+    logits = norm("norm", x) @ p["embedding.weight" if config.tie_embeddings else "head.weight"].T
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.usefixtures("forced")
+def test_loss_and_gradients_match_torch(config):
+    model = make(config)
+    tokens, targets = batch(config)
+    loss = model(tokens, targets)
+    parameters = dict(model.named_parameters())
+    expected = plain_loss(config, parameters, tokens, targets)
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
+    grads = torch.autograd.grad(loss, parameters.values())
+    plain_grads = torch.autograd.grad(expected, parameters.values())
+    for a, b in zip(grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("forced")
+def test_later_tokens_do_not_reach_earlier_logits(config):
+    model = make(config).float()
+    tokens, _ = batch(config)
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % config.vocab_size
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert not torch.equal(before[:, 8], after[:, 8])
+
+
+def test_loss_of_a_fresh_model_is_that_of_guessing(config):
+    model = Transformer(dataclasses.replace(config, dim=96))
+    loss = model(*batch(config, B=16))
+    assert abs(loss.item() - math.log(config.vocab_size)) < 0.3
+
+
+def test_initialisation():
+    for gated, last in ((False, "fc2"), (True, "down")):
+        config = dataclasses.replace(SMALL, dim=96, layers=8, gated=gated)
+        state = Transformer(config).state_dict()
+        for name in ("embedding", "blocks.3.attention.qkv"):
+            assert state[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+        for name in ("attention.out", f"mlp.{last}"):
+            std = state[f"blocks.3.{name}.weight"].std().item()
+            assert std == pytest.approx(0.02 / 4, rel=0.1)
+        assert torch.equal(state["norm.weight"], torch.ones(96))
+        assert not state["blocks.0.norm1.bias"].any()
+        assert not state["blocks.0.attention.qkv.bias"].any()
+
+
+def test_parameter_count():
+    """That of the smallest GPT-2."""
+    with torch.device("meta"):
+        model = Transformer(
+            TransformerConfig(vocab_size=50257, dim=768, layers=12, heads=12, max_length=1024)
+        )
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def test_state_dict_round_trip(config):
+    model = make(config)
+    other = Transformer(config).double()
+    assert not any(other.load_state_dict(model.state_dict()))
+    tokens, _ = batch(config)
+    assert torch.equal(model(tokens), other(tokens))
+    names = set(model.state_dict())
+    assert ("head.weight" in names) == (not config.tie_embeddings)
+    assert ("positions.weight" in names) == (config.positions == "learned")
+    assert config.bias or not any(name.endswith("bias") for name in names)
+
+
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife. However little known the feelings or views of such a man may be on "
+    "his first entering a"
+)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_memorises_a_text(name):
+    alphabet = sorted(set(TEXT))
+    text = torch.tensor([[alphabet.index(c) for c in TEXT]])
+    config = dataclasses.replace(
+        CONFIGS[name], vocab_size=len(alphabet), dim=64, max_length=text.shape[1]
+    )
+    torch.manual_seed(0)
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model(text[:, :-1], text[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    prompt, count = text[:, :20], 60
+    assert torch.equal(model.generate(prompt, count, temperature=0), text[:, : 20 + count])
+
+
+def test_dropout_in_training_only():
+    model = make(dataclasses.replace(SMALL, dropout=0.2))
+    tokens, _ = batch(SMALL)
+    without = Transformer(SMALL).double()
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(tokens), without(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    torch.manual_seed(5)
+    first = model(tokens)
+    torch.manual_seed(5)
+    assert torch.equal(model(tokens), first)
+    # at the embedding and after every sublayer: with a probability near 1 only zeros are left
+    model = make(dataclasses.replace(SMALL, dropout=1 - 1e-9))
+    logits = model(tokens)
+    expected = F.linear(model.norm.bias, model.embedding.weight).expand_as(logits)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_ignored_targets():
+    model = make(SMALL)
+    tokens, targets = batch(SMALL)
+    padded = targets.clone()
+    padded[:, 5:] = -100
+    expected = F.cross_entropy(model(tokens)[:, :5].flatten(0, 1), targets[:, :5].flatten())
+    torch.testing.assert_close(model(tokens, padded), expected)
+
+
+def test_bfloat16_loss_is_float32():
+    model = Transformer(SMALL).bfloat16()
+    tokens, targets = batch(SMALL)
+    assert model(tokens).dtype == torch.bfloat16
+    loss = model(tokens, targets)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_compiles_without_graph_breaks(name, compiler):
+    model = make(CONFIGS[name])
+    tokens, targets = batch(CONFIGS[name])
+    loss = model(tokens, targets)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)(tokens, targets)
+    torch.testing.assert_close(compiled, loss)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(compiled, parameters),
+        torch.autograd.grad(loss, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_generate():
+    model = make(SMALL)
+    tokens, _ = batch(SMALL, T=3)
+    longer = model.generate(tokens, 20, generator=torch.Generator().manual_seed(1))
+    assert longer.shape == (3, 23) and torch.equal(longer[:, :3], tokens)
+    again = model.generate(tokens, 20, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again, longer)
+    likeliest = model.generate(tokens, 20, temperature=0)
+    assert torch.equal(model.generate(tokens, 20, top_k=1), likeliest)
+    assert torch.equal(likeliest[:, 3], model(tokens)[:, -1].argmax(-1))
+    assert torch.equal(likeliest[:, -1], model(likeliest[:, -17:-1])[:, -1].argmax(-1))
+    # never beyond the two most likely
+    drawn = torch.cat([model.generate(tokens, 1, top_k=2)[:, 3:] for _ in range(20)], 1)
+    best = model(tokens)[:, -1].topk(2).indices
+    assert (drawn[..., None] == best[:, None]).any(-1).all()
+    for bad in ({"temperature": -1.0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            model.generate(tokens, 1, **bad)
+    with pytest.raises(ValueError, match="length >= 1"):
+        model.generate(tokens[:, :0], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be positive"),
+        ({"layers": 0}, "layers must be positive"),
+        ({"kv_heads": 0}, "kv_heads must be positive"),
+        ({"heads": 5}, "dim must be a multiple of heads"),
+        ({"kv_heads": 3}, "heads must be a multiple of kv_heads"),
+        ({"norm": "batch_norm"}, "norm must be one of"),
+        ({"positions": "none"}, "positions must be one of"),
+        ({"activation": "tanh"}, "activation must be one of"),
+        ({"positions": "rotary", "heads": 8}, "even head size"),
+        ({"rotary_base": 0.0}, "rotary_base must be positive"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"dropout": 1.0}, "dropout must lie in"),
+    ],
+)
+def test_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_forward_errors():
+    model = Transformer(SMALL)
+    with pytest.raises(ValueError, match="length up to 16"):
+        model(torch.zeros(1, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match="tokens must be"):
+        model(torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="targets has shape"):
+        model(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
