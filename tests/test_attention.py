@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import tfkern
 from tfkern.testing import validate
+from tfkern.validation import torch_attention
 
 # B, H, Hk, T, S, D, Dv, causal: tiles are 64 to 128 rows, so lengths lie on either side of them
 CASES = [
@@ -33,46 +34,10 @@ def make(case, dtype, device):
     return {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
 
 
-def dense_mask(B, T, S, causal=False, query_lengths=None, key_lengths=None):
-    """(B, 1, T, S): which query sees which key, written down row by row."""
-    mask = torch.zeros(B, 1, T, S, dtype=torch.bool)
-    for b in range(B):
-        rows = T if query_lengths is None else int(query_lengths[b])
-        keys = S if key_lengths is None else int(key_lengths[b])
-        for t in range(rows):
-            mask[b, :, t, : max(0, min(keys, t + 1 + keys - rows) if causal else keys)] = True
-    return mask
-
-
-def torch_attention(q, k, v, scale=None, return_lse=True, **masking):
-    """The yardstick: torch's own attention with a dense mask, and an unfused log-sum-exp.
-
-    torch's fused kernel rather than unfused code, because that has the same cancellation in its
-    backward, dp - rowsum(do o), as every kernel of this kind.
-    """
-    B, H, T, D = q.shape
-    S, Dv = k.shape[2], v.shape[3]
-    mask = dense_mask(B, T, S, **masking).to(q.device)
-    seen = mask.any(-1, keepdim=True)
-    q = torch.where(seen, q, 0)  # padding may hold NaN
-    k, v = (torch.where(mask.any(2)[..., None], x, 0) for x in (k, v))
-    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    if S == 0:
-        o = q.new_zeros(B, H, T, Dv)
-    else:
-        o = F.scaled_dot_product_attention(q, k, v, mask | ~seen, scale=scale) * seen
-    if not return_lse:
-        return o
-    s = (D**-0.5 if scale is None else scale) * (q @ k.mT)
-    s = s.to(torch.promote_types(s.dtype, torch.float32)).masked_fill(~(mask | ~seen), -torch.inf)
-    lse = s.logsumexp(-1) if S else s.sum(-1)
-    return o, lse.masked_fill(~seen[..., 0], -torch.inf)
-
-
 def check(inputs, backend, **options):
     report = validate(
         lambda **kw: tfkern.attention(**kw, **options, return_lse=True, backend=backend),
-        lambda **kw: torch_attention(**kw, **options),
+        lambda **kw: torch_attention(**kw, **options, return_lse=True),
         inputs,
     )
     report.check()
@@ -117,7 +82,10 @@ def test_lengths(backend, dtype, device, causal):
         o.register_hook(lambda do: do.masked_fill(padding[:, None, :, None], torch.nan))
         return o, lse
 
-    validate(poisoned, lambda **kw: torch_attention(**kw, causal=causal, **lengths), inputs).check()
+    def reference(**kw):
+        return torch_attention(**kw, causal=causal, **lengths, return_lse=True)
+
+    validate(poisoned, reference, inputs).check()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
@@ -145,7 +113,8 @@ def test_large_logits(backend, dtype, device):
     inputs = make((1, 1, 1, 40, 70, 16, 16, False), dtype, device)
     inputs = {name: x * (50 if name != "v" else 1) for name, x in inputs.items()}
     o, lse = tfkern.attention(**inputs, scale=1.0, return_lse=True, backend=backend)
-    truth, true_lse = torch_attention(**{n: x.double() for n, x in inputs.items()}, scale=1.0)
+    wide = {name: x.double() for name, x in inputs.items()}
+    truth, true_lse = torch_attention(**wide, scale=1.0, return_lse=True)
     assert true_lse.max() > 1e4
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(o.double(), truth, rtol=0.05, atol=0.05)
@@ -178,9 +147,7 @@ def test_same_tensor_three_times(backend, device):
         return lambda x: attention(x, x, x, causal=True)
 
     ours = both(lambda *a, **kw: tfkern.attention(*a, **kw, backend=backend))
-    validate(
-        ours, both(lambda *a, **kw: torch_attention(*a, **kw, return_lse=False)), {"x": x}
-    ).check()
+    validate(ours, both(lambda *a, **kw: torch_attention(*a, **kw)), {"x": x}).check()
 
 
 def test_gradient_of_lse_alone(backend, device):
@@ -188,7 +155,7 @@ def test_gradient_of_lse_alone(backend, device):
     v = inputs.pop("v")
     report = validate(
         lambda q, k: tfkern.attention(q, k, v, causal=True, return_lse=True, backend=backend)[1],
-        lambda q, k: torch_attention(q, k, v.to(q.dtype), causal=True)[1],
+        lambda q, k: torch_attention(q, k, v.to(q.dtype), causal=True, return_lse=True)[1],
         inputs,
     )
     report.check()
@@ -321,7 +288,7 @@ def test_vmap(backend, device):
 
     ours = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v)
     leaves = [x.flatten(0, 1).double().requires_grad_() for x in (q, k, v)]
-    o = torch_attention(*leaves, causal=True, return_lse=False)
+    o = torch_attention(*leaves, causal=True)
     for a, b in zip(ours, torch.autograd.grad(o.square().sum(), leaves), strict=True):
         torch.testing.assert_close(a.flatten(0, 1).double(), b, rtol=1e-4, atol=1e-5)
 

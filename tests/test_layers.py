@@ -19,7 +19,8 @@ RANKS = {
     "tfkern.ops": 2,
     "tfkern.nn": 3,
     "tfkern.models": 4,
-    "tfkern.testing": 4,
+    "tfkern.testing": 1,
+    "tfkern.validation": 3,
     "tfkern.benchmarks": 5,
     "tfkern.cli": 6,
 }

@@ -329,6 +329,36 @@ class TestMultiheadAttention:
             torch.testing.assert_close(a, b, atol=0.01, rtol=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+def test_inside_torch_transformer(norm_first):
+    """torch.nn.Transformer with its attention and norms replaced by ours."""
+
+    def make():
+        torch.manual_seed(4)
+        return torch.nn.Transformer(
+            E, H, 2, 2, 16, 0.0, batch_first=True, norm_first=norm_first, dtype=torch.float64
+        )
+
+    ours, theirs = make(), make()
+    for module in ours.modules():
+        if type(module) in (torch.nn.MultiheadAttention, torch.nn.LayerNorm):
+            module.__class__ = getattr(nn, type(module).__name__)  # ours have no further state
+    options = {
+        "src_key_padding_mask": PADDING,
+        "memory_key_padding_mask": PADDING,
+        "tgt_mask": torch.ones(T, T, dtype=torch.bool).triu(1),
+        "tgt_is_causal": True,
+    }
+    inputs = [torch.randn(B, length, E, dtype=torch.float64) for length in (S, T)]
+    compare(
+        lambda *x: ours(*x, **options), lambda *x: theirs(*x, **options), (ours, theirs), inputs
+    )
+    with torch.no_grad():
+        got, expected = (m.eval()(*inputs, **options) for m in (ours, theirs))
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("fused", "masks"),
     [

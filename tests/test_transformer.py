@@ -253,6 +253,24 @@ def test_bfloat16_loss_is_float32():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_autocast_keeps_the_residual_stream_in_float32():
+    model = Transformer(SMALL)
+    tokens, targets = batch(SMALL)
+    streams = []
+    model.norm.register_forward_pre_hook(
+        lambda _, args, keywords: streams.append(keywords["residual"]), with_kwargs=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(tokens), model(tokens, targets)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert streams[0].dtype == torch.float32
+    torch.testing.assert_close(loss, model(tokens, targets), atol=1e-2, rtol=1e-2)
+    loss.backward()
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
+
+
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
