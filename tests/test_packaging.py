@@ -1,0 +1,152 @@
+"""What a wheel holds, and what the build says when something is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The files of the checkout without what was built in it."""
+    tree = tmp_path_factory.mktemp("tree")
+    unwanted = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build", "results")
+    for name in ("csrc", "kernels", "tfkern", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=unwanted)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def wheel(tree, out, **environment):
+    """The names in a wheel built from `tree`, and its path."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    environment = (
+        os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment
+    )
+    run = subprocess.run(
+        [*command, "-w", out, tree], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    (path,) = Path(out).glob("*.whl")
+    return set(zipfile.ZipFile(path).namelist()), path
+
+
+def install(path, target):
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, path]
+    subprocess.run(command, check=True)
+
+
+def python(code, *path):
+    """Runs code with these folders and torch's on the path, but without the editable install."""
+    path = (*path, Path(torch.__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-P", "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
+        cwd="/",
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+PYTHON_FILES = {
+    f"tfkern/{folder}{path.name}"
+    for folder, source in (("", "tfkern"), ("kernels/", "kernels"), ("benchmarks/", "benchmarks"))
+    for path in (ROOT / source).glob("*.py")
+} | {
+    f"tfkern/{path.parent.name}/{path.name}" for path in (ROOT / "tfkern").glob("*/*.py")
+}  # fmt: skip
+
+LAYER_NORM = (
+    "import torch, tfkern\n"
+    "x = torch.randn(4, 9, requires_grad=True)\n"
+    "tfkern.layer_norm(x).square().sum().backward()\n"
+    "print(tfkern.__file__, tfkern.explain('layer_norm', x).backend)"
+)
+
+
+def test_pure_python_wheel(tree, tmp_path):
+    names, path = wheel(tree, tmp_path / "wheel", TFKERN_NATIVE="0")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert names >= PYTHON_FILES | {"tfkern/py.typed"}
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".h"))]
+    install(path, tmp_path / "site")
+    where, backend = python(LAYER_NORM, tmp_path / "site").split()
+    assert where.startswith(str(tmp_path)) and backend == "reference"
+    reason = python(
+        "import tfkern; print(tfkern.backends('layer_norm')['native'])", tmp_path / "site"
+    )
+    assert "TFKERN_NATIVE=0" in reason
+
+
+@pytest.mark.slow
+def test_native_wheel(tree, tmp_path):
+    names, path = wheel(tree, tmp_path / "wheel")
+    assert names >= PYTHON_FILES | {"tfkern/py.typed"}
+    assert "tfkern/_operators.abi3.so" in names
+    assert [n for n in names if n.startswith("tfkern/_C.") and n.endswith(".so")]
+    install(path, tmp_path / "site")
+    where, backend = python(LAYER_NORM, tmp_path / "site").split()
+    assert where.startswith(str(tmp_path)) and backend == "native"
+
+
+@pytest.mark.slow
+def test_the_operator_library_needs_the_stable_abi_only():
+    """No symbol of Python or of torch's C++ classes, so that one binary serves every version."""
+    (library,) = ROOT.glob("tfkern/_operators*.so")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", "--demangle", library], capture_output=True, text=True
+    ).stdout
+    assert "aoti_torch" in symbols
+    foreign = [s for s in symbols.splitlines() if " Py" in s or "at::" in s or "c10::" in s]
+    assert not foreign
+
+
+def test_build_without_torch_says_what_to_do(tree):
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']\n"
+    code += "exec(open('setup.py').read())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tree)
+    assert run.returncode != 0
+    assert "--no-build-isolation" in run.stderr and "TFKERN_NATIVE=0" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_build_without_a_compiler_says_what_to_do(tree):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=tree,
+        env=os.environ | {"CXX": "no-such-compiler"},
+    )
+    assert run.returncode != 0
+    assert "'no-such-compiler' cannot be found" in run.stderr and "TFKERN_NATIVE=0" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_another_package_named_kernels_stays_importable(tmp_path):
+    (tmp_path / "kernels.py").write_text("mine = True")
+    code = "import kernels, tfkern; tfkern.backends('layer_norm'); print(kernels.mine)"
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert run.stdout == "True\n", run.stderr
+
+
+def test_the_folder_refuses_to_be_a_top_level_package():
+    run = subprocess.run(
+        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "ImportError: this folder is tfkern.kernels" in run.stderr
