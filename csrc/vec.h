@@ -173,3 +173,30 @@ inline VecDouble exp(VecDouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
+
+// e^x for x <= 88 where tiny results may be lost: what would be below 2^-126 is 0. Half the work of
+// exp.
+inline VecFloat exp_flush(VecFloat x) {
+  x = vmax(VecFloat{} - 88.2f,
+           x);  // below: n = -127, whose power of two has the bits of 0; NaN stays
+  const VecFloat magic = VecFloat{} + (12582912.0f + 127);  // leaves n + 127 in the lowest bits
+  const VecFloat t = x * 1.44269504f + magic;
+  const VecFloat n = t - magic;
+  VecFloat r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  VecFloat p = r * 0.001392618359f + 0.008363179053f;
+  p = p * r + 0.04166655462f;
+  p = p * r + 0.1666657699f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  return p * (VecFloat)((VecInt)t << 23);
+}
+inline VecDouble exp_flush(VecDouble x) { return exp(x); }
+
+// 0, 1, 2, ...
+template <class C>
+inline Vec<C> iota() {
+  Vec<C> v;
+  for (int i = 0; i < kLanes<C>; ++i) v[i] = static_cast<C>(i);
+  return v;
+}

@@ -1,9 +1,11 @@
 """The program `tfkern`: what it says and how it exits."""
 
+import json
 import sys
 
 import pytest
 
+from tfkern import validation
 from tfkern.benchmarks import attention, memory, timing
 from tfkern.benchmarks.case import Variant
 from tfkern.cli import main
@@ -32,6 +34,10 @@ def quick(monkeypatch):
         (["bench", "attention", "--out", "/dev/null/x"], "/dev/null"),
         (["bench", "mlp", "--activation", "abacus"], "unknown activation 'abacus'"),
         (["doctor", "--nope"], "--nope"),
+        (["validate", "abacus"], "unknown op 'abacus'"),
+        (["validate", "--dtype", "float12"], "unknown dtype 'float12'"),
+        (["validate", "attention", "--backend", "abacus"], "unknown backend 'abacus'"),
+        (["validate", "--seed", "x"], "--seed"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(capsys, arguments, told):
@@ -62,10 +68,11 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys, missing):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--help"], ["bench", "doctor"]),
+        (["--help"], ["bench", "doctor", "validate"]),
         (["bench", "--help"], ["attention", "layer_norm", "mlp", "model", "float64"]),
         (["bench", "attention", "--help"], ["--lengths", "--causal", "--backward", "--out"]),
         (["doctor", "--help"], ["--kernels"]),
+        (["validate", "--help"], ["--backend", "--dtype", "--seed", "--json", "float64"]),
     ],
 )
 def test_help(capsys, arguments, told):
@@ -108,3 +115,26 @@ def test_bench_exits_with_1_on_a_wrong_variant(quick, monkeypatch, capsys, tmp_p
     call = ["bench", "attention", "--lengths", "16", "--device", "cpu", "--out", str(tmp_path)]
     assert main(call) == 1
     assert "planted is wrong and was not timed" in capsys.readouterr().err
+
+
+def test_validate(capsys, tmp_path):
+    file = tmp_path / "results.json"
+    call = ["validate", "attention", "--backend", "reference", "--count", "2", "--seed", "3"]
+    assert main([*call, "--json", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "0 failed" in output
+    assert all(word in output for word in ("ours", "torch", "ratio", "output", "dq", "dk", "dv"))
+    content = json.loads(file.read_text())
+    assert content["seed"] == 3 and len({r["case"] for r in content["results"]}) == 2
+    assert all(r["ok"] for r in content["results"])
+
+
+def test_validate_fails_on_a_wrong_gradient(monkeypatch, capsys):
+    def wrong(rng, tensor, backend):
+        inputs = {"x": tensor(4, 4)}
+        return validation.Case("planted", lambda x: x + x.detach(), lambda x: 2 * x, inputs)
+
+    monkeypatch.setattr(validation, "_attention", wrong)
+    assert main(["validate", "attention", "--count", "1"]) == 1
+    output = capsys.readouterr().out
+    assert "1 failed" in output and "FAILED" in output
