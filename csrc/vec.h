@@ -200,3 +200,45 @@ inline Vec<C> iota() {
   for (int i = 0; i < kLanes<C>; ++i) v[i] = static_cast<C>(i);
   return v;
 }
+
+template <class V>
+inline V abs(V x) {
+  return x < 0 ? -x : x;
+}
+
+// 1 / (1 + e^-x) and its derivative, which lose no digits in either tail.
+template <class V>
+inline V sigmoid(V x, V& slope) {
+  const V e = exp(-abs(x)), s = 1 / (1 + e);
+  slope = e * s * s;
+  return x < 0 ? e * s : s;
+}
+
+// The normal distribution function, erfc(-x / sqrt(2)) / 2. Its relative error is 2e-6 down to x =
+// -6 and 2e-5 where it underflows.
+inline VecFloat normal_cdf(VecFloat x) {
+  const VecFloat z = x * 0.707106781f, t = abs(z), zz = z * z;
+  // t < 1: erf(z) = z P(z^2)
+  VecFloat p = zz * -9.667044571e-6f + 1.126595903e-4f;
+  p = p * zz + -8.484080406e-4f;
+  p = p * zz + 5.221031808e-3f;
+  p = p * zz + -2.686543073e-2f;
+  p = p * zz + 0.112837825f;
+  p = p * zz + -0.3761263847f;
+  p = p * zz + 1.128379167f;
+  // t >= 1: erfc(t) = e^(-t^2) s Q(s), s = 2 / (2 + t)
+  const VecFloat s = 2 / (2 + t);
+  VecFloat q = s * 0.056395818877f + -0.103263144617f;
+  q = q * s + -0.0900948831812f;
+  q = q * s + 0.193743387468f;
+  q = q * s + 0.118313155735f;
+  q = q * s + 0.263276911053f;
+  q = q * s + 0.2796254053f;
+  q = q * s + 0.282249675888f;
+  q = exp(x * x * -0.5f) * s * q * 0.5f;
+  return t < 1.0f ? 0.5f + 0.5f * z * p : x > 0.0f ? 1 - q : q;
+}
+inline VecDouble normal_cdf(VecDouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
+  return x;
+}

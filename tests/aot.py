@@ -268,6 +268,21 @@ def layer_norm():
         op._backward(x, None, x, w, None, None, stat, None, 0.0, False)
 
 
+@group
+def mlp():
+    """Plain and gated, at usual sizes and where rows lie at odd addresses."""
+    from tfkern.kernels import mlp as op
+
+    sizes = (768, 3072), (65, 259)
+    for dtype, (K, F) in itertools.product((torch.bfloat16, torch.float32), sizes):
+        x = torch.empty(2048, K, dtype=dtype, device="cuda")
+        for gated in (False, True):
+            W = 2 * F if gated else F
+            w1, b1 = (torch.empty(s, dtype=dtype, device="cuda") for s in ((W, K), W))
+            h, pre = op._forward(x, w1, b1, "gelu", gated)
+            op._backward(h, pre, "gelu", gated, True)
+
+
 if __name__ == "__main__":
     name, *arches = sys.argv[1:]
     # A fresh fork for each architecture: launchers may cache what they once asked of the device.

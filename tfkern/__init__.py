@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from tfkern.dispatch import Explanation, backends, use_backend
-from tfkern.ops import attention, explain, layer_norm, rms_norm
+from tfkern.ops import attention, explain, gated_mlp, layer_norm, mlp, rms_norm
 
 __version__ = _version("tfkern")
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "gated_mlp",
     "layer_norm",
+    "mlp",
     "rms_norm",
     "use_backend",
 ]

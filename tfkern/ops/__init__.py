@@ -6,14 +6,18 @@ from typing import Any
 from tfkern import dispatch
 from tfkern.ops import attention as _attention
 from tfkern.ops import layer_norm as _layer_norm
+from tfkern.ops import mlp as _mlp
 from tfkern.ops.attention import attention
 from tfkern.ops.layer_norm import layer_norm, rms_norm
+from tfkern.ops.mlp import gated_mlp, mlp
 
-__all__ = ["attention", "explain", "layer_norm", "rms_norm"]
+__all__ = ["attention", "explain", "gated_mlp", "layer_norm", "mlp", "rms_norm"]
 
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
     "attention": ("attention", _attention.bind),
+    "gated_mlp": ("mlp", _mlp.bind_gated),
     "layer_norm": ("layer_norm", _layer_norm.bind),
+    "mlp": ("mlp", _mlp.bind),
     "rms_norm": ("layer_norm", _layer_norm.bind_rms),
 }
 

@@ -28,6 +28,16 @@ def shape(name: str, x: Tensor, expected: tuple, what: str) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}, {what}")
 
 
+def columns(name: str, x: Tensor, expected: int, what: str) -> None:
+    if x.dim() != 2 or x.shape[1] != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*, {expected}), {what}")
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+
+
 def probability(name: str, p: float) -> None:
     if not 0 <= p <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")

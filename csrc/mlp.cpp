@@ -1,0 +1,125 @@
+// The activation of an MLP on the CPU, plain or gated; torch forms the products around it. pre is
+// an (M, F) matrix, gated (M, 2F) with the gate in the first F columns, and h is (M, F).
+//
+// Each pass reads and writes every element once. Backward computes h again from pre, and sums db1
+// in the registers' precision while dpre goes by.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "isa.h"
+#include "tensor.h"
+
+namespace tfkern {
+
+enum class Activation { relu, gelu, gelu_tanh, silu };
+
+struct MlpForward {
+  Activation activation;
+  bool gated;
+  Dtype dtype;  // of all matrices, which are contiguous
+  int64_t F;
+  const void* pre;
+  void* h;
+};
+
+struct MlpBackward {
+  Activation activation;
+  bool gated;
+  Dtype dtype;
+  int64_t F;
+  const void *dh, *pre;
+  void *dpre, *h;
+};
+
+}  // namespace tfkern
+
+#define TFKERN_KERNEL "mlp_kernel.h"
+#include "each_isa.h"
+
+namespace tfkern {
+namespace {
+
+void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
+  TFKERN_ISA_CALL(mlp_forward, a, begin, end);
+}
+
+void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, void* db1) {
+  TFKERN_ISA_CALL(mlp_backward, a, begin, end, db1);
+}
+
+Activation parse(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  STD_TORCH_CHECK(name == "silu", "tfkern::mlp: unknown activation");
+  return Activation::silu;
+}
+
+Tensor mlp_activation_forward(Tensor pre, std::string activation, bool gated) {
+  STD_TORCH_CHECK(pre.dim() == 2 && !(gated && pre.size(1) % 2),
+                  "tfkern::mlp_activation_forward: pre must be (M, F), gated (M, 2F)");
+  pre = torch::stable::contiguous(pre);
+  const int64_t M = pre.size(0), F = gated ? pre.size(1) / 2 : pre.size(1);
+  Tensor h = empty(pre, {M, F}, pre.scalar_type());
+  const MlpForward a{parse(activation), gated, dtype(pre), F, pre.data_ptr(), h.data_ptr()};
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));
+  torch::stable::parallel_for(0, M, grain,
+                              [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
+  return h;
+}
+
+// The sum of the partial sums of all chunks, rounded.
+template <class T>
+void finish(T* db1, Compute<T>* partial, int64_t chunks, int64_t W) {
+  for (int64_t i = 1; i < chunks; ++i) {
+    for (int64_t n = 0; n < W; ++n) partial[n] += partial[i * W + n];
+  }
+  baseline::convert(db1, partial, W);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,
+                                                           std::string activation, bool gated,
+                                                           bool bias) {
+  STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
+                      dh.size(1) * (gated ? 2 : 1) == pre.size(1) &&
+                      dh.scalar_type() == pre.scalar_type(),
+                  "tfkern::mlp_activation_backward: dh and pre do not fit together");
+  dh = torch::stable::contiguous(dh);
+  pre = torch::stable::contiguous(pre);
+  const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
+  Tensor dpre = empty(pre, {M, W}, pre.scalar_type()), h = empty(pre, {M, F}, pre.scalar_type());
+  Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
+  const MlpBackward a{parse(activation), gated,          dtype(pre),      F,
+                      dh.data_ptr(),     pre.data_ptr(), dpre.data_ptr(), h.data_ptr()};
+  // The number of chunks follows from the shape alone, so that the sums do not depend on the number
+  // of threads.
+  const int64_t chunks = std::clamp<int64_t>(M / 16, 1, 64);
+  std::vector<char> partial(bias ? chunks * W * sizeof(double) : 0);
+  TFKERN_DTYPE(a.dtype, {
+    auto* sums = reinterpret_cast<Compute<T>*>(partial.data());
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        backward_rows(a, M * i / chunks, M * (i + 1) / chunks, bias ? sums + i * W : nullptr);
+      }
+    });
+    if (bias) finish(static_cast<T*>(db1.data_ptr()), sums, chunks, W);
+  });
+  return {dpre, h, db1};
+}
+
+}  // namespace
+}  // namespace tfkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
+  m.def("mlp_activation_forward(Tensor pre, str activation, bool gated) -> Tensor h");
+  m.def(
+      "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
+      "-> (Tensor dpre, Tensor h, Tensor db1)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
+  m.impl("mlp_activation_forward", TORCH_BOX(&tfkern::mlp_activation_forward));
+  m.impl("mlp_activation_backward", TORCH_BOX(&tfkern::mlp_activation_backward));
+}

@@ -1,0 +1,124 @@
+// The kernels of mlp.cpp for one instruction set: rows [begin, end) of the arguments.
+
+// Activations: `value` gives act(x), and sets slope to act'(x). A NaN stays one.
+template <class C>
+struct Relu {
+  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
+    slope = x <= 0 ? Vec<C>{} : broadcast(C{1});
+    return x <= 0 ? Vec<C>{} : x;
+  }
+};
+
+template <class C>
+struct Gelu {
+  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
+    const Vec<C> cdf = normal_cdf(x);
+    const Vec<C> density = exp(x * x * C(-0.5)) * C(0.39894228040143268);
+    slope = cdf + x * density;
+    return x * cdf;
+  }
+};
+
+// x (1 + tanh(u)) / 2 = x sigma(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+template <class C>
+struct GeluTanh {
+  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
+    constexpr C c = C(1.5957691216057308);  // sqrt(8 / pi)
+    // Beyond 30, sigma is 0 or 1, and the square could overflow.
+    const Vec<C> near = vmin(broadcast(C{30}), vmax(broadcast(C{-30}), x));
+    const Vec<C> square = near * near;
+    const Vec<C> sigma = sigmoid(near * (c + c * C(0.044715) * square), slope);
+    slope = sigma + x * (slope * (c + 3 * c * C(0.044715) * square));
+    return x * sigma;
+  }
+};
+
+template <class C>
+struct Silu {
+  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
+    const Vec<C> sigma = sigmoid(x, slope);
+    slope = sigma + x * slope;
+    return x * sigma;
+  }
+};
+
+// A vector, of which a row may have only n elements left.
+template <class T>
+inline Vec<Compute<T>> load_left(const T* p, int64_t n) {
+  return n >= kLanes<Compute<T>> ? load(p) : load(p, static_cast<int>(n));
+}
+template <class T>
+inline void store_left(T* p, Vec<Compute<T>> v, int64_t n) {
+  n >= kLanes<Compute<T>> ? store(p, v) : store(p, v, static_cast<int>(n));
+}
+// p += v
+template <class C>
+inline void accumulate(C* p, Vec<C> v, int64_t n) {
+  store_left(p, load_left(p, n) + v, n);
+}
+
+template <class T, class Act>
+void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
+  using V = Vec<Compute<T>>;
+  const int64_t F = a.F, W = a.gated ? 2 * F : F;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* pre = static_cast<const T*>(a.pre) + m * W;
+    T* h = static_cast<T*>(a.h) + m * F;
+    for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
+      V slope, value = Act::value(load_left(pre + n, F - n), slope);
+      if (a.gated) value = value * load_left(pre + F + n, F - n);
+      store_left(h + n, value, F - n);
+    }
+  }
+}
+
+template <class T, class Act>
+void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>* db1) {
+  using V = Vec<Compute<T>>;
+  const int64_t F = a.F, W = a.gated ? 2 * F : F;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* dh = static_cast<const T*>(a.dh) + m * F;
+    const T* pre = static_cast<const T*>(a.pre) + m * W;
+    T* dpre = static_cast<T*>(a.dpre) + m * W;
+    T* h = static_cast<T*>(a.h) + m * F;
+    for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
+      const int64_t left = F - n;
+      V g = load_left(dh + n, left);
+      // forward: h = act(gate) * up
+      V slope, value = Act::value(load_left(pre + n, left), slope);
+      if (a.gated) {
+        const V up = load_left(pre + F + n, left), dup = g * value;
+        store_left(dpre + F + n, dup, left);
+        if (db1) accumulate(db1 + F + n, dup, left);
+        value = value * up;
+        g = g * up;
+      }
+      store_left(h + n, value, left);
+      store_left(dpre + n, g * slope, left);
+      if (db1) accumulate(db1 + n, g * slope, left);
+    }
+  }
+}
+
+#define TFKERN_ACTIVATION(activation, function, ...)         \
+  switch (activation) {                                      \
+    case Activation::relu:                                   \
+      return function<T, Relu<Compute<T>>>(__VA_ARGS__);     \
+    case Activation::gelu:                                   \
+      return function<T, Gelu<Compute<T>>>(__VA_ARGS__);     \
+    case Activation::gelu_tanh:                              \
+      return function<T, GeluTanh<Compute<T>>>(__VA_ARGS__); \
+    case Activation::silu:                                   \
+      return function<T, Silu<Compute<T>>>(__VA_ARGS__);     \
+  }
+
+inline void mlp_forward(const MlpForward& a, int64_t begin, int64_t end) {
+  TFKERN_DTYPE(a.dtype, TFKERN_ACTIVATION(a.activation, forward_rows, a, begin, end));
+}
+
+inline void mlp_backward(const MlpBackward& a, int64_t begin, int64_t end, void* db1) {
+  TFKERN_DTYPE(a.dtype, TFKERN_ACTIVATION(a.activation, backward_rows, a, begin, end,
+                                          static_cast<Compute<T>*>(db1)));
+}
+
+#undef TFKERN_ACTIVATION

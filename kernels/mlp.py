@@ -1,0 +1,276 @@
+"""The MLP around torch's products: a first product that activates as it ends, and the way back.
+
+    pre = x w1^T + b1,  h = act(pre)            gated: h = act(gate) up, pre = [gate, up]
+
+Forward: a program forms a tile of pre, gated the same tile of gate and of up, which share what is
+loaded of x. It rounds pre to the dtype of x and activates what it rounded, so that the backward,
+which only gets pre, computes the same h. Consecutive programs work on a group of row tiles, so that
+what they load is still in the L2 cache for the next one.
+
+Backward: one pass over dh and pre gives dpre and h. A program owns some columns and strides over
+the rows, and so has a part of db1 in float32 registers; adding the parts needs no atomics.
+
+The other products are plain, and torch's: y = h w2^T + b2, dh, dx, dw1 and dw2.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from . import register, unavailable
+
+_GROUP_M = tl.constexpr(8)  # row tiles of a group
+_BLOCK_M, _BLOCK_F = 8, 128  # tile of the backward
+
+
+def _config(
+    K: int, F: int, dtype: torch.dtype, gated: bool, arch: int
+) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_F, BLOCK_K, num_warps and num_stages of the forward on architecture sm_<arch>.
+
+    A gated program has two accumulators, so that fewer columns fill its registers. No entry spills.
+    """
+    if dtype == torch.float32 or K % 16 or F % 16:  # odd rows cannot be copied asynchronously
+        return 64, 32 if gated else 64, 32, 4, 3
+    if arch in (100, 103):  # accumulators lie outside the registers
+        return 128, 128 if gated else 256, 64, 8, 3
+    if arch == 90:
+        return 128, 128, 64, 8, 3
+    if arch in (80, 87):
+        return 128, 64 if gated else 128, 64, 8, 3
+    return 128, 64 if gated else 128, 32, 8, 3  # 99 KiB of shared memory
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    """90 for sm_90. The CPU, where kernels are interpreted, passes for sm_80."""
+    major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs of the backward: enough to fill the device, few enough for a small last sum."""
+    if device.type == "cpu":
+        return 4
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: TF32 only where torch's own switch allows it."""
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "ieee"
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x) and its derivative, which lose no digits in either tail."""
+    e = tl.exp(-tl.abs(x))
+    s = 1 / (1 + e)
+    return tl.where(x < 0, e * s, s), e * s * s
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """act(x) and act'(x) in float32; a NaN stays one."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
+    elif ACTIVATION == "gelu_tanh":  # x (1 + tanh(u)) / 2 = x sigma(2u)
+        c: tl.constexpr = 1.5957691216057308  # sqrt(8 / pi)
+        # Beyond 30, sigma is 0 or 1, and the square could overflow.
+        near = tl.where(tl.abs(x) > 30, tl.where(x < 0, -30.0, 30.0), x)
+        square = near * near
+        sigma, dsigma = _sigmoid(near * (c + c * 0.044715 * square))
+        return x * sigma, sigma + x * (dsigma * (c + 3 * c * 0.044715 * square))
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        sigma, dsigma = _sigmoid(x)
+        return x * sigma, sigma + x * dsigma
+
+
+@triton.jit
+def _load(tile, k, end, EVEN: tl.constexpr):
+    """The elements of a tile of pointers with k < end, 0 for the others."""
+    if EVEN:
+        return tl.load(tile)
+    return tl.load(tile, mask=k < end, other=0.0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _forward_kernel(
+    X, W1, B1, H, PRE, M, F, K, stride_xm, stride_xk, stride_wf, stride_wk,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    blocks_f = tl.cdiv(F, BLOCK_F)
+    group = pid // (_GROUP_M * blocks_f)
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * _GROUP_M, _GROUP_M)
+    pid -= group * _GROUP_M * blocks_f
+    first_m = (group * _GROUP_M + pid % height) * BLOCK_M
+    first_f = pid // height * BLOCK_F
+    m = tl.arange(0, BLOCK_M)
+    f = tl.arange(0, BLOCK_F)
+    k = tl.arange(0, BLOCK_K)
+
+    # Rows past the end repeat the last one: loads need no mask, and the products are not stored.
+    x_tile = tl.minimum(m, M - 1 - first_m)[:, None] * stride_xm + k[None, :] * stride_xk
+    w_tile = tl.minimum(f, F - 1 - first_f)[None, :] * stride_wf + k[:, None] * stride_wk
+    X += first_m.to(tl.int64) * stride_xm
+    W1 += first_f.to(tl.int64) * stride_wf
+    W1_UP = W1 + tl.cast(F, tl.int64) * stride_wf
+    pre = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = _load(X + x_tile, k[None, :], K - start, EVEN_K)
+        w = _load(W1 + w_tile, k[:, None], K - start, EVEN_K)
+        pre = tl.dot(x, w, pre, input_precision=PRECISION)
+        if GATED:
+            w = _load(W1_UP + w_tile, k[:, None], K - start, EVEN_K)
+            up = tl.dot(x, w, up, input_precision=PRECISION)
+            W1_UP += BLOCK_K * stride_wk
+        X += BLOCK_K * stride_xk
+        W1 += BLOCK_K * stride_wk
+
+    in_f = f < F - first_f
+    mask = (m < M - first_m)[:, None] & in_f[None, :]
+    W: tl.constexpr = 2 if GATED else 1
+    H += first_m.to(tl.int64) * F + first_f
+    PRE += first_m.to(tl.int64) * (W * F) + first_f
+    if B1 is not None:
+        pre += tl.load(B1 + first_f + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
+    pre = pre.to(PRE.dtype.element_ty)
+    tl.store(PRE + m[:, None] * (W * F) + f[None, :], pre, mask=mask)
+    h, _ = _activate(pre.to(tl.float32), ACTIVATION)
+    if GATED:
+        if B1 is not None:
+            up += tl.load(B1 + F + first_f + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
+        up = up.to(PRE.dtype.element_ty)
+        tl.store(PRE + F + m[:, None] * (W * F) + f[None, :], up, mask=mask)
+        h *= up.to(tl.float32)
+    tl.store(H + m[:, None] * F + f[None, :], h.to(H.dtype.element_ty), mask=mask)
+
+
+def _forward(x, w1, b1, activation, gated):
+    h, pre = _forward_outputs(x, w1, b1, activation, gated)
+    (M, K), F = x.shape, h.shape[1]
+    if h.numel():
+        b1 = None if b1 is None else b1.contiguous()
+        config = _config(K, F, x.dtype, gated, _arch(x.device))
+        block_m, block_f, block_k, num_warps, num_stages = config
+        _forward_kernel[(triton.cdiv(M, block_m) * triton.cdiv(F, block_f),)](
+            x, w1, b1, h, pre, M, F, K, *x.stride(), *w1.stride(),
+            ACTIVATION=activation, GATED=gated, EVEN_K=K % block_k == 0,
+            PRECISION=_precision(x.dtype), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return h, pre
+
+
+def _forward_outputs(x, w1, b1, activation, gated):
+    M, W = x.shape[0], w1.shape[0]
+    return x.new_empty(M, W // 2 if gated else W), x.new_empty(M, W)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _backward_kernel(
+    DH, PRE, DPRE, H, PARTIAL_DB1, M, F,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    W: tl.constexpr = 2 if GATED else 1
+    in_f = f < F
+    narrow = m[:, None] * F + f[None, :]
+    wide = m[:, None] * (W * F) + f[None, :]
+    db1 = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    db1_up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    for first_m in range(pid * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
+        skipped = tl.cast(first_m, tl.int64) * F
+        mask = (m < M - first_m)[:, None] & in_f[None, :]
+        dh = tl.load(DH + skipped + narrow, mask=mask, other=0.0).to(tl.float32)
+        pre = tl.load(PRE + W * skipped + wide, mask=mask, other=0.0).to(tl.float32)
+        # forward: h = act(gate) * up
+        h, slope = _activate(pre, ACTIVATION)
+        if GATED:
+            up = tl.load(PRE + W * skipped + F + wide, mask=mask, other=0.0).to(tl.float32)
+            dup = dh * h
+            tl.store(DPRE + W * skipped + F + wide, dup.to(DPRE.dtype.element_ty), mask=mask)
+            db1_up += dup
+            h *= up
+            dh *= up
+        dpre = dh * slope
+        tl.store(DPRE + W * skipped + wide, dpre.to(DPRE.dtype.element_ty), mask=mask)
+        tl.store(H + skipped + narrow, h.to(H.dtype.element_ty), mask=mask)
+        db1 += dpre
+    if PARTIAL_DB1 is not None:
+        partial = PARTIAL_DB1 + tl.cast(pid, tl.int64) * (W * F) + f
+        tl.store(partial, tl.sum(db1, 0), mask=in_f)
+        if GATED:
+            tl.store(partial + F, tl.sum(db1_up, 0), mask=in_f)
+
+
+def _backward(dh, pre, activation, gated, bias):
+    dpre, h, db1 = _backward_outputs(dh, pre, activation, gated, bias)
+    (M, F), W = dh.shape, pre.shape[1]
+    if not h.numel():
+        return dpre, h, db1.zero_()
+    dh, pre = dh.contiguous(), pre.contiguous()
+    columns = triton.cdiv(F, _BLOCK_F)
+    programs = max(1, min(triton.cdiv(M, _BLOCK_M), _programs(dh.device) // columns))
+    partial_db1 = dh.new_empty(programs, W, dtype=torch.float32) if bias else None
+    _backward_kernel[(columns, programs)](
+        dh, pre, dpre, h, partial_db1, M, F,
+        ACTIVATION=activation, GATED=gated, BLOCK_M=_BLOCK_M, BLOCK_F=_BLOCK_F,
+    )  # fmt: skip
+    return dpre, h, partial_db1.sum(0).to(db1.dtype) if bias else db1
+
+
+def _backward_outputs(dh, pre, activation, gated, bias):
+    db1 = pre.new_empty(pre.shape[1] if bias else 0)
+    return pre.new_empty(pre.shape), dh.new_empty(dh.shape), db1
+
+
+def forward(x, w1, b1, w2, b2, activation, gated):
+    h, pre = _activated_product(x, w1, b1, activation, gated)
+    return F.linear(h, w2, b2), pre
+
+
+def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):
+    want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
+    absent = dy.new_empty(0)
+    want_db1 = want_db1 and b1 is not None
+    dpre, h, db1 = _activation_backward(dy @ w2, pre, activation, gated, want_db1)
+    return (
+        dpre @ w1 if want_dx else absent,
+        dpre.t() @ x if want_dw1 else absent,
+        db1,
+        dy.t() @ h if want_dw2 else absent,
+        dy.sum(0) if want_db2 and b2 is not None else absent,
+    )
+
+
+def why_not(x, w1, b1, w2, b2, activation, gated, *, needs_grad) -> str | None:
+    return unavailable(x)
+
+
+_activated_product = register(
+    "mlp_activated_product(Tensor x, Tensor w1, Tensor? b1, str activation, bool gated) "
+    "-> (Tensor h, Tensor pre)",
+    _forward,
+    _forward_outputs,
+)
+_activation_backward = register(
+    "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
+    "-> (Tensor dpre, Tensor h, Tensor db1)",
+    _backward,
+    _backward_outputs,
+)
