@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import tfkern
 from tfkern.testing import validate
-from tfkern.validation import torch_attention
+from tfkern.validation import attention_floor_scale, torch_attention
 
 # B, H, Hk, T, S, D, Dv, causal: tiles are 64 to 128 rows, so lengths lie on either side of them
 CASES = [
@@ -39,6 +39,7 @@ def check(inputs, backend, **options):
         lambda **kw: tfkern.attention(**kw, **options, return_lse=True, backend=backend),
         lambda **kw: torch_attention(**kw, **options, return_lse=True),
         inputs,
+        floor_scale=attention_floor_scale(inputs["q"].dtype, inputs["k"].shape[2]),
     )
     report.check()
 
@@ -85,7 +86,8 @@ def test_lengths(backend, dtype, device, causal):
     def reference(**kw):
         return torch_attention(**kw, causal=causal, **lengths, return_lse=True)
 
-    validate(poisoned, reference, inputs).check()
+    scale = attention_floor_scale(dtype, S)
+    validate(poisoned, reference, inputs, floor_scale=scale).check()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)

@@ -19,6 +19,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "product_ceiling", lambda dtype, device: 1e11)
     monkeypatch.setattr(timing, "copy_ceiling", lambda device: 1e10)
     monkeypatch.setattr(memory, "peak", lambda case, variant: 1000 * case.length)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small sizes; threads that wait for a busy machine cost most
+    yield
+    torch.set_num_threads(threads)
 
 
 def _case(**options):
@@ -181,10 +185,10 @@ def test_slope():
     assert sweep.slope([1, 2], [0, 5]) is None
 
 
-def _memory_slope(name, lengths, **options):
+def _memory_slope(name, lengths, heads=2, **options):
     peaks = []
     for length in lengths:
-        case = _case(length=length, heads=2, head_dim=64, **options)
+        case = _case(length=length, heads=heads, head_dim=64, **options)
         peaks.append(memory.peak(case, _variant(case, name)))
     return sweep.slope(lengths, peaks)
 
@@ -197,7 +201,8 @@ def test_peak_memory_of_plain_attention_is_quadratic():
     tfkern.backends("attention")["native"] is not None, reason="no native kernel here"
 )
 def test_peak_memory_of_native_attention_is_linear():
-    assert _memory_slope("tfkern native", [1024, 8192]) < 1.1
+    # Enough heads that the output is large beside the 0.3 MB to which the system counts.
+    assert _memory_slope("tfkern native", [1024, 4096], heads=8) < 1.1
 
 
 @pytest.mark.slow
@@ -205,7 +210,7 @@ def test_peak_memory_of_native_attention_is_linear():
 @pytest.mark.parametrize("causal", [False, True])
 def test_growth_of_peak_memory(causal, backward):
     lengths = [1024, 2048, 4096, 8192]
-    options = {"causal": causal, "backward": backward}
+    options = {"heads": 4, "causal": causal, "backward": backward}
     assert 1.9 < _memory_slope("plain", lengths, **options) < 2.1
     assert _memory_slope("sdpa flash", lengths, **options) < 1.1
     if tfkern.backends("attention")["native"] is None:

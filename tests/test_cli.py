@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from tfkern import validation
 from tfkern.benchmarks import attention, memory, timing
@@ -15,6 +16,10 @@ from tfkern.cli import main
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "product_ceiling", lambda dtype, device: 1e11)
     monkeypatch.setattr(memory, "peak", lambda case, variant: 1000 * case.length)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small sizes; threads that wait for a busy machine cost most
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
 """The `tfkern` program: benchmarks, validation, and what is on or off on this machine."""
 
+import json
 import platform
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tfkern
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,12 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app = _app()
     except ImportError as error:
-        if error.name not in ("typer", "rich", "matplotlib"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich", "matplotlib"):
             raise
-        return _error(f"{error.name} is not installed: pip install tfkern[cli]")
+        return _error(f"{package} is not installed: pip install tfkern[cli]")
     import typer
 
-    usage_error = typer.BadParameter.__base__  # typer shows its errors in boxes
+    usage_error: Any = typer.BadParameter.__base__  # typer shows its errors in boxes
     try:
         return app(arguments, prog_name="tfkern", standalone_mode=False) or 0
     except usage_error as error:
@@ -43,7 +50,9 @@ def _app():
     import matplotlib  # noqa: F401  missed now, and not when the chart of a long run is due
     import typer
 
+    from tfkern.benchmarks.case import DTYPES
     from tfkern.benchmarks.commands import app as bench
+    from tfkern.benchmarks.commands import check_device
 
     app = typer.Typer(
         no_args_is_help=True,
@@ -61,7 +70,85 @@ def _app():
         """Show versions, the device, and which backend runs each op here, or why not."""
         doctor(kernels)
 
+    @app.command("validate")
+    def _validate(
+        op: Annotated[
+            str, typer.Argument(help=f"One of {', '.join(_OPS)}; all of them by default.")
+        ] = "",
+        backend: Annotated[
+            str, typer.Option(help="Backend to check. The one that would serve by default.")
+        ] = "",
+        dtype: Annotated[
+            str, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")
+        ] = "float32",
+        device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+        seed: Annotated[int, typer.Option(help="Draws the cases and their inputs.")] = 0,
+        count: Annotated[int, typer.Option(help="Cases per op.", min=1)] = 8,
+        file: Annotated[
+            Path | None, typer.Option("--json", help="Also write the results to this file.")
+        ] = None,
+    ) -> None:
+        """Compare outputs and gradients of random cases with float64, next to PyTorch's own errors.
+
+        Fails (exit status 1) where the error is more than twice that of PyTorch in the same dtype.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if op and op not in _OPS:
+            raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_OPS)}")
+        ops = (op,) if op else _OPS
+        device = check_device(device)
+        if not validate(ops, DTYPES[dtype], device, backend or None, seed, count, file):
+            raise typer.Exit(1)
+
     return app
+
+
+def validate(
+    ops: Sequence[str],
+    dtype: "torch.dtype",
+    device: str,
+    backend: str | None,
+    seed: int,
+    count: int,
+    file: Path | None,
+) -> bool:
+    """Runs the random cases of `ops`, prints a table of the errors, and says whether all passed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from tfkern.dispatch import check_backend
+    from tfkern.validation import cases
+
+    if backend is not None:
+        check_backend(backend)
+    table = Table("case", "tensor", box=None, header_style="bold", pad_edge=False)
+    for column in ("ours", "torch", "ratio", "limit", ""):
+        table.add_column(column, justify="right")
+    results: list[dict] = []
+    for op in ops:
+        for case in cases(op, dtype, device, backend, seed, count):
+            for i, result in enumerate(case.run(seed).as_dicts()):
+                results.append({"op": op, "case": case.label} | result)
+                errors = [f"{result[name]:.2g}" for name in ("error", "torch_error")]
+                verdict = "ok" if result["ok"] else f"FAILED {result['problem'] or ''}".rstrip()
+                table.add_row(
+                    Text(f"{op} {case.label}" if i == 0 else ""),
+                    result["name"],
+                    *errors,
+                    f"{result['ratio']:.2f}",
+                    f"{result['limit']:.2g}",
+                    Text(verdict, style="" if result["ok"] else "bold red"),
+                )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    failed = sum(not result["ok"] for result in results)
+    console.print(f"{len(results)} comparisons, {failed} failed")
+    if file is not None:
+        settings = {"dtype": str(dtype), "device": device, "backend": backend, "seed": seed}
+        file.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
+    return failed == 0
 
 
 def doctor(kernels: bool = False) -> None:

@@ -104,8 +104,9 @@ def validate(
         gradients: whether to compare the gradients as well.
         grad_outputs: the incoming gradient of every output; drawn from a normal distribution if
             None.
-        floor_scale: factor of the floor by the name of an input, for gradients that sum many terms:
-            sqrt(rows) for the weight of a norm.
+        floor_scale: factor of the floor by the name of an input, for its gradient, or of an output
+            ("output", or "output 0" and so on). Sums of many terms have one: sqrt(rows) for the
+            weight of a norm.
         seed: for drawing the incoming gradients.
 
     Returns:
@@ -120,10 +121,15 @@ def validate(
     if len(outputs) != len(true_outputs):
         raise ValueError(f"fn returns {len(outputs)} tensors, reference {len(true_outputs)}")
     names = ["output"] if len(outputs) == 1 else [f"output {i}" for i in range(len(outputs))]
-    rows = list(zip(names, outputs, torch_outputs, true_outputs, strict=True))
-    rows += [(f"d{n}", grads[n], torch_grads[n], true_grads[n]) for n in true_grads]
-    scale = {f"d{name}": factor for name, factor in (floor_scale or {}).items()}
-    return Report(tuple(_compare(*row, floor_scale=scale.get(row[0], 1.0)) for row in rows))
+    rows = list(zip(names, names, outputs, torch_outputs, true_outputs, strict=True))
+    rows += [(f"d{n}", n, grads[n], torch_grads[n], true_grads[n]) for n in true_grads]
+    scale = floor_scale or {}
+    return Report(
+        tuple(
+            _compare(label, ours, torchs, truth, scale.get(key, 1.0))
+            for label, key, ours, torchs, truth in rows
+        )
+    )
 
 
 def _run(fn, inputs, dtype, gradients, grad_outputs, seed):

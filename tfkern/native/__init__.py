@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 try:
-    from tfkern import _C
+    import tfkern._C as _C
 except ImportError as error:
     raise ImportError(
         f"not part of this installation, built with TFKERN_NATIVE=0 ({error})"

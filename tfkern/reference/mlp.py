@@ -98,14 +98,13 @@ def backward(
     # forward: pre = x w1^T + b1
     want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
     absent = dy.new_empty(0)
-    grads = (
-        dpre @ wide(w1) if want_dx else absent,
-        dpre.t() @ wide(x) if want_dw1 else absent,
-        dpre.sum(0) if want_db1 and b1 is not None else absent,
-        dy.t() @ h if want_dw2 else absent,
-        dy.sum(0) if want_db2 and b2 is not None else absent,
+    return (
+        (dpre @ wide(w1) if want_dx else absent).to(x.dtype),
+        (dpre.t() @ wide(x) if want_dw1 else absent).to(x.dtype),
+        (dpre.sum(0) if want_db1 and b1 is not None else absent).to(x.dtype),
+        (dy.t() @ h if want_dw2 else absent).to(x.dtype),
+        (dy.sum(0) if want_db2 and b2 is not None else absent).to(x.dtype),
     )
-    return tuple(grad.to(x.dtype) for grad in grads)
 
 
 def why_not(*args, needs_grad: bool) -> str | None:

@@ -1,0 +1,181 @@
+"""Softmax attention over context length: the cost of what is quadratic, and of what need not be."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tfkern
+
+from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants
+
+_SDPA = {
+    "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
+    "cuda": {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCase(Case):
+    """q, k, v of (batch, heads, length, head_dim)."""
+
+    op = "attention"
+    lengths = {
+        "cpu": (256, 512, 1024, 2048, 4096, 8192),
+        "cuda": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    }
+    unit = "TFLOP/s"
+    growth = 2.0
+
+    batch: int = 1
+    heads: int = 8
+    head_dim: int = 64
+    causal: bool = False
+
+    def small(self) -> "OpCase":
+        return replace(self, batch=1, heads=min(self.heads, 2), length=min(self.length, 197))
+
+    def inputs(self) -> dict[str, Tensor]:
+        shape = (self.batch, self.heads, self.length, self.head_dim)
+        return {name: self.draw(*shape) for name in "qkv"}
+
+    def floor_scale(self) -> dict[str, float]:
+        # Their gradients are sums over all queries.
+        return dict.fromkeys(("k", "v"), math.sqrt(self.length))
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain(q, k, v, causal=self.causal)
+
+    def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
+        # How many matrices of scores are alive at once, forward and with backward: as measured.
+        return [
+            Variant("plain", self.reference, self._scores(2, 3)),
+            *(
+                _sdpa(name, backend, self.causal, self._scores(2.5, 3) if name == "math" else 0)
+                for name, backend in _SDPA[self.device.partition(":")[0]].items()
+            ),
+            *backend_variants(self, self._tfkern, backends, self._scores(3, 5, torch.float32)),
+        ]
+
+    def work(self, which: str) -> float:
+        factor = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}[which]
+        pairs = self.batch * self.heads * self.length**2 / (2 if self.causal else 1)
+        return factor * 4 * pairs * self.head_dim
+
+    def flop_formulas(self) -> dict[Any, Callable[..., int]]:
+        return flop_formulas(self.causal, self._triton_tile())
+
+    def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
+        return tfkern.attention(q, k, v, causal=self.causal, backend=backend)
+
+    def _triton_tile(self) -> tuple[int, int]:
+        if not self.device.startswith("cuda") or tfkern.backends(self.op)["triton"] is not None:
+            return 128, 64  # asked for by nobody
+        from tfkern.kernels import attention as kernel
+
+        arch = kernel._arch(torch.device(self.device))
+        config = kernel._config("forward", self.head_dim, self.head_dim, self.torch_dtype, arch)
+        return config["BLOCK_T"], config["BLOCK_S"]
+
+    def _scores(self, forward: float, both: float, at_least: torch.dtype | None = None) -> int:
+        """Bytes of so many matrices of scores, in the dtype of the inputs or a wider one."""
+        dtype = torch.promote_types(self.torch_dtype, at_least or self.torch_dtype)
+        pairs = self.batch * self.heads * self.length**2
+        return round((both if self.backward else forward) * pairs * dtype.itemsize)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Quadratic attention: the whole matrix of scores in memory."""
+    s = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if causal:
+        T, S = s.shape[-2:]
+        hidden = torch.ones(T, S, dtype=torch.bool, device=s.device).triu(S - T + 1)
+        s = s.masked_fill(hidden, -torch.inf)
+    return s.softmax(-1) @ v
+
+
+def _sdpa(name: str, backend: SDPBackend, causal: bool, scratch: int) -> Variant:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return Variant(f"sdpa {name}", call, scratch)
+
+
+def tile_flops(q, k, v, *, causal: bool, tile: tuple[int, int], products: tuple[int, int]) -> int:
+    """FLOPs of the tiles that a kernel visits, by the shapes of q, k and v.
+
+    A kernel walks over the keys for every tile of queries, and if causal stops after the tile with
+    the last key that any of the queries sees. Tiles at the ends count at their real size.
+    `products` says how many matrix products with D and with Dv each tile takes part in: forward
+    (1, 1).
+    """
+    (B, H, T, D), S, Dv = q, k[2], v[3]
+    tile_t, tile_s = tile
+    pairs = 0
+    for start in range(0, T, tile_t):
+        end = min(start + tile_t, T)
+        seen = min(S, max(0, end + S - T)) if causal else S
+        pairs += (end - start) * min(S, -(-seen // tile_s) * tile_s)
+    return 2 * B * H * pairs * (products[0] * D + products[1] * Dv)
+
+
+# Queries and keys of a tile of csrc/attention_kernel.h.
+
+
+# kBlock of csrc/attention.cpp. Its tiles of keys end where the last of these queries sees no more.
+_NATIVE_TILE = 64, 1
+
+
+def flop_formulas(
+    causal: bool, triton_tile: tuple[int, int] = (128, 64)
+) -> dict[Any, Callable[..., int]]:
+    """Formulas for `FlopCounterMode`, whose own know neither the CPU, tfkern, nor causal tiles."""
+
+    def forward(tile: Callable[[int], tuple[int, int]]) -> Callable[..., int]:
+        def formula(q, k, v, *_, **__):
+            return tile_flops(q, k, v, causal=causal, tile=tile(q[2]), products=(1, 1))
+
+        return formula
+
+    def backward(
+        tile: Callable[[int], tuple[int, int]], skip: int, products: tuple[int, int]
+    ) -> Callable[..., int]:
+        def formula(*shapes, **_):
+            q, k, v = shapes[skip : skip + 3]
+            return tile_flops(q, k, v, causal=causal, tile=tile(q[2]), products=products)
+
+        return formula
+
+    def torch_tile(T: int) -> tuple[int, int]:
+        # FlashAttentionKernel.cpp of ATen; a causal row of tiles ends with its last query.
+        return (256 if T >= 768 else 64 if T >= 192 else 32), 1
+
+    # One walk over the tiles: s, dq, dk with D and dp, dv with Dv. Two walks: s and dp twice.
+    one_walk, two_walks = (3, 2), (4, 3)
+    by_operator = {
+        "aten._scaled_dot_product_flash_attention_for_cpu": forward(torch_tile),
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward": backward(
+            torch_tile, 1, one_walk
+        ),
+        "tfkern.attention_forward": forward(lambda T: _NATIVE_TILE),
+        "tfkern.attention_backward": backward(lambda T: _NATIVE_TILE, 2, one_walk),
+        "tfkern_triton.attention_forward": forward(lambda T: triton_tile),
+        "tfkern_triton.attention_backward": backward(lambda T: triton_tile, 2, two_walks),
+    }
+    formulas = {}
+    for name, formula in by_operator.items():
+        library, _, operator = name.partition(".")
+        if hasattr(getattr(torch.ops, library), operator):  # only if its backend is here
+            formulas[getattr(getattr(torch.ops, library), operator)] = formula
+    return formulas

@@ -1,0 +1,223 @@
+"""`tfkern bench`: one command per op."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tfkern.dispatch import check_backend
+
+from . import report, sweep
+from .case import DTYPES, Case, load
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Time an op over context lengths, next to PyTorch's own ways to compute it. "
+    "Every variant is compared with float64 first, and a wrong one is not timed (exit status 1). "
+    "Reports quantiles of the time, the rate as a fraction of what the machine can do, counted "
+    "FLOPs, peak memory, and how each of them grows. Writes <op>.csv, <op>.json and <op>.png.",
+)
+
+Lengths = Annotated[
+    str,
+    typer.Option(
+        help="Context lengths, such as 256,512. Powers of two by default, on a CPU up to "
+        "8192 (model: 2048).",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[str, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda or cuda:N. CUDA if there is a GPU.", show_default=False)
+]
+Backends = Annotated[
+    str,
+    typer.Option(
+        help="Backends of tfkern to time, such as native,reference. All that run here by default; "
+        "PyTorch's variants are always timed.",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.", min=0)]
+Limit = Annotated[
+    float,
+    typer.Option(
+        "--max-seconds", help="Skip what is predicted to take longer than this a call.", min=0
+    ),
+]
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward", help="Also run the backward; times of the two halves and of both together."
+    ),
+]
+Batch = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
+Heads = Annotated[int, typer.Option(help="Attention heads.", min=1)]
+Hidden = Annotated[int, typer.Option(help="Features of a token.", min=1)]
+
+_OUT = Path("bench-results")
+
+
+@app.command("attention")
+def attention(
+    lengths: Lengths = "",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    heads: Heads = 8,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.", min=1, max=256)] = 64,
+    causal: Annotated[bool, typer.Option(help="Hide the keys behind each query.")] = False,
+    backward: Backward = False,
+    backends: Backends = "",
+    device: Device = "",
+    threads: Threads = 0,
+    max_seconds: Limit = 20.0,
+    out: Out = _OUT,
+) -> None:
+    """Softmax attention: plain quadratic, SDPA with each of its backends, and tfkern."""
+    sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "causal": causal}
+    sizes["backward"] = backward
+    _bench("attention", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
+
+
+@app.command("layer_norm")
+def layer_norm(
+    lengths: Lengths = "",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    hidden: Hidden = 1024,
+    residual: Annotated[bool, typer.Option("--residual", help="Add a residual in front.")] = False,
+    backward: Backward = False,
+    backends: Backends = "",
+    device: Device = "",
+    threads: Threads = 0,
+    max_seconds: Limit = 20.0,
+    out: Out = _OUT,
+) -> None:
+    """Layer norm: F.layer_norm, torch.compile of it, and tfkern, in GB/s."""
+    sizes = {"batch": batch, "hidden": hidden, "residual": residual, "backward": backward}
+    _bench("layer_norm", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
+
+
+@app.command("mlp")
+def mlp(
+    lengths: Lengths = "",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    hidden: Hidden = 512,
+    expansion: Annotated[int, typer.Option(help="Inner features over hidden.", min=1)] = 4,
+    activation: Annotated[str, typer.Option(help="gelu, gelu_tanh, relu or silu.")] = "gelu_tanh",
+    backward: Backward = False,
+    backends: Backends = "",
+    device: Device = "",
+    threads: Threads = 0,
+    max_seconds: Limit = 20.0,
+    out: Out = _OUT,
+) -> None:
+    """The MLP: plain PyTorch, torch.compile of it, and tfkern."""
+    sizes = {"batch": batch, "hidden": hidden, "expansion": expansion, "activation": activation}
+    sizes["backward"] = backward
+    _bench("mlp", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
+
+
+@app.command("model")
+def model(
+    lengths: Lengths = "",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    layers: Annotated[int, typer.Option(help="Blocks.", min=1)] = 2,
+    hidden: Hidden = 256,
+    heads: Heads = 4,
+    backends: Backends = "",
+    device: Device = "",
+    threads: Threads = 0,
+    max_seconds: Limit = 20.0,
+    out: Out = _OUT,
+) -> None:
+    """A training step of a decoder, without the optimizer: plain PyTorch, with SDPA, and tfkern."""
+    sizes = {"batch": batch, "layers": layers, "hidden": hidden, "heads": heads}
+    _bench("model", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
+
+
+def _bench(
+    op: str,
+    sizes: dict[str, Any],
+    lengths: str,
+    dtype: str,
+    backends: str,
+    device: str,
+    threads: int,
+    max_seconds: float,
+    out: Path,
+) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    device = check_device(device)
+    named = [check_backend(name.strip()) for name in backends.split(",")] if backends else None
+    if threads:
+        torch.set_num_threads(threads)
+    kind = load(op)
+    swept = _lengths(lengths) if lengths else kind.lengths[device.partition(":")[0]]
+    case = kind(length=max(swept), dtype=dtype, device=device, **sizes)
+    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    results = _with_progress(case, swept, named, max_seconds)
+    # 80 columns, which rich takes for a pipe, are too few
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if results.rows:
+        report.show(results, console)
+        for path in report.write(results, out):
+            console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    for name, problem in results.wrong.items():
+        print(f"tfkern: {name} is wrong and was not timed: {problem}", file=sys.stderr)
+    if results.wrong:
+        raise typer.Exit(1)
+
+
+def _with_progress(
+    case: Case, lengths: Sequence[int], backends: Sequence[str] | None, max_seconds: float
+) -> sweep.Results:
+    console = Console(stderr=True)
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    variants = len(case.variants(backends))
+    # The ceiling, comparisons, and at each length the warm-ups, the timing and the memory.
+    total = 1 + variants + len(lengths) * (2 * variants + 1)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        return sweep.run(
+            case,
+            lengths,
+            backends,
+            max_seconds=max_seconds,
+            progress=lambda doing: bar.update(task, advance=1, description=doing),
+        )
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"lengths are integers with commas between them, such as 256,512; got {text!r}"
+        ) from None
+    if min(lengths) < 1:
+        raise ValueError(f"lengths must be positive, got {min(lengths)}")
+    return lengths
+
+
+def check_device(name: str) -> str:
+    """The device to use: what was asked for, if it is there, or the best one for ""."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or name == "cpu:":
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {name} is not available: PyTorch sees {count} GPUs")
+    return "cpu" if kind == "cpu" else name

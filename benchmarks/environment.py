@@ -1,0 +1,88 @@
+"""The facts that every number needs beside it: device, versions, commit, date, command."""
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import tfkern
+
+
+def facts(device: str) -> dict[str, str]:
+    """The environment of a run as columns, all of them text."""
+    return {
+        "device": device_name(device),
+        "instructions": instructions() if device == "cpu" else "",
+        "threads": str(torch.get_num_threads()),
+        "driver": driver() if device.startswith("cuda") else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "tfkern": tfkern.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def device_name(device: str) -> str:
+    """The model of the GPU or the processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The vector instructions that tfkern's kernels use, or torch's if they are not built."""
+    try:
+        from tfkern import _C
+
+        return _C.cpu_capability()
+    except ImportError:
+        return f"{torch.backends.cpu.get_cpu_capability().lower()} (of torch)"
+
+
+def driver() -> str:
+    """The version of the NVIDIA driver, or what CUDA it speaks if the file is not there."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return f"CUDA {torch.version.cuda}"
+    return next((w for w in words if w[0].isdigit() and "." in w), "")
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or ""."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """The commit of the checkout that tfkern is imported from, marked if it is changed, or ""."""
+    root = Path(tfkern.__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if not (root / ".git").exists():  # an installed copy that happens to lie in a checkout
+            return ""
+        name = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        return ""
+    return f"{name}+changes" if name and changed else name

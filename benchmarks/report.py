@@ -1,0 +1,224 @@
+"""Writes the results of a sweep: a table, CSV, JSON and a chart of time and memory over length."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .case import BOTH
+from .sweep import MEASURED, Results, size, slopes
+
+# The colours of Okabe and Ito (2008), which stay apart for colour-blind readers. A variant keeps
+# its colour and marker in every chart.
+_STYLES = {
+    "tfkern": ("#0072B2", "o"),
+    "tfkern native": ("#0072B2", "o"),
+    "tfkern triton": ("#CC79A7", "P"),
+    "tfkern reference": ("#56B4E9", "v"),
+    "plain": ("#D55E00", "s"),
+    "torch": ("#D55E00", "s"),
+    "torch plain": ("#D55E00", "s"),
+    "torch.compile": ("#009E73", "D"),
+    "sdpa flash": ("#009E73", "D"),
+    "torch sdpa": ("#009E73", "D"),
+    "sdpa math": ("#E69F00", "^"),
+    "sdpa efficient": ("#000000", "X"),
+    "sdpa cudnn": ("#999999", "*"),
+}
+_INK = "#333333"
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Writes <op>.csv, <op>.json and <op>.png into `folder`, and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / results.case.op
+    paths = [stem.with_suffix(suffix) for suffix in (".csv", ".json", ".png")]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(results.rows[0]))
+        writer.writeheader()
+        writer.writerows(results.rows)
+    content = {"rows": results.rows, "slopes": slopes(results), "notes": results.notes}
+    paths[1].write_text(json.dumps(content, indent=1) + "\n")
+    chart(results, paths[2])
+    return paths
+
+
+def table(results: Results) -> Table:
+    """The rows as a table, one block for each length."""
+    case = results.case
+    flops = case.unit == "TFLOP/s"
+    measured = [row["rate"] for row in results.rows if row["rate"] is not None]
+    small = flops and max(measured, default=0) < 10  # a CPU's rates read better in GFLOP/s
+    columns = ["length", "variant", "p20 ms", "p50 ms", "p80 ms"]
+    columns += ["GFLOP/s" if small else case.unit, "ceiling", "memory"]
+    columns += ["GFLOP"] if flops else []
+    if case.backward:
+        columns.insert(2, "pass")
+    made = Table(title=title(results), title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+    for column in columns:
+        text = column in ("variant", "pass")
+        made.add_column(column, justify="left" if text else "right", no_wrap=True)
+    previous: dict[str, Any] = {"length": None, "variant": None}
+    for row in results.rows:
+        if row["length"] != previous["length"]:
+            made.add_section()
+            previous = {"length": None, "variant": None}
+        repeated = row["variant"] == previous["variant"]
+        if repeated and row["status"] != MEASURED:
+            continue
+        cells = ["" if previous["length"] else str(row["length"])]
+        cells.append("" if repeated else row["variant"])
+        cells += [row["pass"].replace(BOTH, "both")] if case.backward else []
+        if row["status"] == MEASURED:
+            rate = row["rate"] * (1e3 if small else 1)
+            cells += [_digits(row[q]) for q in ("p20_ms", "p50_ms", "p80_ms")]
+            cells += [_digits(rate), f"{row['fraction_of_ceiling']:.0%}"]
+            cells.append("" if row["peak_bytes"] is None else size(row["peak_bytes"]))
+        else:
+            cells += ["-"] * 6  # why, stands below the table
+        if flops:
+            count = row["counted_flops"]
+            cells.append("" if count is None else _digits(count / 1e9))
+        made.add_row(*cells)
+        previous = row
+    return made
+
+
+def _digits(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def slope_table(results: Results) -> Table:
+    """Exponents of the growth over length."""
+    made = Table(
+        title="growth: exponents over the longest lengths", header_style="bold", box=SIMPLE_HEAD
+    )
+    for column in ("variant", "time", "FLOPs", "memory"):
+        made.add_column(column, justify="left" if column == "variant" else "right")
+    for name, fitted in slopes(results).items():
+        made.add_row(name, *("" if s is None else f"{s:.2f}" for s in fitted.values()))
+    return made
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints both tables and what was left out."""
+    console.print(table(results))
+    if len({row["length"] for row in results.rows}) > 1:
+        console.print(slope_table(results))
+    for row in results.rows:
+        if row["status"] != MEASURED and row["pass"] == results.main_pass:
+            console.print(f"[yellow]{row['variant']} at {row['length']}: {row['status']}[/]")
+    for note in results.notes:
+        console.print(f"[dim]{note}[/]")
+
+
+def title(results: Results) -> str:
+    """What was run, in one line."""
+    row = results.rows[0]
+    names = list(row)
+    told = [f"{row['op']} {results.main_pass}", row["dtype"]]
+    for name in names[names.index("op") + 1 : names.index("variant")]:
+        value = row[name]
+        if value is True:
+            told.append(name)
+        elif value is not False and name not in ("length", "dtype"):
+            told.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(told)
+
+
+def chart(results: Results, path: Path) -> None:
+    """Time and peak memory against length on logarithmic axes, beside slopes of 1 and 2."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in results.rows if r["pass"] == results.main_pass]
+    lengths = sorted({r["length"] for r in rows})
+    figure, panels = pyplot.subplots(1, 2, figsize=(10.5, 5.2))
+    figure.subplots_adjust(left=0.055, right=0.985, top=0.83, bottom=0.18, wspace=0.13)
+    names = ("time (ms)", "peak memory beyond the inputs (MB)")
+    for panel, name in zip(panels, names, strict=True):
+        panel.set_title(name, loc="left", color=_INK, fontsize=10)
+        panel.set_xlabel("context length (tokens)", color=_INK, fontsize=9)
+    for name in dict.fromkeys(r["variant"] for r in rows):
+        own = [r for r in rows if r["variant"] == name]
+        colour, marker = _STYLES.get(name, ("#F0E442", "h"))
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
+        # Our own kernels lie on top, in a heavier line.
+        ours = name.startswith("tfkern") and name != "tfkern reference"
+        style |= {"linewidth": 2.4, "zorder": 3} if ours else {"linewidth": 1.4, "zorder": 2}
+        _time_line(panels[0], own, name, style)
+        _memory_line(panels[1], own, style)
+    for panel in panels:
+        _axes(panel, lengths)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower left", frameon=False, ncols=7, fontsize=9)
+    figure.text(0.0125, 0.945, title(results), fontsize=12, fontweight="bold", color=_INK)
+    figure.text(0.0125, 0.905, _where(rows[0]), fontsize=8.5, color="#666666")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _where(row: dict[str, Any]) -> str:
+    """The machine and the versions, in one line."""
+    facts = [row["device"]]
+    facts += [f"{row['threads']} threads, {row['instructions']}"] if row["instructions"] else []
+    facts += [f"torch {row['torch']}", f"tfkern {row['tfkern']}"]
+    facts += [f"commit {row['commit']}"] if row["commit"] else []
+    return ", ".join([*facts, row["date"][:10]])
+
+
+def _time_line(panel: Any, rows: list[dict[str, Any]], name: str, style: dict[str, Any]) -> None:
+    measured = [r for r in rows if r["status"] == MEASURED]
+    x = [r["length"] for r in measured]
+    panel.plot(x, [r["p50_ms"] for r in measured], label=name, **style)
+    low, high = ([r[q] for r in measured] for q in ("p20_ms", "p80_ms"))
+    panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _memory_line(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    weighed = [r for r in rows if r["status"] == MEASURED and r["peak_bytes"]]
+    panel.plot([r["length"] for r in weighed], [r["peak_bytes"] / 1e6 for r in weighed], **style)
+    missing = [r for r in rows if r["status"].startswith("would need")]
+    for row in missing:  # hollow: predicted, not run
+        point = row["length"], row["predicted_bytes"] / 1e6
+        panel.plot(*point, linestyle="none", markerfacecolor="white", **style)
+        if row["status"] not in {label.get_text() for label in panel.texts}:
+            offset: dict[str, Any] = {"xytext": (-9, 0), "textcoords": "offset points"}
+            panel.annotate(row["status"], point, ha="right", va="center", fontsize=8, **offset)
+
+
+def _axes(panel: Any, lengths: list[int]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(lengths, [str(n) for n in lengths])
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    panel.tick_params(labelsize=8, labelcolor=_INK, color="#999999")
+    panel.grid(True, color="#ececec", linewidth=0.8)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    if len(lengths) < 2:
+        return
+    low, high = panel.get_ylim()
+    start, end, bottom = lengths[0], lengths[-1], low * 1.3
+    for exponent in (1, 2):  # from the lower left corner, for the eye to compare with
+        inside = min(end, start * (high / bottom) ** (1 / exponent))
+        line: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 1, "linestyle": (0, (4, 3))}
+        panel.plot(
+            [start, inside], [bottom, bottom * (inside / start) ** exponent], zorder=1, **line
+        )
+        middle = (inside / start) ** 0.6
+        label: dict[str, Any] = {"xytext": (6, -2), "textcoords": "offset points", "va": "top"}
+        point = start * middle, bottom * middle**exponent
+        panel.annotate(f"slope {exponent}", point, fontsize=8, color="#808080", **label)
+    panel.set_ylim(low, high)

@@ -1,0 +1,47 @@
+"""The same cases under pytest-benchmark: `pytest benchmarks --benchmark-only`.
+
+One length and one pass each; `tfkern bench` does the sweeps.
+"""
+
+import pytest
+import torch
+
+# Not relative: pytest imports this file by its path, and then it is no part of tfkern.
+from tfkern.benchmarks import OPS, sweep
+from tfkern.benchmarks.case import load, prepared
+
+pytest.importorskip("pytest_benchmark")
+
+_LENGTHS = {"attention": 512, "layer_norm": 2048, "mlp": 512, "model": 256}
+
+
+def _points():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in OPS:
+        case = load(op)(length=_LENGTHS[op], device=device)
+        for variant in case.variants():
+            yield pytest.param(case, variant, id=f"{op}-{variant.name.replace(' ', '-')}")
+
+
+@pytest.mark.parametrize("case, variant", list(_points()))
+def test_benchmark(benchmark, case, variant):
+    if variant.unavailable is not None:
+        pytest.skip(variant.unavailable)
+    small = case.small()
+    same = next(v for v in small.variants() if v.name == variant.name)
+    try:
+        problem = sweep.disagreement(small, same)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    assert problem is None, "a wrong result is not timed"
+    step = prepared(case, variant, case.inputs())
+
+    def run():
+        output = step.forward()
+        if step.backward is not None:
+            step.backward(output)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    benchmark(run)
