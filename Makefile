@@ -26,11 +26,13 @@ format: .venv/ready
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 # The GPU targets take python3 as they find it, with torch and triton in it, and need no network.
+GPU := PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
+
 test-gpu: .gpu/ready
-	PYTHONPATH=.gpu $(PYTHON) -m pytest --override-ini=pythonpath=tests -p no:cacheprovider tests
+	$(GPU) -m pytest
 
 bench-gpu: .gpu/ready
-	PYTHONPATH=.gpu $(PYTHON) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --out benchmarks/results/gpu
+	$(GPU) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu
 
 clean:
 	rm -rf .venv .gpu build dist *.egg-info tfkern/*.so

@@ -130,9 +130,6 @@ def tile_flops(q, k, v, *, causal: bool, tile: tuple[int, int], products: tuple[
     return 2 * B * H * pairs * (products[0] * D + products[1] * Dv)
 
 
-# Queries and keys of a tile of csrc/attention_kernel.h.
-
-
 # kBlock of csrc/attention.cpp. Its tiles of keys end where the last of these queries sees no more.
 _NATIVE_TILE = 64, 1
 
