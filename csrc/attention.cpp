@@ -2,11 +2,11 @@
 //
 //   s = scale * q k^T, masked;   o = softmax(s) v;   lse = log sum exp s
 //
-// q is (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, Dv), and key head h / (H / Hk) serves query head
-// h. Strides are arbitrary except that rows are contiguous. Query t of a batch sees key s if s <
-// key_length and, if causal, s <= t + key_length - query_length. What lies beyond the lengths is
-// never read. Work is cut into tiles of kKeys keys times kBlock queries, so memory is linear in T
-// and S; float16 and bfloat16 are widened tile by tile and everything is computed in float.
+// q is (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, Dv); key head h / (H / Hk) serves query head h.
+// Strides are arbitrary except that rows are contiguous. Query t of a batch sees key s if
+// s < key_length and, if causal, s <= t + key_length - query_length. What lies beyond the lengths
+// is never read. Work is cut into tiles of kKeys keys times kBlock queries, so memory is linear in
+// T and S; float16 and bfloat16 are widened tile by tile and computed in float.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -100,8 +100,7 @@ void store_dkv(const AttentionBackward<C>& a, int64_t b, int64_t hk, int64_t beg
   TFKERN_ISA_CALL(attention_store_dkv, a, b, hk, begin, count, sums, parts, distance);
 }
 
-// Calls `work` once per thread with a counter that hands out tasks: whoever is free takes the next
-// one.
+// Calls `work` once per thread with a counter that hands out tasks: who is free takes the next one.
 template <class Work>
 void run_tasks(const Work& work) {
   std::atomic<int64_t> next{0};
@@ -167,8 +166,9 @@ std::tuple<Tensor, Tensor> forward(AttentionShape shape, const Tensor& q, const 
   Tensor o = empty(q, {shape.B, shape.H, shape.T, shape.Dv}, q.scalar_type());
   Tensor lse = empty(q, {shape.B, shape.H, shape.T}, kCompute<C>);
   const AttentionForward<C> a{
-      std::move(shape), static_cast<C>(scale),          heads(q), heads(k), heads(v),
-      heads(o),         static_cast<C*>(lse.data_ptr())};
+      std::move(shape), static_cast<C>(scale),           heads(q), heads(k), heads(v),
+      heads(o),         static_cast<C*>(lse.data_ptr()),
+  };
   run_tasks([&](std::atomic<int64_t>& next) { run_forward(a, next); });
   return {o, lse};
 }
@@ -212,8 +212,8 @@ Three backward(AttentionShape shape, const Tensor& d_o, const std::optional<Tens
       for (int64_t i = begin, count; i < end; i += count) {
         const int64_t head = i / S, s = i % S;
         count = std::min(end - i, S - s);
-        store_dkv(a, head / Hk, head % Hk, s, count, a.partial + head * chunks * size, chunks,
-                  size);
+        C* sums = a.partial + head * chunks * size;
+        store_dkv(a, head / Hk, head % Hk, s, count, sums, chunks, size);
       }
     });
   }
@@ -262,9 +262,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? query_lengths, Tensor? key_lengths, "
       "bool causal, float scale) -> (Tensor o, Tensor lse)");
   m.def(
-      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor "
-      "lse, "
-      "Tensor? query_lengths, Tensor? key_lengths, bool causal, float scale) "
+      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, "
+      "Tensor lse, Tensor? query_lengths, Tensor? key_lengths, bool causal, float scale) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 

@@ -2,20 +2,18 @@
 //
 // Scores are computed transposed, a tile of keys times a block of queries with the queries along
 // the lanes: what is per query (running maximum, sum, lse, delta) is then a vector, no reduction
-// crosses lanes, and keys and values enter every product as scalars that are broadcast, whatever
-// their strides.
+// crosses lanes, and keys and values enter every product as scalars that are broadcast, so they
+// need no packing.
 
 // ---- matrix products ----
 
-// Accumulators that fill the registers: rows times vectors, leaving room for a row of B and a
-// scalar.
+// Accumulators, rows times vectors, fill the registers but for a row of `right` and a scalar.
 template <class C>
 constexpr int kRows = TFKERN_VEC_BYTES == 16 ? 4 : 6;
 template <class C>
 constexpr int kVectors = TFKERN_VEC_BYTES == 64 ? 4 : 2;
 
-// Terms that one accumulator sums before it is added to the result: rounding errors grow with its
-// length.
+// Terms that one accumulator sums before it is added to the result: rounding errors grow with it.
 constexpr int64_t kDepth = 64;
 
 // A matrix whose elements are broadcast one at a time, so that its strides are free.
@@ -25,12 +23,13 @@ struct Left {
   int64_t row, column;
 };
 
-// out[R x NV vectors] = left[R x K] right[K x NV vectors], plus what out holds if `add`.
+// The part of `product` whose accumulators are R rows of NV vectors.
 template <int R, int NV, class C>
 inline void product_tile(int64_t K, Left<C> left, const C* right, int64_t right_stride, C* out,
-                         int64_t out_stride, bool add) {
+                         int64_t out_stride, bool add, C alpha) {
   constexpr int L = kLanes<C>;
-  for (int64_t k = 0; k == 0 || k < K; add = true) {
+  int64_t k = 0;
+  do {
     const int64_t end = std::min(K, k + kDepth);
     Vec<C> sum[R][NV];
 #pragma GCC unroll 8
@@ -49,62 +48,63 @@ inline void product_tile(int64_t K, Left<C> left, const C* right, int64_t right_
         for (int j = 0; j < NV; ++j) sum[r][j] += scalar * row[j];
       }
     }
+    const C factor = k == K ? alpha : C{1};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) {
         C* p = out + r * out_stride + j * L;
-        store(p, add ? load(p) + sum[r][j] : sum[r][j]);
+        store(p, (add ? load(p) + sum[r][j] : sum[r][j]) * factor);
       }
     }
-    if (K == 0) return;
-  }
+    add = true;
+  } while (k < K);
 }
 
 template <int NV, class C>
 inline void product_panel(int64_t M, int64_t K, Left<C> left, const C* right, int64_t right_stride,
-                          C* out, int64_t out_stride, bool add) {
+                          C* out, int64_t out_stride, bool add, C alpha) {
   constexpr int R = kRows<C>;
   int64_t m = 0;
   for (; m + R <= M; m += R) {
     const Left<C> rows{left.data + m * left.row, left.row, left.column};
-    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add);
+    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, alpha);
   }
   const Left<C> rows{left.data + m * left.row, left.row, left.column};
   out += m * out_stride;
   switch (M - m) {
     case 5:
-      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add);
+      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
     case 4:
-      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add);
+      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
     case 3:
-      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add);
+      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
     case 2:
-      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add);
+      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
     case 1:
-      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add);
+      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
   }
 }
 
-// out[M x N] = left[M x K] right[K x N], plus what out holds if `add`. N is a multiple of the
-// lanes.
+// out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
 template <class C>
 void product(int64_t M, int64_t N, int64_t K, Left<C> left, const C* right, int64_t right_stride,
-             C* out, int64_t out_stride, bool add) {
+             C* out, int64_t out_stride, bool add, C alpha = 1) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
   int64_t n = 0;
   for (; n + NV * L <= N; n += NV * L) {
-    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add);
+    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, alpha);
   }
   right += n;
   out += n;
-  if constexpr (NV > 2) {
-    if (N - n == 3 * L)
-      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add);
-    if (N - n == 2 * L)
-      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add);
+  switch ((N - n) / L) {
+    case 3:
+      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+    case 2:
+      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+    case 1:
+      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, alpha);
   }
-  if (N - n == L) product_panel<1>(M, K, left, right, right_stride, out, out_stride, add);
 }
 
 // ---- memory ----
@@ -127,18 +127,18 @@ inline HeadRows head_rows(const Heads& t, int64_t b, int64_t h) {
 
 template <class C>
 inline void load_row(C* dst, const HeadRows& rows, int64_t i, int64_t N) {
-  TFKERN_DTYPE(rows.dtype,
-               convert(dst, reinterpret_cast<const T*>(rows.data + i * rows.stride), N));
+  const char* p = rows.data + i * rows.stride;
+  TFKERN_DTYPE(rows.dtype, convert(dst, reinterpret_cast<const T*>(p), N));
 }
 
 template <class C>
 inline void store_row(const HeadRows& rows, int64_t i, const C* src, int64_t N) {
-  TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(rows.data + i * rows.stride), src, N));
+  char* p = rows.data + i * rows.stride;
+  TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(p), src, N));
 }
 
-// Rows [begin, begin + count) in the computing type: in place if they are that already and lie
-// close together (rows a power of two apart would fight for the same cache sets), else copied to
-// `buffer`.
+// Rows [begin, begin + count) in the computing type: in place if they have it and lie side by side
+// (rows a power of two apart would fight for the same cache sets), else copied to `buffer`.
 template <class C>
 inline Left<C> load_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count, int64_t N) {
   constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
@@ -233,9 +233,9 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
   constexpr C kInf = std::numeric_limits<C>::infinity();
   const int64_t D = a.D, Dv = a.Dv, blocks = (a.T + kBlock - 1) / kBlock;
   Scratch<C> scratch;
-  C* qt = scratch.get(D * kBlock);  // (scale q)^T
+  C* qt = scratch.get(D * kBlock);  // q^T
   C* scores = scratch.get(kKeys * kBlock);
-  C* ot = scratch.get(Dv * kBlock);  // o^T, not normalised yet
+  C* ot = scratch.get(Dv * kBlock);  // o^T, to be divided by `sum`
   C* row = scratch.get(std::max(D, Dv));
   C* k_buffer = scratch.get(kKeys * D);
   C* v_buffer = scratch.get(kKeys * Dv);
@@ -257,7 +257,7 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
 
     for (int64_t t = 0; t < width; ++t) {
       if (t < valid) load_row(row, q, t0 + t, D);
-      for (int64_t d = 0; d < D; ++d) qt[d * kBlock + t] = t < valid ? a.scale * row[d] : C{0};
+      for (int64_t d = 0; d < D; ++d) qt[d * kBlock + t] = t < valid ? row[d] : C{0};
     }
     std::fill(ot, ot + Dv * kBlock, C{0});
     std::fill(maximum, maximum + kBlock, -kInf);
@@ -266,7 +266,7 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
       const int64_t keys = std::min<int64_t>(kKeys, end - s0);
       const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D);
       const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv);
-      product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false);
+      product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false, a.scale);
       if (a.causal && s0 + keys - 1 > t0 + offset) mask_causal(scores, keys, width, s0, t0, offset);
       if (online_softmax(scores, keys, width, maximum, sum, factor)) {
         for (int64_t d = 0; d < Dv; ++d) {
@@ -296,8 +296,8 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
 
 // ---- backward ----
 
-// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees one
-// key only, sum(do o) then equals dp and ds is exactly 0.
+// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees
+// one key only, sum(do o) then equals dp and ds is exactly 0.
 template <class C>
 inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* sum) {
   constexpr int L = kLanes<C>;
@@ -314,9 +314,9 @@ inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* su
   }
 }
 
-// p = exp(s - lse), ds = p (dp - delta), in place of s and dp. Queries that take no part have lse =
-// inf. delta = sum(do o) - dlse comes as its two terms: the first may cancel dp, and the second is
-// then exact.
+// p = exp(s - lse), ds = p (dp - delta), in place of s and dp. Queries that take no part have
+// lse = inf. delta = sum(do o) - dlse comes as its two terms: if the first cancels dp, the second
+// is left exact.
 template <class C>
 inline void score_gradients(C* s, C* dp, int64_t keys, int64_t width, const C* lse, const C* dot,
                             const C* dlse) {
@@ -332,8 +332,8 @@ inline void score_gradients(C* s, C* dp, int64_t keys, int64_t width, const C* l
 }
 
 // Writes dk and dv of `count` keys of a head: the sums of `parts` partial results, which lie
-// `distance` elements apart, in their order. A row of `sums` holds dk and dv, each padded to whole
-// vectors.
+// `distance` elements apart, in their order. A row of `sums` holds dk / scale and dv, each padded
+// to whole vectors.
 template <class C>
 void attention_store_dkv(const AttentionBackward<C>& a, int64_t b, int64_t hk, int64_t begin,
                          int64_t count, C* sums, int64_t parts, int64_t distance) {
@@ -347,6 +347,7 @@ void attention_store_dkv(const AttentionBackward<C>& a, int64_t b, int64_t hk, i
         store(sums + n, load(sums + n) + load(sums + part * distance + n));
       }
     }
+    for (int64_t d = 0; d < a.D; ++d) sums[d] *= a.scale;
     store_row(dk, s, sums, a.D);
     store_row(dv, s, sums + Dp, a.Dv);
   }
@@ -359,18 +360,18 @@ int64_t attention_dkv_size(const AttentionBackward<C>& a) {
 }
 
 // Runs tasks (batch, key head, chunk of the blocks of queries of its query heads) until none is
-// left. Each task walks over the keys for one block of queries after the other: dq of the block is
-// complete when it leaves it, dk and dv add up in memory. With several chunks per head a task's
-// sums go to `partial`, to be added by attention_store_dkv; with one, the task stores them itself.
+// left. A task walks over the keys for one block of queries after the other: dq of a block is
+// complete when the walk ends, dk and dv add up in memory. With several chunks per head a
+// task's sums go to `partial`, to be added by attention_store_dkv; with one, it stores them itself.
 template <class C>
 void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   constexpr C kInf = std::numeric_limits<C>::infinity();
   const int64_t D = a.D, Dv = a.Dv, Dp = padded<C>(D), Dvp = padded<C>(Dv), sums_width = Dp + Dvp;
   const int64_t blocks = (a.T + kBlock - 1) / kBlock, group = a.Hk ? a.H / a.Hk : 0;
   Scratch<C> scratch;
-  C* qt = scratch.get(D * kBlock);       // (scale q)^T
-  C* q_rows = scratch.get(kBlock * Dp);  // scale q
-  C* dot = scratch.get(Dv * kBlock);     // do^T
+  C* qt = scratch.get(D * kBlock);  // q^T
+  C* q_rows = scratch.get(kBlock * Dp);
+  C* dot = scratch.get(Dv * kBlock);  // do^T
   C* do_rows = scratch.get(kBlock * Dvp);
   C* ot = scratch.get(Dv * kBlock);    // o^T
   C* dqt = scratch.get(D * kBlock);    // dq^T / scale
@@ -382,14 +383,14 @@ void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& nex
   C* lse = scratch.get(kBlock);
   C* dlse = scratch.get(kBlock);
   C* do_o = scratch.get(kBlock);  // sum(do o) of each query
-  C* own_sums = a.chunks == 1 ? scratch.get(a.S * sums_width) : nullptr;
+  C* own_sums = a.chunks == 1 ? scratch.get(attention_dkv_size(a)) : nullptr;
 
   for (int64_t task = next++; task < a.B * a.Hk * a.chunks; task = next++) {
     const int64_t b = task / a.chunks / a.Hk, hk = task / a.chunks % a.Hk, chunk = task % a.chunks;
     const int64_t offset = a.key_lengths[b] - a.query_lengths[b];
     const HeadRows k = head_rows(a.k, b, hk), v = head_rows(a.v, b, hk);
-    C* sums = a.chunks == 1 ? own_sums : a.partial + task * a.S * sums_width;
-    std::fill(sums, sums + a.S * sums_width, C{0});
+    C* sums = own_sums ? own_sums : a.partial + task * attention_dkv_size(a);
+    std::fill(sums, sums + attention_dkv_size(a), C{0});
 
     // Every chunk takes blocks from all over the sequence, since causal ones differ in work.
     for (int64_t unit = chunk; unit < group * blocks; unit += a.chunks) {
@@ -414,7 +415,6 @@ void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& nex
           load_row(row, o, t0 + t, Dv);
           lse[t] = a.lse[saved + t];
           if (a.dlse) dlse[t] = a.dlse[saved + t];
-          for (int64_t d = 0; d < D; ++d) q_row[d] *= a.scale;
         } else {
           std::fill(row, row + Dv, C{0});
         }
@@ -431,15 +431,15 @@ void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& nex
         const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D);
         const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv);
         C* dk_sums = sums + s0 * sums_width;
-        product(keys, width, D, k_tile, qt, kBlock, p, kBlock, false);
+        product(keys, width, D, k_tile, qt, kBlock, p, kBlock, false, a.scale);
         if (a.causal && s0 + keys - 1 > t0 + offset) mask_causal(p, keys, width, s0, t0, offset);
         // forward: o = p v
         product(keys, width, Dv, v_tile, dot, kBlock, ds, kBlock, false);
         score_gradients(p, ds, keys, width, lse, do_o, dlse);
-        product(keys, Dvp, width, Left<C>{p, kBlock, 1}, do_rows, Dvp, dk_sums + Dp, sums_width,
-                true);
+        const Left<C> p_tile{p, kBlock, 1}, ds_tile{ds, kBlock, 1};
+        product(keys, Dvp, width, p_tile, do_rows, Dvp, dk_sums + Dp, sums_width, true);
         // forward: s = scale q k^T
-        product(keys, Dp, width, Left<C>{ds, kBlock, 1}, q_rows, Dp, dk_sums, sums_width, true);
+        product(keys, Dp, width, ds_tile, q_rows, Dp, dk_sums, sums_width, true);
         product(D, width, keys, transposed(k_tile), ds, kBlock, dqt, kBlock, true);
       }
 
@@ -449,6 +449,6 @@ void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& nex
         store_row(dq, t0 + t, row, D);
       }
     }
-    if (a.chunks == 1) attention_store_dkv(a, b, hk, 0, a.S, sums, 1, 0);
+    if (own_sums) attention_store_dkv(a, b, hk, 0, a.S, sums, 1, 0);
   }
 }

@@ -208,10 +208,10 @@ def test_without_residual_h_is_x(backend, device):
 @pytest.mark.parametrize("layout", ["transposed", "rows apart", "expanded", "every other"])
 def test_strides(backend, device, layout):
     x = {
-        "transposed": torch.randn(24, 6, device=device).t(),
-        "rows apart": torch.randn(6, 40, device=device)[:, 3:27],
-        "expanded": torch.randn(1, 24, device=device).expand(6, 24),
-        "every other": torch.randn(6, 48, device=device)[:, ::2],
+        "transposed": torch.randn(24, 60, device=device).t(),
+        "rows apart": torch.randn(60, 40, device=device)[:, 3:27],
+        "expanded": torch.randn(1, 24, device=device).expand(60, 24),
+        "every other": torch.randn(60, 48, device=device)[:, ::2],
     }[layout]
     weight, bias = torch.randn(48, device=device)[::2], torch.randn(1, device=device).expand(24)
     results = []
@@ -219,7 +219,7 @@ def test_strides(backend, device, layout):
         leaves = [t.clone() if copy else t for t in (x, weight, bias)]
         leaves = [t.detach().requires_grad_() for t in leaves]
         y = tfkern.layer_norm(*leaves, backend=backend)
-        dy = torch.arange(6.0, device=device)[:, None].expand(6, 24)  # zero strides
+        dy = torch.arange(60.0, device=device)[:, None].expand(60, 24)  # zero strides
         results.append((y, *torch.autograd.grad(y, leaves, dy.clone() if copy else dy)))
     for strided, contiguous in zip(*results, strict=True):
         assert torch.equal(strided, contiguous)
