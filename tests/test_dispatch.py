@@ -111,3 +111,21 @@ def test_a_backend_that_cannot_be_imported_gives_its_reason():
         "import tfkern; print(tfkern.backends('layer_norm')['triton'])"
     )
     assert "triton" in run(code).stdout
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: tfkern.attention(x, x, x),
+        lambda x: tfkern.layer_norm(x, residual=x),
+        lambda x: tfkern.mlp(x, x[0, 0], None, x[0, 0], None),
+    ],
+    ids=["attention", "layer_norm", "mlp"],
+)
+def test_compile_takes_one_tensor_twice(fn):
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 8, 8, requires_grad=True)
+    dy = torch.randn(1, 2, 8, 8)
+    eager = torch.autograd.grad(fn(x), x, dy)
+    compiled = torch.autograd.grad(torch.compile(fn, fullgraph=True)(x), x, dy)
+    torch.testing.assert_close(compiled, eager)

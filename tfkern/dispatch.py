@@ -153,5 +153,16 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def distinct(args: tuple) -> tuple:
+    """The arguments with repeated tensors as views: torch.compile refuses one tensor twice."""
+    if not torch.compiler.is_compiling():
+        return args
+    out: list = []
+    for a in args:
+        repeated = isinstance(a, torch.Tensor) and any(a is b for b in out)
+        out.append(a.view_as(a) if repeated else a)
+    return tuple(out)
+
+
 if os.environ.get("TFKERN_BACKEND"):
     _forced = check_backend(os.environ["TFKERN_BACKEND"])

@@ -81,8 +81,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             fused = T == S if is_causal else attn_mask is None
         if fused:
-            # a view, because Dynamo refuses one tensor as two arguments of an autograd function
-            query_lengths = key_lengths.view(-1) if is_causal and key_lengths is not None else None
+            query_lengths = key_lengths if is_causal else None
             o = attention(
                 q, k, v, causal=is_causal, query_lengths=query_lengths, key_lengths=key_lengths
             )

@@ -70,7 +70,7 @@ def attention(
     )
     backend = dispatch.select("attention", args, backend)
     with dispatch.no_autocast(q.device):
-        o, lse = _Attention.apply(*args, backend)
+        o, lse = _Attention.apply(*dispatch.distinct(args), backend)
     return (o, lse) if return_lse else o
 
 

@@ -121,7 +121,7 @@ def _rows(x: Tensor) -> Tensor:
 def _apply(x: Tensor, args: tuple, return_residual: bool, backend: str | None) -> Any:
     backend = dispatch.select("layer_norm", args, backend)
     with dispatch.no_autocast(x.device):
-        y, h, _, _ = _LayerNorm.apply(*args, backend)
+        y, h, _, _ = _LayerNorm.apply(*dispatch.distinct(args), backend)
     y = y.view(x.shape)
     if not return_residual:
         return y

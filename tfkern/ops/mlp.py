@@ -125,7 +125,7 @@ def _matrix(x: Tensor) -> Tensor:
 def _apply(x: Tensor, args: tuple, backend: str | None) -> Tensor:
     backend = dispatch.select("mlp", args, backend)
     with dispatch.no_autocast(x.device):
-        y, _ = _MLP.apply(*args, backend)
+        y, _ = _MLP.apply(*dispatch.distinct(args), backend)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
