@@ -110,7 +110,7 @@ def attention_floor_scale(dtype: torch.dtype, S: int) -> dict[str, float]:
     p = exp(s - lse) by the same factor. In narrower dtypes, whose scores and lse are float32 too,
     this disappears in the rest.
     """
-    names = ("output", "output 0", "q", "k", "v")
+    names = ("output", "output 0", "output 1", "q", "k", "v")
     return dict.fromkeys(names, 1 + 2 * math.log(max(S, 1))) if dtype == torch.float32 else {}
 
 
