@@ -60,7 +60,8 @@ def test_head_sizes(backend, dtype, device, D, causal):
 @pytest.mark.parametrize("T, S", [(1, 1), (1, 9), (2, 5), (5, 2), (799, 3), (113, 203), (255, 256)])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_lengths_pairs(backend, dtype, device, T, S, causal):
-    check(make((1, 2, 1, T, S, 32, 32, causal), dtype, device), backend, causal=causal)
+    B = 1 + 64 // T  # the rule compares maxima, which takes some rows
+    check(make((B, 2, 1, T, S, 32, 32, causal), dtype, device), backend, causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

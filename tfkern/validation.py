@@ -106,12 +106,12 @@ def torch_attention(
 def attention_floor_scale(dtype: torch.dtype, S: int) -> dict[str, float]:
     """The scale of the floors in float32.
 
-    Scores and lse of about log S are each off by as many roundings of 1, and with them
-    p = exp(s - lse) by the same factor. In narrower dtypes, whose scores and lse are float32 too,
-    this disappears in the rest.
+    Scores and lse, of a few units or about log S, are each off by as many roundings of 1, and with
+    them p = exp(s - lse) by the same factor. In narrower dtypes, whose scores and lse are float32
+    too, this disappears in the rest.
     """
     names = ("output", "output 0", "output 1", "q", "k", "v")
-    return dict.fromkeys(names, 1 + 2 * math.log(max(S, 1))) if dtype == torch.float32 else {}
+    return dict.fromkeys(names, 1 + 2 * math.log(8 + S)) if dtype == torch.float32 else {}
 
 
 def _attention(rng, tensor, backend) -> Case:
