@@ -81,9 +81,10 @@ class OpCase(Case):
     def _triton_tile(self) -> tuple[int, int]:
         if not self.device.startswith("cuda") or tfkern.backends(self.op)["triton"] is not None:
             return 128, 64  # asked for by nobody
+        from tfkern.kernels import architecture
         from tfkern.kernels import attention as kernel
 
-        arch = kernel._arch(torch.device(self.device))
+        arch = architecture(torch.device(self.device))
         config = kernel._config("forward", self.head_dim, self.head_dim, self.torch_dtype, arch)
         return config["BLOCK_T"], config["BLOCK_S"]
 

@@ -4,6 +4,7 @@ Every launcher is an operator of the library `tfkern_triton`, so that torch.comp
 with known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,13 +22,32 @@ _INTERPRETED = triton.knobs.runtime.interpret  # as it stands when the kernels a
 
 def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
     """Defines operator `schema` with its launcher and its fake, and returns the operator."""
+
+    def on_device(x, *args):  # the launches go to the current device, which may be another one
+        with torch.cuda.device_of(x):
+            return launcher(x, *args)
+
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, launcher, "CUDA")
+    _library.impl(name, on_device, "CUDA")
     if _INTERPRETED:
         _library.impl(name, launcher, "CPU")
     torch.library.register_fake(f"tfkern_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.tfkern_triton, name).default
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """90 for sm_90. The CPU, where kernels are interpreted, passes for sm_80."""
+    major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: float32 is TF32 only where torch's own switch allows it."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def unavailable(x: torch.Tensor) -> str | None:

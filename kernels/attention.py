@@ -17,37 +17,40 @@ past a length are loaded as 0, so what they hold reaches nothing.
 Exponentials have base 2: exp(scale x) = exp2(scale log2(e) x), a multiply-add and one instruction.
 """
 
-import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import register, unavailable
+from . import architecture, precision, register, unavailable
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _INF = tl.constexpr(float("inf"))
 _PAD = tl.constexpr(128)  # lse and delta of the backward are padded to this, a multiple of BLOCK_T
+_RUNTIME = """H group T S
+    stride_qb stride_qh stride_qt stride_kb stride_kh stride_ks stride_vb stride_vh stride_vs
+    stride_ob stride_oh stride_ot stride_dob stride_doh stride_dot""".split()  # never recompile
 
 # (BLOCK_T, BLOCK_S, num_warps, num_stages) for head sizes up to 64, 128 and 256: large tiles that
 # neither spill registers nor exceed the shared memory of an SM, which is 163 KiB on sm_80, 227 KiB
 # on sm_90 and sm_100, 99 KiB on others.
 _TILES = {
-    ("sm_80", "forward"): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    ("sm_80", "dkv"): ((64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 8, 2)),
+    ("sm_80", "forward"): ((128, 32, 4, 4), (128, 64, 8, 3), (64, 32, 8, 3)),
+    ("sm_80", "dkv"): ((32, 128, 8, 3), (64, 64, 8, 3), (64, 32, 8, 2)),
     ("sm_80", "dq"): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-    ("sm_90", "forward"): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)),
-    ("sm_90", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 3), (64, 32, 8, 3)),
+    ("sm_90", "forward"): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 32, 8, 3)),
+    ("sm_90", "dkv"): ((64, 128, 8, 3), (32, 128, 8, 3), (64, 32, 8, 3)),
     ("sm_90", "dq"): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
-    ("sm_100", "forward"): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    ("sm_100", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 2)),
-    ("sm_100", "dq"): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
-    ("others", "forward"): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
-    ("others", "dkv"): ((64, 128, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+    ("sm_100", "forward"): ((128, 64, 8, 4), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("sm_100", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2)),
+    ("sm_100", "dq"): ((128, 128, 8, 2), (128, 128, 8, 2), (128, 32, 8, 2)),
+    ("others", "forward"): ((128, 32, 4, 4), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("others", "dkv"): ((32, 128, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
     ("others", "dq"): ((128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 4, 2)),
-    ("float32", "forward"): ((128, 16, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+    ("float32", "forward"): ((128, 16, 8, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
     ("float32", "dkv"): ((32, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
     ("float32", "dq"): ((64, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
 }
@@ -61,27 +64,15 @@ def _config(kernel: str, D: int, Dv: int, dtype: torch.dtype, arch: int) -> dict
     tiles = _TILES[family, kernel][0 if size <= 64 else 1 if size <= 128 else 2]
     config = dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), tiles, strict=True))
     sizes = {"D": D, "Dv": Dv, "BLOCK_D": _block(D), "BLOCK_DV": _block(Dv)}
-    return config | sizes | {"PRECISION": _precision(dtype, size)}
+    PRECISION = precision(dtype)
+    if PRECISION == "tf32x3" and size > 128:
+        PRECISION = "ieee"  # three products would need more registers than there are
+    return config | sizes | {"PRECISION": PRECISION}
 
 
 def _block(size: int) -> int:
     """A head size as tl.dot takes it: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
-
-
-def _precision(dtype: torch.dtype, size: int) -> str:
-    """How float32 is multiplied: as TF32 only where torch's own switch allows it; else as a sum of
-    three TF32 products, or, where these need more registers than there are, in plain float32."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 and size <= 128 else "ieee"
-
-
-@functools.lru_cache
-def _arch(device: torch.device) -> int:
-    """90 for sm_90. The interpreter, on the CPU, passes for sm_80."""
-    major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @triton.jit
@@ -93,12 +84,16 @@ def _program(blocks, H):
 
 
 @triton.jit
-def _load(X, start, stride, valid, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _load(
+    X, start, stride, valid,
+    ALIGN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """Rows start, start + 1, ... of X as a (ROWS, COLS) tile; 0 where a row is not valid (None: all
     are) and in columns past D."""
     row = tl.arange(0, ROWS).to(tl.int64)[:, None]
     col = tl.arange(0, COLS)[None, :]
-    tile = X + tl.cast(start, tl.int64) * stride + row * stride + col
+    stride = tl.cast(stride, tl.int64) * ALIGN
+    tile = X + start * stride + row * stride + col
     if valid is None and D == COLS:
         return tl.load(tile)
     elif valid is None:
@@ -154,12 +149,13 @@ def _mask(x, t, s, t_end, s_end, CAUSAL: tl.constexpr):
     return tl.where(visible, x, -_INF)
 
 
-@triton.jit(do_not_specialize=["H", "group", "T", "S"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def _forward_kernel(
     Q, K, V, O, LSE, QUERY_LENGTHS, KEY_LENGTHS, H, group, T, S, scale,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o and lse of BLOCK_T queries of one head."""
@@ -167,17 +163,17 @@ def _forward_kernel(
     block, b, h = _program(blocks, H)
     if CAUSAL:
         block = blocks - 1 - block  # the queries that see most keys start first
-    Q += b * stride_qb + h * stride_qh
-    K += b * stride_kb + h // group * stride_kh
-    V += b * stride_vb + h // group * stride_vh
+    Q += (b * stride_qb + h * stride_qh) * ALIGN
+    K += (b * stride_kb + h // group * stride_kh) * ALIGN
+    V += (b * stride_vb + h // group * stride_vh) * ALIGN
 
     t_end, s_end = _lengths(QUERY_LENGTHS, KEY_LENGTHS, b, T, S)
     t0 = block * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
     full, stop = _key_range(t0, t_end, s_end, CAUSAL, BLOCK_T, BLOCK_S)
 
-    # max(scale x) = scale max(x) needs scale >= 0, so q takes the sign; -inf scale = -inf needs > 0.
-    q = _load(Q, t0, stride_qt, t < t_end, D, BLOCK_T, BLOCK_D)
+    # max(scale x) = scale max(x) needs scale >= 0: q takes the sign. -inf scale = -inf needs > 0.
+    q = _load(Q, t0, stride_qt, t < t_end, ALIGN, D, BLOCK_T, BLOCK_D)
     scale = tl.cast(scale, tl.float32) * _LOG2E
     q = tl.where(scale < 0, -q, q)
     scale = tl.maximum(tl.abs(scale), 1e-30)
@@ -187,11 +183,11 @@ def _forward_kernel(
     l = tl.zeros([BLOCK_T], tl.float32)
     acc, m, l = _forward_loop(
         acc, m, l, q, K, V, stride_ks, stride_vs, t, 0, full, t_end, s_end, scale,
-        False, CAUSAL, PRECISION, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
+        False, CAUSAL, PRECISION, ALIGN, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m, l = _forward_loop(
         acc, m, l, q, K, V, stride_ks, stride_vs, t, full, stop, t_end, s_end, scale,
-        True, CAUSAL, PRECISION, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
+        True, CAUSAL, PRECISION, ALIGN, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     # A query that saw no key has l = 0 and m = -inf, and gets o = 0 and lse = -inf.
@@ -206,15 +202,15 @@ def _forward_kernel(
 def _forward_loop(
     acc, m, l, q, K, V, stride_ks, stride_vs, t, start, stop, t_end, s_end, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, Dv: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys start ... stop to acc, m and l of a tile of queries. m counts in base 2."""
     for s0 in range(start, stop, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         valid = s < s_end if MASKED else None
-        k = _load(K, s0, stride_ks, valid, D, BLOCK_S, BLOCK_D)
-        v = _load(V, s0, stride_vs, valid, Dv, BLOCK_S, BLOCK_DV)
+        k = _load(K, s0, stride_ks, valid, ALIGN, D, BLOCK_S, BLOCK_D)
+        v = _load(V, s0, stride_vs, valid, ALIGN, Dv, BLOCK_S, BLOCK_DV)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             x = _mask(x, t, s, t_end, s_end, CAUSAL)
@@ -235,12 +231,12 @@ def _forward(q, k, v, query_lengths, key_lengths, causal, scale):
     if o.numel() == 0 or S == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    config = _config("forward", D, Dv, q.dtype, _arch(q.device))
-    with torch.cuda.device_of(q):
-        _forward_kernel[(B * H * triton.cdiv(T, config["BLOCK_T"]),)](
-            q, k, v, o, lse, _packed(query_lengths), _packed(key_lengths), H, H // Hk, T, S, scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], CAUSAL=causal, **config,
-        )  # fmt: skip
+    strides, align = _strides(q, k, v)
+    config = _config("forward", D, Dv, q.dtype, architecture(q.device))
+    _forward_kernel[(B * H * triton.cdiv(T, config["BLOCK_T"]),)](
+        q, k, v, o, lse, _packed(query_lengths), _packed(key_lengths), H, H // Hk, T, S, scale,
+        *strides, ALIGN=align, CAUSAL=causal, **config,
+    )  # fmt: skip
     return o, lse
 
 
@@ -254,15 +250,23 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """Strides of batch, head and row in units of 1, 2, 4 or 8 elements, and that unit: it tells the
+    compiler how rows are aligned, and is nearly always a matter of the head size alone."""
+    strides = [x.stride(i) if x.shape[i] > 1 else 0 for x in tensors for i in range(3)]
+    align = math.gcd(8, *strides)
+    return [s // align for s in strides], align
+
+
 def _packed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-@triton.jit(do_not_specialize=["H", "T"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def _delta_kernel(
-    LSE2, DELTA, LSE, DLSE, O, DO, H, T,
-    stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot,
-    Dv: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LSE2, DELTA, LSE, DLSE, DO, O, H, T,
+    stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
+    ALIGN: tl.constexpr, Dv: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """lse in base 2, and delta, what the ds of all keys of a query have in common.
 
@@ -270,14 +274,14 @@ def _delta_kernel(
     """
     padded = tl.cdiv(T, _PAD) * _PAD
     block, b, h = _program(padded // BLOCK_T, H)
-    O += b * stride_ob + h * stride_oh
-    DO += b * stride_dob + h * stride_doh
+    O += (b * stride_ob + h * stride_oh) * ALIGN
+    DO += (b * stride_dob + h * stride_doh) * ALIGN
     t0 = block * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
     lse = tl.load(LSE + (b * H + h) * T + t, mask=t < T, other=-_INF)
     sees = lse > -_INF
-    o = _load(O, t0, stride_ot, sees, Dv, BLOCK_T, BLOCK_DV).to(tl.float32)
-    do = _load(DO, t0, stride_dot, sees, Dv, BLOCK_T, BLOCK_DV).to(tl.float32)
+    o = _load(O, t0, stride_ot, sees, ALIGN, Dv, BLOCK_T, BLOCK_DV).to(tl.float32)
+    do = _load(DO, t0, stride_dot, sees, ALIGN, Dv, BLOCK_T, BLOCK_DV).to(tl.float32)
     # forward: p = softmax(s), o = p v; so ds = p (dp - sum_s p dp), where sum_s p dp = do o
     delta = tl.sum(do * o, 1)
     # forward: lse = log sum_s exp(s); so ds = p (... + dlse)
@@ -287,20 +291,21 @@ def _delta_kernel(
     tl.store(DELTA + (b * H + h) * padded + t, delta)
 
 
-@triton.jit(do_not_specialize=["H", "group", "T", "S"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def _dkv_kernel(
     DK, DV, DO, Q, K, V, LSE2, DELTA, QUERY_LENGTHS, KEY_LENGTHS, H, group, T, S, scale,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_S keys of one key head."""
     block, b, h = _program(tl.cdiv(S, BLOCK_S), H // group)
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
-    Q += b * stride_qb + h * group * stride_qh  # the first of the query heads
-    DO += b * stride_dob + h * group * stride_doh
+    K += (b * stride_kb + h * stride_kh) * ALIGN
+    V += (b * stride_vb + h * stride_vh) * ALIGN
+    Q += (b * stride_qb + h * group * stride_qh) * ALIGN  # the first of the query heads
+    DO += (b * stride_dob + h * group * stride_doh) * ALIGN
     padded = tl.cdiv(T, _PAD) * _PAD
     LSE2 += (b * H + h * group) * padded
     DELTA += (b * H + h * group) * padded
@@ -318,8 +323,8 @@ def _dkv_kernel(
         full = tl.cdiv(tl.maximum(s0 + BLOCK_S - 1 - offset, 0), BLOCK_T) * BLOCK_T
 
     s = s0 + tl.arange(0, BLOCK_S)
-    k = _load(K, s0, stride_ks, s < s_end, D, BLOCK_S, BLOCK_D)
-    v = _load(V, s0, stride_vs, s < s_end, Dv, BLOCK_S, BLOCK_DV)
+    k = _load(K, s0, stride_ks, s < s_end, ALIGN, D, BLOCK_S, BLOCK_D)
+    v = _load(V, s0, stride_vs, s < s_end, ALIGN, Dv, BLOCK_S, BLOCK_DV)
     scale = tl.cast(scale, tl.float32)
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
@@ -327,12 +332,12 @@ def _dkv_kernel(
         dk, dv = _dkv_loop(
             dk, dv, k, v, Q, DO, LSE2, DELTA, stride_qh, stride_qt, stride_doh, stride_dot,
             group, padded, s, first, tl.minimum(full, t_end), t_end, offset, scale * _LOG2E,
-            True, PRECISION, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
+            True, PRECISION, ALIGN, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dk, dv = _dkv_loop(
         dk, dv, k, v, Q, DO, LSE2, DELTA, stride_qh, stride_qt, stride_doh, stride_dot,
         group, padded, s, full, t_end, t_end, offset, scale * _LOG2E,
-        False, PRECISION, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
+        False, PRECISION, ALIGN, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dk = tl.where((s < s_end)[:, None], dk * scale, 0.0)
@@ -346,11 +351,12 @@ def _dkv_kernel(
 def _dkv_loop(
     dk, dv, k, v, Q, DO, LSE2, DELTA, stride_qh, stride_qt, stride_doh, stride_dot,
     group, padded, s, start, stop, t_end, offset, scale,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries start ... stop of a group of heads to dk (without scale) and dv of a tile of
-    keys. Tiles are transposed, (keys, queries), so that p and ds enter their products from registers.
+    keys. Tiles are transposed, (keys, queries), so that p and ds enter products from registers.
 
     Heads and tiles share one loop: around an inner loop, the compiler would hold in registers all
     that is the same for every head, and spill.
@@ -363,8 +369,8 @@ def _dkv_loop(
         valid = t < t_end
         if MASKED:
             valid &= t + offset >= 0
-        q = _load(Q + h * stride_qh, t0, stride_qt, valid, D, BLOCK_T, BLOCK_D)
-        do = _load(DO + h * stride_doh, t0, stride_dot, valid, Dv, BLOCK_T, BLOCK_DV)
+        q = _load(Q + h * stride_qh * ALIGN, t0, stride_qt, valid, ALIGN, D, BLOCK_T, BLOCK_D)
+        do = _load(DO + h * stride_doh * ALIGN, t0, stride_dot, valid, ALIGN, Dv, BLOCK_T, BLOCK_DV)
         lse2 = tl.load(LSE2 + h * padded + t0 + tl.arange(0, BLOCK_T))
         delta = tl.load(DELTA + h * padded + t0 + tl.arange(0, BLOCK_T))
         # forward: o = p v, p = softmax(s); delta is subtracted as the sum starts
@@ -383,12 +389,13 @@ def _dkv_loop(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["H", "group", "T", "S"])
+@triton.jit(do_not_specialize=_RUNTIME)
 def _dq_kernel(
     DQ, DO, Q, K, V, LSE2, DELTA, QUERY_LENGTHS, KEY_LENGTHS, H, group, T, S, scale,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_T queries of one head."""
@@ -396,10 +403,10 @@ def _dq_kernel(
     block, b, h = _program(blocks, H)
     if CAUSAL:
         block = blocks - 1 - block
-    Q += b * stride_qb + h * stride_qh
-    DO += b * stride_dob + h * stride_doh
-    K += b * stride_kb + h // group * stride_kh
-    V += b * stride_vb + h // group * stride_vh
+    Q += (b * stride_qb + h * stride_qh) * ALIGN
+    DO += (b * stride_dob + h * stride_doh) * ALIGN
+    K += (b * stride_kb + h // group * stride_kh) * ALIGN
+    V += (b * stride_vb + h // group * stride_vh) * ALIGN
     padded = tl.cdiv(T, _PAD) * _PAD
     LSE2 += (b * H + h) * padded
     DELTA += (b * H + h) * padded
@@ -411,17 +418,17 @@ def _dq_kernel(
 
     lse2 = tl.load(LSE2 + t)
     delta = tl.load(DELTA + t)
-    q = _load(Q, t0, stride_qt, lse2 < _INF, D, BLOCK_T, BLOCK_D)
-    do = _load(DO, t0, stride_dot, lse2 < _INF, Dv, BLOCK_T, BLOCK_DV)
+    q = _load(Q, t0, stride_qt, lse2 < _INF, ALIGN, D, BLOCK_T, BLOCK_D)
+    do = _load(DO, t0, stride_dot, lse2 < _INF, ALIGN, Dv, BLOCK_T, BLOCK_DV)
     dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     scale = tl.cast(scale, tl.float32)
     dq = _dq_loop(
         dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, t, 0, full, t_end, s_end,
-        scale * _LOG2E, False, CAUSAL, PRECISION, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
+        scale * _LOG2E, False, CAUSAL, PRECISION, ALIGN, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _dq_loop(
         dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, t, full, stop, t_end, s_end,
-        scale * _LOG2E, True, CAUSAL, PRECISION, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
+        scale * _LOG2E, True, CAUSAL, PRECISION, ALIGN, D, Dv, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     _store(DQ + (b * H + h) * T * D, dq * scale, t0, T, D, BLOCK_T, BLOCK_D)
 
@@ -430,15 +437,15 @@ def _dq_kernel(
 def _dq_loop(
     dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, t, start, stop, t_end, s_end, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, Dv: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys start ... stop to dq (without scale) of a tile of queries."""
     for s0 in range(start, stop, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         valid = s < s_end if MASKED else None
-        k = _load(K, s0, stride_ks, valid, D, BLOCK_S, BLOCK_D)
-        v = _load(V, s0, stride_vs, valid, Dv, BLOCK_S, BLOCK_DV)
+        k = _load(K, s0, stride_ks, valid, ALIGN, D, BLOCK_S, BLOCK_D)
+        v = _load(V, s0, stride_vs, valid, ALIGN, Dv, BLOCK_S, BLOCK_DV)
         # forward: s = scale q k^T, p = exp(s - lse)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse2[:, None]
         if MASKED:
@@ -461,22 +468,22 @@ def _backward(do, dlse, q, k, v, o, lse, query_lengths, key_lengths, causal, sca
         return dq.zero_(), dk.zero_(), dv.zero_()
     do, q, k, v, o = _rows(do), _rows(q), _rows(k), _rows(v), _rows(o)
     lse2, delta = lse.new_empty(2, B * H, triton.cdiv(T, _PAD.value) * _PAD.value)
-    with torch.cuda.device_of(q):
-        _delta_kernel[(delta.numel() // 32,)](
-            lse2, delta, lse.contiguous(), _packed(dlse), o, do, H, T,
-            *o.stride()[:3], *do.stride()[:3], Dv=Dv, BLOCK_T=32, BLOCK_DV=_block(Dv),
-        )  # fmt: skip
-        inputs = (
-            do, q, k, v, lse2, delta, _packed(query_lengths), _packed(key_lengths),
-            H, H // Hk, T, S, scale,
-            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        )  # fmt: skip
-        config = _config("dkv", D, Dv, q.dtype, _arch(q.device))
-        grid = (B * Hk * triton.cdiv(S, config["BLOCK_S"]),)
-        _dkv_kernel[grid](dk, dv, *inputs, CAUSAL=causal, **config)
-        config = _config("dq", D, Dv, q.dtype, _arch(q.device))
-        grid = (B * H * triton.cdiv(T, config["BLOCK_T"]),)
-        _dq_kernel[grid](dq, *inputs, CAUSAL=causal, **config)
+    strides, align = _strides(do, o)
+    _delta_kernel[(delta.numel() // 16,)](
+        lse2, delta, lse.contiguous(), _packed(dlse), do, o, H, T, *strides,
+        ALIGN=align, Dv=Dv, BLOCK_T=16, BLOCK_DV=_block(Dv),
+    )  # fmt: skip
+    strides, align = _strides(do, q, k, v)
+    inputs = (
+        do, q, k, v, lse2, delta, _packed(query_lengths), _packed(key_lengths),
+        H, H // Hk, T, S, scale, *strides,
+    )  # fmt: skip
+    config = _config("dkv", D, Dv, q.dtype, architecture(q.device))
+    grid = (B * Hk * triton.cdiv(S, config["BLOCK_S"]),)
+    _dkv_kernel[grid](dk, dv, *inputs, ALIGN=align, CAUSAL=causal, **config)
+    config = _config("dq", D, Dv, q.dtype, architecture(q.device))
+    grid = (B * H * triton.cdiv(T, config["BLOCK_T"]),)
+    _dq_kernel[grid](dq, *inputs, ALIGN=align, CAUSAL=causal, **config)
     return dq, dk, dv
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import register, unavailable
+from . import architecture, precision, register, unavailable
 
 _GROUP_M = tl.constexpr(8)  # row tiles of a group
 _BLOCK_M, _BLOCK_F = 8, 128  # tile of the backward
@@ -45,25 +45,11 @@ def _config(
 
 
 @functools.cache
-def _arch(device: torch.device) -> int:
-    """90 for sm_90. The CPU, where kernels are interpreted, passes for sm_80."""
-    major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
 def _programs(device: torch.device) -> int:
     """Programs of the backward: enough to fill the device, few enough for a small last sum."""
     if device.type == "cpu":
         return 4
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: TF32 only where torch's own switch allows it."""
-    if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    return "ieee"
 
 
 @triton.jit
@@ -163,12 +149,12 @@ def _forward(x, w1, b1, activation, gated):
     (M, K), F = x.shape, h.shape[1]
     if h.numel():
         b1 = None if b1 is None else b1.contiguous()
-        config = _config(K, F, x.dtype, gated, _arch(x.device))
+        config = _config(K, F, x.dtype, gated, architecture(x.device))
         block_m, block_f, block_k, num_warps, num_stages = config
         _forward_kernel[(triton.cdiv(M, block_m) * triton.cdiv(F, block_f),)](
             x, w1, b1, h, pre, M, F, K, *x.stride(), *w1.stride(),
             ACTIVATION=activation, GATED=gated, EVEN_K=K % block_k == 0,
-            PRECISION=_precision(x.dtype), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
+            PRECISION=precision(x.dtype), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return h, pre

@@ -73,6 +73,9 @@ class Launch:
         registers, stack = _usage(kernel.asm["cubin"])
         instructions = Counter(INSTRUCTIONS.findall(kernel.asm["ptx"]))
         # Triton asks for shared memory at launch: the cubin itself says 0.
+        tensor_memory = getattr(kernel.metadata, "tmem_size", 0)
+        if tensor_memory > 512:  # of sm_100, in columns: more compiles, but to an empty kernel
+            raise RuntimeError(f"{tensor_memory} columns of tensor memory, there are 512")
         return Resources(registers, stack, kernel.metadata.shared, dict(instructions))
 
 
@@ -250,6 +253,24 @@ def selftest():
     odd = torch.empty(128, 129, dtype=torch.bfloat16, device="cuda").narrow(1, 0, 128)
     _launch_matmul(odd, odd)
     _launch_matmul(a, a, num_warps=1)
+
+
+@group
+def attention():
+    """Head sizes at the end of each range of tiles; causal with lengths, and plain."""
+    from tfkern.kernels import attention as op
+
+    lengths = torch.empty(2, dtype=torch.int32, device="cuda")
+    for dtype, sizes in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
+        for D, causal in itertools.product(sizes, (True, False)):
+            if not causal and D != 128:
+                continue  # the same tiles, fewer registers
+            q = torch.empty(2, 8, 4096, D, dtype=dtype, device="cuda")
+            k = torch.empty(2, 2, 4096, D, dtype=dtype, device="cuda")
+            lse = torch.empty(2, 8, 4096, device="cuda")
+            options = (lengths if causal else None, lengths if causal else None, causal, 0.1)
+            op._forward(q, k, k, *options)
+            op._backward(q, None, q, k, k, q, lse, *options)
 
 
 @group

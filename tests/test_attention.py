@@ -1,5 +1,6 @@
 """Attention on every backend against plain PyTorch in float64."""
 
+import aot
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,6 +256,10 @@ def test_opcheck(backend, device, with_lengths):
     o, lse = ops.attention_forward(q, k, v, *options)
     dlse = torch.randn_like(lse) if with_lengths else None
     torch.library.opcheck(ops.attention_backward.default, (o, dlse, q, k, v, o, lse, *options))
+
+
+def test_compiles_ahead_of_time_without_spills():
+    aot.check("attention", spills={"_dkv_kernel": 24})
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
