@@ -39,7 +39,7 @@ clean:
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=77' ninja
+	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=64' ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
