@@ -15,10 +15,11 @@ x = torch.randn(3, 8)
 
 def run(code, **environment):
     return subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         env=os.environ | environment,
+        cwd="/",
     )
 
 
