@@ -25,7 +25,8 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
-# The GPU targets take python3 as they find it, with torch and triton in it, and need no network.
+# The GPU targets need no network. They take python3 (3.11 or later) as they find it, with torch,
+# triton, pytest, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
 GPU := PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
 
 test-gpu: .gpu/ready
@@ -39,10 +40,11 @@ clean:
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=64' ninja
+	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=70.1' ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
 .gpu/ready: pyproject.toml setup.py $(wildcard csrc/* kernels/* tfkern/* tfkern/*/* benchmarks/*)
-	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target .gpu .
+	rm -rf .gpu build
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

@@ -66,7 +66,7 @@ void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C*
 }
 
 Rows rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) <= 1 || t.stride(1) == 1,
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1),
                   "tfkern::layer_norm: expected matrices with contiguous rows");
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   return {static_cast<char*>(t.data_ptr()), t.stride(0) * bytes, dtype(t)};
@@ -80,7 +80,7 @@ const C* parameters(const std::optional<Tensor>& t, int64_t N, std::vector<C>& s
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->numel() == N && (N <= 1 || t->stride(0) == 1),
                   "tfkern::layer_norm: expected a contiguous vector of N parameters");
-  storage.resize(N);
+  storage.resize(N + 64);  // a vector may be loaded past the end
   TFKERN_DTYPE(dtype(*t),
                baseline::convert(storage.data(), static_cast<const T*>(t->data_ptr()), N));
   return storage.data();
@@ -88,7 +88,19 @@ const C* parameters(const std::optional<Tensor>& t, int64_t N, std::vector<C>& s
 
 Dropout dropout(const std::optional<Tensor>& seed, double p) {
   if (!seed) return {};
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "tfkern::layer_norm: expected one int64 as seed");
   return {p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()))};
+}
+
+// Whether x is an (M, N) matrix, or absent.
+bool fits(const std::optional<Tensor>& x, int64_t M, int64_t N) {
+  return !x || (x->dim() == 2 && x->size(0) == M && x->size(1) == N);
+}
+
+// Whether x holds M statistics one after the other.
+bool statistics(const Tensor& x, int64_t M) {
+  return x.dim() == 1 && x.size(0) == M && (M <= 1 || x.stride(0) == 1);
 }
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -179,7 +191,7 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
 Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
                         std::optional<Tensor> residual, std::optional<Tensor> seed,
                         double dropout_p, double eps, bool rms) {
-  STD_TORCH_CHECK(!residual || (residual->size(0) == x.size(0) && residual->size(1) == x.size(1)),
+  STD_TORCH_CHECK(x.dim() == 2 && fits(residual, x.size(0), x.size(1)),
                   "tfkern::layer_norm_forward: residual and x must have the same shape");
   const bool wide = promote(x, residual) == ScalarType::Double;
   return (wide ? forward<double> : forward<float>)(x, weight, bias, residual, seed, dropout_p, eps,
@@ -190,9 +202,11 @@ Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
                          std::optional<Tensor> weight, std::optional<Tensor> bias,
                          std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
                          double dropout_p, bool separate_residual) {
-  STD_TORCH_CHECK(h.size(0) == dy.size(0) && h.size(1) == dy.size(1) &&
-                      rstd.numel() == dy.size(0) && (!mean || mean->numel() == dy.size(0)),
-                  "tfkern::layer_norm_backward: dy, h, mean and rstd do not fit together");
+  const int64_t M = dy.size(0), N = dy.size(1);
+  STD_TORCH_CHECK(
+      fits(h, M, N) && fits(dh, M, N) && statistics(rstd, M) &&
+          (!mean || (statistics(*mean, M) && mean->scalar_type() == rstd.scalar_type())),
+      "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
   const bool wide = rstd.scalar_type() == ScalarType::Double;
   return (wide ? backward<double> : backward<float>)(dy, dh, h, weight, bias, mean, rstd, seed,
                                                      dropout_p, separate_residual);

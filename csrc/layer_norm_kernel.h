@@ -56,9 +56,16 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
       Vec<C> s{}, s1{}, s2{};
       for (int64_t n = 0; n < P; n += L) s = s + load(h + n);
       mean = sum<C>(s) / N;
-      for (int64_t n = 0; n < P; n += L) {
-        Vec<C> d = load(h + n) - mean;
-        if (n + L > N) d = load(reinterpret_cast<const C*>(&d), static_cast<int>(N - n));
+      int64_t n = 0;
+      for (; n + L <= N; n += L) {
+        const Vec<C> d = load(h + n) - mean;
+        s1 = s1 + d;
+        s2 = s2 + d * d;
+      }
+      if (n < N) {
+        C last[L];
+        store(last, load(h + n) - mean);
+        const Vec<C> d = load(last, static_cast<int>(N - n));
         s1 = s1 + d;
         s2 = s2 + d * d;
       }
@@ -70,11 +77,10 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
     if (a.mean) a.mean[m] = mean;
     a.rstd[m] = rstd;
 
-    for (int64_t n = 0; n < N; n += L) {
-      const int count = static_cast<int>(std::min<int64_t>(L, N - n));
+    for (int64_t n = 0; n < P; n += L) {
       Vec<C> y = (load(h + n) - mean) * rstd;
-      if (a.weight) y = y * (count == L ? load(a.weight + n) : load(a.weight + n, count));
-      if (a.bias) y = y + (count == L ? load(a.bias + n) : load(a.bias + n, count));
+      if (a.weight) y = y * load(a.weight + n);
+      if (a.bias) y = y + load(a.bias + n);
       store(h + n, y);
     }
     store_row(a.y, m, h, N);

@@ -134,7 +134,7 @@ inline V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
-// Sum and maximum over the lanes, always in the same order.
+// Sum over the lanes, always in the same order.
 template <class C>
 inline C sum(Vec<C> v) {
   C part[kLanes<C>];
@@ -144,13 +144,6 @@ inline C sum(Vec<C> v) {
   }
   return part[0];
 }
-template <class C>
-inline C maximum(Vec<C> v) {
-  C best = v[0];
-  for (int i = 1; i < kLanes<C>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
 // e^x = 2^n e^r with |r| <= ln(2)/2; the polynomial's relative error is 1e-8, the result is within
 // 2 ulp.
 inline VecFloat exp(VecFloat x) {

@@ -49,6 +49,26 @@ def test_explain_gives_the_reason():
     assert "run on the CPU, got meta" in str(explanation)
 
 
+def test_explain_takes_the_arguments_of_the_call_and_draws_nothing():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    explanation = tfkern.explain("layer_norm", x, dropout_p=0.5, return_residual=True)
+    assert explanation.backend == "native"
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("function", ["layer_norm", "attention", "mlp"])
+def test_meta_tensors_are_served_by_the_reference(function):
+    meta = torch.empty(1, 2, 4, 4, device="meta")
+    weight = meta[0, 0]
+    call = {
+        "layer_norm": lambda: tfkern.layer_norm(meta),
+        "attention": lambda: tfkern.attention(meta, meta, meta),
+        "mlp": lambda: tfkern.mlp(meta, weight, None, weight, None),
+    }[function]
+    assert call().shape == meta.shape
+
+
 def test_use_backend_nests_and_restores():
     with tfkern.use_backend("reference"):
         assert tfkern.explain("layer_norm", x).backend == "reference"

@@ -55,6 +55,40 @@ def test_matches_torch(backend, dtype, device, shape, affine, rms):
     check(rms, make(shape, dtype, device, rms, affine), backend=backend)
 
 
+def test_no_rows_with_strides_of_zero(backend, dtype, device):
+    x = torch.empty(0, 33, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.ones(33, device=device, dtype=dtype, requires_grad=True)
+    y = tfkern.layer_norm(x.new_ones(()).expand(0, 33) + x, weight, backend=backend)
+    y.sum().backward()  # dy is an expanded scalar
+    assert x.grad.shape == (0, 33) and not weight.grad.any()
+    assert tfkern.layer_norm(x.new_ones(()).expand(0, 33), backend=backend).shape == (0, 33)
+
+
+def test_dropped_elements_are_zero_whatever_they_were(backend, device):
+    x = torch.full((64, 8), torch.inf, device=device)
+    zero = torch.zeros_like(x)
+    _, h = tfkern.layer_norm(
+        x, residual=zero, dropout_p=0.5, seed=1, return_residual=True, backend=backend
+    )
+    assert not h.isnan().any() and (h == 0).any()
+
+
+def test_the_threshold_is_exact(backend, device):
+    """A draw next to the threshold, where float32 would round it: kept if it reaches it."""
+    seed = torch.tensor(5, device=device)
+    draw = int(philox(seed, 0, 0, 0, 1)[0])
+    for p, kept in ((draw / 2**32, True), ((draw + 1) / 2**32, False)):
+        _, h = tfkern.layer_norm(
+            torch.ones(1, 4, device=device),
+            residual=torch.zeros(1, 4, device=device),
+            dropout_p=p,
+            seed=seed,
+            return_residual=True,
+            backend=backend,
+        )
+        assert bool(h[0, 0] != 0) == kept
+
+
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_large_mean(backend, dtype, device, rms):
     if dtype == torch.float64:
@@ -395,6 +429,10 @@ x = torch.zeros(2, 4)
             ["seed", "float32", "(2,)"],
         ),
         (lambda: tfkern.rms_norm(x, eps=-1.0), ["eps", "-1.0"]),
+        (lambda: tfkern.layer_norm(x, eps=None), ["eps", "None"]),
+        (lambda: tfkern.layer_norm(x, dropout_p="0.1"), ["dropout_p", "'0.1'"]),
+        (lambda: tfkern.layer_norm(x, dropout_p=0.1, seed=3.7), ["seed", "3.7"]),
+        (lambda: tfkern.layer_norm(x, dropout_p=0.1, seed=2**63), ["seed", "9223372036854775808"]),
         (lambda: tfkern.rms_norm(x, backend="cuda"), ["backend", "'cuda'", "native, triton"]),
     ],
 )

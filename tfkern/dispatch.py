@@ -148,7 +148,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Turns autocast off around an op whose inputs already have the dtype to compute in."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

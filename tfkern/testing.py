@@ -147,6 +147,8 @@ def _run(fn, inputs, dtype, gradients, grad_outputs, seed):
     if not gradients:
         return outputs, {}
     wanted = {n: a for n, a in arguments.items() if isinstance(a, Tensor) and a.requires_grad}
+    if not wanted:
+        return outputs, {}
     if grad_outputs is None:
         generator = torch.Generator().manual_seed(2**20 + seed)  # not the seed of the inputs
         # drawn in the dtype of the call, so that all three runs get the same numbers

@@ -6,13 +6,18 @@ import torch
 
 try:
     import tfkern._C as _C
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(
         f"not part of this installation, built with TFKERN_NATIVE=0 ({error})"
     ) from None
 
-for _library in sorted(Path(_C.__file__).parent.glob("_operators*.so")):
-    torch.ops.load_library(_library)
+_libraries = sorted(Path(_C.__file__).parent.glob("_operators*.so"))
+if not _libraries:
+    raise ImportError(f"the operator library is missing beside {_C.__file__}")
+try:
+    torch.ops.load_library(_libraries[0])
+except OSError as error:
+    raise ImportError(f"the operator library does not load: {error}") from error
 
 
 def unavailable(x: torch.Tensor) -> str | None:

@@ -27,7 +27,7 @@ def explain(function: str, *args: Any, backend: str | None = None, **options: An
 
     Args:
         function: name of a public function, such as "layer_norm".
-        *args, **options: the arguments of the call, those that concern the computation.
+        *args, **options: the arguments of the call.
 
     Returns:
         An `Explanation` with `backend` (None if none serves) and `reasons`; str() gives a
@@ -39,4 +39,7 @@ def explain(function: str, *args: Any, backend: str | None = None, **options: An
     if function not in _BIND:
         raise ValueError(f"unknown function {function!r}: expected one of {', '.join(_BIND)}")
     op, bind = _BIND[function]
+    options = {name: x for name, x in options.items() if not name.startswith("return_")}
+    if options.get("dropout_p"):
+        options.setdefault("seed", 0)  # rather than draw one from torch's generator
     return dispatch.explain(op, bind(*args, **options), backend)

@@ -95,8 +95,9 @@ def bind(q, k, v, *, causal=False, scale=None, query_lengths=None, key_lengths=N
             raise ValueError(f"the head size of {name} must lie in 1 to {_MAX_D}, got {size}")
     _check_lengths("query_lengths", query_lengths, q, T)
     _check_lengths("key_lengths", key_lengths, q, S)
-    scale = D**-0.5 if scale is None else float(scale)
-    return q, k, v, query_lengths, key_lengths, bool(causal), scale
+    scale = D**-0.5 if scale is None else scale
+    checks.number("scale", scale)
+    return q, k, v, query_lengths, key_lengths, bool(causal), float(scale)
 
 
 def _check_lengths(name: str, lengths: Tensor | None, q: Tensor, size: int) -> None:

@@ -38,7 +38,13 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
 
 
+def number(name: str, x: float) -> None:
+    if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"{name} must be a number, got {x!r}")
+
+
 def probability(name: str, p: float) -> None:
+    number(name, p)
     if not 0 <= p <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")
 
@@ -49,7 +55,7 @@ def autocast(*tensors: Tensor | None) -> tuple:
     As autocast does to torch's own operators, this leaves float64 alone.
     """
     kind = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -57,7 +63,8 @@ def autocast(*tensors: Tensor | None) -> tuple:
 
 def values_at_hand(x: Tensor) -> bool:
     """Whether reading values of x is free of synchronisation and of graph breaks."""
-    plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(x) in (Tensor, torch.nn.Parameter)  # and not a fake tensor, say
+    plain = plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
     return plain and not torch._C._functorch.is_batchedtensor(x)
 
 
@@ -66,6 +73,8 @@ def seed(value: Tensor | int | None, device: torch.device) -> Tensor:
     if value is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if not isinstance(value, Tensor):
+        if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+            raise ValueError(f"seed must be an int of 64 bits or a tensor, got {value!r}")
         return torch.tensor(value, dtype=torch.int64, device=device)
     if value.dtype != torch.int64 or value.dim() != 0 or value.device != device:
         raise ValueError(

@@ -96,19 +96,22 @@ def bind(
         checks.floating("residual", residual)
         checks.same_device("x", x, "residual", residual)
         checks.shape("residual", residual, x.shape, "the shape of x")
-        residual = _rows(residual)
     checks.probability("dropout_p", dropout_p)
+    checks.number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     seed = checks.seed(seed, x.device) if dropout_p > 0 else None
     weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
+    residual = None if residual is None else _rows(residual)
     return _rows(x), weight, bias, residual, seed, float(dropout_p), float(eps), rms
 
 
 def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=None):
     """`bind` for RMS norm."""
     checks.floating("x", x)
-    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    if eps is None:
+        sums = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        eps = torch.finfo(torch.promote_types(sums, torch.float32)).eps
     return bind(x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, rms=True)
 
 

@@ -3,6 +3,8 @@
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
+import math
+
 import torch
 
 _MASK = 0xFFFFFFFF
@@ -36,7 +38,7 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return carry >> 16, ((carry & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def rescaled_mask(draws: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """1 / (1 - p) where an element is kept (draw >= p 2^32), 0 where it is dropped."""
-    kept = (draws >= p * 2**32).to(dtype)
-    return kept / (1 - p) if p < 1 else kept
+def dropout(x: torch.Tensor, draws: torch.Tensor, p: float) -> torch.Tensor:
+    """x / (1 - p) where an element is kept (draw >= p 2^32), 0 where it is dropped."""
+    kept = draws >= math.ceil(p * 2**32)  # an integer: float32 would round the draws
+    return torch.where(kept, x / (1 - p) if p < 1 else x, 0)

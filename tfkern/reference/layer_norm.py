@@ -16,7 +16,7 @@ output that a call does not have is an empty tensor of shape (0,).
 import torch
 from torch import Tensor
 
-from tfkern.reference.dropout import philox, rescaled_mask
+from tfkern.reference.dropout import dropout, philox
 
 
 def forward(
@@ -34,7 +34,7 @@ def forward(
     dtype = torch.promote_types(h_dtype, torch.float32)
     h = x.to(dtype)
     if seed is not None:
-        h = h * _dropout(seed, x.shape, dropout_p, dtype)
+        h = dropout(h, _draws(seed, x.shape), dropout_p)
     if residual is not None:
         h = h + residual.to(dtype)
 
@@ -88,7 +88,7 @@ def backward(
     # forward: h = residual + dropout(x)
     dresidual = g.to(h.dtype) if separate_residual else absent
     if seed is not None:
-        g = g * _dropout(seed, g.shape, dropout_p, dtype)
+        g = dropout(g, _draws(seed, g.shape), dropout_p)
     return g.to(dy.dtype), dresidual, dweight, dbias
 
 
@@ -96,10 +96,9 @@ def why_not(*args, needs_grad: bool) -> str | None:
     return None
 
 
-def _dropout(seed: Tensor, shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+def _draws(seed: Tensor, shape: torch.Size) -> Tensor:
     """Element (m, n) takes lane n % 4 of the counter (n // 4, m, m >> 32, 1)."""
     M, N = shape
     m = torch.arange(M, device=seed.device)[:, None]
     n = torch.arange((N + 3) // 4, device=seed.device)
-    draws = philox(seed, n, m & 0xFFFFFFFF, m >> 32, 1)
-    return rescaled_mask(draws.flatten(-2)[:, :N], p, dtype)
+    return philox(seed, n, m & 0xFFFFFFFF, m >> 32, 1).flatten(-2)[:, :N]
