@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
 from torch import Tensor
 
 import tfkern
+from tfkern.validation import ACTIVATIONS, torch_mlp
 
 from .case import (
     BACKWARD,
@@ -18,13 +18,6 @@ from .case import (
     backend_variants,
     compiled,
 )
-
-_ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +38,8 @@ class OpCase(Case):
     activation: str = "gelu_tanh"
 
     def __post_init__(self) -> None:
-        if self.activation not in _ACTIVATIONS:
-            names = ", ".join(_ACTIVATIONS)
+        if self.activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
             raise ValueError(f"unknown activation {self.activation!r}: expected one of {names}")
 
     def small(self) -> "OpCase":
@@ -67,7 +60,7 @@ class OpCase(Case):
         return dict.fromkeys(("w1", "b1", "w2", "b2"), math.sqrt(self.batch * self.length))
 
     def reference(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return F.linear(_ACTIVATIONS[self.activation](F.linear(x, w1, b1)), w2, b2)
+        return torch_mlp(x, w1, b1, w2, b2, activation=self.activation)
 
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
         inner = self.batch * self.length * self.hidden * self.expansion * self.torch_dtype.itemsize

@@ -144,45 +144,39 @@ inline C sum(Vec<C> v) {
   }
   return part[0];
 }
-// e^x = 2^n e^r with |r| <= ln(2)/2; the polynomial's relative error is 1e-8, the result is within
-// 2 ulp.
-inline VecFloat exp(VecFloat x) {
-  x = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));  // above: inf, below: 0; NaN stays
-  const VecFloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecFloat n = (x * 1.44269504f + magic) - magic;
+
+// e^x / 2^n, where n is the integer next to x / ln(2): the polynomial's relative error is 1e-8.
+inline VecFloat exp_remainder(VecFloat x, VecFloat n) {
   VecFloat r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   VecFloat p = r * 0.001392618359f + 0.008363179053f;
   p = p * r + 0.04166655462f;
   p = p * r + 0.1666657699f;
   p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// e^x within 2 ulp.
+inline VecFloat exp(VecFloat x) {
+  x = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));  // above: inf, below: 0; NaN stays
+  const VecFloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const VecFloat n = (x * 1.44269504f + magic) - magic;
   // 2^n in two factors, since n reaches from -150 to 128
   const VecInt k = __builtin_convertvector(n, VecInt);
   const VecInt half = k >> 1;
-  return p * (VecFloat)((half + 127) << 23) * (VecFloat)((k - half + 127) << 23);
+  return exp_remainder(x, n) * (VecFloat)((half + 127) << 23) * (VecFloat)((k - half + 127) << 23);
 }
 inline VecDouble exp(VecDouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
-// e^x for x <= 88 where tiny results may be lost: what would be below 2^-126 is 0. Half the work of
-// exp.
+// e^x for x <= 88 where tiny results may be lost: what would be below 2^-126 is 0.
 inline VecFloat exp_flush(VecFloat x) {
-  x = vmax(VecFloat{} - 88.2f,
-           x);  // below: n = -127, whose power of two has the bits of 0; NaN stays
-  const VecFloat magic = VecFloat{} + (12582912.0f + 127);  // leaves n + 127 in the lowest bits
+  x = vmax(broadcast(-88.2f), x);  // below: n = -127, whose power of two has the bits of 0
+  const VecFloat magic = broadcast(12582912.0f + 127);  // leaves n + 127 in the lowest bits
   const VecFloat t = x * 1.44269504f + magic;
-  const VecFloat n = t - magic;
-  VecFloat r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  VecFloat p = r * 0.001392618359f + 0.008363179053f;
-  p = p * r + 0.04166655462f;
-  p = p * r + 0.1666657699f;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
-  return p * (VecFloat)((VecInt)t << 23);
+  return exp_remainder(x, t - magic) * (VecFloat)((VecInt)t << 23);
 }
 inline VecDouble exp_flush(VecDouble x) { return exp(x); }
 
