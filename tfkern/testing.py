@@ -15,6 +15,7 @@ ones.
 
     >>> import torch
     >>> from tfkern.testing import validate
+    >>> _ = torch.manual_seed(0)
     >>> def careless(x):
     ...     e = x.exp()
     ...     return e / e.sum(-1, keepdim=True)
