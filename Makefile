@@ -44,7 +44,7 @@ clean:
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-.gpu/ready: pyproject.toml setup.py $(wildcard csrc/* kernels/* tfkern/* tfkern/*/* benchmarks/*)
+.gpu/ready: pyproject.toml setup.py $(wildcard csrc/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
 	rm -rf .gpu build
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

@@ -1,5 +1,6 @@
 """Softmax attention over context length: the cost of what is quadratic, and of what need not be."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tfkern
 
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants
+
+Band = tuple[int | None, int | None]  # keys before and after the query that it sees, None: all
 
 _SDPA = {
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
@@ -41,9 +44,15 @@ class OpCase(Case):
     heads: int = 8
     head_dim: int = 64
     causal: bool = False
+    window: int | None = None  # keys before the query that it sees, and unless causal after it
 
     def small(self) -> "OpCase":
         return replace(self, batch=1, heads=min(self.heads, 2), length=min(self.length, 197))
+
+    @property
+    def band(self) -> Band:
+        """(left, right) as `tfkern.attention` takes it."""
+        return self.window, 0 if self.causal else self.window
 
     def inputs(self) -> dict[str, Tensor]:
         shape = (self.batch, self.heads, self.length, self.head_dim)
@@ -54,29 +63,32 @@ class OpCase(Case):
         return dict.fromkeys(("k", "v"), math.sqrt(self.length))
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain(q, k, v, causal=self.causal)
+        return plain(q, k, v, band=self.band)
 
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
         # How many matrices of scores are alive at once, forward and with backward: as measured.
         return [
             Variant("plain", self.reference, self._scores(2, 3)),
             *(
-                _sdpa(name, backend, self.causal, self._scores(2.5, 3) if name == "math" else 0)
+                _sdpa(name, backend, self.band, self._scores(2.5, 3) if name == "math" else 0)
                 for name, backend in _SDPA[self.device.partition(":")[0]].items()
+                if self.window is None or name != "flash" or self.device == "cpu"  # takes no mask
             ),
             *backend_variants(self, self._tfkern, backends, self._scores(3, 5, torch.float32)),
         ]
 
     def work(self, which: str) -> float:
         factor = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}[which]
-        pairs = self.batch * self.heads * self.length**2 / (2 if self.causal else 1)
-        return factor * 4 * pairs * self.head_dim
+        pairs = self.length**2 / (2 if self.causal else 1)
+        if self.window is not None:
+            pairs = visible_pairs(self.length, self.length, self.band)
+        return factor * 4 * self.batch * self.heads * pairs * self.head_dim
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
         return flop_formulas(self.causal, self._triton_tile())
 
     def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
-        return tfkern.attention(q, k, v, causal=self.causal, backend=backend)
+        return tfkern.attention(q, k, v, window=self.band, backend=backend)
 
     def _triton_tile(self) -> tuple[int, int]:
         if not self.device.startswith("cuda") or tfkern.backends(self.op)["triton"] is not None:
@@ -95,40 +107,62 @@ class OpCase(Case):
         return round((both if self.backward else forward) * pairs * dtype.itemsize)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+@functools.lru_cache(maxsize=1)
+def visible(T: int, S: int, band: Band, device: torch.device | None = None) -> Tensor:
+    """(T, S) bool: which query sees which key."""
+    left, right = band
+    diagonal = torch.arange(T, device=device)[:, None] + S - T
+    s = torch.arange(S, device=device)
+    seen = torch.ones(T, S, dtype=torch.bool, device=device)
+    seen = seen if left is None else seen & (s >= diagonal - left)
+    return seen if right is None else seen & (s <= diagonal + right)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, *, band: Band) -> Tensor:
     """Quadratic attention: the whole matrix of scores in memory."""
     s = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if causal:
-        T, S = s.shape[-2:]
-        hidden = torch.ones(T, S, dtype=torch.bool, device=s.device).triu(S - T + 1)
-        s = s.masked_fill(hidden, -torch.inf)
+    if band != (None, None):
+        s = s.masked_fill(~visible(*s.shape[-2:], band, s.device), -torch.inf)
     return s.softmax(-1) @ v
 
 
-def _sdpa(name: str, backend: SDPBackend, causal: bool, scratch: int) -> Variant:
+def _sdpa(name: str, backend: SDPBackend, band: Band, scratch: int) -> Variant:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = band == (None, 0)
+        mask = None
+        if band != (None, None) and not causal:  # torch has no window: a mask, at full cost
+            mask = visible(q.shape[2], k.shape[2], band, q.device)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
     return Variant(f"sdpa {name}", call, scratch)
 
 
-def tile_flops(q, k, v, *, causal: bool, tile: tuple[int, int], products: tuple[int, int]) -> int:
-    """FLOPs of the tiles that a kernel visits, by the shapes of q, k and v.
+def visible_pairs(T: int, S: int, band: Band, tile: tuple[int, int] = (1, 1)) -> int:
+    """Pairs of queries and keys of the tiles that a kernel visits.
 
-    A kernel walks over the keys for every tile of queries, and if causal stops after the tile with
-    the last key that any of the queries sees. Tiles at the ends count at their real size.
-    `products` says how many matrix products with D and with Dv each tile takes part in: forward
-    (1, 1).
+    A kernel walks over the keys for every tile of queries, from the tile with the first to the tile
+    with the last key that any of the queries sees. Tiles at the ends count at their real size.
     """
-    (B, H, T, D), S, Dv = q, k[2], v[3]
+    left, right = band
     tile_t, tile_s = tile
     pairs = 0
     for start in range(0, T, tile_t):
         end = min(start + tile_t, T)
-        seen = min(S, max(0, end + S - T)) if causal else S
-        pairs += (end - start) * min(S, -(-seen // tile_s) * tile_s)
-    return 2 * B * H * pairs * (products[0] * D + products[1] * Dv)
+        first = 0 if left is None else max(0, start + S - T - left) // tile_s * tile_s
+        stop = S if right is None else min(S, max(0, end + S - T + right))
+        pairs += (end - start) * max(0, min(S, -(-stop // tile_s) * tile_s) - first)
+    return pairs
+
+
+def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[int, int]) -> int:
+    """FLOPs of the tiles that a kernel visits, by the shapes of q, k and v.
+
+    `products` says how many matrix products with D and with Dv each tile takes part in: forward
+    (1, 1).
+    """
+    (B, H, T, D), S, Dv = q, k[2], v[3]
+    return 2 * B * H * visible_pairs(T, S, band, tile) * (products[0] * D + products[1] * Dv)
 
 
 # kBlock of csrc/attention.cpp. Its tiles of keys end where the last of these queries sees no more.
@@ -138,38 +172,42 @@ _NATIVE_TILE = 64, 1
 def flop_formulas(
     causal: bool, triton_tile: tuple[int, int] = (128, 64)
 ) -> dict[Any, Callable[..., int]]:
-    """Formulas for `FlopCounterMode`, whose own know neither the CPU, tfkern, nor causal tiles."""
+    """Formulas for `FlopCounterMode`, whose own know neither the CPU, tfkern, nor tiles.
 
-    def forward(tile: Callable[[int], tuple[int, int]]) -> Callable[..., int]:
-        def formula(q, k, v, *_, **__):
-            return tile_flops(q, k, v, causal=causal, tile=tile(q[2]), products=(1, 1))
+    `causal` is that of torch's operators; tfkern's have their band among the arguments.
+    """
+
+    def of_torch(skip: int, products: tuple[int, int]) -> Callable[..., int]:
+        def formula(*args, **_):
+            q, k, v = args[skip : skip + 3]
+            # FlashAttentionKernel.cpp of ATen; a causal row of tiles ends with its last query.
+            tile = (256 if q[2] >= 768 else 64 if q[2] >= 192 else 32), 1
+            band = None, 0 if causal else None
+            return tile_flops(q, k, v, band=band, tile=tile, products=products)
 
         return formula
 
-    def backward(
-        tile: Callable[[int], tuple[int, int]], skip: int, products: tuple[int, int]
+    def ours(
+        skip: int, band: int, tile: tuple[int, int], products: tuple[int, int]
     ) -> Callable[..., int]:
-        def formula(*shapes, **_):
-            q, k, v = shapes[skip : skip + 3]
-            return tile_flops(q, k, v, causal=causal, tile=tile(q[2]), products=products)
+        """The operator has q, k and v from argument `skip` on, left and right from `band` on."""
+
+        def formula(*args, **_):
+            q, k, v = args[skip : skip + 3]
+            left, right = args[band : band + 2]
+            return tile_flops(q, k, v, band=(left, right), tile=tile, products=products)
 
         return formula
-
-    def torch_tile(T: int) -> tuple[int, int]:
-        # FlashAttentionKernel.cpp of ATen; a causal row of tiles ends with its last query.
-        return (256 if T >= 768 else 64 if T >= 192 else 32), 1
 
     # One walk over the tiles: s, dq, dk with D and dp, dv with Dv. Two walks: s and dp twice.
     one_walk, two_walks = (3, 2), (4, 3)
     by_operator = {
-        "aten._scaled_dot_product_flash_attention_for_cpu": forward(torch_tile),
-        "aten._scaled_dot_product_flash_attention_for_cpu_backward": backward(
-            torch_tile, 1, one_walk
-        ),
-        "tfkern.attention_forward": forward(lambda T: _NATIVE_TILE),
-        "tfkern.attention_backward": backward(lambda T: _NATIVE_TILE, 2, one_walk),
-        "tfkern_triton.attention_forward": forward(lambda T: triton_tile),
-        "tfkern_triton.attention_backward": backward(lambda T: triton_tile, 2, two_walks),
+        "aten._scaled_dot_product_flash_attention_for_cpu": of_torch(0, (1, 1)),
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward": of_torch(1, one_walk),
+        "tfkern.attention_forward": ours(0, 13, _NATIVE_TILE, (1, 1)),
+        "tfkern.attention_backward": ours(2, 16, _NATIVE_TILE, one_walk),
+        "tfkern_triton.attention_forward": ours(0, 13, triton_tile, (1, 1)),
+        "tfkern_triton.attention_backward": ours(2, 16, triton_tile, two_walks),
     }
     formulas = {}
     for name, formula in by_operator.items():

@@ -73,6 +73,10 @@ def attention(
     heads: Heads = 8,
     head_dim: Annotated[int, typer.Option(help="Size of a head.", min=1, max=256)] = 64,
     causal: Annotated[bool, typer.Option(help="Hide the keys behind each query.")] = False,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Keys on either side that a query sees, all by default.", min=0),
+    ] = None,
     backward: Backward = False,
     backends: Backends = "",
     device: Device = "",
@@ -81,8 +85,8 @@ def attention(
     out: Out = _OUT,
 ) -> None:
     """Softmax attention: plain quadratic, SDPA with each of its backends, and tfkern."""
-    sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "causal": causal}
-    sizes["backward"] = backward
+    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "head_dim": head_dim}
+    sizes |= {"causal": causal, "window": window, "backward": backward}
     _bench("attention", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 import tfkern
-from tfkern.validation import ACTIVATIONS, torch_mlp
+from tfkern.validation.mlp import ACTIVATIONS, torch_mlp
 
 from .case import (
     BACKWARD,

@@ -142,7 +142,7 @@ def _model(config: TransformerConfig) -> Transformer:
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention.plain(q, k, v, causal=True)
+    return attention.plain(q, k, v, band=(None, 0))
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 // Softmax attention on the CPU: FlashAttention (Dao 2022, 2023), forward and backward.
 //
-//   s = scale * q k^T, masked;   o = softmax(s) v;   lse = log sum exp s
+//   s = scale q k^T, modified and masked;   o = dropout(softmax(s)) v;   lse = log sum exp s
 //
-// q is (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, Dv); key head h / (H / Hk) serves query head h.
-// Strides are arbitrary except that rows are contiguous. Query t of a batch sees key s if
-// s < key_length and, if causal, s <= t + key_length - query_length. What lies beyond the lengths
-// is never read. Work is cut into tiles of kKeys keys times kBlock queries, so memory is linear in
-// T and S; float16 and bfloat16 are widened tile by tile and computed in float.
+// tfkern/reference/attention.py defines all options. q is (B, H, T, D), k (B, Hk, S, D), v
+// (B, Hk, S, Dv); key head h / (H / Hk) serves query head h. Strides are arbitrary except that rows
+// are contiguous. What lies beyond the lengths is never read. Work is cut into tiles of kKeys keys
+// times kBlock rows, so memory is linear in T and S; float16 and bfloat16 are widened tile by tile
+// and computed in float. How the work is cut depends on the shapes only, never on the number of
+// threads, and no sum is shared between tasks, so results are bit-equal from run to run.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -20,37 +21,118 @@
 
 namespace tfkern {
 
-constexpr int64_t kBlock = 64;  // queries of a tile, along the lanes
-constexpr int64_t kKeys = 96;   // keys of a tile
+constexpr int64_t kBlock = 64;            // rows of a tile, along the lanes
+constexpr int64_t kKeys = 96;             // keys of a tile
+constexpr int64_t kBiasKeys = 8 * kKeys;  // keys of a tile of dbias
+constexpr int64_t kNoLimit = int64_t{1} << 40;
 
-// A (batch, head, row, feature) tensor of any element type; strides are in bytes.
+// A (batch, head, row, feature) tensor of any element type; strides are in bytes. With a table of
+// pages, `batch` is the stride of pages.
 struct Heads {
   char* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
   Dtype dtype = Dtype::f32;
+  const int64_t* pages = nullptr;
+  int64_t pages_per_batch = 0, page_size = 0;
+};
+
+// A (batch, head, query, key) tensor beside the scores; strides are in bytes, 0 where it is
+// broadcast.
+struct Elements {
+  const char* data = nullptr;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+  Dtype dtype = Dtype::f32;
+  bool boolean = false;
+};
+
+// Queries and keys that belong together: those of a batch, or of a document of a packed batch.
+struct Document {
+  int64_t batch;
+  int64_t query0, key0;   // the first rows
+  int64_t queries, keys;  // how many exist
 };
 
 struct AttentionShape {
   int64_t B, H, Hk, T, S, D, Dv;
-  bool causal;
-  std::vector<int64_t> query_lengths, key_lengths;  // B each, in [0, T] and [0, S]
+  int64_t left, right;  // query t sees the keys from t + offset - left to t + offset + right
+  std::vector<Document> documents;
+
+  int64_t group() const { return Hk ? H / Hk : 0; }
+  // Whether the heads of a group share a block of rows.
+  bool shared(const Document& d) const { return group() * d.queries <= kBlock; }
+  // Blocks of rows of a key head.
+  int64_t blocks(const Document& d) const {
+    if (d.queries == 0 || H == 0) return 0;
+    return shared(d) ? 1 : group() * ((d.queries + kBlock - 1) / kBlock);
+  }
+  // Of lse and its like, (B, H, T).
+  int64_t row_index(const Document& d, int64_t h, int64_t t) const {
+    return (d.batch * H + h) * T + d.query0 + t;
+  }
+};
+
+// What defines the scores.
+template <class C>
+struct AttentionScores : AttentionShape {
+  C scale, softcap;
+  Heads q, k, v;
+  Elements bias, mask;
+  const C *alibi_slopes, *sink;  // (documents, H) and (H,); null if absent
+  bool dropout;
+  uint64_t seed;
+  uint32_t threshold;  // an element whose draw is at least that is kept
+  C keep;              // 1 / (1 - p)
 };
 
 template <class C>
-struct AttentionForward : AttentionShape {
-  C scale;
-  Heads q, k, v, o;
+struct AttentionForward : AttentionScores<C> {
+  Heads o;
   C* lse;
+  // Many keys of few rows are cut into parts, so that every thread has work.
+  int64_t part_keys;
+  std::vector<int64_t> first_task;  // of each document, and the end
+  C* partials;                      // what each task leaves, in blocks of several parts
+  std::atomic<int64_t>* finished;   // parts of the block whose first task that is
+
+  int64_t parts(const Document& d) const {
+    return std::max<int64_t>(1, (d.keys + part_keys - 1) / part_keys);
+  }
+  int64_t partial_size() const { return ((this->Dv + 15) / 16 * 16 + 2) * kBlock; }
+};
+
+// The contiguous gradient of a bias.
+struct BiasGradient {
+  char* data;
+  Dtype dtype;
+  int64_t B, H, T, S;
 };
 
 template <class C>
-struct AttentionBackward : AttentionShape {
-  C scale;
-  Heads d_o, q, k, v, o;
+struct AttentionBackward : AttentionScores<C> {
+  Heads d_o, o;
   const C *dlse, *lse;  // dlse may be null
   Heads dq, dk, dv;
-  int64_t chunks;  // tasks per key head
-  C* partial;      // their sums of dk and dv; null if there is one chunk only
+  BiasGradient dbias;
+  C* sink_terms;   // of dsink, for each row; null without a sink
+  int64_t chunks;  // tasks per key head, at most
+  C* partials;     // their sums of dk and dv
+
+  // Few heads are cut into chunks so that every thread has work.
+  int64_t chunks_of(const Document& d) const {
+    const int64_t key_heads = static_cast<int64_t>(this->documents.size()) * this->Hk;
+    return std::clamp<int64_t>(16 / std::max<int64_t>(key_heads, 1), 1,
+                               std::max<int64_t>(this->blocks(d) / 2, 1));
+  }
+  // Keys of the longest document.
+  int64_t longest() const {
+    int64_t keys = 0;
+    for (const Document& d : this->documents) keys = std::max(keys, d.keys);
+    return keys;
+  }
+  // Of the sums for the first key of a document.
+  int64_t partial_row(const Document& d, int64_t hk, int64_t chunk) const {
+    return ((d.batch * this->Hk + hk) * chunks + chunk) * this->S + d.key0;
+  }
 };
 
 // Uninitialised arrays that start at cache lines and live as long as this.
@@ -90,14 +172,19 @@ void run_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
 }
 
 template <class C>
-int64_t dkv_size(const AttentionBackward<C>& a) {
-  TFKERN_ISA_CALL(attention_dkv_size, a);
+void run_bias_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
+  TFKERN_ISA_CALL(attention_bias_backward, a, next);
 }
 
 template <class C>
-void store_dkv(const AttentionBackward<C>& a, int64_t b, int64_t hk, int64_t begin, int64_t count,
-               C* sums, int64_t parts, int64_t distance) {
-  TFKERN_ISA_CALL(attention_store_dkv, a, b, hk, begin, count, sums, parts, distance);
+int64_t dkv_width(const AttentionBackward<C>& a) {
+  TFKERN_ISA_CALL(attention_dkv_width, a);
+}
+
+template <class C>
+void store_dkv(const AttentionBackward<C>& a, const Document& document, int64_t hk, int64_t begin,
+               int64_t count, C* sums, int64_t parts, int64_t distance) {
+  TFKERN_ISA_CALL(attention_store_dkv, a, document, hk, begin, count, sums, parts, distance);
 }
 
 // Calls `work` once per thread with a counter that hands out tasks: who is free takes the next one.
@@ -107,6 +194,13 @@ void run_tasks(const Work& work) {
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
                               [&](int64_t, int64_t) { work(next); });
 }
+
+// ---- arguments ----
+
+using Optional = std::optional<Tensor>;
+
+template <class C>
+constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
 
 Heads heads(const Tensor& t) {
   const int64_t bytes = static_cast<int64_t>(t.element_size());
@@ -118,33 +212,122 @@ Tensor with_contiguous_rows(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Lengths clamped to [0, limit]; absent ones are `limit`.
-std::vector<int64_t> lengths(const std::optional<Tensor>& t, int64_t B, int64_t limit) {
-  std::vector<int64_t> result(B, limit);
-  if (!t) return result;
-  const bool wide = t->scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == B && (wide || t->scalar_type() == ScalarType::Int),
-                  "tfkern::attention: expected int32 or int64 lengths of shape (B,)");
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t i = b * t->stride(0);
-    const int64_t length = wide ? static_cast<const int64_t*>(t->data_ptr())[i]
-                                : static_cast<const int32_t*>(t->data_ptr())[i];
-    result[b] = std::clamp<int64_t>(length, 0, limit);
+Elements elements(const Optional& t, const AttentionShape& a) {
+  if (!t) return {};
+  const std::array<int64_t, 4> sizes{a.B, a.H, a.T, a.S};
+  std::array<int64_t, 4> strides{};
+  STD_TORCH_CHECK(t->dim() == 4, "tfkern::attention: expected bias and mask with 4 dimensions");
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(t->size(i) == 1 || t->size(i) == sizes[i],
+                    "tfkern::attention: bias and mask must broadcast to (B, H, T, S)");
+    if (t->size(i) != 1) strides[i] = t->stride(i) * static_cast<int64_t>(t->element_size());
+  }
+  const bool boolean = t->scalar_type() == ScalarType::Bool;
+  return {static_cast<const char*>(t->data_ptr()), strides[0], strides[1], strides[2], strides[3],
+          boolean ? Dtype::f32 : dtype(*t),        boolean};
+}
+
+// The elements of a tensor of integers, row by row.
+std::vector<int64_t> integers(const Tensor& t) {
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK((wide || t.scalar_type() == ScalarType::Int) && t.dim() >= 1 && t.dim() <= 2,
+                  "tfkern::attention: expected int32 or int64 lengths, positions and pages");
+  const int64_t rows = t.dim() == 2 ? t.size(0) : 1, columns = t.size(t.dim() - 1);
+  std::vector<int64_t> result;
+  result.reserve(rows * columns);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) {
+      const int64_t i = (t.dim() == 2 ? m * t.stride(0) : 0) + n * t.stride(t.dim() - 1);
+      result.push_back(wide ? static_cast<const int64_t*>(t.data_ptr())[i]
+                            : static_cast<const int32_t*>(t.data_ptr())[i]);
+    }
   }
   return result;
 }
 
-AttentionShape shape(const Tensor& q, const Tensor& k, const Tensor& v,
-                     const std::optional<Tensor>& query_lengths,
-                     const std::optional<Tensor>& key_lengths, bool causal) {
+// The elements of a (rows, columns) or (columns,) tensor in the computing type; empty if absent.
+template <class C>
+std::vector<C> parameters(const Optional& t, int64_t rows, int64_t columns) {
+  if (!t) return {};
+  const bool matrix = t->dim() == 2;
+  STD_TORCH_CHECK((matrix || t->dim() == 1) && t->numel() == rows * columns,
+                  "tfkern::attention: alibi_slopes or sink do not fit q");
+  std::vector<C> result(rows * columns);
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const int64_t from =
+        (matrix ? i / columns * t->stride(0) : 0) + i % columns * t->stride(matrix ? 1 : 0);
+    TFKERN_DTYPE(dtype(*t), baseline::convert(result.data() + i,
+                                              static_cast<const T*>(t->data_ptr()) + from, 1));
+  }
+  return result;
+}
+
+// Lengths clamped to [0, limit]; absent ones are `limit`.
+std::vector<int64_t> lengths(const Optional& t, int64_t B, int64_t limit) {
+  if (!t) return std::vector<int64_t>(B, limit);
+  std::vector<int64_t> result = integers(*t);
+  STD_TORCH_CHECK(static_cast<int64_t>(result.size()) == B,
+                  "tfkern::attention: expected lengths of shape (B,)");
+  for (int64_t& length : result) length = std::clamp<int64_t>(length, 0, limit);
+  return result;
+}
+
+// The operators' arguments that forward and backward share.
+struct Arguments {
+  Tensor q, k, v;
+  Optional bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
+      page_table, seed;
+  std::optional<int64_t> left, right;
+  double scale, softcap, dropout_p;
+
+  bool wide() const { return q.scalar_type() == ScalarType::Double; }
+};
+
+std::vector<Document> documents(const Arguments& in, int64_t B, int64_t T, int64_t S) {
+  std::vector<Document> result;
+  if (!in.cu_seqlens_q) {
+    const auto queries = lengths(in.query_lengths, B, T), keys = lengths(in.key_lengths, B, S);
+    for (int64_t b = 0; b < B; ++b) result.push_back({b, 0, 0, queries[b], keys[b]});
+    return result;
+  }
+  const auto queries = integers(*in.cu_seqlens_q), keys = integers(*in.cu_seqlens_k);
+  STD_TORCH_CHECK(B == 1 && queries.size() == keys.size(),
+                  "tfkern::attention: cu_seqlens_q and cu_seqlens_k do not fit together");
+  int64_t query_end = 0, key_end = 0;
+  for (size_t i = 0; i + 1 < queries.size(); ++i) {
+    const int64_t query0 = std::clamp(queries[i], query_end, T);
+    const int64_t key0 = std::clamp(keys[i], key_end, S);
+    query_end = std::clamp(queries[i + 1], query0, T);
+    key_end = std::clamp(keys[i + 1], key0, S);
+    result.push_back({0, query0, key0, query_end - query0, key_end - key0});
+  }
+  return result;
+}
+
+AttentionShape shape(const Arguments& in) {
+  const Tensor &q = in.q, &k = in.k, &v = in.v;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                   "tfkern::attention: expected q, k and v with 4 dimensions");
-  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), T = q.size(2), S = k.size(2);
-  STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hk && v.size(2) == S &&
-                      k.size(3) == q.size(3) && (Hk == 0 ? H == 0 : H % Hk == 0),
+  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), T = q.size(2);
+  STD_TORCH_CHECK((in.page_table || k.size(0) == B) && v.size(0) == k.size(0) && v.size(1) == Hk &&
+                      v.size(2) == k.size(2) && k.size(3) == q.size(3) &&
+                      (Hk == 0 ? H == 0 : H % Hk == 0),
                   "tfkern::attention: q, k and v do not fit together");
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                   "tfkern::attention: q, k and v must have the same dtype");
+  STD_TORCH_CHECK(in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value() &&
+                      !(in.cu_seqlens_q && (in.bias || in.mask || in.page_table)),
+                  "tfkern::attention: cu_seqlens come in pairs, without bias, mask and pages");
+  int64_t S = k.size(2);
+  if (in.page_table) {
+    STD_TORCH_CHECK(in.page_table->dim() == 2 && in.page_table->size(0) == B &&
+                        (k.size(0) > 0 || in.page_table->numel() == 0),
+                    "tfkern::attention: expected a page table of shape (B, pages)");
+    S *= in.page_table->size(1);
+  }
+  const auto limit = [](std::optional<int64_t> x) {
+    return std::clamp(x.value_or(kNoLimit), -kNoLimit, kNoLimit);
+  };
   return {B,
           H,
           Hk,
@@ -152,106 +335,254 @@ AttentionShape shape(const Tensor& q, const Tensor& k, const Tensor& v,
           S,
           q.size(3),
           v.size(3),
-          causal,
-          lengths(query_lengths, B, T),
-          lengths(key_lengths, B, S)};
+          limit(in.left),
+          limit(in.right),
+          documents(in, B, T, S)};
 }
 
+// The arguments as the kernels see them, and what they point to.
 template <class C>
-constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
+struct Converted {
+  Tensor q, k, v;
+  std::vector<C> alibi_slopes, sink;
+  std::vector<int64_t> pages;
+
+  Converted(const Arguments& in, const AttentionShape& a)
+      : q(with_contiguous_rows(in.q)),
+        k(with_contiguous_rows(in.k)),
+        v(with_contiguous_rows(in.v)),
+        alibi_slopes(parameters<C>(in.alibi_slopes, a.documents.size(), a.H)),
+        sink(parameters<C>(in.sink, 1, a.H)) {
+    if (!in.page_table) return;
+    pages = integers(*in.page_table);
+    // Entries beyond a length may hold anything.
+    for (int64_t& page : pages) page = std::clamp<int64_t>(page, 0, in.k.size(0) - 1);
+  }
+
+  AttentionScores<C> scores(const Arguments& in, AttentionShape shape) const {
+    AttentionScores<C> a{std::move(shape)};
+    a.scale = static_cast<C>(in.scale);
+    a.softcap = static_cast<C>(in.softcap);
+    a.q = heads(q);
+    a.k = heads(k);
+    a.v = heads(v);
+    if (in.page_table) {
+      for (Heads* x : {&a.k, &a.v}) {
+        x->pages = pages.data();
+        x->pages_per_batch = in.page_table->size(1);
+        x->page_size = in.k.size(2);
+      }
+    }
+    a.bias = elements(in.bias, a);
+    a.mask = elements(in.mask, a);
+    a.alibi_slopes = in.alibi_slopes ? alibi_slopes.data() : nullptr;
+    a.sink = in.sink ? sink.data() : nullptr;
+    a.dropout = in.seed && in.dropout_p > 0;
+    if (a.dropout) {
+      STD_TORCH_CHECK(in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1,
+                      "tfkern::attention: expected one int64 as seed");
+      a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(in.seed->data_ptr()));
+      const double threshold = std::ceil(std::ldexp(in.dropout_p, 32));
+      const bool any = threshold < std::ldexp(1.0, 32);  // else no draw is large enough
+      a.threshold = any ? static_cast<uint32_t>(threshold) : 0;
+      a.keep = any ? static_cast<C>(1 / (1 - in.dropout_p)) : C{0};
+    }
+    return a;
+  }
+};
+
+// Sets the rows of a contiguous (B, heads, rows, ...) tensor that belong to no document.
+template <class T>
+void fill_rest(Tensor& x, const AttentionShape& a, bool keys, T value) {
+  const int64_t rows = x.size(2), size = x.dim() == 4 ? x.size(3) : 1;
+  T* data = static_cast<T*>(x.data_ptr());
+  const auto fill = [&](int64_t batch, int64_t begin, int64_t end) {
+    for (int64_t h = 0; begin < end && h < x.size(1); ++h) {
+      T* head = data + (batch * x.size(1) + h) * rows * size;
+      std::fill(head + begin * size, head + end * size, value);
+    }
+  };
+  int64_t batch = 0, end = 0;  // what comes before is done
+  for (const Document& d : a.documents) {
+    if (d.batch != batch) fill(batch, end, rows), end = 0;
+    batch = d.batch;
+    fill(batch, end, keys ? d.key0 : d.query0);
+    end = keys ? d.key0 + d.keys : d.query0 + d.queries;
+  }
+  if (batch < x.size(0)) fill(batch, end, rows);
+}
+
+void zero_rest(Tensor& x, const AttentionShape& a, bool keys) {
+  switch (x.element_size()) {
+    case 2:
+      return fill_rest<uint16_t>(x, a, keys, 0);
+    case 4:
+      return fill_rest<uint32_t>(x, a, keys, 0);
+    default:
+      return fill_rest<uint64_t>(x, a, keys, 0);
+  }
+}
+
+// ---- operators ----
 
 template <class C>
-std::tuple<Tensor, Tensor> forward(AttentionShape shape, const Tensor& q, const Tensor& k,
-                                   const Tensor& v, double scale) {
-  Tensor o = empty(q, {shape.B, shape.H, shape.T, shape.Dv}, q.scalar_type());
-  Tensor lse = empty(q, {shape.B, shape.H, shape.T}, kCompute<C>);
-  const AttentionForward<C> a{
-      std::move(shape), static_cast<C>(scale),           heads(q), heads(k), heads(v),
-      heads(o),         static_cast<C*>(lse.data_ptr()),
-  };
+std::tuple<Tensor, Tensor> forward(const Arguments& in) {
+  const Converted<C> converted(in, shape(in));
+  AttentionForward<C> a{converted.scores(in, shape(in))};
+  Tensor o = empty(in.q, {a.B, a.H, a.T, a.Dv}, in.q.scalar_type());
+  Tensor lse = empty(in.q, {a.B, a.H, a.T}, kCompute<C>);
+  zero_rest(o, a, false);
+  fill_rest<C>(lse, a, false, -std::numeric_limits<C>::infinity());
+  a.o = heads(o);
+  a.lse = static_cast<C*>(lse.data_ptr());
+  // About 64 tasks, as far as the shape tells: what documents hold does not matter.
+  const bool shared = a.group() * a.T <= kBlock;
+  const int64_t blocks = a.B * a.Hk * (shared ? 1 : a.group() * ((a.T + kBlock - 1) / kBlock));
+  a.part_keys = std::max<int64_t>(4, (blocks * a.S / 64 + kKeys - 1) / kKeys) * kKeys;
+  a.first_task = {0};
+  bool join = false;
+  for (const Document& d : a.documents) {
+    a.first_task.push_back(a.first_task.back() + a.Hk * a.blocks(d) * a.parts(d));
+    join |= a.parts(d) > 1;
+  }
+  const int64_t tasks = a.first_task.back();
+  Scratch<C> scratch;
+  if (join) a.partials = scratch.get(tasks * a.partial_size());
+  const auto finished = std::make_unique<std::atomic<int64_t>[]>(join ? tasks : 0);
+  a.finished = finished.get();
   run_tasks([&](std::atomic<int64_t>& next) { run_forward(a, next); });
   return {o, lse};
 }
 
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class C>
-Three backward(AttentionShape shape, const Tensor& d_o, const std::optional<Tensor>& dlse,
-               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
-               const Tensor& lse, double scale) {
-  const auto [B, H, Hk, T, S, D, Dv] =
-      std::array{shape.B, shape.H, shape.Hk, shape.T, shape.S, shape.D, shape.Dv};
-  Tensor dq = empty(q, {B, H, T, D}, q.scalar_type());
-  Tensor dk = empty(q, {B, Hk, S, D}, q.scalar_type());
-  Tensor dv = empty(q, {B, Hk, S, Dv}, q.scalar_type());
-  // Few heads are cut into chunks so that every thread has work. The number follows from the shape
-  // alone, so that the result does not depend on the number of threads.
-  const int64_t key_heads = B * Hk, blocks = Hk ? H / Hk * ((T + kBlock - 1) / kBlock) : 0;
-  const int64_t chunks = std::clamp<int64_t>(16 / std::max<int64_t>(key_heads, 1), 1,
-                                             std::max<int64_t>(blocks / 2, 1));
-  AttentionBackward<C> a{std::move(shape),
-                         static_cast<C>(scale),
-                         heads(d_o),
-                         heads(q),
-                         heads(k),
-                         heads(v),
-                         heads(o),
-                         dlse ? static_cast<const C*>(dlse->data_ptr()) : nullptr,
-                         static_cast<const C*>(lse.data_ptr()),
-                         heads(dq),
-                         heads(dk),
-                         heads(dv),
-                         chunks,
-                         nullptr};
+Five backward(const Arguments& in, const Tensor& d_o, const Optional& dlse, const Tensor& o,
+              const Tensor& lse, bool bias_grad) {
+  const Converted<C> converted(in, shape(in));
+  AttentionBackward<C> a{converted.scores(in, shape(in))};
+  const ScalarType type = in.q.scalar_type();
+  Tensor dq = empty(in.q, {a.B, a.H, a.T, a.D}, type);
+  Tensor dk = empty(in.q, {a.B, a.Hk, a.S, a.D}, type);
+  Tensor dv = empty(in.q, {a.B, a.Hk, a.S, a.Dv}, type);
+  zero_rest(dq, a, false);
+  zero_rest(dk, a, true);
+  zero_rest(dv, a, true);
+  a.d_o = heads(d_o);
+  a.o = heads(o);
+  a.dlse = dlse ? static_cast<const C*>(dlse->data_ptr()) : nullptr;
+  a.lse = static_cast<const C*>(lse.data_ptr());
+  a.dq = heads(dq);
+  a.dk = heads(dk);
+  a.dv = heads(dv);
+  for (const Document& d : a.documents) a.chunks = std::max(a.chunks, a.chunks_of(d));
   Scratch<C> scratch;
-  const int64_t size = dkv_size(a);
-  if (chunks > 1) a.partial = scratch.get(key_heads * chunks * size);
+  const int64_t width = dkv_width(a);
+  if (a.chunks > 1) a.partials = scratch.get(a.B * a.Hk * a.chunks * a.S * width);
+  if (in.sink) a.sink_terms = scratch.get(a.B * a.H * a.T);
   run_tasks([&](std::atomic<int64_t>& next) { run_backward(a, next); });
-  if (chunks > 1) {
-    torch::stable::parallel_for(0, key_heads * S, 256, [&](int64_t begin, int64_t end) {
+  for (const Document& d : a.documents) {
+    if (a.chunks_of(d) == 1) continue;
+    torch::stable::parallel_for(0, a.Hk * d.keys, 256, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin, count; i < end; i += count) {
-        const int64_t head = i / S, s = i % S;
-        count = std::min(end - i, S - s);
-        C* sums = a.partial + head * chunks * size;
-        store_dkv(a, head / Hk, head % Hk, s, count, sums, chunks, size);
+        const int64_t hk = i / d.keys, s = i % d.keys;
+        count = std::min(end - i, d.keys - s);
+        C* sums = a.partials + a.partial_row(d, hk, 0) * width;
+        store_dkv(a, d, hk, s, count, sums, a.chunks_of(d), a.S * width);
       }
     });
   }
-  return {dq, dk, dv};
+
+  Tensor dbias = absent(in.q, type), dsink = absent(in.q, type);
+  if (in.bias && bias_grad) {
+    const std::array<int64_t, 4> sizes{in.bias->size(0), in.bias->size(1), in.bias->size(2),
+                                       in.bias->size(3)};
+    dbias = empty(in.q, {sizes[0], sizes[1], sizes[2], sizes[3]}, in.bias->scalar_type());
+    a.dbias = {
+        static_cast<char*>(dbias.data_ptr()), dtype(dbias), sizes[0], sizes[1], sizes[2], sizes[3]};
+    run_tasks([&](std::atomic<int64_t>& next) { run_bias_backward(a, next); });
+  }
+  if (in.sink) {
+    dsink = empty(in.q, {a.H}, in.sink->scalar_type());
+    for (int64_t h = 0; h < a.H; ++h) {
+      double sum = 0;
+      for (const Document& d : a.documents) {
+        const C* terms = a.sink_terms + a.row_index(d, h, 0);
+        for (int64_t t = 0; t < d.queries; ++t) sum += terms[t];
+      }
+      const C total = static_cast<C>(sum);
+      TFKERN_DTYPE(dtype(dsink),
+                   baseline::convert(static_cast<T*>(dsink.data_ptr()) + h, &total, 1));
+    }
+  }
+  return {dq, dk, dv, dbias, dsink};
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v,
-                                             std::optional<Tensor> query_lengths,
-                                             std::optional<Tensor> key_lengths, bool causal,
-                                             double scale) {
-  AttentionShape sizes = shape(q, k, v, query_lengths, key_lengths, causal);
-  const bool wide = q.scalar_type() == ScalarType::Double;
-  return (wide ? forward<double> : forward<float>)(std::move(sizes), with_contiguous_rows(q),
-                                                   with_contiguous_rows(k), with_contiguous_rows(v),
-                                                   scale);
+std::tuple<Tensor, Tensor> attention_forward(
+    Tensor q, Tensor k, Tensor v, Optional bias, Optional mask, Optional alibi_slopes,
+    Optional sink, Optional query_lengths, Optional key_lengths, Optional cu_seqlens_q,
+    Optional cu_seqlens_k, Optional page_table, Optional seed, std::optional<int64_t> left,
+    std::optional<int64_t> right, double scale, double softcap, double dropout_p) {
+  const Arguments in{q,
+                     k,
+                     v,
+                     bias,
+                     mask,
+                     alibi_slopes,
+                     sink,
+                     query_lengths,
+                     key_lengths,
+                     cu_seqlens_q,
+                     cu_seqlens_k,
+                     page_table,
+                     seed,
+                     left,
+                     right,
+                     scale,
+                     softcap,
+                     dropout_p};
+  return (in.wide() ? forward<double> : forward<float>)(in);
 }
 
-Three attention_backward(Tensor d_o, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
-                         Tensor o, Tensor lse, std::optional<Tensor> query_lengths,
-                         std::optional<Tensor> key_lengths, bool causal, double scale) {
-  AttentionShape sizes = shape(q, k, v, query_lengths, key_lengths, causal);
-  const bool wide = q.scalar_type() == ScalarType::Double;
+Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v, Tensor o,
+                        Tensor lse, Optional bias, Optional mask, Optional alibi_slopes,
+                        Optional sink, Optional query_lengths, Optional key_lengths,
+                        Optional cu_seqlens_q, Optional cu_seqlens_k, Optional seed,
+                        std::optional<int64_t> left, std::optional<int64_t> right, double scale,
+                        double softcap, double dropout_p, bool bias_grad) {
+  const Arguments in{q,
+                     k,
+                     v,
+                     bias,
+                     mask,
+                     alibi_slopes,
+                     sink,
+                     query_lengths,
+                     key_lengths,
+                     cu_seqlens_q,
+                     cu_seqlens_k,
+                     std::nullopt,
+                     seed,
+                     left,
+                     right,
+                     scale,
+                     softcap,
+                     dropout_p};
+  const AttentionShape sizes = shape(in);
   const auto fits = [&](const Tensor& t) {
     return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
            t.size(3) == sizes.Dv;
   };
   const auto saved = [&](const Tensor& t) {
     return t.numel() == sizes.B * sizes.H * sizes.T &&
-           t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
+           t.scalar_type() == (in.wide() ? ScalarType::Double : ScalarType::Float);
   };
   STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse) && (!dlse || saved(*dlse)),
                   "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
   if (dlse) dlse = torch::stable::contiguous(*dlse);
-  return (wide ? backward<double>
-               : backward<float>)(std::move(sizes), with_contiguous_rows(d_o), dlse,
-                                  with_contiguous_rows(q), with_contiguous_rows(k),
-                                  with_contiguous_rows(v), with_contiguous_rows(o),
-                                  torch::stable::contiguous(lse), scale);
+  return (in.wide() ? backward<double>
+                    : backward<float>)(in, with_contiguous_rows(d_o), dlse, with_contiguous_rows(o),
+                                       torch::stable::contiguous(lse), bias_grad);
 }
 
 }  // namespace
@@ -259,12 +590,16 @@ Three attention_backward(Tensor d_o, std::optional<Tensor> dlse, Tensor q, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? query_lengths, Tensor? key_lengths, "
-      "bool causal, float scale) -> (Tensor o, Tensor lse)");
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, "
+      "Tensor? alibi_slopes, Tensor? sink, Tensor? query_lengths, Tensor? key_lengths, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, Tensor? seed, SymInt? left, "
+      "SymInt? right, float scale, float softcap, float dropout_p) -> (Tensor o, Tensor lse)");
   m.def(
       "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, "
-      "Tensor lse, Tensor? query_lengths, Tensor? key_lengths, bool causal, float scale) "
-      "-> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor lse, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, "
+      "Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seed, SymInt? left, SymInt? right, float scale, float softcap, float dropout_p, "
+      "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {

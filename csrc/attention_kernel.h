@@ -1,186 +1,8 @@
 // The kernels of attention.cpp for one instruction set.
-//
-// Scores are computed transposed, a tile of keys times a block of queries with the queries along
-// the lanes: what is per query (running maximum, sum, lse, delta) is then a vector, no reduction
-// crosses lanes, and keys and values enter every product as scalars that are broadcast, so they
-// need no packing.
+#include "attention_product.h"
+#include "attention_scores.h"
 
-// ---- matrix products ----
-
-// Accumulators, rows times vectors, fill the registers but for a row of `right` and a scalar.
-template <class C>
-constexpr int kRows = TFKERN_VEC_BYTES == 16 ? 4 : 6;
-template <class C>
-constexpr int kVectors = TFKERN_VEC_BYTES == 64 ? 4 : 2;
-
-// Terms that one accumulator sums before it is added to the result: rounding errors grow with it.
-constexpr int64_t kDepth = 64;
-
-// A matrix whose elements are broadcast one at a time, so that its strides are free.
-template <class C>
-struct Left {
-  const C* data;
-  int64_t row, column;
-};
-
-// The part of `product` whose accumulators are R rows of NV vectors.
-template <int R, int NV, class C>
-inline void product_tile(int64_t K, Left<C> left, const C* right, int64_t right_stride, C* out,
-                         int64_t out_stride, bool add, C alpha) {
-  constexpr int L = kLanes<C>;
-  int64_t k = 0;
-  do {
-    const int64_t end = std::min(K, k + kDepth);
-    Vec<C> sum[R][NV];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[r][j] = Vec<C>{};
-    }
-    for (; k < end; ++k) {
-      Vec<C> row[NV];
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) row[j] = load(right + k * right_stride + j * L);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const C scalar = left.data[r * left.row + k * left.column];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) sum[r][j] += scalar * row[j];
-      }
-    }
-    const C factor = k == K ? alpha : C{1};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) {
-        C* p = out + r * out_stride + j * L;
-        store(p, (add ? load(p) + sum[r][j] : sum[r][j]) * factor);
-      }
-    }
-    add = true;
-  } while (k < K);
-}
-
-template <int NV, class C>
-inline void product_panel(int64_t M, int64_t K, Left<C> left, const C* right, int64_t right_stride,
-                          C* out, int64_t out_stride, bool add, C alpha) {
-  constexpr int R = kRows<C>;
-  int64_t m = 0;
-  for (; m + R <= M; m += R) {
-    const Left<C> rows{left.data + m * left.row, left.row, left.column};
-    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, alpha);
-  }
-  const Left<C> rows{left.data + m * left.row, left.row, left.column};
-  out += m * out_stride;
-  switch (M - m) {
-    case 5:
-      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
-    case 4:
-      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
-    case 3:
-      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
-    case 2:
-      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
-    case 1:
-      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
-  }
-}
-
-// out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
-template <class C>
-void product(int64_t M, int64_t N, int64_t K, Left<C> left, const C* right, int64_t right_stride,
-             C* out, int64_t out_stride, bool add, C alpha = 1) {
-  constexpr int L = kLanes<C>, NV = kVectors<C>;
-  int64_t n = 0;
-  for (; n + NV * L <= N; n += NV * L) {
-    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, alpha);
-  }
-  right += n;
-  out += n;
-  switch ((N - n) / L) {
-    case 3:
-      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, alpha);
-    case 2:
-      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, alpha);
-    case 1:
-      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, alpha);
-  }
-}
-
-// ---- memory ----
-
-template <class C>
-inline int64_t padded(int64_t n) {
-  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
-}
-
-// Rows of one head of a tensor.
-struct HeadRows {
-  char* data;
-  int64_t stride;  // in bytes
-  Dtype dtype;
-};
-
-inline HeadRows head_rows(const Heads& t, int64_t b, int64_t h) {
-  return {t.data + b * t.batch + h * t.head, t.row, t.dtype};
-}
-
-template <class C>
-inline void load_row(C* dst, const HeadRows& rows, int64_t i, int64_t N) {
-  const char* p = rows.data + i * rows.stride;
-  TFKERN_DTYPE(rows.dtype, convert(dst, reinterpret_cast<const T*>(p), N));
-}
-
-template <class C>
-inline void store_row(const HeadRows& rows, int64_t i, const C* src, int64_t N) {
-  char* p = rows.data + i * rows.stride;
-  TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(p), src, N));
-}
-
-// Rows [begin, begin + count) in the computing type: in place if they have it and lie side by side
-// (rows a power of two apart would fight for the same cache sets), else copied to `buffer`.
-template <class C>
-inline Left<C> load_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count, int64_t N) {
-  constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
-  if (rows.dtype == kDtype && rows.stride == N * static_cast<int64_t>(sizeof(C))) {
-    return {reinterpret_cast<const C*>(rows.data + begin * rows.stride), N, 1};
-  }
-  for (int64_t i = 0; i < count; ++i) load_row(buffer + i * N, rows, begin + i, N);
-  return {buffer, N, 1};
-}
-
-template <class C>
-inline Left<C> transposed(Left<C> a) {
-  return {a.data, a.column, a.row};
-}
-
-// ---- the pattern of the mask ----
-
-// Keys [0, result) are those that some query in [t, t + count) sees.
-template <class Arguments>
-inline int64_t visible_keys(const Arguments& a, int64_t b, int64_t t, int64_t count) {
-  const int64_t query_length = a.query_lengths[b], key_length = a.key_lengths[b];
-  if (count <= 0) return 0;
-  if (!a.causal) return key_length;
-  return std::clamp<int64_t>(t + count + key_length - query_length, 0, key_length);
-}
-
-// scores[s][t] = -inf where query t0 + t does not see key s0 + s: s0 + s > t0 + t + offset.
-template <class C>
-inline void mask_causal(C* scores, int64_t keys, int64_t width, int64_t s0, int64_t t0,
-                        int64_t offset) {
-  constexpr int L = kLanes<C>;
-  const Vec<C> lane = iota<C>(), minus_inf = Vec<C>{} - std::numeric_limits<C>::infinity();
-  for (int64_t s = 0; s < keys; ++s) {
-    const int64_t first = std::clamp<int64_t>(s0 + s - t0 - offset, 0, width);  // that sees key s
-    for (int64_t t = 0; t < first; t += L) {
-      C* p = scores + s * kBlock + t;
-      store(p, lane < static_cast<C>(first - t) ? minus_inf : load(p));
-    }
-  }
-}
-
-// ---- forward ----
+// ---- forward: a walk over the keys of a block of rows with an online softmax ----
 
 // Takes a tile of scores into the running maximum and sum of each query and turns it into
 // p = exp(s - maximum). Returns whether `factor`, by which what was summed before is to be scaled,
@@ -226,229 +48,181 @@ inline bool online_softmax(C* scores, int64_t keys, int64_t width, C* maximum, C
   return rescale;
 }
 
-// Runs tasks (batch, head, block of queries) until none is left.
+// Rows too few to fill half a vector, as in decoding: products then run along the features instead
+// of the rows, and o is kept by rows.
+template <class C>
+inline bool is_narrow(const Block& block) {
+  return block.rows() <= kLanes<C> / 2;
+}
+
+// What a walk over keys leaves of each row: maximum of s, sum = sum exp(s - maximum) and
+// o = sum exp(s - maximum) v, whose feature d of row i lies at i * row + d * column.
+template <class C>
+struct Partial {
+  C *maximum, *sum, *o;
+  int64_t row, column;
+};
+
+template <class C>
+inline Partial<C> partial_at(C* data, const Block& block, int64_t Dv) {
+  C* o = data + 2 * kBlock;
+  if (is_narrow<C>(block)) return {data, data + kBlock, o, padded<C>(Dv), 1};
+  return {data, data + kBlock, o, 1, kBlock};
+}
+
+// Before any key, or after the sink, which is a key whose value is 0.
+template <class C>
+inline void start(const Partial<C>& partial, const AttentionForward<C>& a, const Block& block,
+                  bool with_sink) {
+  constexpr C kInf = std::numeric_limits<C>::infinity();
+  std::fill(partial.maximum, partial.maximum + kBlock, -kInf);
+  std::fill(partial.sum, partial.sum + kBlock, C{0});
+  for (int64_t i = 0; with_sink && i < block.rows(); ++i) {
+    partial.maximum[i] = a.sink[block.head(i)];
+    partial.sum[i] = partial.maximum[i] > -kInf ? 1 : 0;
+  }
+  const int64_t size = is_narrow<C>(block) ? block.rows() * partial.row : a.Dv * kBlock;
+  std::fill(partial.o, partial.o + size, C{0});
+}
+
+template <class C>
+inline void rescale(const Partial<C>& partial, const Block& block, int64_t Dv, const C* factor) {
+  constexpr int L = kLanes<C>;
+  if (is_narrow<C>(block)) {
+    for (int64_t i = 0; i < block.rows(); ++i) {
+      for (C* p = partial.o + i * partial.row; p < partial.o + (i + 1) * partial.row; p += L) {
+        store(p, load(p) * factor[i]);
+      }
+    }
+    return;
+  }
+  const int64_t width = padded<C>(block.rows());
+  for (int64_t d = 0; d < Dv; ++d) {
+    for (int64_t t = 0; t < width; t += L) {
+      C* p = partial.o + d * kBlock + t;
+      store(p, load(p) * load(factor + t));
+    }
+  }
+}
+
+// Takes in what a walk over other keys left.
+template <class C>
+inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t rows, int64_t Dv) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const C m = std::max(partial.maximum[i], other.maximum[i]);
+    if (m == -std::numeric_limits<C>::infinity()) continue;  // no key seen yet
+    const C ours = std::exp(partial.maximum[i] - m), theirs = std::exp(other.maximum[i] - m);
+    partial.maximum[i] = m;
+    partial.sum[i] = partial.sum[i] * ours + other.sum[i] * theirs;
+    for (int64_t d = 0; d < Dv; ++d) {
+      const int64_t n = i * partial.row + d * partial.column;
+      partial.o[n] = partial.o[n] * ours + other.o[n] * theirs;
+    }
+  }
+}
+
+template <class C>
+inline void store_output(const AttentionForward<C>& a, const Block& block,
+                         const Partial<C>& partial, C* row) {
+  for (int64_t i = 0; i < block.rows(); ++i) {
+    const int64_t h = block.head(i), t = block.query(i);
+    const C sum = partial.sum[i];  // 0 if nothing is visible
+    for (int64_t d = 0; d < a.Dv; ++d) {
+      row[d] = sum == 0 ? C{0} : partial.o[i * partial.row + d * partial.column] / sum;
+    }
+    store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
+    a.lse[a.row_index(block.document, h, t)] =
+        sum == 0 ? -std::numeric_limits<C>::infinity() : partial.maximum[i] + std::log(sum);
+  }
+}
+
+// A task is a part of the keys of a block of rows.
+struct ForwardTask {
+  Block block;
+  int64_t hk, part, parts;
+};
+
+// Neighbouring tasks share keys; within a head the blocks with the most keys come first.
+template <class C>
+inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
+  const auto after = std::upper_bound(a.first_task.begin(), a.first_task.end(), task);
+  const int64_t number = after - a.first_task.begin() - 1;
+  const Document& document = a.documents[number];
+  const int64_t parts = a.parts(document), blocks = a.blocks(document);
+  task -= a.first_task[number];
+  const int64_t hk = task / parts / blocks, i = blocks - 1 - task / parts % blocks;
+  return {block_of(a, number, hk, i), hk, task % parts, parts};
+}
+
+// Runs tasks until none is left. What the parts of a block leave goes to `a.partials`, if there are
+// several.
 template <class C>
 void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
-  constexpr int L = kLanes<C>;
-  constexpr C kInf = std::numeric_limits<C>::infinity();
-  const int64_t D = a.D, Dv = a.Dv, blocks = (a.T + kBlock - 1) / kBlock;
+  const int64_t D = a.D, Dv = a.Dv, Dp = padded<C>(D), Dvp = padded<C>(Dv);
   Scratch<C> scratch;
-  C* qt = scratch.get(D * kBlock);  // q^T
-  C* scores = scratch.get(kKeys * kBlock);
-  C* ot = scratch.get(Dv * kBlock);  // o^T, to be divided by `sum`
-  C* row = scratch.get(std::max(D, Dv));
-  C* k_buffer = scratch.get(kKeys * D);
-  C* v_buffer = scratch.get(kKeys * Dv);
-  C* maximum = scratch.get(kBlock);
-  C* sum = scratch.get(kBlock);
-  C* factor = scratch.get(kBlock);
-
-  for (int64_t task = next++; task < a.B * a.H * blocks; task = next++) {
-    // Neighbouring tasks share keys; within a head the blocks with the most keys come first.
-    const int64_t b = task / blocks / a.H, h = task / blocks % a.H, hk = h / (a.H / a.Hk);
-    const int64_t t0 = (blocks - 1 - task % blocks) * kBlock;
-    const int64_t rows = std::min<int64_t>(kBlock, a.T - t0);
-    const int64_t valid = std::clamp<int64_t>(a.query_lengths[b] - t0, 0, rows);
-    const int64_t offset = a.key_lengths[b] - a.query_lengths[b];
-    const int64_t width = padded<C>(valid), end = visible_keys(a, b, t0, valid);
-    const HeadRows q = head_rows(a.q, b, h), k = head_rows(a.k, b, hk), v = head_rows(a.v, b, hk);
-    const HeadRows o = head_rows(a.o, b, h);
-    C* lse = a.lse + (b * a.H + h) * a.T + t0;
-
-    for (int64_t t = 0; t < width; ++t) {
-      if (t < valid) load_row(row, q, t0 + t, D);
-      for (int64_t d = 0; d < D; ++d) qt[d * kBlock + t] = t < valid ? row[d] : C{0};
-    }
-    std::fill(ot, ot + Dv * kBlock, C{0});
-    std::fill(maximum, maximum + kBlock, -kInf);
-    std::fill(sum, sum + kBlock, C{0});
-    for (int64_t s0 = 0; s0 < end; s0 += kKeys) {
-      const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-      const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D);
-      const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv);
-      product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false, a.scale);
-      if (a.causal && s0 + keys - 1 > t0 + offset) mask_causal(scores, keys, width, s0, t0, offset);
-      if (online_softmax(scores, keys, width, maximum, sum, factor)) {
-        for (int64_t d = 0; d < Dv; ++d) {
-          for (int64_t t = 0; t < width; t += L) {
-            C* p = ot + d * kBlock + t;
-            store(p, load(p) * load(factor + t));
-          }
-        }
-      }
-      product(Dv, width, keys, transposed(v_tile), scores, kBlock, ot, kBlock, true);
-    }
-
-    for (int64_t t = 0; t < width; t += L) {
-      const Vec<C> l = load(sum + t);
-      for (int64_t d = 0; d < Dv; ++d) {
-        C* p = ot + d * kBlock + t;
-        store(p, l == 0 ? Vec<C>{} : load(p) / l);  // l is 0 if no key is visible
-      }
-    }
-    for (int64_t t = 0; t < rows; ++t) {
-      lse[t] = t < valid && sum[t] != 0 ? maximum[t] + std::log(sum[t]) : -kInf;
-      for (int64_t d = 0; d < Dv; ++d) row[d] = t < valid ? ot[d * kBlock + t] : C{0};
-      store_row(o, t0 + t, row, Dv);
-    }
-  }
-}
-
-// ---- backward ----
-
-// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees
-// one key only, sum(do o) then equals dp and ds is exactly 0.
-template <class C>
-inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* sum) {
-  constexpr int L = kLanes<C>;
-  for (int64_t t = 0; t < width; t += L) {
-    Vec<C> total{};
-    for (int64_t d = 0; d < D;) {
-      Vec<C> s{};
-      for (const int64_t end = std::min(D, d + kDepth); d < end; ++d) {
-        s += load(a + d * kBlock + t) * load(b + d * kBlock + t);
-      }
-      total = total + s;
-    }
-    store(sum + t, total);
-  }
-}
-
-// p = exp(s - lse), ds = p (dp - delta), in place of s and dp. Queries that take no part have
-// lse = inf. delta = sum(do o) - dlse comes as its two terms: if the first cancels dp, the second
-// is left exact.
-template <class C>
-inline void score_gradients(C* s, C* dp, int64_t keys, int64_t width, const C* lse, const C* dot,
-                            const C* dlse) {
-  constexpr int L = kLanes<C>;
-  for (int64_t i = 0; i < keys; ++i, s += kBlock, dp += kBlock) {
-    for (int64_t t = 0; t < width; t += L) {
-      // forward: p = exp(s - lse), o = p v
-      const Vec<C> p = exp_flush(load(s + t) - load(lse + t));
-      store(dp + t, p * (load(dp + t) - load(dot + t) + load(dlse + t)));
-      store(s + t, p);
-    }
-  }
-}
-
-// Writes dk and dv of `count` keys of a head: the sums of `parts` partial results, which lie
-// `distance` elements apart, in their order. A row of `sums` holds dk / scale and dv, each padded
-// to whole vectors.
-template <class C>
-void attention_store_dkv(const AttentionBackward<C>& a, int64_t b, int64_t hk, int64_t begin,
-                         int64_t count, C* sums, int64_t parts, int64_t distance) {
-  constexpr int L = kLanes<C>;
-  const int64_t Dp = padded<C>(a.D), width = Dp + padded<C>(a.Dv);
-  const HeadRows dk = head_rows(a.dk, b, hk), dv = head_rows(a.dv, b, hk);
-  sums += begin * width;
-  for (int64_t s = begin; s < begin + count; ++s, sums += width) {
-    for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t n = 0; n < width; n += L) {
-        store(sums + n, load(sums + n) + load(sums + part * distance + n));
-      }
-    }
-    for (int64_t d = 0; d < a.D; ++d) sums[d] *= a.scale;
-    store_row(dk, s, sums, a.D);
-    store_row(dv, s, sums + Dp, a.Dv);
-  }
-}
-
-// Number of elements of the sums of dk and dv of one head.
-template <class C>
-int64_t attention_dkv_size(const AttentionBackward<C>& a) {
-  return a.S * (padded<C>(a.D) + padded<C>(a.Dv));
-}
-
-// Runs tasks (batch, key head, chunk of the blocks of queries of its query heads) until none is
-// left. A task walks over the keys for one block of queries after the other: dq of a block is
-// complete when the walk ends, dk and dv add up in memory. With several chunks per head a
-// task's sums go to `partial`, to be added by attention_store_dkv; with one, it stores them itself.
-template <class C>
-void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
-  constexpr C kInf = std::numeric_limits<C>::infinity();
-  const int64_t D = a.D, Dv = a.Dv, Dp = padded<C>(D), Dvp = padded<C>(Dv), sums_width = Dp + Dvp;
-  const int64_t blocks = (a.T + kBlock - 1) / kBlock, group = a.Hk ? a.H / a.Hk : 0;
-  Scratch<C> scratch;
-  C* qt = scratch.get(D * kBlock);  // q^T
   C* q_rows = scratch.get(kBlock * Dp);
-  C* dot = scratch.get(Dv * kBlock);  // do^T
-  C* do_rows = scratch.get(kBlock * Dvp);
-  C* ot = scratch.get(Dv * kBlock);    // o^T
-  C* dqt = scratch.get(D * kBlock);    // dq^T / scale
-  C* p = scratch.get(kKeys * kBlock);  // scores, then p, both transposed
-  C* ds = scratch.get(kKeys * kBlock);
-  C* row = scratch.get(std::max(D, Dv));
-  C* k_buffer = scratch.get(kKeys * D);
-  C* v_buffer = scratch.get(kKeys * Dv);
-  C* lse = scratch.get(kBlock);
-  C* dlse = scratch.get(kBlock);
-  C* do_o = scratch.get(kBlock);  // sum(do o) of each query
-  C* own_sums = a.chunks == 1 ? scratch.get(attention_dkv_size(a)) : nullptr;
+  C* qt = scratch.get(Dp * kBlock);  // q^T
+  C* scores = scratch.get(kKeys * kBlock);
+  C* tile = scratch.get(kKeys * kBlock);
+  C* buffer = scratch.get(kKeys * kBlock);
+  C* own_partial = scratch.get(a.partial_size());
+  C* row = scratch.get(Dv);
+  C* k_buffer = scratch.get(kKeys * Dp);
+  C* v_buffer = scratch.get(kKeys * Dvp);
+  C* factor = scratch.get(kBlock);
+  Lanes<C> lanes;
 
-  for (int64_t task = next++; task < a.B * a.Hk * a.chunks; task = next++) {
-    const int64_t b = task / a.chunks / a.Hk, hk = task / a.chunks % a.Hk, chunk = task % a.chunks;
-    const int64_t offset = a.key_lengths[b] - a.query_lengths[b];
-    const HeadRows k = head_rows(a.k, b, hk), v = head_rows(a.v, b, hk);
-    C* sums = own_sums ? own_sums : a.partial + task * attention_dkv_size(a);
-    std::fill(sums, sums + attention_dkv_size(a), C{0});
+  for (int64_t task = next++; task < a.first_task.back(); task = next++) {
+    const auto [block, hk, part, parts] = forward_task(a, task);
+    const bool narrow = is_narrow<C>(block);
+    const int64_t rows = block.rows(), width = padded<C>(rows);
+    const int64_t begin = std::max(block.begin, part * a.part_keys);
+    const int64_t end = parts == 1 ? block.end : std::min(block.end, (part + 1) * a.part_keys);
+    const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
+    C* data = parts == 1 ? own_partial : a.partials + task * a.partial_size();
+    const Partial<C> partial = partial_at(data, block, Dv);
 
-    // Every chunk takes blocks from all over the sequence, since causal ones differ in work.
-    for (int64_t unit = chunk; unit < group * blocks; unit += a.chunks) {
-      const int64_t h = hk * group + unit / blocks, t0 = unit % blocks * kBlock;
-      const int64_t rows = std::min<int64_t>(kBlock, a.T - t0);
-      const int64_t valid = std::clamp<int64_t>(a.query_lengths[b] - t0, 0, rows);
-      const int64_t width = padded<C>(valid), end = visible_keys(a, b, t0, valid);
-      const int64_t saved = (b * a.H + h) * a.T + t0;  // where lse and dlse of the block begin
-      const HeadRows q = head_rows(a.q, b, h), o = head_rows(a.o, b, h);
-      const HeadRows d_o = head_rows(a.d_o, b, h), dq = head_rows(a.dq, b, h);
-
-      for (int64_t t = 0; t < width; ++t) {
-        C* q_row = q_rows + t * Dp;
-        C* do_row = do_rows + t * Dvp;
-        std::fill(q_row, q_row + Dp, C{0});
-        std::fill(do_row, do_row + Dvp, C{0});
-        lse[t] = kInf;
-        dlse[t] = 0;
-        if (t < valid && a.lse[saved + t] != -kInf) {
-          load_row(q_row, q, t0 + t, D);
-          load_row(do_row, d_o, t0 + t, Dv);
-          load_row(row, o, t0 + t, Dv);
-          lse[t] = a.lse[saved + t];
-          if (a.dlse) dlse[t] = a.dlse[saved + t];
-        } else {
-          std::fill(row, row + Dv, C{0});
-        }
-        for (int64_t d = 0; d < D; ++d) qt[d * kBlock + t] = q_row[d];
-        for (int64_t d = 0; d < Dv; ++d) dot[d * kBlock + t] = do_row[d];
-        for (int64_t d = 0; d < Dv; ++d) ot[d * kBlock + t] = row[d];
+    fill_lanes(lanes, a, block);
+    for (int64_t i = 0; i < width; ++i) {
+      const HeadRows q = query_rows(a.q, block.document, block.head(i < rows ? i : 0));
+      if (i < rows) load_row(q_rows + i * Dp, q, block.query(i), D);
+      std::fill(q_rows + i * Dp + (i < rows ? D : 0), q_rows + (i + 1) * Dp, C{0});
+    }
+    if (!narrow) transpose(q_rows, Dp, width, D, qt);
+    start(partial, a, block, a.sink && part == 0);
+    for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
+      const int64_t keys = std::min<int64_t>(kKeys, end - s0);
+      const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D, narrow ? Dp : D, narrow);
+      const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv, narrow ? Dvp : Dv, narrow);
+      if (narrow) {
+        row_product(keys, rows, Dp, k_tile, q_rows, Dp, scores, kBlock, product_scale(a));
+      } else {
+        product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false, product_scale(a));
       }
-      // forward: o = sum_s p v, lse = log sum_s exp(s), hence ds = p (dp - sum(do o) + dlse)
-      dot_products(ot, dot, Dv, width, do_o);
-      std::fill(dqt, dqt + D * kBlock, C{0});
-
-      for (int64_t s0 = 0; s0 < end; s0 += kKeys) {
-        const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-        const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D);
-        const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv);
-        C* dk_sums = sums + s0 * sums_width;
-        product(keys, width, D, k_tile, qt, kBlock, p, kBlock, false, a.scale);
-        if (a.causal && s0 + keys - 1 > t0 + offset) mask_causal(p, keys, width, s0, t0, offset);
-        // forward: o = p v
-        product(keys, width, Dv, v_tile, dot, kBlock, ds, kBlock, false);
-        score_gradients(p, ds, keys, width, lse, do_o, dlse);
-        const Left<C> p_tile{p, kBlock, 1}, ds_tile{ds, kBlock, 1};
-        product(keys, Dvp, width, p_tile, do_rows, Dvp, dk_sums + Dp, sums_width, true);
-        // forward: s = scale q k^T
-        product(keys, Dp, width, ds_tile, q_rows, Dp, dk_sums, sums_width, true);
-        product(D, width, keys, transposed(k_tile), ds, kBlock, dqt, kBlock, true);
+      finish_scores(scores, a, block, lanes, s0, keys, tile, buffer);
+      if (online_softmax(scores, keys, width, partial.maximum, partial.sum, factor)) {
+        rescale(partial, block, Dv, factor);
       }
-
-      for (int64_t t = 0; t < rows; ++t) {
-        const bool any = t < width && lse[t] != kInf;
-        for (int64_t d = 0; d < D; ++d) row[d] = any ? a.scale * dqt[d * kBlock + t] : C{0};
-        store_row(dq, t0 + t, row, D);
+      if (a.dropout) {
+        dropout_tile(tile, a, lanes, s0, keys, width);
+        multiply(scores, tile, keys, width);
+      }
+      if (narrow) {
+        const Left<C> p{scores, 1, kBlock};
+        product(rows, Dvp, keys, p, v_tile.data, v_tile.row, partial.o, partial.row, true);
+      } else {
+        product(Dv, width, keys, transposed(v_tile), scores, kBlock, partial.o, kBlock, true);
       }
     }
-    if (own_sums) attention_store_dkv(a, b, hk, 0, a.S, sums, 1, 0);
+    // Who finishes the last part of a block joins them all, in their order.
+    if (parts > 1 && ++a.finished[task - part] < parts) continue;
+    const Partial<C> first = partial_at(data - part * a.partial_size(), block, Dv);
+    for (int64_t i = 1; i < parts; ++i) {
+      C* other = a.partials + (task - part + i) * a.partial_size();
+      join(first, partial_at(other, block, Dv), rows, Dv);
+    }
+    store_output(a, block, first, row);
   }
 }
+
+#include "attention_backward.h"

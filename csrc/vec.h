@@ -9,6 +9,8 @@ typedef float VecFloat __attribute__((vector_size(TFKERN_VEC_BYTES)));
 typedef double VecDouble __attribute__((vector_size(TFKERN_VEC_BYTES)));
 typedef int32_t VecInt __attribute__((vector_size(TFKERN_VEC_BYTES)));
 typedef uint32_t VecUint __attribute__((vector_size(TFKERN_VEC_BYTES)));
+typedef int64_t VecLong __attribute__((vector_size(TFKERN_VEC_BYTES)));
+typedef uint64_t VecUlong __attribute__((vector_size(TFKERN_VEC_BYTES)));
 typedef uint16_t VecHalfBits __attribute__((vector_size(TFKERN_VEC_BYTES / 2)));
 
 template <class C>
@@ -16,13 +18,17 @@ struct VecOf;
 template <>
 struct VecOf<float> {
   typedef VecFloat type;
+  typedef VecInt index;
 };
 template <>
 struct VecOf<double> {
   typedef VecDouble type;
+  typedef VecLong index;
 };
 template <class C>
 using Vec = typename VecOf<C>::type;
+template <class C>
+using VecIndex = typename VecOf<C>::index;  // of lanes, for __builtin_shuffle
 template <class C>
 constexpr int kLanes = TFKERN_VEC_BYTES / sizeof(C);
 
@@ -193,6 +199,22 @@ inline V abs(V x) {
   return x < 0 ? -x : x;
 }
 
+// Within 3 ulp, near 0 too.
+inline VecFloat tanh(VecFloat x) {
+  const VecFloat t = abs(x), square = x * x;
+  // t < 0.625: tanh(x) = x + x^3 P(x^2)
+  VecFloat p = square * -5.660780460e-3f + 2.060199915e-2f;
+  p = p * square + -5.372922704e-2f;
+  p = p * square + 0.1333132892f;
+  p = p * square + -0.3333327831f;
+  const VecFloat far = 1 - 2 / (1 + exp(t + t));
+  return t < 0.625f ? x + x * square * p : x < 0 ? -far : far;
+}
+inline VecDouble tanh(VecDouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
 // 1 / (1 + e^-x) and its derivative, which lose no digits in either tail.
 template <class V>
 inline V sigmoid(V x, V& slope) {
@@ -228,4 +250,65 @@ inline VecFloat normal_cdf(VecFloat x) {
 inline VecDouble normal_cdf(VecDouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
   return x;
+}
+
+// ---- order of lanes ----
+
+// Turns L rows of L elements into L columns. Rows i and i + W trade the blocks that lie off the
+// diagonal, for W = L / 2, L / 4, ..., 1.
+template <class C>
+inline void transpose(Vec<C>* rows) {
+  constexpr int L = kLanes<C>;
+#pragma GCC unroll 4
+  for (int W = L / 2; W > 0; W /= 2) {
+    VecIndex<C> low, high;
+    for (int j = 0; j < L; ++j) {
+      low[j] = j & W ? j - W + L : j;
+      high[j] = j & W ? j + L : j + W;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & W) continue;
+      const Vec<C> a = rows[i], b = rows[i + W];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + W] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// ---- random numbers ----
+
+// High and low words of the products of each lane with a constant.
+inline void multiply(VecUint a, uint32_t b, VecUint& high, VecUint& low) {
+  const VecUlong even = (VecUlong)a & 0xffffffffu, odd = (VecUlong)a >> 32;
+#if TFKERN_VEC_BYTES == 64
+  const __m512i factor = _mm512_set1_epi64(b);
+  const VecUlong p = (VecUlong)_mm512_mul_epu32((__m512i)even, factor);
+  const VecUlong q = (VecUlong)_mm512_mul_epu32((__m512i)odd, factor);
+#elif TFKERN_VEC_BYTES == 32
+  const __m256i factor = _mm256_set1_epi64x(b);
+  const VecUlong p = (VecUlong)_mm256_mul_epu32((__m256i)even, factor);
+  const VecUlong q = (VecUlong)_mm256_mul_epu32((__m256i)odd, factor);
+#else
+  const VecUlong p = even * uint64_t{b}, q = odd * uint64_t{b};
+#endif
+  const VecUlong upper = VecUlong{} + 0xffffffff00000000u;
+  high = (VecUint)((p >> 32) | (q & upper));
+  low = (VecUint)((p & ~upper) | (q << 32));
+}
+
+// Philox of philox.h, a counter per lane: c[i] becomes lane i of the draw.
+inline void philox(uint64_t key, VecUint c[4]) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    VecUint high0, low0, high1, low1;
+    multiply(c[0], 0xD2511F53, high0, low0);
+    multiply(c[2], 0xCD9E8D57, high1, low1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
 }

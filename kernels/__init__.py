@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op. This folder is installed as `tfkern.kernels`.
+"""Triton kernels, one file or folder per op. This folder is installed as `tfkern.kernels`.
 
 Every launcher is an operator of the library `tfkern_triton`, so that torch.compile sees one call
 with known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors.

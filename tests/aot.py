@@ -257,20 +257,52 @@ def selftest():
 
 @group
 def attention():
-    """Head sizes at the end of each range of tiles; causal with lengths, and plain."""
+    """Head sizes at the end of each range of tiles, plain and causal with lengths; then options."""
+    lengths = torch.empty(2, dtype=torch.int32, device="cuda")
+    ends = {"query_lengths": lengths, "key_lengths": lengths, "right": 0}
+    for dtype, sizes in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
+        for D in sizes:
+            _launch_attention(D, dtype, **ends)
+        _launch_attention(128, dtype)  # the same tiles elsewhere, fewer registers
+
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="cuda")
+    seed = torch.empty((), dtype=torch.int64, device="cuda")
+    sink = torch.empty(8, device="cuda")
+    bias = torch.empty(1, 8, 4096, 4096, dtype=torch.bfloat16, device="cuda")
+    mask = torch.empty(2, 1, 4096, 4096, dtype=torch.bool, device="cuda")
+    table = torch.empty(2, 256, dtype=torch.int32, device="cuda")
+    packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "B": 1}
+    for D in (64, 128):
+        _launch_attention(D, right=0, left=1024, softcap=50.0, sink=sink)
+        _launch_attention(D, right=0, alibi_slopes=torch.empty(2, 8, device="cuda"))
+        _launch_attention(D, right=0, seed=seed, dropout_p=0.1)
+        _launch_attention(D, bias=bias, mask=mask, bias_grad=True)
+        _launch_attention(D, right=0, **packed)
+    for dtype in (torch.bfloat16, torch.float32):
+        _launch_attention(128, dtype, right=0, T=1, key_lengths=lengths)
+        _launch_attention(128, dtype, right=0, T=1, key_lengths=lengths, page_table=table)
+
+
+def _launch_attention(
+    D, dtype=torch.bfloat16, *, B=2, T=4096, left=None, right=None, softcap=0.0, dropout_p=0.0,
+    bias_grad=False, **tensors,
+):  # fmt: skip
     from tfkern.kernels import attention as op
 
-    lengths = torch.empty(2, dtype=torch.int32, device="cuda")
-    for dtype, sizes in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
-        for D, causal in itertools.product(sizes, (True, False)):
-            if not causal and D != 128:
-                continue  # the same tiles, fewer registers
-            q = torch.empty(2, 8, 4096, D, dtype=dtype, device="cuda")
-            k = torch.empty(2, 2, 4096, D, dtype=dtype, device="cuda")
-            lse = torch.empty(2, 8, 4096, device="cuda")
-            options = (lengths if causal else None, lengths if causal else None, causal, 0.1)
-            op._forward(q, k, k, *options)
-            op._backward(q, None, q, k, k, q, lse, *options)
+    q = torch.empty(B, 8, T, D, dtype=dtype, device="cuda")
+    k = torch.empty(B, 2, 4096, D, dtype=dtype, device="cuda")
+    if "page_table" in tensors:
+        k = torch.empty(512, 2, 16, D, dtype=dtype, device="cuda")
+    names = (
+        "bias", "mask", "alibi_slopes", "sink", "query_lengths", "key_lengths",
+        "cu_seqlens_q", "cu_seqlens_k", "page_table", "seed",
+    )  # fmt: skip
+    numbers = (left, right, 0.1, softcap, dropout_p)
+    op._forward(q, k, k, *map(tensors.get, names), *numbers)
+    if T > 1:
+        lse = torch.empty(B, 8, T, device="cuda")
+        options = [tensors.get(name) for name in names if name != "page_table"]
+        op._backward(q, None, q, k, k, q, lse, *options, *numbers, bias_grad)
 
 
 @group

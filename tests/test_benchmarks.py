@@ -54,19 +54,32 @@ def test_counted_flops_equal_the_closed_form(name):
     assert sweep.count_flops(case, _variant(case, name)) == closed == case.work("forward")
 
 
-@pytest.mark.parametrize("T, S", [(1, 1), (5, 9), (64, 64), (100, 100), (130, 70), (0, 4)])
+@pytest.mark.parametrize("name", [n for n in _names(_case()) if n.startswith("tfkern")])
 @pytest.mark.parametrize("causal", [False, True])
-def test_tile_flops_counts_tiles_with_a_visible_pair(T, S, causal):
-    rows, cols = torch.arange(T)[:, None], torch.arange(S)[None, :]
-    visible = (cols <= rows + S - T) if causal else torch.ones(T, S, dtype=torch.bool)
+def test_counted_flops_of_a_window_are_linear(name, causal):
+    if name == "tfkern reference":
+        pytest.skip("computes everything")
+    lengths = [4096, 8192, 16384, 32768, 65536]
+    case = _case(causal=causal, window=256, backward=True)
+    counts = [sweep.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
+    assert sweep.slope(lengths, counts) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 9), (64, 64), (100, 100), (130, 70), (0, 4)])
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (9, 0), (20, 33), (3, None)], ids=str)
+def test_tile_flops_counts_tiles_with_a_visible_pair(T, S, band):
+    rows, cols = torch.arange(T)[:, None] + S - T, torch.arange(S)[None, :]
+    left, right = (S + T if limit is None else limit for limit in band)
+    visible = (cols >= rows - left) & (cols <= rows + right)
     pairs = 0
     for t in range(0, T, 16):
         for s in range(0, S, 32):
             tile = visible[t : t + 16, s : s + 32]
             pairs += tile.numel() if tile.any() else 0
     shapes = (2, 3, T, 8), (2, 3, S, 8), (2, 3, S, 4)
-    counted = attention.tile_flops(*shapes, causal=causal, tile=(16, 32), products=(1, 1))
+    counted = attention.tile_flops(*shapes, band=band, tile=(16, 32), products=(1, 1))
     assert counted == 2 * 2 * 3 * pairs * (8 + 4)
+    assert torch.equal(attention.visible(T, S, band), visible)
 
 
 def test_work_by_convention():

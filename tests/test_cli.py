@@ -98,6 +98,7 @@ def test_doctor_lists_kernels_and_where_they_ran(capsys):
     assert main(["doctor", "--kernels"]) == 0
     output = capsys.readouterr().out
     assert "layer_norm_forward_kernel" in output and "no GPU yet" in output
+    assert all(f"attention_{kernel}_kernel" in output for kernel in ("forward", "dkv", "decode"))
 
 
 def test_bench_writes_its_files(quick, capsys, tmp_path):
@@ -134,12 +135,23 @@ def test_validate(capsys, tmp_path):
     assert all(r["ok"] for r in content["results"])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_validate_covers_every_option_of_attention(seed):
+    """With the default number of cases, whatever the seed."""
+    cases = validation.cases("attention", torch.float32, "cpu", None, seed)
+    labels = " ".join(case.label for case in cases)
+    for parameter, values in validation.attention.PARAMETERS.items():
+        for value in values[1:]:
+            label = f"{parameter} {value}" if parameter in ("bias", "mask") else value
+            assert label in labels
+
+
 def test_validate_fails_on_a_wrong_gradient(monkeypatch, capsys):
     def wrong(rng, tensor, backend):
         inputs = {"x": tensor(4, 4)}
-        return validation.Case("planted", lambda x: x + x.detach(), lambda x: 2 * x, inputs)
+        yield validation.Case("planted", lambda x: x + x.detach(), lambda x: 2 * x, inputs)
 
-    monkeypatch.setattr(validation, "_attention", wrong)
+    monkeypatch.setitem(validation._DRAWS, "attention", wrong)
     assert main(["validate", "attention", "--count", "1"]) == 1
     output = capsys.readouterr().out
     assert "1 failed" in output and "FAILED" in output

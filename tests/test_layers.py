@@ -31,8 +31,9 @@ def modules():
         parts = path.relative_to(ROOT).with_suffix("").parts
         yield ".".join(p for p in parts if p != "__init__"), path
     for folder in ("kernels", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            yield f"tfkern.{folder}.{path.stem}", path
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(("tfkern", *parts)), path
 
 
 def package(name):

@@ -252,6 +252,23 @@ class TestMultiheadAttention:
 
     @pytest.mark.usefixtures("forced")
     @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("options", ["batch first", "other sizes"])
+    @pytest.mark.parametrize("padding", [PADDING, SLOPES[:B]], ids=["bool", "additive"])
+    def test_causal_padding(self, padding, options, need_weights):
+        """T < S, so that causality cuts keys off, and with them their padding."""
+        ours, theirs = attention_pair(**MODULES[options])
+        mask = torch.ones(T, S, dtype=torch.bool).triu(1)
+        if padding.dtype != torch.bool:  # torch wants one type for both
+            mask = torch.zeros_like(mask, dtype=padding.dtype).masked_fill(mask, -torch.inf)
+        compare(
+            lambda *x: ours(*x, padding, need_weights, is_causal=True),
+            lambda *x: theirs(*x, padding, need_weights, mask),
+            (ours, theirs),
+            attention_inputs(**MODULES[options]),
+        )
+
+    @pytest.mark.usefixtures("forced")
+    @pytest.mark.parametrize("need_weights", [True, False])
     @pytest.mark.parametrize("options", ["time first", "batch first", "bias_kv"])
     def test_key_lengths(self, options, need_weights):
         ours, theirs = attention_pair(**MODULES[options])
@@ -359,35 +376,84 @@ def test_inside_torch_transformer(norm_first):
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("fused", "masks"),
-    [
-        (True, {}),
-        (True, {"is_causal": True}),
-        (True, {"is_causal": True, "attn_mask": torch.ones(T, T, dtype=torch.bool).triu(1)}),
-        (True, {"key_lengths": torch.tensor([5, 2, 1])}),
-        (False, {"need_weights": True}),
-        (False, {"key_padding_mask": torch.zeros(B, T, dtype=torch.bool)}),
-        (False, {"attn_mask": torch.zeros(T, T)}),
-    ],
-)
-def test_which_calls_are_fused(monkeypatch, fused, masks):
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masks", MASKS)
+def test_masks_stay_as_small_as_they_are(monkeypatch, masks, need_weights):
+    """Every call runs the fused op, and none with a mask or bias for all of (B, H, T, S)."""
     calls = []
     original = tfkern.nn.attention.attention
     monkeypatch.setattr(
         tfkern.nn.attention, "attention", lambda *a, **kw: calls.append(kw) or original(*a, **kw)
     )
-    x = torch.randn(B, T, E)
-    nn.MultiheadAttention(E, H, batch_first=True)(x, x, x, **{"need_weights": False, **masks})
-    assert len(calls) == fused
+    query, key, value = attention_inputs(batch_first=True)
+    module = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    module(query, key, value, need_weights=need_weights, **MASKS[masks])
+    (call,) = calls
+    given = sum(x.numel() for x in MASKS[masks].values())
+    used = sum(x.numel() for x in (call["mask"], call["bias"]) if x is not None)
+    assert used == (B * T * S if masks == "both, additive" else given)
 
 
-def test_attention_dropout():
-    module = nn.MultiheadAttention(E, H, dropout=0.1)
-    x = torch.randn(T, B, E)
-    with pytest.raises(NotImplementedError, match="dropout=0.1"):
-        module(x, x, x)
-    module.eval()(x, x, x)
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("options", ["batch first", "other sizes"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_additive_masks_have_gradients(options, need_weights):
+    ours, theirs = attention_pair(**MODULES[options])
+    inputs = attention_inputs(**MODULES[options])
+    masks = [torch.randn(shape, dtype=torch.float64) for shape in ((B * H, T, S), (T, S), (B, S))]
+    for attn_mask in masks[:2]:
+
+        def call(module, *x):
+            return module(*inputs, x[1], need_weights, x[0])
+
+        compare(
+            lambda *x: call(ours, *x),
+            lambda *x: call(theirs, *x),
+            (ours, theirs),
+            [attn_mask, masks[2]],
+        )
+
+
+def test_masks_of_other_dtypes():
+    """bfloat16 beside float32 is read as it is; float64, which no op of float32 takes, is cast."""
+    ours, theirs = pair("MultiheadAttention", E, H)
+    inputs = [x.float() for x in attention_inputs()]
+    for mask in (SLOPES, SLOPES.bfloat16()):
+        got, expected = (
+            m(*inputs, attn_mask=x)[0] for m, x in ((ours, mask), (theirs, mask.float()))
+        )
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_dropout(need_weights):
+    """With an identity for value and out_proj the output is the dropped weights themselves."""
+    S, p = 64, 0.25
+    module = nn.MultiheadAttention(S, 1, dropout=p, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        module.in_proj_weight[2 * S :] = torch.eye(S)
+        module.out_proj.weight.copy_(torch.eye(S))
+    query, value = torch.randn(2, 40, S).double(), torch.eye(S).double().expand(2, S, S)
+    key = torch.randn(2, S, S).double()
+
+    def run():
+        return module(query, key, value, need_weights=need_weights)
+
+    torch.manual_seed(1)
+    dropped, returned = run()
+    weights = module.eval()(query, key, value)[1]
+    assert torch.equal(module(query, key, value, need_weights=False)[0], run()[0])
+    torch.testing.assert_close(run()[0], weights, atol=1e-12, rtol=1e-12)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], weights[kept] / (1 - p), atol=1e-12, rtol=1e-12)
+    assert 1 - p - 0.02 < kept.double().mean() < 1 - p + 0.02
+    if need_weights:  # those before dropout
+        torch.testing.assert_close(returned, weights, atol=1e-12, rtol=1e-12)
+    module.train()
+    assert not torch.equal(run()[0], dropped)
+    torch.manual_seed(1)
+    assert torch.equal(run()[0], dropped)
 
 
 @pytest.mark.parametrize(

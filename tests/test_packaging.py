@@ -59,11 +59,11 @@ def python(code, *path):
 
 
 PYTHON_FILES = {
-    f"tfkern/{folder}{path.name}"
-    for folder, source in (("", "tfkern"), ("kernels/", "kernels"), ("benchmarks/", "benchmarks"))
-    for path in (ROOT / source).glob("*.py")
-} | {
-    f"tfkern/{path.parent.name}/{path.name}" for path in (ROOT / "tfkern").glob("*/*.py")
+    f"{folder}/{path.relative_to(ROOT / source)}"
+    for source, folder in {
+        "tfkern": "tfkern", "kernels": "tfkern/kernels", "benchmarks": "tfkern/benchmarks"
+    }.items()
+    for path in (ROOT / source).glob("**/*.py")
 }  # fmt: skip
 
 LAYER_NORM = (

@@ -3,17 +3,32 @@
 from importlib.metadata import version as _version
 
 from tfkern.dispatch import Explanation, backends, use_backend
-from tfkern.ops import attention, explain, gated_mlp, layer_norm, mlp, rms_norm
+from tfkern.ops import (
+    attention,
+    attention_varlen,
+    attention_weights,
+    explain,
+    gated_mlp,
+    layer_norm,
+    mlp,
+    pad,
+    rms_norm,
+    unpad,
+)
 
 __version__ = _version("tfkern")
 __all__ = [
     "Explanation",
     "attention",
+    "attention_varlen",
+    "attention_weights",
     "backends",
     "explain",
     "gated_mlp",
     "layer_norm",
     "mlp",
+    "pad",
     "rms_norm",
+    "unpad",
     "use_backend",
 ]

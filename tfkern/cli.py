@@ -1,5 +1,6 @@
 """The `tfkern` program: benchmarks, validation, and what is on or off on this machine."""
 
+import contextlib
 import json
 import platform
 import sys
@@ -228,17 +229,19 @@ def _backends() -> list[tuple[str, str, str]]:
 def _kernels() -> list[tuple[str, str, str]]:
     """Kernels by name, the backend that they belong to, and where they have run."""
     import importlib
+    import pkgutil
 
     import torch
 
     rows = []
-    for op in _OPS:
-        try:
-            module = importlib.import_module(f"tfkern.kernels.{op}")
-        except ImportError:
-            continue
-        names = [name for name in vars(module) if name.endswith("_kernel")]
-        rows += [(f"{op}{name}", "triton", _HAS_RUN["triton"]) for name in names]
+    with contextlib.suppress(ImportError):  # without triton
+        kernels = importlib.import_module("tfkern.kernels")
+        for found in pkgutil.walk_packages(kernels.__path__, "tfkern.kernels."):
+            module, op = importlib.import_module(found.name), found.name.split(".")[2]
+            for name, kernel in vars(module).items():
+                function = getattr(kernel, "fn", None)
+                if name.endswith("_kernel") and getattr(function, "__module__", "") == found.name:
+                    rows.append((f"{op}{name}", "triton", _HAS_RUN["triton"]))
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith("tfkern::"):
             rows.append((name.removeprefix("tfkern::"), "native", _HAS_RUN["native"]))

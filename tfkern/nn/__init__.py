@@ -1,7 +1,17 @@
 """Modules on the fused kernels, with constructors and parameters of their torch.nn namesakes."""
 
+from tfkern.nn import functional
 from tfkern.nn.attention import MultiheadAttention
+from tfkern.nn.cache import KVCache
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm
 from tfkern.nn.mlp import MLP, GatedMLP
 
-__all__ = ["MLP", "GatedMLP", "LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "MLP",
+    "GatedMLP",
+    "KVCache",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "functional",
+]

@@ -4,20 +4,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkern import dispatch
+from tfkern.nn.functional import upper_left
 from tfkern.ops import attention
+from tfkern.ops.attention_weights import attention_weights
 
 
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on the fused kernels: its constructor, parameters, state dict.
 
-    Calls with need_weights=False and without masks, or with is_causal or key_lengths in their
-    place, run the fused op, whose memory grows linearly with the length. All others compute the
-    whole matrix of weights in plain PyTorch, in float32 or float64.
+    Every call runs the fused op, with all masks and dropout. need_weights=True computes the weights
+    besides, in memory that grows with T S; need_weights=False avoids it.
 
     It differs from torch in these points. A query that may see no key gives the zero vector before
-    out_proj, not NaN. is_causal needs no attn_mask. Dropout of the weights is not implemented: a
-    module with dropout > 0 works in evaluation and raises in training mode. Nested tensors raise.
+    out_proj, not NaN. is_causal needs no attn_mask. The weights that are returned are those before
+    dropout. Nested tensors raise.
 
     Attention with several heads: Vaswani et al. 2017.
     """
@@ -44,10 +44,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             query: embed_dim features.
             key, value: S instead of T; kdim and vdim features.
             key_padding_mask: (B, S), or (S,) without a batch. bool: True hides the key. Floating:
-                added to the scores. Give padding on the right as key_lengths, which is fused.
-            need_weights: also return the weights, which rules out the fused kernels.
+                added to the scores. Padding on the right is faster given as key_lengths: what
+                they hide is not read.
+            need_weights: also return the weights.
             attn_mask: (T, S) or (B * H, T, S). bool: True hides the key. Floating: added to the
-                scores.
+                scores. Floating masks may have a gradient.
             average_attn_weights: return the mean of the weights over the heads.
             is_causal: query t sees the keys s <= t. An attn_mask beside it must be that same mask.
             key_lengths: (B,) integers, or 0-d without a batch: the keys from there on are hidden.
@@ -55,11 +56,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Returns:
             The output, in the shape of query, and the weights: (B, T, S), or (B, H, T, S) if not
-            averaged, without B if query has none; or None. bias_k and add_zero_attn each add a key.
+            averaged, without B if query has none; or None. bias_k and add_zero_attn each add a key,
+            which every query sees.
 
         Raises:
             ValueError: shapes or dtypes that do not fit together, masks that exclude each other.
-            NotImplementedError: dropout in training mode, or nested tensors.
+            NotImplementedError: nested tensors.
         """
         batched = query.dim() == 3
         if not batched:
@@ -72,26 +74,30 @@ class MultiheadAttention(nn.MultiheadAttention):
         _check_mask("key_padding_mask", key_padding_mask, (B, S))
         _check_mask("attn_mask", attn_mask, (T, S), (B * H, T, S))
         _check_lengths(key_lengths, B, key_padding_mask, is_causal and T != S)
-        k, v = self._append_keys(k, v)
-
-        if need_weights or key_padding_mask is not None:
-            fused = False
-        elif k.shape[2] > S:  # the appended keys are seen by all queries, whatever the masks
-            fused = attn_mask is None and key_lengths is None and not is_causal
-        else:
-            fused = T == S if is_causal else attn_mask is None
-        if fused:
-            query_lengths = key_lengths if is_causal else None
-            o = attention(
-                q, k, v, causal=is_causal, query_lengths=query_lengths, key_lengths=key_lengths
-            )
-        else:
-            bias = _bias(q, S, attn_mask, key_padding_mask, key_lengths, is_causal)
-            o, weights = _attention_with_weights(q, k, v, F.pad(bias, (0, k.shape[2] - S)))
-
+        window = None
+        if is_causal:  # which says all that attn_mask says
+            attn_mask = None
+            k, v, window = upper_left(k, v, T)
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask[:, : k.shape[2]]
+        # In front of the others the added keys are within all lengths and causal limits.
+        k, v, added = self._prepend_keys(k, v)
+        mask, bias = _mask_and_bias(q, added, attn_mask, key_padding_mask)
+        options: dict = {
+            "window": window,
+            "mask": mask,
+            "bias": bias,
+            "query_lengths": key_lengths if is_causal else None,
+            "key_lengths": None if key_lengths is None else key_lengths + added,
+        }
+        dropout_p = self.dropout if self.training else 0.0
+        o, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
         output = self.out_proj(self._merge(o, batched))
         if not need_weights:
             return output, None
+        weights = attention_weights(q, k, lse, **options)
+        # Torch has the added keys at the end; those that causality cut off have weights of 0.
+        weights = F.pad(weights, (0, S + added - k.shape[2])).roll(-added, -1)
         weights = (weights.mean(1) if average_attn_weights else weights).to(query.dtype)
         return output, weights if batched else weights.squeeze(0)
 
@@ -102,11 +108,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if self.training and self.dropout > 0:
-            raise NotImplementedError(
-                f"dropout={self.dropout} is not implemented in training mode: construct the module "
-                "with dropout=0, or call eval()"
-            )
         inputs = {"query": query, "key": key, "value": value}
         features = (self.embed_dim, self.kdim, self.vdim)
         for (name, x), size in zip(inputs.items(), features, strict=True):
@@ -154,17 +155,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             return o.squeeze(0).transpose(0, 1).flatten(-2)
         return (o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)).flatten(-2)
 
-    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, H, S, D) with bias_k and bias_v, then zeros, where the module has them."""
-        B, H, _, D = k.shape
+    def _prepend_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """k and v (B, H, S, D) behind bias_k and bias_v, then zeros, where the module has them, and
+        how many keys these are."""
+        B, H, S, D = k.shape
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 1, 0)) for x in (k, v))
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
-                torch.cat([x, bias.view(1, H, 1, D).expand(B, -1, -1, -1).to(x.dtype)], 2)
+                torch.cat([bias.view(1, H, 1, D).expand(B, -1, -1, -1).to(x.dtype), x], 2)
                 for x, bias in ((k, self.bias_k), (v, self.bias_v))
             )
-        if self.add_zero_attn:
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-        return k, v
+        return k, v, k.shape[2] - S
 
 
 def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -193,50 +195,27 @@ def _check_lengths(
         raise ValueError("key_lengths with is_causal needs as many queries as keys")
 
 
-def _bias(
-    q: Tensor,
-    S: int,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
-    """All masks as one summand of the scores, -inf where hidden, broadcastable to (B, H, T, S)."""
-    B, H, T, _ = q.shape
-    bias = torch.zeros(
-        1, 1, 1, S, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
-    )
-
-    def summand(mask: Tensor) -> Tensor:
-        if mask.is_floating_point():
-            return mask.to(bias.dtype)
-        return torch.zeros_like(mask, dtype=bias.dtype).masked_fill(mask, -torch.inf)
-
-    if attn_mask is not None:
-        bias = bias + summand(attn_mask.unflatten(0, (B, H)) if attn_mask.dim() == 3 else attn_mask)
-    elif is_causal:
-        bias = bias + summand(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1))
+def _mask_and_bias(
+    q: Tensor, added: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of the module as those of the fused op, each no larger than it was given."""
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, q.shape[:2])
     if key_padding_mask is not None:
-        bias = bias + summand(key_padding_mask[:, None, None])
-    if key_lengths is not None:
-        beyond = torch.arange(S, device=q.device) >= key_lengths[:, None]
-        bias = bias + summand(beyond[:, None, None])
-        if is_causal:
-            bias = bias + summand(beyond[:, None, :, None])
-    return bias
-
-
-def _attention_with_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention by the whole matrix of weights: o in the dtype of q, and p in that of bias.
-
-        p = softmax(q k^T / sqrt(D) + bias)    (B, H, T, S)
-        o = p v                                (B, H, T, D)
-
-    A row of -inf, where no key is seen, gives weights of 0.
-    """
-    with dispatch.no_autocast(q.device):
-        s = (q.to(bias.dtype) * q.shape[-1] ** -0.5) @ k.to(bias.dtype).mT + bias
-        # filled before the softmax as well, whose gradient is NaN for a row of -inf
-        dead = (s == -torch.inf).all(-1, keepdim=True)
-        p = s.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
-        return (p @ v.to(bias.dtype)).to(q.dtype), p
+        key_padding_mask = key_padding_mask[:, None, None]
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    for given in (attn_mask, key_padding_mask):
+        if given is None:
+            continue
+        if added:
+            given = F.pad(given, (added, 0))  # False or 0: seen
+        if given.dtype == torch.bool and mask is None:
+            mask = ~given
+            continue
+        if given.dtype == torch.bool:  # beside another: (B, H, T, S) is what a common one may need
+            given = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf)
+        bias = given if bias is None else bias + given
+    if bias is not None and bias.dtype == torch.float64:
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32))
+    return mask, bias

@@ -7,14 +7,28 @@ from tfkern import dispatch
 from tfkern.ops import attention as _attention
 from tfkern.ops import layer_norm as _layer_norm
 from tfkern.ops import mlp as _mlp
-from tfkern.ops.attention import attention
+from tfkern.ops.attention import attention, attention_varlen
+from tfkern.ops.attention_weights import attention_weights
 from tfkern.ops.layer_norm import layer_norm, rms_norm
 from tfkern.ops.mlp import gated_mlp, mlp
+from tfkern.ops.packing import pad, unpad
 
-__all__ = ["attention", "explain", "gated_mlp", "layer_norm", "mlp", "rms_norm"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "attention_weights",
+    "explain",
+    "gated_mlp",
+    "layer_norm",
+    "mlp",
+    "pad",
+    "rms_norm",
+    "unpad",
+]
 
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
     "attention": ("attention", _attention.bind),
+    "attention_varlen": ("attention", _attention.bind_varlen),
     "gated_mlp": ("mlp", _mlp.bind_gated),
     "layer_norm": ("layer_norm", _layer_norm.bind),
     "mlp": ("mlp", _mlp.bind),

@@ -13,6 +13,20 @@ def floating(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
+def boolean(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a bool tensor, got {got}")
+
+
+def integers(name: str, x: Tensor, q: Tensor) -> None:
+    """Lengths, offsets or indices beside a tensor q."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be an int32 or int64 tensor, got {got}")
+    same_device("q", q, name, x)
+
+
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if other.device != x.device:
         raise ValueError(f"{other_name} is on {other.device}, but {name} is on {x.device}")

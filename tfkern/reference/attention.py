@@ -1,42 +1,93 @@
 """Softmax attention in plain PyTorch: the definition of the op.
 
-    s   = scale q k^T, -inf where query t may not see key s
-    lse = log sum exp(s)
+    s   = scale q k^T
+    s   = softcap tanh(s / softcap)                                 if softcap > 0
+    s   = s + bias - alibi_slope |t + offset - s|, -inf where query t does not see key s
+    lse = log (sum exp(s) + exp(sink))
     p   = exp(s - lse)
-    o   = p v
+    o   = (p keep / (1 - dropout_p)) v
 
-    dv  = p^T do
-    dp  = do v^T
-    ds  = p (dp - delta)      delta = rowsum(p dp) - dlse = rowsum(do o) - dlse
-    dq  = scale ds k,  dk = scale ds^T q
+    dp    = (do v^T) keep / (1 - dropout_p),  dv = (p keep / (1 - dropout_p))^T do
+    ds    = p (dp - delta)      delta = rowsum(p dp) - dlse = rowsum(do o) - dlse
+    dbias = ds, summed over the dimensions that bias is broadcast along
+    dsink = -sum exp(sink - lse) delta
+    ds    = ds (1 - tanh(s / softcap)^2)                            if softcap > 0
+    dq    = scale ds k,  dk = scale ds^T q
 
 q is (B, H, T, D), k (B, Hk, S, D), v (B, Hk, S, Dv), lse (B, H, T). Query head h uses key head
-h // (H / Hk). Per batch, query t < query_length sees key s < key_length, and if causal only
-s <= t + key_length - query_length. A row that sees nothing has o = 0, lse = -inf and no gradient.
+h // (H / Hk). Query t sees key s if both exist, t < query_length and s < key_length, and if
+
+    t + offset - left <= s <= t + offset + right,  offset = key_length - query_length
+
+(None lifts a limit), and if mask is True there. A row that sees nothing has o = 0, lse = -inf (or
+sink) and no gradient from do. With cu_seqlens the documents of a batch lie one after the other in
+T and S of a single batch: t, s and the lengths then count within a document, and b counts
+documents. With page_table (B, pages) k and v are (number, Hk, size, D) pages, and key s of batch b
+is row s % size of page page_table[b, s // size].
+
+Dropout keeps an element where a draw of 32 bits is at least dropout_p 2^32: lane s % 4 of Philox
+with key seed and counter (s // 4, t, b H + h, 0).
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tfkern.reference.dropout import dropout, philox
+
+
+class Options(NamedTuple):
+    """What the formulas take beside q, k and v, of padded batches."""
+
+    scale: float
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sink: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_lengths: Tensor | None = None
+    seed: Tensor | None = None
+    left: int | None = None
+    right: int | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    document: int = 0  # the number of the first batch, for dropout
 
 
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
     query_lengths: Tensor | None,
     key_lengths: Tensor | None,
-    causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    page_table: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
     scale: float,
+    softcap: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns o (B, H, T, Dv) in the dtype of q, and lse in float32 or wider."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    rows, keys = _valid(q, k, query_lengths, key_lengths)
-    k, v = (_per_query_head(x, keys, q.shape[1], dtype) for x in (k, v))
-    s = scale * (q.to(dtype) @ k.mT)
-    s = s.masked_fill(~_visible(rows, keys, causal), -torch.inf)
-    lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
-    o = _softmax(s) @ v
-    return o.to(q.dtype), lse
+    options = Options(
+        scale, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, seed, left, right,
+        softcap, dropout_p,
+    )  # fmt: skip
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _forward(q, _paged(k, page_table), _paged(v, page_table), options)
+    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for t, s, of_document in _documents(cu_seqlens_q, cu_seqlens_k, options):
+        o[t], lse[t] = _forward(q[t], k[s], v[s], of_document)
+    return o, lse
 
 
 def backward(
@@ -47,61 +98,160 @@ def backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
     query_lengths: Tensor | None,
     key_lengths: Tensor | None,
-    causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv in the dtypes of q, k, v."""
-    dtype, input_dtype, key_heads = lse.dtype, q.dtype, k.shape[1]
-    rows, keys = _valid(q, k, query_lengths, key_lengths)
-    seen = (lse > -torch.inf)[..., None]  # other rows may hold anything, NaN included
-    do = torch.where(seen, do.to(dtype), 0)
-    q = torch.where(rows[:, None, :, None], q.to(dtype), 0)
-    k, v = (_per_query_head(x, keys, q.shape[1], dtype) for x in (k, v))
-    # forward: p = exp(s - lse), recomputed
-    s = scale * (q @ k.mT)
-    s = s.masked_fill(~_visible(rows, keys, causal), -torch.inf)
-    p = _softmax(s)
-    # forward: o = p v
-    dv, dp = p.mT @ do, do @ v.mT
-    delta = (p * dp).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta = delta - torch.where(seen, dlse[..., None], 0)
-    ds = p * (dp - delta)
-    # forward: s = scale q k^T
-    dq, dk = scale * (ds @ k), scale * (ds.mT @ q)
-    dk, dv = (_sum_groups(x, key_heads) for x in (dk, dv))
-    return dq.to(input_dtype), dk.to(input_dtype), dv.to(input_dtype)
+    softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv, dbias, dsink in the dtypes of the inputs. dbias is empty unless
+    `bias_grad`, and dsink without a sink."""
+    options = Options(
+        scale, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, seed, left, right,
+        softcap, dropout_p,
+    )  # fmt: skip
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        dq, dk, dv, ds, dsink = _backward(do, dlse, q, k, v, lse, options)
+    else:
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+        dsink = lse.new_zeros(q.shape[1])
+        for t, s, of_document in _documents(cu_seqlens_q, cu_seqlens_k, options):
+            dlse_t = None if dlse is None else dlse[t]
+            grads = _backward(do[t], dlse_t, q[t], k[s], v[s], lse[t], of_document)
+            dq[t], dk[s], dv[s] = grads[:3]
+            dsink = dsink + grads[4]
+    # forward: s = s + bias, lse = log (sum exp(s) + exp(sink))
+    dbias = q.new_empty(0)
+    if bias is not None and bias_grad:
+        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    return dq, dk, dv, dbias, q.new_empty(0) if sink is None else dsink.to(sink.dtype)
 
 
 def why_not(*args, needs_grad: bool) -> str | None:
+    page_table = args[11]
+    if page_table is not None and needs_grad:
+        return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
     return None
 
 
-def _valid(q, k, query_lengths, key_lengths) -> tuple[Tensor, Tensor]:
-    """Which rows (B or 1, T) and which keys (B or 1, S) exist."""
-
-    def below(size, lengths):
-        index = torch.arange(size, device=q.device)[None]
-        return index < (size if lengths is None else lengths[:, None])
-
-    return below(q.shape[2], query_lengths), below(k.shape[2], key_lengths)
-
-
-def _visible(rows: Tensor, keys: Tensor, causal: bool) -> Tensor:
-    """(B or 1, 1, T, S): which query sees which key."""
-    visible = rows[:, :, None] & keys[:, None, :]
-    if causal:
-        t, s = (torch.arange(x.shape[1], device=x.device) for x in (rows, keys))
-        offset = keys.sum(1) - rows.sum(1)
-        visible = visible & (s <= t[:, None] + offset[:, None, None])
-    return visible[:, None]
+def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    rows, keys = places(q, options.query_lengths), places(k, options.key_lengths)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    s, _ = scores(q, k, rows, keys, options)
+    p, lse = _softmax(s, rows, options.sink)
+    o = (p * _keep(s, options)) @ _per_query_head(v, keys, q.shape[1], dtype)
+    return o.to(q.dtype), lse
 
 
-def _per_query_head(x: Tensor, keys: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:
+    """dq, dk, dv, ds (B, H, T, S) before the softcap, and dsink (H,)."""
+    rows, keys = places(q, options.query_lengths), places(k, options.key_lengths)
+    dtype, H, Hk = lse.dtype, q.shape[1], k.shape[1]
+    seen = (lse > -torch.inf)[..., None]  # other rows may hold anything, NaN included
+    do = torch.where(seen, do.to(dtype), 0)
+    dlse = lse.new_zeros(()) if dlse is None else torch.where(seen, dlse[..., None], 0)
+    # forward: s, p = softmax(s), recomputed
+    s, slope = scores(q, k, rows, keys, options)
+    p, lse = _softmax(s, rows, options.sink)
+    # forward: o = (p keep / (1 - dropout_p)) v
+    keep = _keep(s, options)
+    dv = (p * keep).mT @ do
+    dp = (do @ _per_query_head(v, keys, H, dtype).mT) * keep
+    delta = (p * dp).sum(-1, keepdim=True) - dlse
+    ds = p * (dp - delta)
+    # forward: lse = log (sum exp(s) + exp(sink))
+    dsink = lse.new_zeros(H)
+    if options.sink is not None:
+        sink = options.sink.to(dtype)[:, None, None]
+        p_sink = torch.where(seen, (sink - lse[..., None]).exp(), 0)
+        dsink = -(p_sink * delta).sum((0, 2, 3))
+    # forward: s = softcap tanh(scale q k^T / softcap)
+    dx = options.scale * ds * slope
+    dq = dx @ _per_query_head(k, keys, H, dtype)
+    dk = dx.mT @ torch.where(rows.exist[:, None, :, None], q.to(dtype), 0)
+    dk, dv = (_sum_groups(x, Hk) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), ds, dsink
+
+
+def _documents(cu_q: Tensor, cu_k: Tensor, options: Options) -> Iterator[tuple]:
+    """Index of the queries and of the keys of each document, and its options.
+
+    One at a time rather than under one mask, since a document may hold NaN. This waits for a GPU,
+    and torch.compile cannot trace it into one graph.
+    """
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    for i in range(len(ends_q) - 1):
+        t, s = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+        slopes = None if options.alibi_slopes is None else options.alibi_slopes[i : i + 1]
+        every = (slice(None), slice(None))
+        yield (*every, t), (*every, s), options._replace(alibi_slopes=slopes, document=i)
+
+
+class Places(NamedTuple):
+    """Where the queries or keys of a batch stand. Each tensor is (B, N), (1, N) or (B, 1)."""
+
+    exist: Tensor
+    position: Tensor
+    length: Tensor
+
+
+def places(x: Tensor, lengths: Tensor | None) -> Places:
+    """The places of the rows of x (B, heads, N, size)."""
+    position = torch.arange(x.shape[2], device=x.device)[None]
+    length = torch.full_like(position[:, :1], x.shape[2]) if lengths is None else lengths[:, None]
+    return Places(position < length, position, length)
+
+
+def scores(
+    q: Tensor, k: Tensor, rows: Places, keys: Places, options: Options
+) -> tuple[Tensor, Tensor]:
+    """s (B, H, T, S), -inf where hidden, and its derivative in scale q k^T, without the mask."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q = torch.where(rows.exist[:, None, :, None], q.to(dtype), 0)  # others may hold NaN
+    s = options.scale * (q @ _per_query_head(k, keys, q.shape[1], dtype).mT)
+    slope = s.new_ones(())
+    if options.softcap > 0:
+        tanh = (s / options.softcap).tanh()
+        s, slope = options.softcap * tanh, 1 - tanh.square()
+    # t + offset - s, both counted from the ends
+    distance = (keys.length - keys.position)[:, None, :] - (rows.length - rows.position)[..., None]
+    visible = rows.exist[:, :, None] & keys.exist[:, None, :]
+    if options.left is not None:
+        visible = visible & (distance <= options.left)
+    if options.right is not None:
+        visible = visible & (distance >= -options.right)
+    visible, distance = visible[:, None], distance[:, None]
+    if options.mask is not None:
+        visible = visible & options.mask
+    if options.bias is not None:
+        s = s + options.bias.to(dtype)
+    if options.alibi_slopes is not None:
+        s = s - options.alibi_slopes.to(dtype)[..., None, None] * distance.abs()
+    return s.masked_fill(~visible, -torch.inf), slope
+
+
+def _paged(x: Tensor, page_table: Tensor | None) -> Tensor:
+    """Pages (number, Hk, size, D) as keys or values (B, Hk, pages size, D)."""
+    if page_table is None:
+        return x
+    # Entries beyond a length may hold anything.
+    pages = x[page_table.long().clamp(0, max(x.shape[0] - 1, 0))]
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def _per_query_head(x: Tensor, keys: Places, heads: int, dtype: torch.dtype) -> Tensor:
     """Keys or values (B, H, S, D), with 0 for those that do not exist: they may hold NaN."""
-    x = torch.where(keys[:, None, :, None], x.to(dtype), 0)
+    x = torch.where(keys.exist[:, None, :, None], x.to(dtype), 0)
     return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] else x
 
 
@@ -111,6 +261,23 @@ def _sum_groups(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(B, key_heads, H // max(key_heads, 1), S, D).sum(2)
 
 
-def _softmax(s: Tensor) -> Tensor:
-    """exp(s - lse), and 0 in rows that see nothing."""
-    return torch.where((s > -torch.inf).any(-1, keepdim=True), s.softmax(-1), 0)
+def _softmax(s: Tensor, rows: Places, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """p = exp(s - lse), 0 in rows that see nothing, and lse (B, H, T), -inf in rows that are not
+    there. The sink is one more score."""
+    S = s.shape[-1]
+    if sink is not None:
+        s = torch.cat([s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)], -1)
+    lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
+    p = torch.where((s > -torch.inf).any(-1, keepdim=True), s.softmax(-1), 0)
+    return p[..., :S], lse.masked_fill(~rows.exist[:, None], -torch.inf)
+
+
+def _keep(s: Tensor, options: Options) -> Tensor:
+    """What dropout multiplies p by: (B, H, T, S) of 0 and 1 / (1 - dropout_p), or 1."""
+    if options.seed is None or options.dropout_p == 0:
+        return s.new_ones(())
+    B, H, T, S = s.shape
+    t, four = (torch.arange(n, device=s.device) for n in (T, -(-S // 4)))
+    heads = torch.arange(B * H, device=s.device).view(B, H, 1, 1) + options.document * H
+    draws = philox(options.seed, four, t[:, None], heads, 0).flatten(-2)
+    return dropout(torch.ones_like(s), draws[..., :S], options.dropout_p)

@@ -1,0 +1,137 @@
+// Matrix products of attention_kernel.h. Keys and values enter them as scalars that are broadcast,
+// so they need no packing, except where there are too few rows to fill a vector.
+
+// Accumulators, rows times vectors, fill the registers but for a row of `right` and a scalar.
+template <class C>
+constexpr int kRows = TFKERN_VEC_BYTES == 16 ? 4 : 6;
+template <class C>
+constexpr int kVectors = TFKERN_VEC_BYTES == 64 ? 4 : 2;
+
+// Terms that one accumulator sums before it is added to the result: rounding errors grow with it.
+constexpr int64_t kDepth = 64;
+
+// A matrix whose elements are broadcast one at a time, so that its strides are free.
+template <class C>
+struct Left {
+  const C* data;
+  int64_t row, column;
+};
+
+// The part of `product` whose accumulators are R rows of NV vectors.
+template <int R, int NV, class C>
+inline void product_tile(int64_t K, Left<C> left, const C* right, int64_t right_stride, C* out,
+                         int64_t out_stride, bool add, C alpha) {
+  constexpr int L = kLanes<C>;
+  int64_t k = 0;
+  do {
+    const int64_t end = std::min(K, k + kDepth);
+    Vec<C> sum[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[r][j] = Vec<C>{};
+    }
+    for (; k < end; ++k) {
+      Vec<C> row[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) row[j] = load(right + k * right_stride + j * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const C scalar = left.data[r * left.row + k * left.column];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) sum[r][j] += scalar * row[j];
+      }
+    }
+    const C factor = k == K ? alpha : C{1};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        C* p = out + r * out_stride + j * L;
+        store(p, (add ? load(p) + sum[r][j] : sum[r][j]) * factor);
+      }
+    }
+    add = true;
+  } while (k < K);
+}
+
+template <int NV, class C>
+inline void product_panel(int64_t M, int64_t K, Left<C> left, const C* right, int64_t right_stride,
+                          C* out, int64_t out_stride, bool add, C alpha) {
+  constexpr int R = kRows<C>;
+  int64_t m = 0;
+  for (; m + R <= M; m += R) {
+    const Left<C> rows{left.data + m * left.row, left.row, left.column};
+    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, alpha);
+  }
+  const Left<C> rows{left.data + m * left.row, left.row, left.column};
+  out += m * out_stride;
+  switch (M - m) {
+    case 5:
+      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+    case 4:
+      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+    case 3:
+      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+    case 2:
+      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+    case 1:
+      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+  }
+}
+
+// out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
+template <class C>
+void product(int64_t M, int64_t N, int64_t K, Left<C> left, const C* right, int64_t right_stride,
+             C* out, int64_t out_stride, bool add, C alpha = 1) {
+  constexpr int L = kLanes<C>, NV = kVectors<C>;
+  int64_t n = 0;
+  for (; n + NV * L <= N; n += NV * L) {
+    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, alpha);
+  }
+  right += n;
+  out += n;
+  switch ((N - n) / L) {
+    case 3:
+      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+    case 2:
+      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+    case 1:
+      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+  }
+}
+
+// { a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], b[2] + b[3], ... }
+template <class C>
+inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
+  VecIndex<C> even;
+  for (int i = 0; i < kLanes<C>; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+
+// out[m][r] = alpha sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
+// too small to fill a vector. K fills whole vectors.
+template <class C>
+void row_product(int64_t M, int64_t R, int64_t K, Left<C> left, const C* right,
+                 int64_t right_stride, C* out, int64_t out_stride, C alpha) {
+  constexpr int L = kLanes<C>;
+  for (int64_t m = 0; m < M; m += L) {
+    const int64_t count = std::min<int64_t>(L, M - m);
+    for (int64_t r = 0; r < R; ++r) {
+      Vec<C> part[L];
+      for (int64_t i = 0; i < L; ++i) {
+        const C* row = left.data + (m + std::min(i, count - 1)) * left.row;
+        Vec<C> total{};
+        for (int64_t k = 0; k < K; k += L)
+          total += load(row + k) * load(right + r * right_stride + k);
+        part[i] = total;
+      }
+      for (int n = L / 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) part[i] = pair_sums<C>(part[2 * i], part[2 * i + 1]);
+      }
+      C sums[L];
+      store(sums, part[0] * alpha);
+      for (int64_t i = 0; i < count; ++i) out[(m + i) * out_stride + r] = sums[i];
+    }
+  }
+}

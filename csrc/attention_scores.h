@@ -1,0 +1,314 @@
+// From rows in memory to a tile of scores, for forward and backward.
+//
+// A tile is kKeys keys times a block of up to kBlock rows, with the rows along the lanes: what is
+// per row (running maximum, sum, lse, position, slope) is then a vector, and no reduction crosses
+// lanes.
+
+// ---- memory ----
+
+template <class C>
+inline int64_t padded(int64_t n) {
+  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// Rows of one head of a tensor, on pages if there is a table.
+struct HeadRows {
+  char* data;
+  int64_t stride;  // in bytes
+  Dtype dtype;
+  const int64_t* pages = nullptr;
+  int64_t page_size = 0, page_stride = 0;
+
+  char* at(int64_t i) const {
+    if (!pages) return data + i * stride;
+    return data + pages[i / page_size] * page_stride + i % page_size * stride;
+  }
+};
+
+// From the first row of a document on.
+inline HeadRows query_rows(const Heads& t, const Document& document, int64_t h) {
+  char* data = t.data + document.batch * t.batch + h * t.head;
+  return {data + document.query0 * t.row, t.row, t.dtype};
+}
+inline HeadRows key_rows(const Heads& t, const Document& document, int64_t hk) {
+  char* data = t.data + hk * t.head;
+  if (t.pages) {
+    const int64_t* pages = t.pages + document.batch * t.pages_per_batch;
+    return {data, t.row, t.dtype, pages, t.page_size, t.batch};
+  }
+  return {data + document.batch * t.batch + document.key0 * t.row, t.row, t.dtype};
+}
+
+template <class C>
+inline void load_row(C* dst, const HeadRows& rows, int64_t i, int64_t N) {
+  TFKERN_DTYPE(rows.dtype, convert(dst, reinterpret_cast<const T*>(rows.at(i)), N));
+}
+
+template <class C>
+inline void store_row(const HeadRows& rows, int64_t i, const C* src, int64_t N) {
+  TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(rows.at(i)), src, N));
+}
+
+// Rows [begin, begin + count) in the computing type, `width` >= N elements each with zeros past N:
+// in place if they are so in memory (and, unless `apart`, side by side: rows a power of two apart
+// would fight for the same cache sets when they are read again), else copied to `buffer`.
+template <class C>
+inline Left<C> load_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count, int64_t N,
+                         int64_t width, bool apart = false) {
+  constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
+  constexpr int64_t kSize = sizeof(C);
+  if (rows.dtype == kDtype && !rows.pages && width == N && (apart || rows.stride == N * kSize)) {
+    return {reinterpret_cast<const C*>(rows.at(begin)), rows.stride / kSize, 1};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(buffer + i * width, rows, begin + i, N);
+    std::fill(buffer + i * width + N, buffer + (i + 1) * width, C{0});
+  }
+  return {buffer, width, 1};
+}
+
+template <class C>
+inline Left<C> transposed(Left<C> a) {
+  return {a.data, a.column, a.row};
+}
+
+// out[n][m] = rows[m][n], rows of kBlock elements in `out`. Whole vectors are read and written.
+template <class C>
+inline void transpose(const C* rows, int64_t stride, int64_t M, int64_t N, C* out) {
+  constexpr int L = kLanes<C>;
+  for (int64_t m = 0; m < M; m += L) {
+    for (int64_t n = 0; n < N; n += L) {
+      Vec<C> part[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) part[i] = load(rows + (m + i) * stride + n);
+      transpose<C>(part);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(out + (n + i) * kBlock + m, part[i]);
+    }
+  }
+}
+
+// ---- blocks of rows ----
+
+// Queries [t0, t0 + queries) of heads [h0, h0 + heads), one head after the other. Several heads
+// share a block if they share keys and all their queries fit: grouped heads then fill the lanes
+// that the few queries of decoding leave, and keys are read once.
+struct Block {
+  const Document& document;
+  int64_t number;  // of the document
+  int64_t h0, heads, t0, queries;
+  int64_t begin, end;  // keys that some row sees
+
+  int64_t rows() const { return heads * queries; }
+  int64_t head(int64_t row) const { return h0 + row / queries; }
+  int64_t query(int64_t row) const { return t0 + row % queries; }
+};
+
+// Block of queries [t0, t0 + kBlock), as far as they exist, of `heads` heads.
+inline Block block_at(const AttentionShape& a, int64_t number, int64_t h0, int64_t heads,
+                      int64_t t0) {
+  const Document& document = a.documents[number];
+  const int64_t queries = std::clamp<int64_t>(document.queries - t0, 0, kBlock);
+  const int64_t first = t0 + document.keys - document.queries, last = first + queries - 1;
+  const int64_t end = std::clamp<int64_t>(last + a.right + 1, 0, queries ? document.keys : 0);
+  const int64_t begin = std::clamp<int64_t>(first - a.left, 0, end);
+  return {document, number, h0, heads, t0, queries, begin / 4 * 4, end};  // Philox draws fours
+}
+
+// Block `i` of key head hk: those with the most keys come last within a head.
+inline Block block_of(const AttentionShape& a, int64_t number, int64_t hk, int64_t i) {
+  const Document& document = a.documents[number];
+  const int64_t h0 = hk * a.group();
+  if (a.shared(document)) return block_at(a, number, h0, a.group(), 0);
+  const int64_t per_head = (document.queries + kBlock - 1) / kBlock;
+  return block_at(a, number, h0 + i / per_head, 1, i % per_head * kBlock);
+}
+
+// What the rows of a block bring into their scores, along the lanes.
+template <class C>
+struct Lanes {
+  alignas(64) C query[kBlock];     // counted from the block's first
+  alignas(64) C slope[kBlock];     // of alibi
+  alignas(64) uint32_t t[kBlock];  // of the counter of Philox
+  alignas(64) uint32_t stream[kBlock];
+  const char *bias[kBlock], *mask[kBlock];  // element of key 0
+};
+
+inline const char* element(const Elements& e, const Block& block, int64_t row) {
+  return e.data + block.document.batch * e.batch + block.head(row) * e.head +
+         block.query(row) * e.query;
+}
+
+template <class C>
+inline void fill_lanes(Lanes<C>& lanes, const AttentionScores<C>& a, const Block& block) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int64_t row = i < block.rows() ? i : 0, number = block.number * a.H + block.head(row);
+    lanes.query[i] = static_cast<C>(block.query(row) - block.t0);
+    lanes.slope[i] = a.alibi_slopes ? a.alibi_slopes[number] : C{0};
+    lanes.t[i] = static_cast<uint32_t>(block.query(row));
+    lanes.stream[i] = static_cast<uint32_t>(number);
+    lanes.bias[i] = element(a.bias, block, row);
+    lanes.mask[i] = element(a.mask, block, row);
+  }
+}
+
+// ---- scores ----
+
+// dst[i] = the element `i * stride` bytes from p. A mask gives 0 for True and -inf for False.
+template <class C>
+inline void load_elements(C* dst, const char* p, const Elements& e, int64_t n) {
+  if (e.boolean) {
+    for (int64_t i = 0; i < n; ++i) {
+      dst[i] = p[i * e.key] ? C{0} : -std::numeric_limits<C>::infinity();
+    }
+    return;
+  }
+  TFKERN_DTYPE(e.dtype, {
+    const T* x = reinterpret_cast<const T*>(p);
+    const int64_t stride = e.key / static_cast<int64_t>(sizeof(T));
+    if (stride == 1) return convert(dst, x, n);
+    for (int64_t i = 0; i < n; ++i) convert(dst + i, x + i * stride, 1);
+  });
+}
+
+// tile[s][row] = the element of each row and key s0 + s. `buffer` is as large as the tile.
+template <class C>
+inline void load_tile(C* tile, const Elements& e, const char* const* lanes, int64_t s0,
+                      int64_t keys, int64_t rows, C* buffer) {
+  constexpr int L = kLanes<C>;
+  const int64_t width = padded<C>(rows), offset = s0 * e.key;
+  bool same = true;  // in all rows
+  for (int64_t i = 1; i < rows; ++i) same &= lanes[i] == lanes[0];
+  if (same) {
+    load_elements(buffer, lanes[0] + offset, e, keys);
+    for (int64_t s = 0; s < keys; ++s) {
+      for (int64_t t = 0; t < width; t += L) store(tile + s * kBlock + t, broadcast(buffer[s]));
+    }
+  } else if (e.key == 0) {
+    std::fill(buffer, buffer + width, C{0});
+    for (int64_t i = 0; i < rows; ++i) load_elements(buffer + i, lanes[i], e, 1);
+    for (int64_t s = 0; s < keys; ++s) {
+      for (int64_t t = 0; t < width; t += L) store(tile + s * kBlock + t, load(buffer + t));
+    }
+  } else {
+    for (int64_t i = 0; i < width; ++i) {
+      C* row = buffer + i * kKeys;
+      if (i < rows) load_elements(row, lanes[i] + offset, e, keys);
+      std::fill(row + (i < rows ? keys : 0), row + padded<C>(keys), C{0});
+    }
+    transpose(buffer, kKeys, width, keys, tile);
+  }
+}
+
+// Sets scores to -inf where s lies beyond t + offset + right or before t + offset - left.
+template <class C>
+inline void mask_band(C* scores, const AttentionShape& a, const Block& block, const Lanes<C>& lanes,
+                      int64_t s0, int64_t keys, int64_t width) {
+  constexpr int L = kLanes<C>;
+  constexpr int64_t kFar = 1 << 20;  // exact in float, and beyond every tile
+  const Vec<C> minus_inf = broadcast(-std::numeric_limits<C>::infinity());
+  const int64_t first = block.t0 + block.document.keys - block.document.queries - s0;
+  const C low = static_cast<C>(std::clamp(first - a.left, -kFar, kFar));
+  const C high = static_cast<C>(std::clamp(first + a.right, -kFar, kFar));
+  for (int64_t t = 0; t < width; t += L) {
+    const Vec<C> from = load(lanes.query + t) + low, to = load(lanes.query + t) + high;
+    for (int64_t s = 0; s < keys; ++s) {
+      const Vec<C> key = broadcast(static_cast<C>(s));
+      C* p = scores + s * kBlock + t;
+      store(p, key < from ? minus_inf : key > to ? minus_inf : load(p));
+    }
+  }
+}
+
+// The factor of q k^T in the product that finish_scores takes.
+template <class C>
+inline C product_scale(const AttentionScores<C>& a) {
+  return a.softcap > 0 ? a.scale / a.softcap : a.scale;
+}
+
+// Turns product_scale q k^T into the scores of keys [s0, s0 + keys). With a softcap, its derivative
+// goes to `slope`, unless that is null. `tile` and `buffer` are room for a tile each.
+template <class C>
+inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& block,
+                          const Lanes<C>& lanes, int64_t s0, int64_t keys, C* tile, C* buffer,
+                          C* slope = nullptr) {
+  constexpr int L = kLanes<C>;
+  const int64_t rows = block.rows(), width = padded<C>(rows);
+  const int64_t first = block.t0 + block.document.keys - block.document.queries - s0;
+  if (a.softcap > 0) {
+    for (int64_t s = 0; s < keys; ++s) {
+      for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
+        const Vec<C> y = tanh(load(scores + t));
+        store(scores + t, y * a.softcap);
+        if (slope) store(slope + t, 1 - y * y);
+      }
+    }
+  }
+  if (a.bias.data) {
+    load_tile(tile, a.bias, lanes.bias, s0, keys, rows, buffer);
+    for (int64_t s = 0; s < keys; ++s) {
+      for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
+        store(scores + t, load(scores + t) + load(tile + t));
+      }
+    }
+  }
+  if (a.alibi_slopes) {
+    for (int64_t t = 0; t < width; t += L) {
+      const Vec<C> query = load(lanes.query + t) + static_cast<C>(first);
+      const Vec<C> alibi = load(lanes.slope + t);
+      for (int64_t s = 0; s < keys; ++s) {
+        C* p = scores + s * kBlock + t;
+        store(p, load(p) - alibi * abs(query - static_cast<C>(s)));
+      }
+    }
+  }
+  if (first + block.queries - 1 > a.left || first + a.right < keys - 1) {
+    mask_band(scores, a, block, lanes, s0, keys, width);
+  }
+  if (a.mask.data) {
+    load_tile(tile, a.mask, lanes.mask, s0, keys, rows, buffer);
+    for (int64_t s = 0; s < keys; ++s) {
+      for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
+        const Vec<C> hidden = load(tile + t);
+        store(scores + t, hidden < 0 ? hidden : load(scores + t));
+      }
+    }
+  }
+}
+
+// ---- dropout ----
+
+// keep[s][row] = 1 / (1 - p) where key s0 + s is kept, else 0. s0 is a multiple of 4.
+template <class C>
+inline void dropout_tile(C* keep, const AttentionScores<C>& a, const Lanes<C>& lanes, int64_t s0,
+                         int64_t keys, int64_t width) {
+  constexpr int L = kLanes<float>;
+  for (int64_t t = 0; t < width; t += L) {
+    VecUint query, stream;
+    std::memcpy(&query, lanes.t + t, sizeof(query));
+    std::memcpy(&stream, lanes.stream + t, sizeof(stream));
+    for (int64_t s = 0; s < keys; s += 4) {
+      VecUint draw[4] = {VecUint{} + static_cast<uint32_t>((s0 + s) / 4), query, stream, VecUint{}};
+      philox(a.seed, draw);
+      for (int64_t i = 0; i < std::min<int64_t>(4, keys - s); ++i) {
+        C* p = keep + (s + i) * kBlock + t;
+        if constexpr (std::is_same_v<C, float>) {
+          store(p, draw[i] >= a.threshold ? broadcast(a.keep) : Vec<C>{});
+        } else {
+          for (int j = 0; j < L; ++j) p[j] = draw[i][j] >= a.threshold ? a.keep : C{0};
+        }
+      }
+    }
+  }
+}
+
+// x = x y, tile by tile
+template <class C>
+inline void multiply(C* x, const C* y, int64_t keys, int64_t width) {
+  constexpr int L = kLanes<C>;
+  for (int64_t s = 0; s < keys; ++s) {
+    for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
+      store(x + t, load(x + t) * load(y + t));
+    }
+  }
+}

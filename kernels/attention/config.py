@@ -1,0 +1,76 @@
+"""Tile sizes: a pure function of the head sizes, the dtype and the architecture."""
+
+import torch
+import triton
+
+from .. import precision
+
+# (BLOCK_T, BLOCK_S, num_warps, num_stages) for head sizes up to 64, 128 and 256: large tiles that
+# neither spill registers nor exceed the shared memory of an SM, which is 163 KiB on sm_80, 227 KiB
+# on sm_90 and sm_100, 99 KiB on others.
+_TILES = {
+    ("sm_80", "forward"): ((128, 32, 4, 4), (128, 64, 8, 3), (64, 32, 8, 3)),
+    ("sm_80", "dkv"): ((32, 128, 8, 3), (64, 64, 8, 3), (64, 32, 8, 2)),
+    ("sm_80", "dq"): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+    ("sm_90", "forward"): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 32, 8, 3)),
+    ("sm_90", "dkv"): ((64, 128, 8, 3), (32, 128, 8, 3), (64, 32, 8, 3)),
+    ("sm_90", "dq"): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
+    ("sm_100", "forward"): ((128, 64, 8, 4), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("sm_100", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2)),
+    ("sm_100", "dq"): ((128, 128, 8, 2), (128, 128, 8, 2), (128, 32, 8, 2)),
+    ("others", "forward"): ((128, 32, 4, 4), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("others", "dkv"): ((32, 128, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+    ("others", "dq"): ((128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 4, 2)),
+    ("float32", "forward"): ((128, 16, 8, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dkv"): ((32, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dq"): ((64, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
+}
+_FAMILIES = {80: "sm_80", 87: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
+
+# The sides of those tiles that options halve.
+_HALVED = {
+    ("sm_80", "dq"): ("BLOCK_T", "BLOCK_S"),
+    ("others", "forward"): ("BLOCK_T", "BLOCK_S"),
+    ("others", "dkv"): ("BLOCK_S",),
+    ("others", "dq"): ("BLOCK_T", "BLOCK_S"),
+    ("sm_100", "dkv"): ("BLOCK_S",),
+    ("", "forward"): ("BLOCK_S",),
+    ("", "dkv"): ("BLOCK_T",),
+    ("", "dq"): ("BLOCK_S",),
+}
+
+# Kernels with the same tiles everywhere. The rows of decode are chosen by `decode_rows`.
+_OTHER_TILES = {
+    ("decode", False): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+    ("decode", True): ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+    ("dbias", False): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
+    ("dbias", True): ((32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
+}
+
+
+def _config(
+    kernel: str, D: int, Dv: int, dtype: torch.dtype, arch: int, *, options: bool = False
+) -> dict:
+    """Constants and launch options on sm_<arch> of a kernel: "forward", "dkv", "dq", "decode" or
+    "dbias". With `options` there is more to hold in registers than scores, band and lengths."""
+    size = max(D, Dv)
+    float32 = dtype == torch.float32
+    family = "float32" if float32 else _FAMILIES.get(arch, "others")
+    tiles = _OTHER_TILES.get((kernel, float32)) or _TILES[family, kernel]
+    tile = tiles[0 if size <= 64 else 1 if size <= 128 else 2]
+    config = dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), tile, strict=True))
+    if options:
+        for side in _HALVED.get((family, kernel)) or _HALVED.get(("", kernel), ()):
+            config[side] = max(16, config[side] // 2)
+        if (family, kernel) == ("others", "forward"):
+            config["num_stages"] = 2
+    sizes = {"D": D, "Dv": Dv, "BLOCK_D": block(D), "BLOCK_DV": block(Dv)}
+    PRECISION = precision(dtype)
+    if PRECISION == "tf32x3" and size > 128:
+        PRECISION = "ieee"  # three products would need more registers than there are
+    return config | sizes | {"PRECISION": PRECISION}
+
+
+def block(size: int) -> int:
+    """A head size as tl.dot takes it: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))

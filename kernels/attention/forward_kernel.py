@@ -1,0 +1,168 @@
+# ruff: noqa: E741  O and l are the letters of the papers
+"""o and lse, a tile of queries at a time."""
+
+import triton
+import triton.language as tl
+
+from .. import architecture
+from .config import _config
+from .tile import (
+    INF,
+    LN2,
+    LOG2E,
+    RUNTIME,
+    Band,
+    Scoring,
+    blocks,
+    extent,
+    head_at,
+    heavy,
+    integers,
+    keep,
+    key_ranges,
+    keys_at,
+    load_keys,
+    load_rows,
+    matrix,
+    matrix_strides,
+    owner,
+    page_size,
+    rows,
+    scores,
+    store,
+    strides,
+)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _forward_kernel(
+    Q, K, V, O, LSE, opt, H, group, T, S, documents, pages, left, right, limit,
+    stride_qb, stride_qh, stride_qt,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s,
+    ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr, PAGE: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """o and lse of BLOCK_T queries of one head."""
+    # With a limit to the right the last queries see most keys: they start first.
+    block, b, h = owner(opt.cu_seqlens_q, T, H, documents, right is not None, BLOCK_T)
+    batch, q_start, t_end, t_rows = extent(opt.cu_seqlens_q, opt.query_lengths, b, T)
+    batch, k_start, s_end, _ = extent(opt.cu_seqlens_k, opt.key_lengths, b, S)
+    Q += (batch * stride_qb + h * stride_qh + q_start * stride_qt) * ALIGN
+    k = keys_at(
+        K, opt, b, batch, k_start, h // group, stride_kb, stride_kh, stride_ks, S, pages,
+        ALIGN, PAGE,
+    )  # fmt: skip
+    v = keys_at(
+        V, opt, b, batch, k_start, h // group, stride_vb, stride_vh, stride_vs, S, pages,
+        ALIGN, PAGE,
+    )  # fmt: skip
+    bias = matrix(stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s, BIAS_ALIGN)
+    mask = matrix(stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, BIAS_ALIGN)
+    band = Band(t_end, s_end, left, right)
+
+    t0 = block * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    q = load_rows(Q, t0, tl.cast(stride_qt, tl.int64) * ALIGN, t < t_end, D, BLOCK_T, BLOCK_D)
+    scoring = Scoring(opt, b, H, band, bias, mask, limit)
+    ranges = key_ranges(band, t0, tl.minimum(t0 + BLOCK_T, t_end) - 1, BLOCK_S)
+    m, l = no_keys(h, opt, BLOCK_T)
+    acc, m, l = attend(
+        m, l, q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
+        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV,
+    )  # fmt: skip
+    o, lse = result(acc, m, l, t < t_end, opt)
+    row = (batch * H + h) * T + q_start
+    store(O + row * Dv, o, t0, t_rows, Dv, BLOCK_T, BLOCK_DV)
+    tl.store(LSE + row + t, lse * LN2, mask=t < t_rows)
+
+
+@triton.jit
+def no_keys(h, opt, BLOCK_T: tl.constexpr):
+    """m and l before the first key of rows of head h, or of one head for each row. The sink is a
+    key whose value is 0."""
+    m = tl.full([BLOCK_T], -INF, tl.float32)
+    if opt.sink is not None:
+        m = tl.zeros([BLOCK_T], tl.float32) + tl.load(opt.sink + h) * LOG2E
+    return m, tl.where(m > -INF, 1.0, 0.0)
+
+
+@triton.jit
+def attend(
+    m, l, q, k, v, t, head, scoring, ranges,
+    PAGE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(acc, m, l) of a tile of queries over the keys in `ranges`: see key_ranges. m counts in
+    base 2."""
+    start, full, full_stop, stop = ranges
+    acc = tl.zeros([q.shape[0], BLOCK_DV], tl.float32)
+    rest = full_stop
+    if scoring.band.left is not None:
+        rest = tl.maximum(full, full_stop)
+        acc, m, l = _attend(
+            acc, m, l, q, k, v, t, head, scoring, start, tl.minimum(full, stop),
+            True, PAGE, PRECISION, D, Dv, BLOCK_S,
+        )  # fmt: skip
+    acc, m, l = _attend(
+        acc, m, l, q, k, v, t, head, scoring, full, full_stop,
+        False, PAGE, PRECISION, D, Dv, BLOCK_S,
+    )  # fmt: skip
+    acc, m, l = _attend(
+        acc, m, l, q, k, v, t, head, scoring, rest, stop,
+        True, PAGE, PRECISION, D, Dv, BLOCK_S,
+    )  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit
+def _attend(
+    acc, m, l, q, k, v, t, head, scoring, start, stop,
+    MASKED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys start ... stop to acc, m and l of a tile of queries."""
+    for s0 in range(start, stop, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        valid = s < scoring.band.s_end if MASKED else None
+        keys = load_keys(k, s0, valid, PAGE, D, BLOCK_S, q.shape[1])
+        values = load_keys(v, s0, valid, PAGE, Dv, BLOCK_S, acc.shape[1])
+        x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        x, unit, _ = scores(x, t, s[None, :], head, scoring, MASKED)
+        m_new = tl.maximum(m, tl.max(x, 1) * unit)
+        shift = tl.where(m_new == -INF, 0.0, m_new)
+        p = tl.exp2(x * unit - shift[:, None])
+        rescale = tl.exp2(m - shift)
+        l = l * rescale + tl.sum(p, 1)
+        if scoring.opt.seed is not None:
+            p = tl.where(keep(t, s0, head, scoring, False, BLOCK_S), p, 0.0)
+        acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def result(acc, m, l, exists, opt):
+    """o and lse in base 2. A query that saw no key has l = 0 and m = -inf, and gets 0 and -inf."""
+    l = tl.where(l == 0, 1.0, l)
+    factor = 1 / l
+    if opt.seed is not None:
+        factor *= tl.cast(opt.keep_scale, tl.float32)
+    o = tl.where(exists[:, None], acc * factor[:, None], 0.0)
+    return o, tl.where(exists, m + tl.log2(l), -INF)
+
+
+def forward(q, k, v, o, lse, opt, left, right, dropout_p):
+    (B, H, T, D), Dv = q.shape, v.shape[3]
+    q, k, v = rows(q), rows(k), rows(v)
+    row_strides, align = strides(q, k, v)
+    score_strides, bias_align = matrix_strides(opt.bias, opt.mask)
+    numbers = integers(q, k, opt, left, right, dropout_p)
+    config = _config("forward", D, Dv, q.dtype, architecture(q.device), options=heavy(opt))
+    grid = (H * blocks(B, T, config["BLOCK_T"], opt),)
+    _forward_kernel[grid](
+        q, k, v, o, lse, opt, *numbers, *row_strides, *score_strides,
+        ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), **config,
+    )  # fmt: skip

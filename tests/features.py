@@ -1,0 +1,56 @@
+"""The table of README that says which backend has which option of attention.
+
+    python tests/features.py
+
+prints it, from the parameters that the tests go through and the answers of the backends.
+"""
+
+import os
+import random
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # or there may be no triton to ask
+
+import torch
+
+import tfkern
+from tfkern.validation.attention import PARAMETERS, make_case
+
+BACKENDS = ("reference", "native", "triton")
+
+
+def rows() -> list[tuple[str, list[bool]]]:
+    """Each parameter with those of its values that get the same answers, and these: whether each
+    backend does its two directions."""
+    found: dict[tuple, list[str]] = {}
+    for parameter, values in PARAMETERS.items():
+        for value in filter(None, values):
+            found.setdefault((parameter, *served({parameter: value})), []).append(value)
+    return [
+        (parameter if values == [parameter] else f"{parameter}: {', '.join(values)}", answers)
+        for (parameter, *answers), values in found.items()
+    ]
+
+
+def served(choice: dict) -> list[bool]:
+    case = make_case(choice, torch.randn, random.Random(0), None)
+    options = case.fn.keywords | case.inputs
+    del options["backend"]
+    found = []
+    for backend in BACKENDS:
+        for needs_grad in (False, True):
+            options["q"] = options["q"].requires_grad_(needs_grad)
+            answer = tfkern.explain(case.fn.func.__name__, **options | {"backend": backend})
+            found.append(answer.backend is not None)
+    return found
+
+
+def table() -> str:
+    """Markdown."""
+    head = ["attention", *(f"{b} {way}" for b in BACKENDS for way in ("forward", "backward"))]
+    lines = [head, ["---"] * len(head)]
+    lines += [[label, *("yes" if yes else "" for yes in answers)] for label, answers in rows()]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,205 @@
+"""Keys and values of earlier tokens, for generation token by token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfkern.ops import checks
+
+_KINDS = ("static", "growing", "ring")
+
+
+class KVCache:
+    """The keys and values that a layer's attention has seen, one sequence for each batch.
+
+        cache = KVCache(B, Hk, D, capacity=4096, dtype=q.dtype, device=q.device)
+        k, v, key_lengths = cache.append(k, v)
+        o = attention(q, k, v, causal=True, key_lengths=key_lengths)
+
+    Three kinds:
+
+    - "static" holds up to capacity tokens. `append` works in place and never waits for the GPU, so
+      that torch.compile traces it and CUDA graphs replay it.
+    - "growing" begins like that and doubles its capacity whenever a token might not fit: it counts
+      the rows of every `append`, right padding too. Neither torch.compile nor CUDA graphs can
+      follow it to its next buffer.
+    - "ring" holds the last capacity tokens, for attention with
+      `causal=True, window=(capacity - 1, None)` or a narrower one while `append` is given more
+      than one row. Memory is bounded however long the sequence. In place as "static".
+
+    The ring hands out single rows in ring order, where the last query may see all that is there:
+    a window narrower than the capacity, alibi_slopes, and a bias or mask that depends on the key
+    do not work then. Rotary positions do: keys are turned before they are appended.
+
+    There are no gradients through a cache.
+
+    Args:
+        batch: B, heads: Hk, size: D of the keys.
+        capacity: tokens of each sequence; for "growing" those of the first buffer.
+        value_size: Dv, D if None.
+        kind: "static", "growing" or "ring".
+        dtype, device: of keys and values.
+
+    Raises:
+        ValueError: sizes that are not positive, or an unknown kind.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        size: int,
+        capacity: int,
+        value_size: int | None = None,
+        *,
+        kind: str = "static",
+        dtype: Any = None,
+        device: Any = None,
+    ) -> None:
+        checks.choice("kind", kind, _KINDS)
+        value_size = size if value_size is None else value_size
+        sizes = {"batch": batch, "heads": heads, "size": size, "value_size": value_size}
+        for name, x in {**sizes, "capacity": capacity}.items():
+            if x < 1:
+                raise ValueError(f"{name} must be positive, got {x}")
+        self.kind = kind
+        options = {"dtype": dtype, "device": device}
+        self._k = torch.zeros(batch, heads, capacity, size, **options)
+        self._v = torch.zeros(batch, heads, capacity, value_size, **options)
+        self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows = 0  # of a growing cache: no sequence is longer
+
+    @property
+    def capacity(self) -> int:
+        return self._k.shape[2]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, how many tokens each sequence has had: the position of its next one."""
+        return self._lengths.clone()
+
+    def append(
+        self, k: Tensor, v: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds tokens, and returns keys, values and key_lengths to hand to `attention`.
+
+        Args:
+            k: (B, Hk, T, D), v: (B, Hk, T, Dv), with T >= 1.
+            lengths: (B,) int32 or int64, how many of the T tokens each sequence has; the others are
+                padding, which the next `append` writes over. Give it to `attention` as
+                query_lengths, too. All T if None.
+
+        Returns:
+            k (B, Hk, S, D), v (B, Hk, S, Dv), key_lengths (B,). They are the cache itself, valid
+            until the next call of one of its methods, or, where a ring is given several rows, a
+            copy of what it held and the new rows, in the order of time.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit, tensors that require a gradient,
+                lengths out of range, or more tokens than the capacity of a static cache. The last
+                two are checked on the CPU in eager mode only; elsewhere lengths are clamped, and
+                tokens beyond the capacity overwrite the first ones, so that results are wrong.
+        """
+        self._check(k, v, lengths)
+        T = k.shape[2]
+        new = torch.full_like(self._lengths, T) if lengths is None else lengths.clamp(0, T)
+        total = self._lengths + new
+        if self.kind == "growing":
+            self._rows += T
+            self._grow()
+        elif self.kind == "static" and checks.values_at_hand(total):
+            most = int(total.max())
+            if most > self.capacity:
+                raise ValueError(
+                    f"a sequence of {most} tokens does not fit into a cache of {self.capacity}: "
+                    'take a larger capacity, or kind "growing"'
+                )
+        if self.kind == "ring" and T > 1:
+            return self._append_to_ring(k, v, new, total)
+        step = torch.arange(T, device=k.device)
+        batch = torch.arange(k.shape[0], device=k.device)[:, None]
+        # T rows have T different places, also beyond the capacity, where only padding may be
+        place = (self._lengths[:, None] + step) % self.capacity
+        for cache, x in ((self._k, k), (self._v, v)):
+            x = x.detach().transpose(1, 2)
+            if lengths is not None:
+                exists = (step < new[:, None])[..., None, None]
+                x = torch.where(exists, x, cache[batch, :, place])
+            cache[batch, :, place] = x
+        self._lengths.copy_(total)
+        return self._k, self._v, total.clamp(max=self.capacity)
+
+    def reset(self) -> None:
+        """Forgets all tokens. Keeps the memory."""
+        self._lengths.zero_()
+        self._rows = 0
+
+    def reorder(self, indices: Tensor) -> None:
+        """Sequence b becomes what sequence indices[b] was, as beam search needs it.
+
+        Args:
+            indices: (B,) int32 or int64, on the device of the cache.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        checks.integers("indices", indices, self._k)
+        checks.shape("indices", indices, self._lengths.shape, "one for each sequence")
+        for x in (self._k, self._v, self._lengths):
+            x.copy_(x.index_select(0, indices))
+
+    def _check(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        for name, x, cache in (("k", k, self._k), ("v", v, self._v)):
+            B, Hk, _, D = cache.shape
+            checks.floating(name, x)
+            checks.same_device("the cache", cache, name, x)
+            checks.same_dtype("the cache", cache, name, x)
+            T = max(k.shape[2], 1) if k.dim() == 4 else "T"
+            checks.shape(name, x, (B, Hk, T, D), "as the cache was made, and T >= 1")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name} requires a gradient: detach it, or use torch.no_grad()")
+        if self.kind == "static" and k.shape[2] > self.capacity:
+            raise ValueError(f"{k.shape[2]} rows do not fit into a cache of {self.capacity}")
+        if lengths is not None:
+            checks.integers("lengths", lengths, k)
+            checks.shape("lengths", lengths, self._lengths.shape, "one length for each batch")
+            if checks.values_at_hand(lengths):
+                low, high = int(lengths.min()), int(lengths.max())
+                if low < 0 or high > k.shape[2]:
+                    bad = low if low < 0 else high
+                    raise ValueError(f"lengths must lie in 0 to {k.shape[2]}, got {bad}")
+
+    def _grow(self) -> None:
+        if self._rows <= self.capacity:
+            return
+        more = max(self._rows, 2 * self.capacity) - self.capacity
+        self._k, self._v = (
+            torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2)
+            for x in (self._k, self._v)
+        )
+
+    def _append_to_ring(
+        self, k: Tensor, v: Tensor, new: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        W, T = self.capacity, k.shape[2]
+        old = self._lengths.clamp(max=W)
+        out = torch.arange(W + T, device=k.device)
+        # Row j handed out is the j-th oldest of the ring, and after those row j - old of the new.
+        oldest = (self._lengths - old)[:, None]
+        source = torch.where(out < old[:, None], (oldest + out) % W, W + out - old[:, None])
+        # Place s of the ring is for the last token whose position leaves the remainder s.
+        place = torch.arange(W, device=k.device)
+        age = (total[:, None] - 1 - place) % W
+        kept = ((old + new)[:, None] - 1 - age).clamp(min=0)  # 0 for places still empty
+        rows = []
+        for cache, x in ((self._k, k), (self._v, v)):
+            rows.append(_gather(torch.cat([cache, x.detach()], 2), source.clamp(max=W + T - 1)))
+            cache.copy_(_gather(rows[-1], kept))
+        self._lengths.copy_(total)
+        return rows[0], rows[1], old + new
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows index (B, N) of x (B, Hk, S, D)."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,124 @@
+"""Functions with the signatures of their namesakes in `torch.nn.functional`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tfkern.ops import attention
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` on the fused kernels.
+
+    Takes what torch's takes, with the same results; see `tfkern.attention` for more options. A
+    mask is read where it lies: one that is broadcast is not written out.
+
+    Args:
+        query: (..., L, E), with any number of leading dimensions, the last of which counts heads.
+        key: (..., S, E), value: (..., S, Ev). The leading dimensions broadcast. E and Ev lie in 1
+            to 256.
+        attn_mask: broadcastable to (..., L, S). bool: True where the query sees the key. float32
+            or the dtype of query: added to the scores, with a gradient.
+        dropout_p: probability with which an element of the softmax is dropped, whether or not any
+            module is in training. The seed is drawn from torch's generator.
+        is_causal: query t sees the keys s <= t, also for L != S: aligned to the upper left, unlike
+            `tfkern.attention`.
+        scale: factor of the scores, E^(-1/2) if None.
+        enable_gqa: key and value may have fewer heads than query, a divisor of their number.
+
+    Returns:
+        (..., L, Ev) in the dtype of query. A query that sees no key gives 0.
+
+    Raises:
+        ValueError: what does not fit together, where torch raises RuntimeError.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 2:
+            raise ValueError(f"{name} must be (..., length, size), got {tuple(x.shape)}")
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise ValueError("enable_gqa needs a dimension of heads: (..., heads, length, size)")
+    lead = _leading(query, key, value, enable_gqa)
+    L, S = query.shape[-2], key.shape[-2]
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask and is_causal exclude each other")
+        _check_mask(attn_mask, query, (*lead, L, S))
+    # With grouped heads key and value keep their own number of them.
+    q, k, v = (
+        _four(x, (*lead[:-1], x.shape[-3]) if enable_gqa else lead) for x in (query, key, value)
+    )
+    mask = None if attn_mask is None else _four_mask(attn_mask, lead)
+    boolean = mask is not None and mask.dtype == torch.bool
+    k, v, window = upper_left(k, v, L) if is_causal else (k, v, None)
+    o = attention(
+        q,
+        k,
+        v,
+        window=window,
+        scale=scale,
+        mask=mask if boolean else None,
+        bias=None if boolean else mask,
+        dropout_p=dropout_p,
+    )
+    return o.reshape(*lead, L, v.shape[-1])
+
+
+def upper_left(k: Tensor, v: Tensor, T: int) -> tuple[Tensor, Tensor, tuple[None, int]]:
+    """Keys and values (B, Hk, S, D) and a window with which query t of T sees the keys s <= t.
+
+    Keys from T on are seen by none; without them the window has no negative limit.
+    """
+    k, v = k[:, :, :T], v[:, :, :T]
+    return k, v, (None, T - k.shape[2])
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The leading dimensions of the result, heads of query included."""
+    shapes = [x.shape[: -3 if enable_gqa else -2] for x in (query, key, value)]
+    try:
+        lead = tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        hint = "" if enable_gqa else " (fewer heads in key and value need enable_gqa=True)"
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
+            f"have leading dimensions that do not broadcast{hint}"
+        ) from None
+    return (*lead, query.shape[-3]) if enable_gqa else lead
+
+
+def _check_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ValueError(
+            f"attn_mask must be bool, float32 or {query.dtype} as query is, got {mask.dtype}"
+        )
+    fits = mask.dim() <= len(shape) and all(
+        a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, not broadcastable to {shape}")
+
+
+def _four(x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """x (..., M, N), broadcast over lead (..., H), as (B, H, M, N), B the product of the rest."""
+    lead = (1,) * (2 - len(lead)) + lead
+    x = x[(None,) * (len(lead) + 2 - x.dim())].expand(*lead, -1, -1)
+    return x.reshape(math.prod(lead[:-1]), *x.shape[-3:])
+
+
+def _four_mask(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """The same of a mask, except that it stays broadcast wherever four dimensions can say so."""
+    batch = tuple(mask.shape[:-3])
+    if len(lead) > 2 and math.prod(batch) > 1:
+        batch = lead[:-1]
+    return _four(mask, (*batch, *mask.shape[-3:-2]))

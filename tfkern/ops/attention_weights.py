@@ -1,0 +1,131 @@
+"""Chosen rows of the softmax of attention, from the log-sum-exp that the fused op returns."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tfkern import dispatch
+from tfkern.ops import checks
+from tfkern.ops.attention import bind
+from tfkern.reference.attention import Options, places, scores
+
+_Choice = Tensor | Sequence[int] | slice | None
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    heads: _Choice = None,
+    rows: _Choice = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """The weights `exp(scores - lse)` of an `attention` call, of some of its heads and queries.
+
+    So attention maps can be looked at, or trained on, while `attention` itself stays fused:
+
+        o, lse = attention(q, k, v, causal=True, return_lse=True)
+        p = attention_weights(q, k, lse, heads=[3], rows=[-1], causal=True)
+
+    Memory and time are those of the heads and rows that are asked for. Plain PyTorch computes
+    them on every device; gradients reach q, k, bias, and through lse all that it depends on.
+
+    Args:
+        q: (B, H, T, D), k: (B, Hk, S, D), as given to `attention`, and so all further options.
+        lse: (B, H, T), as `attention(..., return_lse=True)` returned it. It includes the sink,
+            which is therefore no argument here: with one, a row sums to less than 1.
+        heads: which query heads, rows: which queries. A sequence or 1-d int tensor of indices
+            (negative ones count from the end), a slice, or None for all.
+
+    Returns:
+        (B, heads, rows, S) float32 (float64 for float64), before dropout. A row that sees no key
+        is 0.
+
+    Raises:
+        ValueError: what `attention` refuses, an lse that does not fit, or indices out of range
+            (on a GPU and under torch.compile tensors of indices are not checked).
+    """
+    args = bind(
+        q,
+        k,
+        k,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+    )
+    q, k, _, bias, mask, alibi_slopes, _, query_lengths, key_lengths = args[:9]
+    left, right, scale, softcap = args[-5:-1]
+    _check_lse(lse, q)
+    H, T = q.shape[1:3]
+    of_queries, of_keys = places(q, query_lengths), places(k, key_lengths)
+    # All that is not asked for goes before the scores are computed.
+    head = None if heads is None else _indices("heads", heads, H, q.device)
+    row = None if rows is None else _indices("rows", rows, T, q.device)
+    bias, mask = _select(bias, head, row), _select(mask, head, row)
+    if head is not None:
+        k = k.index_select(1, head // max(H // max(k.shape[1], 1), 1))
+        q, lse = q.index_select(1, head), lse.index_select(1, head)
+        alibi_slopes = None if alibi_slopes is None else alibi_slopes[:, head]
+    if row is not None:
+        q, lse = q.index_select(2, row), lse.index_select(2, row)
+        exist, position = of_queries.exist[:, row], of_queries.position[:, row]
+        of_queries = of_queries._replace(exist=exist, position=position)
+    with dispatch.no_autocast(q.device):
+        options = Options(scale, bias, mask, alibi_slopes, left=left, right=right, softcap=softcap)
+        s, _ = scores(q, k, of_queries, of_keys, options)
+        # exp(-inf - 0) = 0 in a row that sees nothing, where lse may be -inf
+        return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+
+
+def _check_lse(lse: Tensor, q: Tensor) -> None:
+    checks.floating("lse", lse)
+    checks.same_device("q", q, "lse", lse)
+    checks.shape("lse", lse, q.shape[:3], "that of q without the head size")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if lse.dtype != dtype:
+        raise ValueError(f"lse is {lse.dtype}, expected {dtype} beside q in {q.dtype}")
+
+
+def _indices(name: str, chosen: _Choice, size: int, device: torch.device) -> Tensor:
+    """The chosen ones of 0 ... size - 1."""
+    every = torch.arange(size, device=device)
+    if isinstance(chosen, slice):
+        return every[chosen]
+    if not isinstance(chosen, Tensor):
+        chosen = torch.tensor(chosen, device=device) if chosen else every[:0]
+    if chosen.dim() != 1:
+        got = f"{chosen.dim()} dimensions"
+        raise ValueError(f"{name} must be a slice, a sequence or a 1-d tensor, got {got}")
+    checks.integers(name, chosen, every)
+    if checks.values_at_hand(chosen) and chosen.numel():
+        low, high = int(chosen.min()), int(chosen.max())
+        if low < -size or high >= size:
+            bad = low if low < -size else high
+            raise ValueError(f"{name} must lie in {-size} to {size - 1}, got {bad}")
+    return every[chosen]
+
+
+def _select(x: Tensor | None, head: Tensor | None, row: Tensor | None) -> Tensor | None:
+    """Heads and rows of a bias or mask, in a single copy; dimensions of size 1 stay broadcast."""
+    if x is None:
+        return None
+    head, row = (None if x.shape[dim] == 1 else i for dim, i in ((1, head), (2, row)))
+    if head is None:
+        return x if row is None else x[:, :, row]
+    return x[:, head] if row is None else x[:, head[:, None], row]

@@ -1,0 +1,31 @@
+"""The cases that `tfkern validate` draws, each with its counterpart in torch's own operators."""
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tfkern.validation import attention, layer_norm, mlp
+from tfkern.validation.case import Case
+
+_DRAWS = {"attention": attention.draws, "layer_norm": layer_norm.draws, "mlp": mlp.draws}
+
+
+def cases(
+    op: str, dtype: torch.dtype, device: str, backend: str | None, seed: int, count: int = 8
+) -> Iterator[Case]:
+    """`count` cases of an op: "attention", "layer_norm" or "mlp", with sizes around tile edges.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    if op not in _DRAWS:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_DRAWS)}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    yield from itertools.islice(_DRAWS[op](random.Random(seed), tensor, backend), count)
