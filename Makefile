@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PARALLEL := -n auto --maxprocesses=8 --dist=loadgroup
 
 .PHONY: bench test test-slow test-gpu bench-gpu lint format clean
 
@@ -9,10 +10,10 @@ bench: .venv/ready  ## context-length benchmark of attention: table, CSV, JSON a
 	$(BIN)/tfkern bench attention --out benchmarks/results/cpu
 
 test: .venv/ready  ## everything that runs without a GPU
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-slow: .venv/ready
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(PARALLEL)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

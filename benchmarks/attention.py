@@ -1,6 +1,5 @@
 """Softmax attention over context length: the cost of what is quadratic, and of what need not be."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -107,7 +106,6 @@ class OpCase(Case):
         return round((both if self.backward else forward) * pairs * dtype.itemsize)
 
 
-@functools.lru_cache(maxsize=1)
 def visible(T: int, S: int, band: Band, device: torch.device | None = None) -> Tensor:
     """(T, S) bool: which query sees which key."""
     left, right = band

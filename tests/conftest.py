@@ -15,6 +15,11 @@ import tfkern  # noqa: E402
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.patch()
 
+# Tests that run side by side share the processors.
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from allpairspy import AllPairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -48,22 +47,39 @@ SINGLE = [
     for value in values[1:]
 ]
 
-# Every pair of values of two parameters, in far fewer cases than the product of all has.
 LISTS = PARAMETERS | {"dtype": DTYPES}
 
 
-def apart(choice):
-    """The choice, or where its values exclude each other two choices with all other pairs of it."""
-    if possible(choice):
-        return [choice]
-    return [choice | {"bias": None, "mask": None}, choice | {"batch": PARAMETERS["batch"][0]}]
+def pairwise():
+    """Choices with every possible pair of values of two parameters, in far fewer cases than the
+    full product: each begins with a pair that is missing, and takes on what covers most others."""
+    rng = random.Random(0)
+    missing = {
+        frozenset(pair)
+        for a, b in itertools.combinations(LISTS, 2)
+        for pair in itertools.product([(a, x) for x in LISTS[a]], [(b, y) for y in LISTS[b]])
+        if possible(dict(pair))
+    }
+    cases = []
+    while missing:
+        choice = dict(min(missing, key=sorted_text))
+        for name in rng.sample(list(LISTS), len(LISTS)):
+            fitting = [x for x in LISTS[name] if possible(choice | {name: x})]
+            new = {
+                x: sum(frozenset(((name, x), other)) in missing for other in choice.items())
+                for x in rng.sample(fitting, len(fitting))
+            }
+            choice.setdefault(name, max(new, key=new.get))
+        missing -= {frozenset(pair) for pair in itertools.combinations(choice.items(), 2)}
+        cases.append(choice)
+    return cases
 
 
-PAIRS = [
-    choice
-    for row in AllPairs(list(LISTS.values()))
-    for choice in apart(dict(zip(LISTS, row, strict=True)))
-]
+def sorted_text(pair):
+    return sorted(map(str, pair))
+
+
+PAIRS = pairwise()
 
 
 @pytest.mark.parametrize("choice", SINGLE)
@@ -77,10 +93,10 @@ def test_pairs(backend, device, index):
 
 
 def test_the_pairs_are_all_there():
-    covered = {((a, case[a]), (b, case[b])) for case in PAIRS for a in LISTS for b in LISTS}
     for a, b in itertools.permutations(LISTS, 2):
         for x, y in itertools.product(LISTS[a], LISTS[b]):
-            assert ((a, x), (b, y)) in covered or not possible({a: x, b: y})
+            there = any(case[a] == x and case[b] == y and possible(case) for case in PAIRS)
+            assert there or not possible({a: x, b: y})
 
 
 CHOICES = st.fixed_dictionaries(
@@ -96,7 +112,7 @@ _SETTINGS = {
 }
 
 
-@settings(max_examples=12, **_SETTINGS)
+@settings(max_examples=8, **_SETTINGS)
 @given(choice=CHOICES, seed=st.integers(0, 2**20))
 def test_any_combination(backend, device, choice, seed):
     run(choice, backend, device, seed)
@@ -109,7 +125,7 @@ def test_many_combinations(backend, device, choice, seed):
     run(choice, backend, device, seed)
 
 
-@settings(max_examples=12, **_SETTINGS)
+@settings(max_examples=8, **_SETTINGS)
 @given(
     sizes=st.tuples(
         st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 90),
@@ -661,6 +677,10 @@ def on_packed(cu_q=cu, cu_k=cu, *more, **options):
     [
         (on(window=(-1, -1)), ["window", "None", "(-1, -1)"]),
         (on(window=3), ["window", "3"]),
+        (on(window=(2**63, 0)), ["window", "2^31", str(2**63)]),
+        (on(softcap=float("inf")), ["softcap", "finite", "inf"]),
+        (on(softcap=1e-50), ["softcap", "1e-50"]),
+        (on(scale=math.nan), ["scale", "finite", "nan"]),
         (on(softcap=-1.0), ["softcap", "-1.0"]),
         (on(dropout_p=1.5), ["dropout_p", "[0, 1]", "1.5"]),
         (on(dropout_p=0.5, seed=2.0), ["seed", "2.0"]),

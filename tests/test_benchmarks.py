@@ -101,7 +101,7 @@ def test_a_wrong_variant_is_not_timed(quick, monkeypatch, backward):
     def planted(case, backends=None):
         def wrong(q, k, v):
             assert case.length <= 197, "timed"
-            return 1.001 * attention.plain(q, k, v, causal=case.causal)
+            return 1.001 * attention.plain(q, k, v, band=case.band)
 
         return [*right(case, backends), Variant("planted", wrong)]
 
@@ -115,7 +115,7 @@ def test_a_wrong_variant_is_not_timed(quick, monkeypatch, backward):
 
 def test_a_wrong_gradient_is_noticed(quick, monkeypatch):
     def wrong(q, k, v):
-        return attention.plain(q, k, v.detach() + 0.5 * (v - v.detach()), causal=False)
+        return attention.plain(q, k, v.detach() + 0.5 * (v - v.detach()), band=(None, None))
 
     monkeypatch.setattr(attention.OpCase, "variants", lambda *_: [Variant("planted", wrong)])
     assert "dv" in sweep.run(_case(backward=True), [16], protocol=_QUICK).wrong["planted"]

@@ -50,9 +50,9 @@ def _dbias_kernel(
     bias_h = tile // tiles_s // tiles_t % bias_heads
     bias_b = tile // tiles_s // tiles_t // bias_heads
 
-    terms = loops_b * loops_h * loops_t * loops_s
-    first = tl.cast(part, tl.int64) * terms // parts
-    last = (tl.cast(part, tl.int64) + 1) * terms // parts
+    terms = tl.cast(loops_b, tl.int64) * loops_h * loops_t * loops_s
+    first = part * terms // parts
+    last = (part + 1) * terms // parts
     # Without lengths, the same keys are seen in all terms, perhaps none.
     if not SUM_T and not SUM_S and opt.query_lengths is None and opt.key_lengths is None:
         t_first = tile_t * BLOCK_T

@@ -39,7 +39,7 @@ _HALVED = {
     ("", "dq"): ("BLOCK_S",),
 }
 
-# Kernels with the same tiles everywhere. The rows of decode are chosen by `decode_rows`.
+# Kernels with the same tiles everywhere.
 _OTHER_TILES = {
     ("decode", False): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
     ("decode", True): ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),

@@ -28,8 +28,8 @@ def scaled_dot_product_attention(
         query: (..., L, E), with any number of leading dimensions, the last of which counts heads.
         key: (..., S, E), value: (..., S, Ev). The leading dimensions broadcast. E and Ev lie in 1
             to 256.
-        attn_mask: broadcastable to (..., L, S). bool: True where the query sees the key. float32
-            or the dtype of query: added to the scores, with a gradient.
+        attn_mask: broadcastable to (..., L, S). bool: True where the query sees the key.
+            Floating, but not wider than query: added to the scores, with a gradient.
         dropout_p: probability with which an element of the softmax is dropped, whether or not any
             module is in training. The seed is drawn from torch's generator.
         is_causal: query t sees the keys s <= t, also for L != S: aligned to the upper left, unlike
@@ -98,10 +98,14 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
 
 
 def _check_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise ValueError(
-            f"attn_mask must be bool, float32 or {query.dtype} as query is, got {mask.dtype}"
-        )
+    wide = isinstance(mask, Tensor) and mask.dtype == torch.float64 != query.dtype
+    if (
+        wide
+        or not isinstance(mask, Tensor)
+        or not (mask.dtype == torch.bool or mask.is_floating_point())
+    ):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attn_mask must be bool, or floating and not wider than query, got {got}")
     fits = mask.dim() <= len(shape) and all(
         a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False)
     )

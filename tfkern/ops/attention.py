@@ -150,7 +150,8 @@ def attention_varlen(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        o (total queries, H, Dv), or (o, lse) with lse (H, total queries).
+        o (total queries, H, Dv), or (o, lse) with lse (H, total queries). o lies in memory with
+        the heads first, so that flattening the heads takes a reshape, not a view.
 
     Raises:
         ValueError, NotImplementedError: as `attention`.
@@ -223,7 +224,7 @@ def bind(
     _check_scores("mask", mask, q, (B, H, T, S))
     _check_lengths("query_lengths", query_lengths, q, T)
     _check_lengths("key_lengths", key_lengths, q, S)
-    if page_table is not None and checks.values_at_hand(page_table):
+    if page_table is not None:
         _check_pages(page_table, key_lengths, k)
     tensors = (q, k, v, _four(bias), _four(mask))
     lengths = (query_lengths, key_lengths, None, None, page_table)
@@ -334,7 +335,9 @@ def _check_lengths(name: str, lengths: Tensor | None, q: Tensor, size: int) -> N
 
 
 def _check_pages(page_table: Tensor, key_lengths: Tensor | None, k: Tensor) -> None:
-    """Entries that are in use must be pages; `page_table` is at hand."""
+    """Entries that are in use must be pages."""
+    if not all(checks.values_at_hand(x) for x in (page_table, key_lengths) if x is not None):
+        return
     if key_lengths is not None:
         first = torch.arange(page_table.shape[1]) * k.shape[2]
         page_table = page_table[first < key_lengths[:, None]]
@@ -395,8 +398,8 @@ def _options(q, causal, window, scale, softcap, dropout_p, seed) -> tuple:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     checks.number("scale", scale)
     checks.number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    if softcap < 0 or 0 < softcap < 1e-30:  # which could be 0 in float32
+        raise ValueError(f"softcap must be at least 1e-30, or 0 for none, got {softcap}")
     checks.probability("dropout_p", dropout_p)
     seed = checks.seed(seed, q.device) if dropout_p > 0 else None
     return seed, left, right, float(scale), float(softcap), float(dropout_p)
@@ -406,8 +409,10 @@ def _limits(window: _Window | None) -> _Window:
     if window is None:
         return None, None
     wrong = not isinstance(window, (tuple, list)) or len(window) != 2
-    if wrong or not all(x is None or (isinstance(x, int) and x >= 0) for x in window):
-        raise ValueError(f"window must be two of None (no limit) or integers >= 0, got {window!r}")
+    if wrong or not all(x is None or (isinstance(x, int) and 0 <= x < 2**31) for x in window):
+        raise ValueError(
+            f"window must be two of None (no limit) or integers from 0 to 2^31 - 1, got {window!r}"
+        )
     return window[0], window[1]
 
 

@@ -108,7 +108,8 @@ def _indices(name: str, chosen: _Choice, size: int, device: torch.device) -> Ten
     if isinstance(chosen, slice):
         return every[chosen]
     if not isinstance(chosen, Tensor):
-        chosen = torch.tensor(chosen, device=device) if chosen else every[:0]
+        chosen = torch.as_tensor(chosen, device=device)
+        chosen = chosen if chosen.numel() else chosen.long()  # of an empty list it would be float
     if chosen.dim() != 1:
         got = f"{chosen.dim()} dimensions"
         raise ValueError(f"{name} must be a slice, a sequence or a 1-d tensor, got {got}")

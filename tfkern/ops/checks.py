@@ -1,5 +1,7 @@
 """The checks that public functions share. A ValueError says what was got and what is taken."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,8 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> None:
 def number(name: str, x: float) -> None:
     if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise ValueError(f"{name} must be a number, got {x!r}")
+    if not torch.compiler.is_compiling() and not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
 
 
 def probability(name: str, p: float) -> None:
@@ -89,7 +93,7 @@ def seed(value: Tensor | int | None, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         if not isinstance(value, int) or not -(2**63) <= value < 2**63:
             raise ValueError(f"seed must be an int of 64 bits or a tensor, got {value!r}")
-        return torch.tensor(value, dtype=torch.int64, device=device)
+        return torch.full((), value, dtype=torch.int64, device=device)  # no copy to wait for
     if value.dtype != torch.int64 or value.dim() != 0 or value.device != device:
         raise ValueError(
             f"seed must be an int or a 0-d int64 tensor on {device}, got {value.dtype} of shape "

@@ -25,7 +25,7 @@ def unpad(x: Tensor, keep: Tensor) -> Unpadded:
         x = pad(packed, indices, *x.shape[:2])
 
     Differentiable in x. How many rows exist is a size that Python needs, so that this call waits
-    for the GPU, once, and breaks a graph of torch.compile.
+    for the GPU, and breaks a graph of torch.compile.
 
     Args:
         x: (B, T, ...), of any dtype.
@@ -83,6 +83,8 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
         raise ValueError(f"indices must be an int64 tensor, got {_what(indices)}")
     checks.same_device("x", x, "indices", indices)
     checks.shape("indices", indices, x.shape[:1], "one for each row of x")
+    if batch < 0 or length < 0:
+        raise ValueError(f"batch and length must not be negative, got {batch} and {length}")
     rows = batch * length
     if checks.values_at_hand(indices) and indices.numel():
         low, high = int(indices.min()), int(indices.max())

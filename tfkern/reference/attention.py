@@ -176,9 +176,9 @@ def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:
         p_sink = torch.where(seen, (sink - lse[..., None]).exp(), 0)
         dsink = -(p_sink * delta).sum((0, 2, 3))
     # forward: s = softcap tanh(scale q k^T / softcap)
-    dx = options.scale * ds * slope
+    dx = torch.where(seen, options.scale * ds * slope, 0)
     dq = dx @ _per_query_head(k, keys, H, dtype)
-    dk = dx.mT @ torch.where(rows.exist[:, None, :, None], q.to(dtype), 0)
+    dk = dx.mT @ torch.where(seen, q.to(dtype), 0)
     dk, dv = (_sum_groups(x, Hk) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), ds, dsink
 

@@ -34,7 +34,7 @@ _SIZES = {  # T, S, D, Dv: on either side of the edges of tiles
     "square": (67, 67, 32, 32),
     "more keys": (37, 131, 64, 64),
     "more queries": (70, 33, 16, 16),
-    "decode": (4, 260, 64, 64),
+    "decode": (8, 260, 64, 64),
     "value size": (34, 65, 40, 80),
     "odd sizes": (65, 97, 23, 7),
 }
@@ -178,11 +178,13 @@ def floor_scale(inputs: dict[str, Any], B: int, T: int, S: int) -> dict[str, flo
 
     Scores and lse, of a few units or about log S, are each off by as many roundings of 1, and with
     them p = exp(s - lse) by the same factor. In narrower dtypes, whose scores and lse are float32
-    too, this disappears in the rest. Gradients of bias and sink are sums of many terms.
+    too, this disappears in the rest, except for lse itself, "output 1". Gradients of bias and sink
+    are sums of many terms.
     """
     q, wide = inputs["q"], inputs["q"].dtype == torch.float32
     names = (*inputs, "output", "output 0", "output 1")
-    scale = dict.fromkeys(names, 1 + 2 * math.log(8 + S) if wide else 1.0)
+    scale = dict.fromkeys(names, 1.0)
+    scale |= dict.fromkeys(names if wide else ("output 1",), 1 + 2 * math.log(8 + S))
     terms = {"sink": B * T}
     if "bias" in inputs:
         terms["bias"] = B * q.shape[1] * T * S // max(inputs["bias"].numel(), 1)
