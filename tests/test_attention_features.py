@@ -119,7 +119,7 @@ def test_any_combination(backend, device, choice, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **_SETTINGS)
+@settings(max_examples=40, **_SETTINGS)
 @given(choice=CHOICES, seed=st.integers(2**20, 2**40))
 def test_many_combinations(backend, device, choice, seed):
     run(choice, backend, device, seed)

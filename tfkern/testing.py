@@ -201,9 +201,8 @@ def _compare(name, ours, torchs, truth, floor_scale) -> Comparison:
         )
         g = truth.to(ours.dtype)
         floor = 2 * _largest((((g + 0.3) - 0.3) - g).double().abs())
-        if (
-            g.is_floating_point() and g.unique().numel() < _FEW
-        ):  # which may all round exactly by luck: the bound of the same noise
+        # Few values may all round exactly by luck: the bound of the same noise.
+        if g.is_floating_point() and g.unique().numel() < _FEW:
             floor = torch.finfo(ours.dtype).eps * (_largest(g.double().abs()) + 0.3)
         limit = 2 * torch_error + floor * floor_scale
     return Comparison(name, error, torch_error, limit, problem)

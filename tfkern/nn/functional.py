@@ -98,14 +98,11 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
 
 
 def _check_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
-    wide = isinstance(mask, Tensor) and mask.dtype == torch.float64 != query.dtype
-    if (
-        wide
-        or not isinstance(mask, Tensor)
-        or not (mask.dtype == torch.bool or mask.is_floating_point())
-    ):
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attn_mask must be bool, or floating and not wider than query, got {got}")
+    wide = mask.dtype == torch.float64 != query.dtype
+    if wide or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"attn_mask must be bool, or floating and not wider than query, got {mask.dtype}"
+        )
     fits = mask.dim() <= len(shape) and all(
         a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False)
     )
