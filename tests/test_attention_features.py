@@ -466,21 +466,40 @@ def test_many_documents_of_every_length(backend, device):
 # ---- decoding ----
 
 
-@pytest.mark.parametrize("T, S", [(1, 1500), (3, 1111)])
-def test_decode(backend, dtype, device, T, S):
+@pytest.mark.parametrize("B, T, S", [(4, 1, 1500), (1, 3, 1111)])
+def test_decode(backend, dtype, device, B, T, S):
     """Few queries and many keys, which are split: lengths end within, before and at a split."""
-    q, k, v = heads(4, 8, 2, T, S, 32, dtype, device)
-    lengths = torch.tensor([S, 1, S // 2, 0], device=device)
+    q, k, v = heads(B, 2 * B, (B + 1) // 2, T, S, 32, dtype, device)
+    lengths = torch.tensor([S - 7, 1, S // 2, 0][:B], device=device)
     padding = torch.arange(S, device=device) >= lengths[:, None]
     for x in (k, v):
         x.masked_fill_(padding[:, None, :, None], math.nan)
-    inputs = {"q": q, "k": k, "v": v}
+    inputs = {"q": q, "k": k, "v": v, "sink": 3 + torch.randn(2 * B, device=device).to(dtype)}
     options = {"causal": True, "key_lengths": lengths, "return_lse": True}
     validate(
         lambda **x: tfkern.attention(**x, **options, backend=backend),
         lambda **x: torch_attention(**x, **options),
         inputs,
-        floor_scale=floor_scale(inputs, 4, T, S),
+        floor_scale=floor_scale(inputs, B, T, S),
+    ).check()
+
+
+def test_decode_with_every_option(backend, device):
+    """The parts of a split agree on positions, and count the sink once."""
+    B, H, T, S = 1, 2, 2, 1300
+    q, k, v = heads(B, H, 1, T, S, 16, device=device)
+    inputs = {"q": q, "k": k, "v": v, "sink": 4 + torch.randn(H, device=device)}
+    inputs["bias"] = torch.randn(1, H, 1, S, device=device)
+    options = {
+        "window": (1100, 0), "mask": torch.rand(T, S, device=device) < 0.8, "softcap": 3.0,
+        "alibi_slopes": torch.rand(H, device=device) / 1000, "dropout_p": 0.3, "seed": 5,
+        "return_lse": True,
+    }  # fmt: skip
+    validate(
+        lambda **x: tfkern.attention(**x, **options, backend=backend),
+        lambda **x: torch_attention(**x, **options),
+        inputs,
+        floor_scale=floor_scale(inputs, B, T, S),
     ).check()
 
 
