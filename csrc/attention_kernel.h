@@ -192,11 +192,13 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
     start(partial, a, block, a.sink && part == 0);
     for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
       const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-      const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D, narrow ? Dp : D, narrow);
-      const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv, narrow ? Dvp : Dv, narrow);
       if (narrow) {
-        row_product(keys, rows, Dp, k_tile, q_rows, Dp, scores, kBlock, product_scale(a));
+        const HeadRows k_tile = narrow_rows(k_buffer, k, s0, keys, D);
+        TFKERN_COMPUTED(C, k_tile.dtype,
+                        row_product(keys, rows, Dp, matrix<T>(k_tile), q_rows, Dp, scores, kBlock,
+                                    product_scale(a)));
       } else {
+        const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D, D);
         product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false, product_scale(a));
       }
       finish_scores(scores, a, block, lanes, s0, keys, tile, buffer);
@@ -209,8 +211,13 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
       }
       if (narrow) {
         const Left<C> p{scores, 1, kBlock};
-        product(rows, Dvp, keys, p, v_tile.data, v_tile.row, partial.o, partial.row, true);
+        const HeadRows v_tile = narrow_rows(v_buffer, v, s0, keys, Dv);
+        TFKERN_COMPUTED(C, v_tile.dtype, {
+          const Left<T> right = matrix<T>(v_tile);
+          product(rows, Dvp, keys, p, right.data, right.row, partial.o, partial.row, true);
+        });
       } else {
+        const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv, Dv);
         product(Dv, width, keys, transposed(v_tile), scores, kBlock, partial.o, kBlock, true);
       }
     }

@@ -1,5 +1,6 @@
 // Matrix products of attention_kernel.h. Keys and values enter them as scalars that are broadcast,
-// so they need no packing, except where there are too few rows to fill a vector.
+// so they need no packing, except where there are too few rows to fill a vector: they are then read
+// by vectors, and widened (type T) while they are.
 
 // Accumulators, rows times vectors, fill the registers but for a row of `right` and a scalar.
 template <class C>
@@ -18,8 +19,8 @@ struct Left {
 };
 
 // The part of `product` whose accumulators are R rows of NV vectors.
-template <int R, int NV, class C>
-inline void product_tile(int64_t K, Left<C> left, const C* right, int64_t right_stride, C* out,
+template <int R, int NV, class C, class T>
+inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_stride, C* out,
                          int64_t out_stride, bool add, C alpha) {
   constexpr int L = kLanes<C>;
   int64_t k = 0;
@@ -55,8 +56,8 @@ inline void product_tile(int64_t K, Left<C> left, const C* right, int64_t right_
   } while (k < K);
 }
 
-template <int NV, class C>
-inline void product_panel(int64_t M, int64_t K, Left<C> left, const C* right, int64_t right_stride,
+template <int NV, class C, class T>
+inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, int64_t right_stride,
                           C* out, int64_t out_stride, bool add, C alpha) {
   constexpr int R = kRows<C>;
   int64_t m = 0;
@@ -81,8 +82,8 @@ inline void product_panel(int64_t M, int64_t K, Left<C> left, const C* right, in
 }
 
 // out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
-template <class C>
-void product(int64_t M, int64_t N, int64_t K, Left<C> left, const C* right, int64_t right_stride,
+template <class C, class T>
+void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int64_t right_stride,
              C* out, int64_t out_stride, bool add, C alpha = 1) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
   int64_t n = 0;
@@ -111,27 +112,30 @@ inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
 
 // out[m][r] = alpha sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
 // too small to fill a vector. K fills whole vectors.
-template <class C>
-void row_product(int64_t M, int64_t R, int64_t K, Left<C> left, const C* right,
+template <class C, class T>
+void row_product(int64_t M, int64_t R, int64_t K, Left<T> left, const C* right,
                  int64_t right_stride, C* out, int64_t out_stride, C alpha) {
   constexpr int L = kLanes<C>;
   for (int64_t m = 0; m < M; m += L) {
-    const int64_t count = std::min<int64_t>(L, M - m);
+    const T* rows[L];
+    for (int i = 0; i < L; ++i) rows[i] = left.data + std::min(m + i, M - 1) * left.row;
     for (int64_t r = 0; r < R; ++r) {
-      Vec<C> part[L];
-      for (int64_t i = 0; i < L; ++i) {
-        const C* row = left.data + (m + std::min(i, count - 1)) * left.row;
-        Vec<C> total{};
-        for (int64_t k = 0; k < K; k += L)
-          total += load(row + k) * load(right + r * right_stride + k);
-        part[i] = total;
+      Vec<C> part[L] = {};
+      for (int64_t k = 0; k < K; k += L) {
+        const Vec<C> x = load(right + r * right_stride + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) part[i] += load(rows[i] + k) * x;
       }
+#pragma GCC unroll 4
       for (int n = L / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
         for (int i = 0; i < n; ++i) part[i] = pair_sums<C>(part[2 * i], part[2 * i + 1]);
       }
       C sums[L];
       store(sums, part[0] * alpha);
-      for (int64_t i = 0; i < count; ++i) out[(m + i) * out_stride + r] = sums[i];
+      for (int64_t i = 0; i < std::min<int64_t>(L, M - m); ++i) {
+        out[(m + i) * out_stride + r] = sums[i];
+      }
     }
   }
 }

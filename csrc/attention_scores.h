@@ -49,22 +49,40 @@ inline void store_row(const HeadRows& rows, int64_t i, const C* src, int64_t N) 
   TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(rows.at(i)), src, N));
 }
 
+template <class C>
+constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
+
 // Rows [begin, begin + count) in the computing type, `width` >= N elements each with zeros past N:
-// in place if they are so in memory (and, unless `apart`, side by side: rows a power of two apart
-// would fight for the same cache sets when they are read again), else copied to `buffer`.
+// in place if they are so in memory and side by side (rows a power of two apart would fight for the
+// same cache sets when they are read again), else copied to `buffer`.
 template <class C>
 inline Left<C> load_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count, int64_t N,
-                         int64_t width, bool apart = false) {
-  constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
+                         int64_t width) {
   constexpr int64_t kSize = sizeof(C);
-  if (rows.dtype == kDtype && !rows.pages && width == N && (apart || rows.stride == N * kSize)) {
-    return {reinterpret_cast<const C*>(rows.at(begin)), rows.stride / kSize, 1};
+  if (rows.dtype == kDtype<C> && !rows.pages && width == N && rows.stride == N * kSize) {
+    return {reinterpret_cast<const C*>(rows.at(begin)), N, 1};
   }
   for (int64_t i = 0; i < count; ++i) {
     load_row(buffer + i * width, rows, begin + i, N);
     std::fill(buffer + i * width + N, buffer + (i + 1) * width, C{0});
   }
   return {buffer, width, 1};
+}
+
+// The same for products that read them once or twice: in place in any type and at any distance if
+// they fill whole vectors. `matrix` makes them an operand.
+template <class C>
+inline HeadRows narrow_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count,
+                            int64_t N) {
+  const int64_t width = padded<C>(N);
+  if (!rows.pages && width == N) return {rows.at(begin), rows.stride, rows.dtype};
+  load_rows(buffer, rows, begin, count, N, width);
+  return {reinterpret_cast<char*>(buffer), width * static_cast<int64_t>(sizeof(C)), kDtype<C>};
+}
+
+template <class T>
+inline Left<T> matrix(const HeadRows& rows) {
+  return {reinterpret_cast<const T*>(rows.data), rows.stride / static_cast<int64_t>(sizeof(T)), 1};
 }
 
 template <class C>

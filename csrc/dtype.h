@@ -45,3 +45,7 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
       break;                        \
     }                               \
   }
+
+// The same where `dtype` is one that is computed in C.
+#define TFKERN_COMPUTED(C, dtype, ...) \
+  TFKERN_DTYPE(dtype, if constexpr (std::is_same_v<::tfkern::Compute<T>, C>) __VA_ARGS__)

@@ -49,11 +49,6 @@ inline VecDouble load(const double* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-inline VecFloat load(const BFloat16* p) {
-  VecHalfBits h;
-  std::memcpy(&h, p, sizeof(h));
-  return (VecFloat)(__builtin_convertvector(h, VecUint) << 16);
-}
 
 inline void store(float* p, VecFloat v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, VecDouble v) { std::memcpy(p, &v, sizeof(v)); }
@@ -65,7 +60,11 @@ inline void store(BFloat16* p, VecFloat v) {
   std::memcpy(p, &h, sizeof(h));
 }
 
+// GCC 12 would widen 16-bit integers in two halves and join them.
 #if TFKERN_VEC_BYTES == 64
+inline VecFloat load(const BFloat16* p) {
+  return (VecFloat)((VecUint)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+}
 inline VecFloat load(const Half* p) {
   return (VecFloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -73,6 +72,9 @@ inline void store(Half* p, VecFloat v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif TFKERN_VEC_BYTES == 32
+inline VecFloat load(const BFloat16* p) {
+  return (VecFloat)((VecUint)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+}
 inline VecFloat load(const Half* p) {
   return (VecFloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
@@ -80,6 +82,11 @@ inline void store(Half* p, VecFloat v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
+inline VecFloat load(const BFloat16* p) {
+  VecHalfBits h;
+  std::memcpy(&h, p, sizeof(h));
+  return (VecFloat)(__builtin_convertvector(h, VecUint) << 16);
+}
 #if defined(__aarch64__)
 typedef __fp16 NativeHalf;
 #else
