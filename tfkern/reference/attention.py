@@ -149,7 +149,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
     dtype = torch.promote_types(q.dtype, torch.float32)
     s, _ = scores(q, k, rows, keys, options)
     p, lse = _softmax(s, rows, options.sink)
-    o = (p * _keep(s, options)) @ _per_query_head(v, keys, q.shape[1], dtype)
+    o = _drop(p, _keep(s, options)) @ _per_query_head(v, keys, q.shape[1], dtype)
     return o.to(q.dtype), lse
 
 
@@ -165,8 +165,8 @@ def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:
     p, lse = _softmax(s, rows, options.sink)
     # forward: o = (p keep / (1 - dropout_p)) v
     keep = _keep(s, options)
-    dv = (p * keep).mT @ do
-    dp = (do @ _per_query_head(v, keys, H, dtype).mT) * keep
+    dv = _drop(p, keep).mT @ do
+    dp = _drop(do @ _per_query_head(v, keys, H, dtype).mT, keep)
     delta = (p * dp).sum(-1, keepdim=True) - dlse
     ds = p * (dp - delta)
     # forward: lse = log (sum exp(s) + exp(sink))
@@ -272,10 +272,14 @@ def _softmax(s: Tensor, rows: Places, sink: Tensor | None) -> tuple[Tensor, Tens
     return p[..., :S], lse.masked_fill(~rows.exist[:, None], -torch.inf)
 
 
-def _keep(s: Tensor, options: Options) -> Tensor:
-    """What dropout multiplies p by: (B, H, T, S) of 0 and 1 / (1 - dropout_p), or 1."""
+def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep
+
+
+def _keep(s: Tensor, options: Options) -> Tensor | None:
+    """What dropout multiplies p by: (B, H, T, S) of 0 and 1 / (1 - dropout_p). None without it."""
     if options.seed is None or options.dropout_p == 0:
-        return s.new_ones(())
+        return None
     B, H, T, S = s.shape
     t, four = (torch.arange(n, device=s.device) for n in (T, -(-S // 4)))
     heads = torch.arange(B * H, device=s.device).view(B, H, 1, 1) + options.document * H
