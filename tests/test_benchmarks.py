@@ -214,8 +214,8 @@ def test_peak_memory_of_plain_attention_is_quadratic():
     tfkern.backends("attention")["native"] is not None, reason="no native kernel here"
 )
 def test_peak_memory_of_native_attention_is_linear():
-    # Enough heads that the output is large beside the 0.3 MB to which the system counts.
-    assert _memory_slope("tfkern native", [1024, 4096], heads=8) < 1.1
+    # So long that the output is large beside the 0.3 MB to which the system counts.
+    assert _memory_slope("tfkern native", [2048, 8192], heads=8) < 1.1
 
 
 @pytest.mark.slow
