@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tfkern.ops import attention
+from tfkern.ops import attention, checks
 
 
 def scaled_dot_product_attention(
@@ -103,11 +103,7 @@ def _check_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"attn_mask must be bool, or floating and not wider than query, got {mask.dtype}"
         )
-    fits = mask.dim() <= len(shape) and all(
-        a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, not broadcastable to {shape}")
+    checks.broadcastable("attn_mask", mask, shape)
 
 
 def _four(x: Tensor, lead: tuple[int, ...]) -> Tensor:

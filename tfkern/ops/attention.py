@@ -259,29 +259,19 @@ def bind_varlen(
         _check_rank(name, x, 3, "(total length, heads, size)")
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in checks.autocast(q, k, v))
     _check_heads(q, k, v)
-    cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
-    for name, cu, x, longest in zip(
-        "qk", cu_seqlens, (q, k), (max_seqlen_q, max_seqlen_k), strict=True
-    ):
-        _check_cu_seqlens(name, cu, x, longest)
+    _check_cu_seqlens("q", cu_seqlens_q, q, max_seqlen_q)
+    _check_cu_seqlens("k", cu_seqlens_k, k, max_seqlen_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must be as long as each other, got "
             f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
         )
-    documents = cu_seqlens_q.shape[0] - 1
-    heads = _per_head(q, documents, alibi_slopes, sink)
+    tensors = (q, k, v, None, None)
+    lengths = (None, None, cu_seqlens_q, cu_seqlens_k, None)
     return (
-        q,
-        k,
-        v,
-        None,
-        None,
-        *heads,
-        None,
-        None,
-        *cu_seqlens,
-        None,
+        *tensors,
+        *_per_head(q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sink),
+        *lengths,
         *_options(q, causal, window, scale, softcap, dropout_p, seed),
     )
 
@@ -316,11 +306,7 @@ def _check_scores(name: str, x: Tensor | None, q: Tensor, shape: tuple[int, ...]
     else:
         checks.boolean(name, x)
     checks.same_device("q", q, name, x)
-    fits = x.dim() <= 4 and all(
-        a in (1, b) for a, b in zip(reversed(x.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, not broadcastable to {shape}")
+    checks.broadcastable(name, x, shape)
 
 
 def _check_lengths(name: str, lengths: Tensor | None, q: Tensor, size: int) -> None:
@@ -328,10 +314,7 @@ def _check_lengths(name: str, lengths: Tensor | None, q: Tensor, size: int) -> N
         return
     checks.integers(name, lengths, q)
     checks.shape(name, lengths, (q.shape[0],), "one length for each batch")
-    if checks.values_at_hand(lengths) and lengths.numel():
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > size:
-            raise ValueError(f"{name} must lie in 0 to {size}, got {low if low < 0 else high}")
+    checks.within(name, lengths, 0, size)
 
 
 def _check_pages(page_table: Tensor, key_lengths: Tensor | None, k: Tensor) -> None:
@@ -341,16 +324,11 @@ def _check_pages(page_table: Tensor, key_lengths: Tensor | None, k: Tensor) -> N
     if key_lengths is not None:
         first = torch.arange(page_table.shape[1]) * k.shape[2]
         page_table = page_table[first < key_lengths[:, None]]
-    if page_table.numel():
-        low, high = int(page_table.min()), int(page_table.max())
-        if low < 0 or high >= k.shape[0]:
-            raise ValueError(
-                f"page_table must lie in 0 to {k.shape[0] - 1}, got {low if low < 0 else high}"
-            )
+    checks.within("page_table", page_table, 0, k.shape[0] - 1)
 
 
-def _check_cu_seqlens(name: str, cu: Tensor, x: Tensor, longest: int | None) -> None:
-    total, name = x.shape[2], f"cu_seqlens_{name}"
+def _check_cu_seqlens(of: str, cu: Tensor, x: Tensor, longest: int | None) -> None:
+    total, name = x.shape[2], f"cu_seqlens_{of}"
     checks.integers(name, cu, x)
     if cu.dim() != 1 or cu.shape[0] == 0:
         raise ValueError(f"{name} must be (documents + 1,), got {tuple(cu.shape)}")
@@ -361,7 +339,7 @@ def _check_cu_seqlens(name: str, cu: Tensor, x: Tensor, longest: int | None) -> 
         raise ValueError(f"{name} must rise from 0 to {total}, got {cu.tolist()}")
     if longest is not None and lengths.numel() and int(lengths.max()) > longest:
         raise ValueError(
-            f"max_seqlen_{name[-1]} is {longest}, but a document has {int(lengths.max())} rows"
+            f"max_seqlen_{of} is {longest}, but a document has {int(lengths.max())} rows"
         )
 
 

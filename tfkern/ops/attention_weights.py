@@ -114,11 +114,7 @@ def _indices(name: str, chosen: _Choice, size: int, device: torch.device) -> Ten
         got = f"{chosen.dim()} dimensions"
         raise ValueError(f"{name} must be a slice, a sequence or a 1-d tensor, got {got}")
     checks.integers(name, chosen, every)
-    if checks.values_at_hand(chosen) and chosen.numel():
-        low, high = int(chosen.min()), int(chosen.max())
-        if low < -size or high >= size:
-            bad = low if low < -size else high
-            raise ValueError(f"{name} must lie in {-size} to {size - 1}, got {bad}")
+    checks.within(name, chosen, -size, size - 1)
     return every[chosen]
 
 

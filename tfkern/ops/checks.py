@@ -44,6 +44,23 @@ def shape(name: str, x: Tensor, expected: tuple, what: str) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}, {what}")
 
 
+def broadcastable(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    fits = x.dim() <= len(expected) and all(
+        a in (1, b) for a, b in zip(reversed(x.shape), reversed(expected), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, not broadcastable to {expected}")
+
+
+def within(name: str, x: Tensor, low: int, high: int) -> None:
+    """Checks the values of lengths or indices, if they are at hand."""
+    if values_at_hand(x) and x.numel():
+        least, most = int(x.min()), int(x.max())
+        if least < low or most > high:
+            got = least if least < low else most
+            raise ValueError(f"{name} must lie in {low} to {high}, got {got}")
+
+
 def columns(name: str, x: Tensor, expected: int, what: str) -> None:
     if x.dim() != 2 or x.shape[1] != expected:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (*, {expected}), {what}")

@@ -50,8 +50,7 @@ def unpad(x: Tensor, keep: Tensor) -> Unpadded:
     B, T = x.shape[:2]
     if keep.dtype != torch.bool:
         checks.shape("keep", keep, (B,), "one length for each batch (a mask must be bool)")
-        if checks.values_at_hand(keep) and B and not 0 <= int(keep.min()) <= int(keep.max()) <= T:
-            raise ValueError(f"keep must hold lengths in 0 to {T}, got {keep.tolist()}")
+        checks.within("keep", keep, 0, T)
         keep = torch.arange(T, device=x.device) < keep[:, None]
     checks.shape("keep", keep, (B, T), "the batch and length of x")
     indices = keep.flatten().nonzero().squeeze(1)
@@ -86,14 +85,7 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     if batch < 0 or length < 0:
         raise ValueError(f"batch and length must not be negative, got {batch} and {length}")
     rows = batch * length
-    if checks.values_at_hand(indices) and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= rows:
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"indices must lie in 0 to {rows - 1}, as batch {batch} and length {length} say, "
-                f"got {bad}"
-            )
+    checks.within(f"indices, of batch {batch} and length {length},", indices, 0, rows - 1)
     padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, indices, x)
     return padded.reshape(batch, length, *x.shape[1:])
 
