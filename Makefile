@@ -27,7 +27,7 @@ format: .venv/ready
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 # The GPU targets need no network. They take python3 (3.11 or later) as they find it, with torch,
-# triton, pytest, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
+# triton, pytest, hypothesis, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
 GPU := PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
 
 test-gpu: .gpu/ready

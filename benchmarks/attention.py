@@ -84,7 +84,8 @@ class OpCase(Case):
         return factor * 4 * self.batch * self.heads * pairs * self.head_dim
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        return flop_formulas(self.causal, self._triton_tile())
+        # torch gets a window as a mask, and then computes everything
+        return flop_formulas(self.causal and self.window is None, self._triton_tile())
 
     def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
         return tfkern.attention(q, k, v, window=self.band, backend=backend)

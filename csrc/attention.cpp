@@ -8,152 +8,14 @@
 // times kBlock rows, so memory is linear in T and S; float16 and bfloat16 are widened tile by tile
 // and computed in float. How the work is cut depends on the shapes only, never on the number of
 // threads, and no sum is shared between tasks, so results are bit-equal from run to run.
+#include "attention.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <atomic>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "isa.h"
 #include "tensor.h"
-
-namespace tfkern {
-
-constexpr int64_t kBlock = 64;            // rows of a tile, along the lanes
-constexpr int64_t kKeys = 96;             // keys of a tile
-constexpr int64_t kBiasKeys = 8 * kKeys;  // keys of a tile of dbias
-constexpr int64_t kNoLimit = int64_t{1} << 40;
-
-// A (batch, head, row, feature) tensor of any element type; strides are in bytes. With a table of
-// pages, `batch` is the stride of pages.
-struct Heads {
-  char* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
-  Dtype dtype = Dtype::f32;
-  const int64_t* pages = nullptr;
-  int64_t pages_per_batch = 0, page_size = 0;
-};
-
-// A (batch, head, query, key) tensor beside the scores; strides are in bytes, 0 where it is
-// broadcast.
-struct Elements {
-  const char* data = nullptr;
-  int64_t batch = 0, head = 0, query = 0, key = 0;
-  Dtype dtype = Dtype::f32;
-  bool boolean = false;
-};
-
-// Queries and keys that belong together: those of a batch, or of a document of a packed batch.
-struct Document {
-  int64_t batch;
-  int64_t query0, key0;   // the first rows
-  int64_t queries, keys;  // how many exist
-};
-
-struct AttentionShape {
-  int64_t B, H, Hk, T, S, D, Dv;
-  int64_t left, right;  // query t sees the keys from t + offset - left to t + offset + right
-  std::vector<Document> documents;
-
-  int64_t group() const { return Hk ? H / Hk : 0; }
-  // Whether the heads of a group share a block of rows.
-  bool shared(const Document& d) const { return group() * d.queries <= kBlock; }
-  // Blocks of rows of a key head.
-  int64_t blocks(const Document& d) const {
-    if (d.queries == 0 || H == 0) return 0;
-    return shared(d) ? 1 : group() * ((d.queries + kBlock - 1) / kBlock);
-  }
-  // Of lse and its like, (B, H, T).
-  int64_t row_index(const Document& d, int64_t h, int64_t t) const {
-    return (d.batch * H + h) * T + d.query0 + t;
-  }
-};
-
-// What defines the scores.
-template <class C>
-struct AttentionScores : AttentionShape {
-  C scale, softcap;
-  Heads q, k, v;
-  Elements bias, mask;
-  const C *alibi_slopes, *sink;  // (documents, H) and (H,); null if absent
-  bool dropout;
-  uint64_t seed;
-  uint32_t threshold;  // an element whose draw is at least that is kept
-  C keep;              // 1 / (1 - p)
-};
-
-template <class C>
-struct AttentionForward : AttentionScores<C> {
-  Heads o;
-  C* lse;
-  // Many keys of few rows are cut into parts, so that every thread has work.
-  int64_t part_keys;
-  std::vector<int64_t> first_task;  // of each document, and the end
-  C* partials;                      // what each task leaves, in blocks of several parts
-  std::atomic<int64_t>* finished;   // parts of the block whose first task that is
-
-  int64_t parts(const Document& d) const {
-    return std::max<int64_t>(1, (d.keys + part_keys - 1) / part_keys);
-  }
-  int64_t partial_size() const { return ((this->Dv + 15) / 16 * 16 + 2) * kBlock; }
-};
-
-// The contiguous gradient of a bias.
-struct BiasGradient {
-  char* data;
-  Dtype dtype;
-  int64_t B, H, T, S;
-};
-
-template <class C>
-struct AttentionBackward : AttentionScores<C> {
-  Heads d_o, o;
-  const C *dlse, *lse;  // dlse may be null
-  Heads dq, dk, dv;
-  BiasGradient dbias;
-  C* sink_terms;   // of dsink, for each row; null without a sink
-  int64_t chunks;  // tasks per key head, at most
-  C* partials;     // their sums of dk and dv
-
-  // Few heads are cut into chunks so that every thread has work.
-  int64_t chunks_of(const Document& d) const {
-    const int64_t key_heads = static_cast<int64_t>(this->documents.size()) * this->Hk;
-    return std::clamp<int64_t>(16 / std::max<int64_t>(key_heads, 1), 1,
-                               std::max<int64_t>(this->blocks(d) / 2, 1));
-  }
-  // Keys of the longest document.
-  int64_t longest() const {
-    int64_t keys = 0;
-    for (const Document& d : this->documents) keys = std::max(keys, d.keys);
-    return keys;
-  }
-  // Of the sums for the first key of a document.
-  int64_t partial_row(const Document& d, int64_t hk, int64_t chunk) const {
-    return ((d.batch * this->Hk + hk) * chunks + chunk) * this->S + d.key0;
-  }
-};
-
-// Uninitialised arrays that start at cache lines and live as long as this.
-template <class C>
-class Scratch {
- public:
-  C* get(int64_t n) {
-    void* p = ::operator new(std::max<int64_t>(n, 1) * sizeof(C), kLine);
-    arrays_.emplace_back(static_cast<C*>(p));
-    return arrays_.back().get();
-  }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(C* p) const { ::operator delete(p, kLine); }
-  };
-  std::vector<std::unique_ptr<C, Free>> arrays_;
-};
-
-}  // namespace tfkern
 
 #define TFKERN_KERNEL "attention_kernel.h"
 #include "each_isa.h"
@@ -427,8 +289,9 @@ void zero_rest(Tensor& x, const AttentionShape& a, bool keys) {
 
 template <class C>
 std::tuple<Tensor, Tensor> forward(const Arguments& in) {
-  const Converted<C> converted(in, shape(in));
-  AttentionForward<C> a{converted.scores(in, shape(in))};
+  AttentionShape sizes = shape(in);
+  const Converted<C> converted(in, sizes);
+  AttentionForward<C> a{converted.scores(in, std::move(sizes))};
   Tensor o = empty(in.q, {a.B, a.H, a.T, a.Dv}, in.q.scalar_type());
   Tensor lse = empty(in.q, {a.B, a.H, a.T}, kCompute<C>);
   zero_rest(o, a, false);
@@ -457,10 +320,10 @@ std::tuple<Tensor, Tensor> forward(const Arguments& in) {
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class C>
-Five backward(const Arguments& in, const Tensor& d_o, const Optional& dlse, const Tensor& o,
-              const Tensor& lse, bool bias_grad) {
-  const Converted<C> converted(in, shape(in));
-  AttentionBackward<C> a{converted.scores(in, shape(in))};
+Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, const Optional& dlse,
+              const Tensor& o, const Tensor& lse, bool bias_grad) {
+  const Converted<C> converted(in, sizes);
+  AttentionBackward<C> a{converted.scores(in, std::move(sizes))};
   const ScalarType type = in.q.scalar_type();
   Tensor dq = empty(in.q, {a.B, a.H, a.T, a.D}, type);
   Tensor dk = empty(in.q, {a.B, a.Hk, a.S, a.D}, type);
@@ -568,7 +431,7 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
                      scale,
                      softcap,
                      dropout_p};
-  const AttentionShape sizes = shape(in);
+  AttentionShape sizes = shape(in);
   const auto fits = [&](const Tensor& t) {
     return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
            t.size(3) == sizes.Dv;
@@ -581,8 +444,9 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
                   "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
   if (dlse) dlse = torch::stable::contiguous(*dlse);
   return (in.wide() ? backward<double>
-                    : backward<float>)(in, with_contiguous_rows(d_o), dlse, with_contiguous_rows(o),
-                                       torch::stable::contiguous(lse), bias_grad);
+                    : backward<float>)(in, std::move(sizes), with_contiguous_rows(d_o), dlse,
+                                       with_contiguous_rows(o), torch::stable::contiguous(lse),
+                                       bias_grad);
 }
 
 }  // namespace

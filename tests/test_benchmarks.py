@@ -65,6 +65,12 @@ def test_counted_flops_of_a_window_are_linear(name, causal):
     assert sweep.slope(lengths, counts) == pytest.approx(1, abs=0.02)
 
 
+def test_torch_computes_all_of_a_window():
+    case = _case(length=1024, causal=True, window=64)
+    counted = sweep.count_flops(case, _variant(case, "sdpa flash"))
+    assert counted == 4 * 2 * 1024**2 * 8
+
+
 @pytest.mark.parametrize("T, S", [(1, 1), (5, 9), (64, 64), (100, 100), (130, 70), (0, 4)])
 @pytest.mark.parametrize("band", [(None, None), (None, 0), (9, 0), (20, 33), (3, None)], ids=str)
 def test_tile_flops_counts_tiles_with_a_visible_pair(T, S, band):

@@ -1,5 +1,6 @@
 """Attention with every option in torch's own operators, and cases that combine the options."""
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -285,25 +286,14 @@ def torch_attention_varlen(
 ) -> Any:
     """What `tfkern.attention_varlen` computes: one document after the other."""
     results = []
-    for i, (rows, keys) in enumerate(
-        zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
-    ):
-        if i == 0:
-            begin = rows, keys
-            continue
-        document = [
-            x[a:b].transpose(0, 1)[None]
-            for x, a, b in ((q, begin[0], rows), (k, begin[1], keys), (v, begin[1], keys))
-        ]
+    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    for i, ((t0, s0), (t1, s1)) in enumerate(itertools.pairwise(ends)):
+        document = [x.transpose(0, 1)[None] for x in (q[t0:t1], k[s0:s1], v[s0:s1])]
         slopes = alibi_slopes
         if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[i - 1]
-        results.append(
-            torch_attention(
-                *document, alibi_slopes=slopes, return_lse=True, document=i - 1, **options
-            )
-        )
-        begin = rows, keys
+            slopes = slopes[i]
+        options |= {"alibi_slopes": slopes, "document": i, "return_lse": True}
+        results.append(torch_attention(*document, **options))
     o = torch.cat([o[0].transpose(0, 1) for o, _ in results])
     lse = torch.cat([lse[0] for _, lse in results], 1)
     return (o, lse) if return_lse else o

@@ -1,0 +1,147 @@
+// What the kernels of attention.cpp are given.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "dtype.h"
+
+namespace tfkern {
+
+constexpr int64_t kBlock = 64;            // rows of a tile, along the lanes
+constexpr int64_t kKeys = 96;             // keys of a tile
+constexpr int64_t kBiasKeys = 8 * kKeys;  // keys of a tile of dbias
+constexpr int64_t kNoLimit = int64_t{1} << 40;
+
+// A (batch, head, row, feature) tensor of any element type; strides are in bytes. With a table of
+// pages, `batch` is the stride of pages.
+struct Heads {
+  char* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  Dtype dtype = Dtype::f32;
+  const int64_t* pages = nullptr;
+  int64_t pages_per_batch = 0, page_size = 0;
+};
+
+// A (batch, head, query, key) tensor beside the scores; strides are in bytes, 0 where it is
+// broadcast.
+struct Elements {
+  const char* data = nullptr;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+  Dtype dtype = Dtype::f32;
+  bool boolean = false;
+};
+
+// Queries and keys that belong together: those of a batch, or of a document of a packed batch.
+struct Document {
+  int64_t batch;
+  int64_t query0, key0;   // the first rows
+  int64_t queries, keys;  // how many exist
+};
+
+struct AttentionShape {
+  int64_t B, H, Hk, T, S, D, Dv;
+  int64_t left, right;  // query t sees the keys from t + offset - left to t + offset + right
+  std::vector<Document> documents;
+
+  int64_t group() const { return Hk ? H / Hk : 0; }
+  // Whether the heads of a group share a block of rows.
+  bool shared(const Document& d) const { return group() * d.queries <= kBlock; }
+  // Blocks of rows of a key head.
+  int64_t blocks(const Document& d) const {
+    if (d.queries == 0 || H == 0) return 0;
+    return shared(d) ? 1 : group() * ((d.queries + kBlock - 1) / kBlock);
+  }
+  // Of lse and its like, (B, H, T).
+  int64_t row_index(const Document& d, int64_t h, int64_t t) const {
+    return (d.batch * H + h) * T + d.query0 + t;
+  }
+};
+
+// What defines the scores.
+template <class C>
+struct AttentionScores : AttentionShape {
+  C scale, softcap;
+  Heads q, k, v;
+  Elements bias, mask;
+  const C *alibi_slopes, *sink;  // (documents, H) and (H,); null if absent
+  bool dropout;
+  uint64_t seed;
+  uint32_t threshold;  // an element whose draw is at least that is kept
+  C keep;              // 1 / (1 - p)
+};
+
+template <class C>
+struct AttentionForward : AttentionScores<C> {
+  Heads o;
+  C* lse;
+  // Many keys of few rows are cut into parts, so that every thread has work.
+  int64_t part_keys;
+  std::vector<int64_t> first_task;  // of each document, and the end
+  C* partials;                      // what each task leaves, in blocks of several parts
+  std::atomic<int64_t>* finished;   // parts of the block whose first task that is
+
+  int64_t parts(const Document& d) const {
+    return std::max<int64_t>(1, (d.keys + part_keys - 1) / part_keys);
+  }
+  int64_t partial_size() const { return ((this->Dv + 15) / 16 * 16 + 2) * kBlock; }
+};
+
+// The contiguous gradient of a bias.
+struct BiasGradient {
+  char* data;
+  Dtype dtype;
+  int64_t B, H, T, S;
+};
+
+template <class C>
+struct AttentionBackward : AttentionScores<C> {
+  Heads d_o, o;
+  const C *dlse, *lse;  // dlse may be null
+  Heads dq, dk, dv;
+  BiasGradient dbias;
+  C* sink_terms;   // of dsink, for each row; null without a sink
+  int64_t chunks;  // tasks per key head, at most
+  C* partials;     // their sums of dk and dv
+
+  // Few heads are cut into chunks so that every thread has work.
+  int64_t chunks_of(const Document& d) const {
+    const int64_t key_heads = static_cast<int64_t>(this->documents.size()) * this->Hk;
+    return std::clamp<int64_t>(16 / std::max<int64_t>(key_heads, 1), 1,
+                               std::max<int64_t>(this->blocks(d) / 2, 1));
+  }
+  // Keys of the longest document.
+  int64_t longest() const {
+    int64_t keys = 0;
+    for (const Document& d : this->documents) keys = std::max(keys, d.keys);
+    return keys;
+  }
+  // Of the sums for the first key of a document.
+  int64_t partial_row(const Document& d, int64_t hk, int64_t chunk) const {
+    return ((d.batch * this->Hk + hk) * chunks + chunk) * this->S + d.key0;
+  }
+};
+
+// Uninitialised arrays that start at cache lines and live as long as this.
+template <class C>
+class Scratch {
+ public:
+  C* get(int64_t n) {
+    void* p = ::operator new(std::max<int64_t>(n, 1) * sizeof(C), kLine);
+    arrays_.emplace_back(static_cast<C*>(p));
+    return arrays_.back().get();
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(C* p) const { ::operator delete(p, kLine); }
+  };
+  std::vector<std::unique_ptr<C, Free>> arrays_;
+};
+
+}  // namespace tfkern
