@@ -13,9 +13,12 @@
 namespace tfkern {
 
 constexpr int64_t kBlock = 64;            // rows of a tile, along the lanes
-constexpr int64_t kKeys = 96;             // keys of a tile
+constexpr int64_t kKeys = 64;             // keys of a tile
 constexpr int64_t kBiasKeys = 8 * kKeys;  // keys of a tile of dbias
 constexpr int64_t kNoLimit = int64_t{1} << 40;
+
+template <class C>
+constexpr C kLog2E = C(1.4426950408889634);
 
 // A (batch, head, row, feature) tensor of any element type; strides are in bytes. With a table of
 // pages, `batch` is the stride of pages.

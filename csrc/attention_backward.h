@@ -28,7 +28,7 @@ inline void score_gradients(C* s, C* dp, int64_t keys, int64_t width, const C* l
   for (int64_t i = 0; i < keys; ++i, s += kBlock, dp += kBlock) {
     for (int64_t t = 0; t < width; t += L) {
       // forward: p = exp(s - lse), o = p v
-      const Vec<C> p = exp_flush(load(s + t) - load(lse + t));
+      const Vec<C> p = exp2_flush((load(s + t) - load(lse + t)) * kLog2E<C>);
       store(dp + t, p * (load(dp + t) - load(dot + t) + load(dlse + t)));
       store(s + t, p);
     }

@@ -4,34 +4,44 @@
 
 // ---- forward: a walk over the keys of a block of rows with an online softmax ----
 
-// Takes a tile of scores into the running maximum and sum of each query and turns it into
-// p = exp(s - maximum). Returns whether `factor`, by which what was summed before is to be scaled,
-// differs from 1 anywhere.
+// How far, as a power of two, a score may exceed the maximum it is compared with before that is
+// raised. Most tiles then leave the sums of earlier ones as they are (FlashAttention-4).
+constexpr int kHeadroom = 8;
+
+// Takes a tile of scores into the maximum (up to kHeadroom) and sum of each query and turns it into
+// p = 2^(unit score - maximum). Returns whether `factor`, by which what was summed before is to be
+// scaled, differs from 1 anywhere; only then it is written.
 template <class C>
-inline bool online_softmax(C* scores, int64_t keys, int64_t width, C* maximum, C* sum, C* factor) {
+inline bool online_softmax(C* scores, int64_t keys, int64_t width, C unit, C* maximum, C* sum,
+                           C* factor) {
   constexpr int L = kLanes<C>;
   bool rescale = false;
+  Vec<C> before[kBlock / L];
   for (int64_t t = 0; t < width; t += L) {
-    const Vec<C> before = load(maximum + t);
-    Vec<C> m0 = before, m1 = before;
+    const Vec<C> old = before[t / L] = load(maximum + t);
+    Vec<C> m0 = broadcast(-std::numeric_limits<C>::infinity()), m1 = m0;
     int64_t s = 0;
     for (; s + 2 <= keys; s += 2) {
       m0 = vmax(load(scores + s * kBlock + t), m0);
       m1 = vmax(load(scores + (s + 1) * kBlock + t), m1);
     }
     if (s < keys) m0 = vmax(load(scores + s * kBlock + t), m0);
-    const Vec<C> m = vmax(m0, m1);
-    store(maximum + t, m);
+    const Vec<C> m = vmax(m0, m1) * unit;
+    const VecIndex<C> raised = m > old + C{kHeadroom};
+    store(maximum + t, raised ? m : old);
+    rescale |= any(raised);
+  }
+  for (int64_t t = 0; t < width; t += L) {
     // A query that saw no key yet has m = -inf; any finite number in its place gives p = 0.
+    const Vec<C> m = load(maximum + t);
     const Vec<C> shift = m == -std::numeric_limits<C>::infinity() ? Vec<C>{} : m;
-    const Vec<C> f = exp_flush(before - shift);
-    store(factor + t, f);
-    for (int i = 0; i < L; ++i) rescale |= factor[t + i] != 1;
     // Two sums per tile: their rounding errors grow less than those of one that runs over all keys.
     Vec<C> l0{}, l1{};
-    for (s = 0; s + 2 <= keys; s += 2) {
+    int64_t s = 0;
+    for (; s + 2 <= keys; s += 2) {
       C* p = scores + s * kBlock + t;
-      const Vec<C> e0 = exp_flush(load(p) - shift), e1 = exp_flush(load(p + kBlock) - shift);
+      const Vec<C> e0 = exp2_flush(load(p) * unit - shift);
+      const Vec<C> e1 = exp2_flush(load(p + kBlock) * unit - shift);
       store(p, e0);
       store(p + kBlock, e1);
       l0 = l0 + e0;
@@ -39,11 +49,17 @@ inline bool online_softmax(C* scores, int64_t keys, int64_t width, C* maximum, C
     }
     if (s < keys) {
       C* p = scores + s * kBlock + t;
-      const Vec<C> e = exp_flush(load(p) - shift);
+      const Vec<C> e = exp2_flush(load(p) * unit - shift);
       store(p, e);
       l0 = l0 + e;
     }
-    store(sum + t, load(sum + t) * f + (l0 + l1));
+    Vec<C> l = load(sum + t);
+    if (rescale) {
+      const Vec<C> f = exp2_flush(before[t / L] - shift);
+      store(factor + t, f);
+      l = l * f;
+    }
+    store(sum + t, l + (l0 + l1));
   }
   return rescale;
 }
@@ -55,8 +71,8 @@ inline bool is_narrow(const Block& block) {
   return block.rows() <= kLanes<C> / 2;
 }
 
-// What a walk over keys leaves of each row: maximum of s, sum = sum exp(s - maximum) and
-// o = sum exp(s - maximum) v, whose feature d of row i lies at i * row + d * column.
+// What a walk over keys leaves of each row: an estimate of the maximum of s / ln(2), sum = sum 2^(s /
+// ln(2) - maximum) and o = sum 2^(s / ln(2) - maximum) v, whose feature d of row i lies at i * row + d * column.
 template <class C>
 struct Partial {
   C *maximum, *sum, *o;
@@ -78,7 +94,7 @@ inline void start(const Partial<C>& partial, const AttentionForward<C>& a, const
   std::fill(partial.maximum, partial.maximum + kBlock, -kInf);
   std::fill(partial.sum, partial.sum + kBlock, C{0});
   for (int64_t i = 0; with_sink && i < block.rows(); ++i) {
-    partial.maximum[i] = a.sink[block.head(i)];
+    partial.maximum[i] = a.sink[block.head(i)] * kLog2E<C>;
     partial.sum[i] = partial.maximum[i] > -kInf ? 1 : 0;
   }
   const int64_t size = is_narrow<C>(block) ? block.rows() * partial.row : a.Dv * kBlock;
@@ -111,7 +127,7 @@ inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t row
   for (int64_t i = 0; i < rows; ++i) {
     const C m = std::max(partial.maximum[i], other.maximum[i]);
     if (m == -std::numeric_limits<C>::infinity()) continue;  // no key seen yet
-    const C ours = std::exp(partial.maximum[i] - m), theirs = std::exp(other.maximum[i] - m);
+    const C ours = std::exp2(partial.maximum[i] - m), theirs = std::exp2(other.maximum[i] - m);
     partial.maximum[i] = m;
     partial.sum[i] = partial.sum[i] * ours + other.sum[i] * theirs;
     for (int64_t d = 0; d < Dv; ++d) {
@@ -121,18 +137,34 @@ inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t row
   }
 }
 
+// Room for the rows of o: kBlock rows of padded(Dv).
 template <class C>
 inline void store_output(const AttentionForward<C>& a, const Block& block,
-                         const Partial<C>& partial, C* row) {
-  for (int64_t i = 0; i < block.rows(); ++i) {
-    const int64_t h = block.head(i), t = block.query(i);
-    const C sum = partial.sum[i];  // 0 if nothing is visible
-    for (int64_t d = 0; d < a.Dv; ++d) {
-      row[d] = sum == 0 ? C{0} : partial.o[i * partial.row + d * partial.column] / sum;
+                         const Partial<C>& partial, C* o_rows) {
+  constexpr int L = kLanes<C>;
+  constexpr C kInf = std::numeric_limits<C>::infinity();
+  const int64_t rows = block.rows(), Dvp = padded<C>(a.Dv);
+  const bool narrow = is_narrow<C>(block);
+  if (!narrow) {
+    for (int64_t t = 0; t < padded<C>(rows); t += L) {
+      const Vec<C> sum = load(partial.sum + t);
+      const Vec<C> weight = sum == 0 ? Vec<C>{} : 1 / sum;  // 0 if nothing is visible
+      for (int64_t d = 0; d < a.Dv; ++d) {
+        C* p = partial.o + d * kBlock + t;
+        store(p, load(p) * weight);
+      }
     }
+    transpose(partial.o, kBlock, Dvp, padded<C>(rows), o_rows, Dvp);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t h = block.head(i), t = block.query(i);
+    const C sum = partial.sum[i];
+    C* row = (narrow ? partial.o : o_rows) + i * Dvp;
+    for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
     store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
-    a.lse[a.row_index(block.document, h, t)] =
-        sum == 0 ? -std::numeric_limits<C>::infinity() : partial.maximum[i] + std::log(sum);
+    // in double, so that it is rounded once
+    const double lse = partial.maximum[i] * std::log(2.0) + std::log(static_cast<double>(sum));
+    a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
   }
 }
 
@@ -166,7 +198,7 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
   C* tile = scratch.get(kKeys * kBlock);
   C* buffer = scratch.get(kKeys * kBlock);
   C* own_partial = scratch.get(a.partial_size());
-  C* row = scratch.get(Dv);
+  C* o_rows = scratch.get(kBlock * Dvp);
   C* k_buffer = scratch.get(kKeys * Dp);
   C* v_buffer = scratch.get(kKeys * Dvp);
   C* factor = scratch.get(kBlock);
@@ -202,7 +234,7 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
         product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false, product_scale(a));
       }
       finish_scores(scores, a, block, lanes, s0, keys, tile, buffer);
-      if (online_softmax(scores, keys, width, partial.maximum, partial.sum, factor)) {
+      if (online_softmax(scores, keys, width, kLog2E<C>, partial.maximum, partial.sum, factor)) {
         rescale(partial, block, Dv, factor);
       }
       if (a.dropout) {
@@ -228,7 +260,7 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
       C* other = a.partials + (task - part + i) * a.partial_size();
       join(first, partial_at(other, block, Dv), rows, Dv);
     }
-    store_output(a, block, first, row);
+    store_output(a, block, first, o_rows);
   }
 }
 

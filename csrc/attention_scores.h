@@ -90,9 +90,10 @@ inline Left<C> transposed(Left<C> a) {
   return {a.data, a.column, a.row};
 }
 
-// out[n][m] = rows[m][n], rows of kBlock elements in `out`. Whole vectors are read and written.
+// out[n][m] = rows[m][n]. Whole vectors are read and written.
 template <class C>
-inline void transpose(const C* rows, int64_t stride, int64_t M, int64_t N, C* out) {
+inline void transpose(const C* rows, int64_t stride, int64_t M, int64_t N, C* out,
+                      int64_t out_stride = kBlock) {
   constexpr int L = kLanes<C>;
   for (int64_t m = 0; m < M; m += L) {
     for (int64_t n = 0; n < N; n += L) {
@@ -101,7 +102,7 @@ inline void transpose(const C* rows, int64_t stride, int64_t M, int64_t N, C* ou
       for (int i = 0; i < L; ++i) part[i] = load(rows + (m + i) * stride + n);
       transpose<C>(part);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(out + (n + i) * kBlock + m, part[i]);
+      for (int i = 0; i < L; ++i) store(out + (n + i) * out_stride + m, part[i]);
     }
   }
 }

@@ -147,6 +147,14 @@ inline V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
+// Whether a comparison holds in some lane.
+template <class M>
+inline bool any(M mask) {
+  bool result = false;
+  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) result |= mask[i] != 0;
+  return result;
+}
+
 // Sum over the lanes, always in the same order.
 template <class C>
 inline C sum(Vec<C> v) {
@@ -184,14 +192,23 @@ inline VecDouble exp(VecDouble x) {
   return x;
 }
 
-// e^x for x <= 88 where tiny results may be lost: what would be below 2^-126 is 0.
-inline VecFloat exp_flush(VecFloat x) {
-  x = vmax(broadcast(-88.2f), x);  // below: n = -127, whose power of two has the bits of 0
+// 2^x within 1 ulp for x <= 127, where tiny results may be lost: what would be below 2^-126 is 0.
+inline VecFloat exp2_flush(VecFloat x) {
+  x = vmax(broadcast(-127.0f), x);  // 2^-127 becomes 0, whose exponent has the same bits
   const VecFloat magic = broadcast(12582912.0f + 127);  // leaves n + 127 in the lowest bits
-  const VecFloat t = x * 1.44269504f + magic;
-  return exp_remainder(x, t - magic) * (VecFloat)((VecInt)t << 23);
+  const VecFloat t = x + magic, r = x - (t - magic);
+  VecFloat p = r * 1.5353362e-4f + 1.3398875e-3f;
+  p = p * r + 9.61843692e-3f;
+  p = p * r + 5.55033237e-2f;
+  p = p * r + 0.240226477f;
+  p = p * r + 0.693147182f;
+  p = p * r + 1.0f;
+  return p * (VecFloat)((VecInt)t << 23);
 }
-inline VecDouble exp_flush(VecDouble x) { return exp(x); }
+inline VecDouble exp2_flush(VecDouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
 
 // 0, 1, 2, ...
 template <class C>
