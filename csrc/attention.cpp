@@ -49,12 +49,33 @@ void store_dkv(const AttentionBackward<C>& a, const Document& document, int64_t 
   TFKERN_ISA_CALL(attention_store_dkv, a, document, hk, begin, count, sums, parts, distance);
 }
 
+template <class C>
+void transpose_keys(const AttentionScores<C>& a, const Heads& x, int64_t N,
+                    std::atomic<int64_t>& next) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<C, float>) avx512::attention_transpose(a, x, N, next);
+#endif
+}
+
 // Calls `work` once per thread with a counter that hands out tasks: who is free takes the next one.
 template <class Work>
 void run_tasks(const Work& work) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
                               [&](int64_t, int64_t) { work(next); });
+}
+
+// On a processor with AMX its products take bfloat16: lets `x`, with N features, be read along the
+// keys.
+template <class C>
+void prepare_amx(AttentionScores<C>& a, const Heads& x, int64_t N, Scratch& scratch) {
+  if (isa() != Isa::amx || a.q.dtype != Dtype::bf16) return;
+  a.first_tile = {0};
+  for (const Document& d : a.documents) {
+    a.first_tile.push_back(a.first_tile.back() + a.Hk * a.tiles(d));
+  }
+  a.transposed = scratch.get<BFloat16>(a.first_tile.back() * kKeys * ((N + 15) / 16 * 16));
+  run_tasks([&](std::atomic<int64_t>& next) { transpose_keys(a, x, N, next); });
 }
 
 // ---- arguments ----
@@ -309,10 +330,12 @@ std::tuple<Tensor, Tensor> forward(const Arguments& in) {
     join |= a.parts(d) > 1;
   }
   const int64_t tasks = a.first_task.back();
-  Scratch<C> scratch;
-  if (join) a.partials = scratch.get(tasks * a.partial_size());
+  Scratch scratch;
+  if (join) a.partials = scratch.get<C>(tasks * a.partial_size());
   const auto finished = std::make_unique<std::atomic<int64_t>[]>(join ? tasks : 0);
   a.finished = finished.get();
+  // Rows of decoding are too few for it.
+  if (a.group() * a.T > kBlock / 8) prepare_amx(a, a.v, a.Dv, scratch);
   run_tasks([&](std::atomic<int64_t>& next) { run_forward(a, next); });
   return {o, lse};
 }
@@ -339,10 +362,11 @@ Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, cons
   a.dk = heads(dk);
   a.dv = heads(dv);
   for (const Document& d : a.documents) a.chunks = std::max(a.chunks, a.chunks_of(d));
-  Scratch<C> scratch;
+  Scratch scratch;
   const int64_t width = dkv_width(a);
-  if (a.chunks > 1) a.partials = scratch.get(a.B * a.Hk * a.chunks * a.S * width);
-  if (in.sink) a.sink_terms = scratch.get(a.B * a.H * a.T);
+  if (a.chunks > 1) a.partials = scratch.get<C>(a.B * a.Hk * a.chunks * a.S * width);
+  if (in.sink) a.sink_terms = scratch.get<C>(a.B * a.H * a.T);
+  prepare_amx(a, a.k, a.D, scratch);
   run_tasks([&](std::atomic<int64_t>& next) { run_backward(a, next); });
   for (const Document& d : a.documents) {
     if (a.chunks_of(d) == 1) continue;

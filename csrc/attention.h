@@ -59,6 +59,7 @@ struct AttentionShape {
     if (d.queries == 0 || H == 0) return 0;
     return shared(d) ? 1 : group() * ((d.queries + kBlock - 1) / kBlock);
   }
+  int64_t tiles(const Document& d) const { return (d.keys + kKeys - 1) / kKeys; }
   // Of lse and its like, (B, H, T).
   int64_t row_index(const Document& d, int64_t h, int64_t t) const {
     return (d.batch * H + h) * T + d.query0 + t;
@@ -76,6 +77,16 @@ struct AttentionScores : AttentionShape {
   uint64_t seed;
   uint32_t threshold;  // an element whose draw is at least that is kept
   C keep;              // 1 / (1 - p)
+
+  // On AMX: where the tiles of each document begin in `transposed`, and the end. These are of v in
+  // forward and of k in backward.
+  std::vector<int64_t> first_tile;
+  BFloat16* transposed = nullptr;
+
+  const BFloat16* transposed_tile(int64_t document, int64_t hk, int64_t s0, int64_t N) const {
+    const int64_t tile = first_tile[document] + hk * this->tiles(this->documents[document]);
+    return transposed + (tile + s0 / kKeys) * kKeys * ((N + 15) / 16 * 16);
+  }
 };
 
 template <class C>
@@ -130,21 +141,21 @@ struct AttentionBackward : AttentionScores<C> {
 };
 
 // Uninitialised arrays that start at cache lines and live as long as this.
-template <class C>
 class Scratch {
  public:
-  C* get(int64_t n) {
-    void* p = ::operator new(std::max<int64_t>(n, 1) * sizeof(C), kLine);
-    arrays_.emplace_back(static_cast<C*>(p));
-    return arrays_.back().get();
+  template <class T>
+  T* get(int64_t n) {
+    void* p = ::operator new(std::max<int64_t>(n, 1) * sizeof(T), kLine);
+    arrays_.emplace_back(p);
+    return static_cast<T*>(p);
   }
 
  private:
   static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(C* p) const { ::operator delete(p, kLine); }
+    void operator()(void* p) const { ::operator delete(p, kLine); }
   };
-  std::vector<std::unique_ptr<C, Free>> arrays_;
+  std::vector<std::unique_ptr<void, Free>> arrays_;
 };
 
 }  // namespace tfkern

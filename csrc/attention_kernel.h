@@ -71,8 +71,9 @@ inline bool is_narrow(const Block& block) {
   return block.rows() <= kLanes<C> / 2;
 }
 
-// What a walk over keys leaves of each row: an estimate of the maximum of s / ln(2), sum = sum 2^(s /
-// ln(2) - maximum) and o = sum 2^(s / ln(2) - maximum) v, whose feature d of row i lies at i * row + d * column.
+// What a walk over keys leaves of each row: an estimate of the maximum of s / ln(2), sum = sum 2^(s
+// / ln(2) - maximum) and o = sum 2^(s / ln(2) - maximum) v, whose feature d of row i lies at i *
+// row + d * column.
 template <class C>
 struct Partial {
   C *maximum, *sum, *o;
@@ -186,82 +187,164 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
   return {block_of(a, number, hk, i), hk, task % parts, parts};
 }
 
-// Runs tasks until none is left. What the parts of a block leave goes to `a.partials`, if there are
-// several.
+// ---- products of the forward ----
+//
+// Three ways with the same functions (the third is in attention_amx.h). load: takes the rows of a
+// block. scores: of keys [s0, s0 + keys), but for a factor that it returns and but for what
+// finish_scores does. add_values: o += p v, which may also write to p past the keys. A walk may
+// begin at multiples of kFirst.
+
+// By vectors of rows.
 template <class C>
-void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
-  const int64_t D = a.D, Dv = a.Dv, Dp = padded<C>(D), Dvp = padded<C>(Dv);
-  Scratch<C> scratch;
-  C* q_rows = scratch.get(kBlock * Dp);
-  C* qt = scratch.get(Dp * kBlock);  // q^T
-  C* scores = scratch.get(kKeys * kBlock);
-  C* tile = scratch.get(kKeys * kBlock);
-  C* buffer = scratch.get(kKeys * kBlock);
-  C* own_partial = scratch.get(a.partial_size());
-  C* o_rows = scratch.get(kBlock * Dvp);
-  C* k_buffer = scratch.get(kKeys * Dp);
-  C* v_buffer = scratch.get(kKeys * Dvp);
-  C* factor = scratch.get(kBlock);
+struct WideForward {
+  static constexpr int64_t kFirst = 4;
+  C *q_rows, *qt, *k_buffer, *v_buffer;
+
+  WideForward(Scratch& scratch, const AttentionForward<C>& a) {
+    q_rows = scratch.get<C>(kBlock * padded<C>(a.D));
+    qt = scratch.get<C>(kBlock * padded<C>(a.D));
+    k_buffer = scratch.get<C>(kKeys * a.D);
+    v_buffer = scratch.get<C>(kKeys * a.Dv);
+  }
+  void load(const AttentionForward<C>& a, const Block& block) {
+    const int64_t width = padded<C>(block.rows());
+    load_block(q_rows, a.q, block, a.D, width);
+    transpose(q_rows, padded<C>(a.D), width, a.D, qt);
+  }
+  C scores(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
+           C* scores) {
+    const HeadRows k = key_rows(a.k, block.document, hk);
+    product(keys, padded<C>(block.rows()), a.D, load_rows(k_buffer, k, s0, keys, a.D, a.D), qt,
+            kBlock, scores, kBlock, false, product_scale(a));
+    return 1;
+  }
+  void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                  int64_t keys, C* p, C* o) {
+    const HeadRows v = key_rows(a.v, block.document, hk);
+    const Left<C> tile = load_rows(v_buffer, v, s0, keys, a.Dv, a.Dv);
+    product(a.Dv, padded<C>(block.rows()), keys, transposed(tile), p, kBlock, o, kBlock, true);
+  }
+};
+
+// By vectors of features.
+template <class C>
+struct NarrowForward {
+  static constexpr int64_t kFirst = 4;
+  C *q_rows, *k_buffer, *v_buffer;
+
+  NarrowForward(Scratch& scratch, const AttentionForward<C>& a) {
+    q_rows = scratch.get<C>(kLanes<C> / 2 * padded<C>(a.D));
+    k_buffer = scratch.get<C>(kKeys * padded<C>(a.D));
+    v_buffer = scratch.get<C>(kKeys * padded<C>(a.Dv));
+  }
+  void load(const AttentionForward<C>& a, const Block& block) {
+    load_block(q_rows, a.q, block, a.D, block.rows());
+  }
+  C scores(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
+           C* scores) {
+    const int64_t Dp = padded<C>(a.D);
+    const HeadRows k = narrow_rows(k_buffer, key_rows(a.k, block.document, hk), s0, keys, a.D);
+    TFKERN_COMPUTED(C, k.dtype,
+                    row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, scores, kBlock,
+                                product_scale(a)));
+    return 1;
+  }
+  void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                  int64_t keys, C* p, C* o) {
+    const int64_t Dvp = padded<C>(a.Dv);
+    const HeadRows v = narrow_rows(v_buffer, key_rows(a.v, block.document, hk), s0, keys, a.Dv);
+    const Left<C> left{p, 1, kBlock};
+    TFKERN_COMPUTED(C, v.dtype, {
+      const Left<T> right = matrix<T>(v);
+      product(block.rows(), Dvp, keys, left, right.data, right.row, o, Dvp, true);
+    });
+  }
+};
+
+// ---- the walk ----
+
+// Room for a tile of scores and what belongs to it.
+template <class C>
+struct ForwardRoom {
+  C *scores, *tile, *buffer, *factor;
   Lanes<C> lanes;
+
+  explicit ForwardRoom(Scratch& scratch) {
+    for (C** x : {&scores, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
+    factor = scratch.get<C>(kBlock);
+  }
+};
+
+template <class C, class Products>
+void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
+               int64_t end, Products& products, ForwardRoom<C>& room, const Partial<C>& partial) {
+  const int64_t width = padded<C>(block.rows());
+  products.load(a, block);
+  for (int64_t s0 = begin / Products::kFirst * Products::kFirst; s0 < end; s0 += kKeys) {
+    const int64_t keys = std::min<int64_t>(kKeys, end - s0);
+    const C factor = products.scores(a, block, hk, s0, keys, room.scores);
+    finish_scores(room.scores, a, block, room.lanes, s0, keys, room.tile, room.buffer);
+    if (online_softmax(room.scores, keys, width, kLog2E<C> * factor, partial.maximum, partial.sum,
+                       room.factor)) {
+      rescale(partial, block, a.Dv, room.factor);
+    }
+    if (a.dropout) {
+      dropout_tile(room.tile, a, room.lanes, s0, keys, width);
+      multiply(room.scores, room.tile, keys, width);
+    }
+    products.add_values(a, block, hk, s0, keys, room.scores, partial.o);
+  }
+}
+
+#if TFKERN_VEC_BYTES == 64
+#include "attention_amx.h"
+#endif
+
+template <class C, class Products>
+void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
+  const int64_t Dv = a.Dv;
+  Scratch scratch;
+  ForwardRoom<C> room(scratch);
+  Products products(scratch, a);
+  NarrowForward<C> narrow(scratch, a);
+  C* own_partial = scratch.get<C>(a.partial_size());
+  C* o_rows = scratch.get<C>(kBlock * padded<C>(Dv));
 
   for (int64_t task = next++; task < a.first_task.back(); task = next++) {
     const auto [block, hk, part, parts] = forward_task(a, task);
-    const bool narrow = is_narrow<C>(block);
-    const int64_t rows = block.rows(), width = padded<C>(rows);
     const int64_t begin = std::max(block.begin, part * a.part_keys);
     const int64_t end = parts == 1 ? block.end : std::min(block.end, (part + 1) * a.part_keys);
-    const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     C* data = parts == 1 ? own_partial : a.partials + task * a.partial_size();
     const Partial<C> partial = partial_at(data, block, Dv);
 
-    fill_lanes(lanes, a, block);
-    for (int64_t i = 0; i < width; ++i) {
-      const HeadRows q = query_rows(a.q, block.document, block.head(i < rows ? i : 0));
-      if (i < rows) load_row(q_rows + i * Dp, q, block.query(i), D);
-      std::fill(q_rows + i * Dp + (i < rows ? D : 0), q_rows + (i + 1) * Dp, C{0});
-    }
-    if (!narrow) transpose(q_rows, Dp, width, D, qt);
+    fill_lanes(room.lanes, a, block);
     start(partial, a, block, a.sink && part == 0);
-    for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
-      const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-      if (narrow) {
-        const HeadRows k_tile = narrow_rows(k_buffer, k, s0, keys, D);
-        TFKERN_COMPUTED(C, k_tile.dtype,
-                        row_product(keys, rows, Dp, matrix<T>(k_tile), q_rows, Dp, scores, kBlock,
-                                    product_scale(a)));
-      } else {
-        const Left<C> k_tile = load_rows(k_buffer, k, s0, keys, D, D);
-        product(keys, width, D, k_tile, qt, kBlock, scores, kBlock, false, product_scale(a));
-      }
-      finish_scores(scores, a, block, lanes, s0, keys, tile, buffer);
-      if (online_softmax(scores, keys, width, kLog2E<C>, partial.maximum, partial.sum, factor)) {
-        rescale(partial, block, Dv, factor);
-      }
-      if (a.dropout) {
-        dropout_tile(tile, a, lanes, s0, keys, width);
-        multiply(scores, tile, keys, width);
-      }
-      if (narrow) {
-        const Left<C> p{scores, 1, kBlock};
-        const HeadRows v_tile = narrow_rows(v_buffer, v, s0, keys, Dv);
-        TFKERN_COMPUTED(C, v_tile.dtype, {
-          const Left<T> right = matrix<T>(v_tile);
-          product(rows, Dvp, keys, p, right.data, right.row, partial.o, partial.row, true);
-        });
-      } else {
-        const Left<C> v_tile = load_rows(v_buffer, v, s0, keys, Dv, Dv);
-        product(Dv, width, keys, transposed(v_tile), scores, kBlock, partial.o, kBlock, true);
-      }
+    if (is_narrow<C>(block)) {
+      walk_keys(a, block, hk, begin, end, narrow, room, partial);
+    } else {
+      walk_keys(a, block, hk, begin, end, products, room, partial);
     }
     // Who finishes the last part of a block joins them all, in their order.
     if (parts > 1 && ++a.finished[task - part] < parts) continue;
     const Partial<C> first = partial_at(data - part * a.partial_size(), block, Dv);
     for (int64_t i = 1; i < parts; ++i) {
       C* other = a.partials + (task - part + i) * a.partial_size();
-      join(first, partial_at(other, block, Dv), rows, Dv);
+      join(first, partial_at(other, block, Dv), block.rows(), Dv);
     }
     store_output(a, block, first, o_rows);
   }
+}
+
+// Runs tasks until none is left. What the parts of a block leave goes to `a.partials`, if there are
+// several.
+template <class C>
+void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
+#if TFKERN_VEC_BYTES == 64
+  if constexpr (std::is_same_v<C, float>) {
+    if (a.transposed) return forward_tasks<C, AmxForward>(a, next);
+  }
+#endif
+  forward_tasks<C, WideForward<C>>(a, next);
 }
 
 #include "attention_backward.h"

@@ -143,6 +143,20 @@ inline Block block_of(const AttentionShape& a, int64_t number, int64_t hk, int64
   return block_at(a, number, h0 + i / per_head, 1, i % per_head * kBlock);
 }
 
+// The rows of a block of a tensor with N features, padded with zeros, and rows of zeros up to
+// `count`. Those that a given lse of infinity leaves out are 0.
+template <class C>
+inline void load_block(C* dst, const Heads& x, const Block& block, int64_t N, int64_t count,
+                       const C* lse = nullptr) {
+  const int64_t width = padded<C>(N);
+  for (int64_t i = 0; i < count; ++i) {
+    C* row = dst + i * width;
+    const bool exists = i < block.rows() && !(lse && lse[i] == std::numeric_limits<C>::infinity());
+    if (exists) load_row(row, query_rows(x, block.document, block.head(i)), block.query(i), N);
+    std::fill(row + (exists ? N : 0), row + width, C{0});
+  }
+}
+
 // What the rows of a block bring into their scores, along the lanes.
 template <class C>
 struct Lanes {

@@ -4,15 +4,32 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tfkern {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, amx };  // amx: avx512, and products of bfloat16 tiles
 
 inline const char* name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "default";
+  constexpr const char* kNames[] = {"default", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(isa)];
 }
 
-// The best level of this processor, lowered by TFKERN_CPU_CAPABILITY=default|avx2|avx512 (the
+// Whether the processor has AMX for bfloat16, and Linux lets this process use it.
+inline bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// The best level of this processor, lowered by TFKERN_CPU_CAPABILITY=default|avx2|avx512|amx (the
 // counterpart of ATen's ATEN_CPU_CAPABILITY; a level that the processor lacks is never chosen).
 inline Isa isa() {
   static const Isa chosen = [] {
@@ -24,12 +41,12 @@ inline Isa isa() {
       best = Isa::avx2;
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        best = Isa::avx512;
+        best = has_amx() ? Isa::amx : Isa::avx512;
       }
     }
 #endif
     const char* wish = std::getenv("TFKERN_CPU_CAPABILITY");
-    for (Isa lower : {Isa::avx2, Isa::baseline}) {
+    for (Isa lower : {Isa::avx512, Isa::avx2, Isa::baseline}) {
       if (wish && std::strcmp(wish, name(lower)) == 0 && lower < best) best = lower;
     }
     return best;
@@ -43,6 +60,7 @@ inline Isa isa() {
 #if defined(__x86_64__)
 #define TFKERN_ISA_CALL(function, ...)                  \
   switch (::tfkern::isa()) {                            \
+    case ::tfkern::Isa::amx:                            \
     case ::tfkern::Isa::avx512:                         \
       return ::tfkern::avx512::function(__VA_ARGS__);   \
     case ::tfkern::Isa::avx2:                           \

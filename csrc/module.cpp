@@ -15,7 +15,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("torch_version") = TFKERN_STRING(TFKERN_TORCH_VERSION);
 #if defined(__x86_64__)
-  m.attr("cpu_levels") = pybind11::make_tuple("default", "avx2", "avx512");
+  m.attr("cpu_levels") = pybind11::make_tuple("default", "avx2", "avx512", "amx");
 #else
   m.attr("cpu_levels") = pybind11::make_tuple("default");
 #endif

@@ -1,0 +1,252 @@
+// Products of attention on Intel AMX: bfloat16 operands, sums in float. For AVX-512 processors that
+// have it; attention_kernel.h chooses at run time.
+//
+// A tile register holds 16 rows of 64 bytes. The right operand of its product comes in pairs: word
+// (k / 2, n) holds elements (k, n) and (k + 1, n). Keys and values are read where they lie; what
+// stands on the right is packed once per block of rows.
+
+constexpr int64_t kAmxRows = 16;   // of a tile
+constexpr int64_t kAmxDepth = 32;  // terms of an inner product of two tiles
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16")
+
+struct AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles of full size for this thread, until the end of its scope.
+struct AmxTiles {
+  AmxTiles() {
+    alignas(64) static const AmxConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+};
+
+// The part of amx_product whose result is R x N tiles, 1 or 2 each.
+template <int R, int N>
+inline void amx_product_tiles(int64_t K, const BFloat16* left, int64_t left_stride,
+                              const uint32_t* right, int64_t right_stride, float* out,
+                              int64_t out_stride, bool add) {
+  const int64_t out_bytes = out_stride * 4, left_bytes = left_stride * 2;
+  const int64_t right_bytes = right_stride * 4;
+  float* below = out + kAmxRows * out_stride;
+  if (add) {
+    _tile_loadd(0, out, out_bytes);
+    if (N == 2) _tile_loadd(1, out + kAmxRows, out_bytes);
+    if (R == 2) _tile_loadd(2, below, out_bytes);
+    if (R == 2 && N == 2) _tile_loadd(3, below + kAmxRows, out_bytes);
+  } else {
+    _tile_zero(0);
+    if (N == 2) _tile_zero(1);
+    if (R == 2) _tile_zero(2);
+    if (R == 2 && N == 2) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < K; k += kAmxDepth) {
+    _tile_loadd(4, left, left_bytes);
+    _tile_loadd(6, right, right_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (N == 2) {
+      _tile_loadd(7, right + kAmxRows, right_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (R == 2) {
+      _tile_loadd(5, left + kAmxRows * left_stride, left_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if (N == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    left += kAmxDepth;
+    right += kAmxDepth / 2 * right_stride;
+  }
+  _tile_stored(0, out, out_bytes);
+  if (N == 2) _tile_stored(1, out + kAmxRows, out_bytes);
+  if (R == 2) _tile_stored(2, below, out_bytes);
+  if (R == 2 && N == 2) _tile_stored(3, below + kAmxRows, out_bytes);
+}
+
+// dst[i] = src[i] as bfloat16, for n in whole vectors.
+inline void narrow_row(BFloat16* dst, const float* src, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)load(src + i));
+    std::memcpy(dst + i, &h, sizeof(h));
+  }
+}
+
+// dst[i] = {a[i], b[i]} as bfloat16.
+inline void narrow_pairs(uint32_t* dst, const float* a, const float* b, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(a + i)));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(b + i)));
+    _mm512_storeu_si512(dst + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+#pragma GCC pop_options
+
+// out[M x N] = left[M x K] right[K x N] (+ what out holds, if `add`). M and N are multiples of 16,
+// K of 32.
+inline void amx_product(int64_t M, int64_t N, int64_t K, Left<BFloat16> left, const uint32_t* right,
+                        int64_t right_stride, float* out, int64_t out_stride, bool add) {
+  for (int64_t n = 0; n < N; n += 2 * kAmxRows) {
+    for (int64_t m = 0; m < M; m += 2 * kAmxRows) {
+      const bool tall = m + kAmxRows < M, wide = n + kAmxRows < N;
+      (tall   ? wide ? amx_product_tiles<2, 2> : amx_product_tiles<2, 1>
+         : wide ? amx_product_tiles<1, 2>
+              : amx_product_tiles<1, 1>)(K, left.data + m * left.row, left.row, right + n,
+                                         right_stride, out + m * out_stride + n, out_stride, add);
+    }
+  }
+}
+
+// ---- packing ----
+
+// dst[i] = {a[i], b[i]}
+inline void join_pairs(uint32_t* dst, const BFloat16* a, const BFloat16* b, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const VecUint low = (VecUint)load(a + i) >> 16, high = (VecUint)load(b + i);
+    const VecUint pairs = low | high;
+    std::memcpy(dst + i, &pairs, sizeof(pairs));
+  }
+}
+
+// The transpose of M rows of N words, as rows of `out_stride` words. Both are multiples of 16.
+inline void transpose_words(const void* rows, int64_t stride, int64_t M, int64_t N, void* out,
+                            int64_t out_stride) {
+  transpose(static_cast<const float*>(rows), stride, M, N, static_cast<float*>(out), out_stride);
+}
+
+// Rows [begin, begin + count) of `width` elements with zeros past N, and rows of zeros to `height`:
+// in place if there is nothing to fill and they lie side by side, else copied to `buffer`.
+inline Left<BFloat16> amx_rows(BFloat16* buffer, const HeadRows& rows, int64_t begin, int64_t count,
+                               int64_t N, int64_t height, int64_t width) {
+  if (!rows.pages && count == height && N == width && rows.stride == 2 * N) {
+    return {reinterpret_cast<const BFloat16*>(rows.at(begin)), N, 1};
+  }
+  std::memset(buffer, 0, height * width * 2);
+  for (int64_t i = 0; i < count; ++i) std::memcpy(buffer + i * width, rows.at(begin + i), N * 2);
+  return {buffer, width, 1};
+}
+
+// The rows of a block, of `width` elements with zeros past N; those that do not exist, or that a
+// given lse of infinity leaves out, are 0.
+inline void amx_block_rows(BFloat16* dst, const Heads& heads, const Block& block, int64_t N,
+                           int64_t width, const float* lse = nullptr) {
+  std::memset(dst, 0, kBlock * width * 2);
+  for (int64_t i = 0; i < block.rows(); ++i) {
+    if (lse && lse[i] == std::numeric_limits<float>::infinity()) continue;
+    const HeadRows rows = query_rows(heads, block.document, block.head(i));
+    std::memcpy(dst + i * width, rows.at(block.query(i)), N * 2);
+  }
+}
+
+// Makes `count` rows, a multiple of 2, the right operand of a product.
+inline void join_rows(uint32_t* pairs, const BFloat16* rows, int64_t stride, int64_t count,
+                      int64_t N) {
+  for (int64_t i = 0; i < count; i += 2) {
+    join_pairs(pairs + i / 2 * stride, rows + i * stride, rows + (i + 1) * stride, N);
+  }
+}
+
+// The same for the kKeys rows of a tile of scores, of which those past `keys` become 0.
+inline void join_keys(uint32_t* pairs, float* tile, int64_t keys, int64_t width) {
+  const int64_t height = round_up(keys, kAmxDepth);
+  std::fill(tile + keys * kBlock, tile + height * kBlock, 0.0f);
+  for (int64_t s = 0; s < height; s += 2) {
+    narrow_pairs(pairs + s / 2 * kBlock, tile + s * kBlock, tile + (s + 1) * kBlock, width);
+  }
+}
+
+// ---- scores ----
+
+// Products leave q k^T. Returns the factor by which the scores are still to be multiplied: only
+// where nothing but a mask is done to them, and a positive one.
+inline float amx_scale(const AttentionScores<float>& a, float* scores, int64_t keys,
+                       int64_t width) {
+  const float scale = product_scale(a);
+  if (a.softcap == 0 && !a.bias.data && !a.alibi_slopes && scale > 0) return scale;
+  for (int64_t s = 0; s < keys; ++s) {
+    for (int64_t t = s * kBlock; t < s * kBlock + width; t += kLanes<float>) {
+      store(scores + t, load(scores + t) * scale);
+    }
+  }
+  return 1;
+}
+
+// out = x rows^T for the keys [s0, s0 + keys) of a tensor with N features, where `rows` come as
+// pairs of features.
+inline void amx_key_product(const HeadRows& x, int64_t s0, int64_t keys, int64_t N,
+                            const uint32_t* rows, int64_t width, BFloat16* buffer, float* out) {
+  const int64_t height = round_up(keys, kAmxRows), Np = round_up(N, kAmxDepth);
+  const Left<BFloat16> left = amx_rows(buffer, x, s0, keys, N, height, Np);
+  amx_product(height, width, Np, left, rows, kBlock, out, kBlock, false);
+}
+
+// ---- operands that are read along the keys ----
+
+// Fills `transposed` with the tiles of x, which has N features. Runs tasks until none is left.
+inline void attention_transpose(const AttentionScores<float>& a, const Heads& x, int64_t N,
+                                std::atomic<int64_t>& next) {
+  const int64_t width = round_up(N, kAmxRows);
+  Scratch scratch;
+  BFloat16* buffer = scratch.get<BFloat16>(kKeys * width);
+  uint32_t* pairs = scratch.get<uint32_t>(kKeys / 2 * width);
+  for (int64_t task = next++; task < a.first_tile.back(); task = next++) {
+    const auto after = std::upper_bound(a.first_tile.begin(), a.first_tile.end(), task);
+    const Document& document = a.documents[after - a.first_tile.begin() - 1];
+    const int64_t tile = task - *(after - 1), tiles = a.tiles(document);
+    const int64_t s0 = tile % tiles * kKeys, keys = std::min(kKeys, document.keys - s0);
+    const Left<BFloat16> rows =
+        amx_rows(buffer, key_rows(x, document, tile / tiles), s0, keys, N, kKeys, width);
+    join_rows(pairs, rows.data, width, kKeys, width);
+    transpose_words(pairs, width, kKeys / 2, width, a.transposed + task * kKeys * width, kKeys / 2);
+  }
+}
+
+// out += x^T tile, where x is what was transposed and `pairs` are those of the tile.
+inline void amx_add_transposed(const AttentionScores<float>& a, const Block& block, int64_t hk,
+                               int64_t s0, int64_t keys, int64_t N, const uint32_t* pairs,
+                               float* out) {
+  const Left<BFloat16> left{a.transposed_tile(block.number, hk, s0, N), kKeys, 1};
+  amx_product(round_up(N, kAmxRows), padded<float>(block.rows()), round_up(keys, kAmxDepth), left,
+              pairs, kBlock, out, kBlock, true);
+}
+
+// ---- products of the forward ----
+
+struct AmxForward {
+  static constexpr int64_t kFirst = kKeys;
+  AmxTiles tiles;
+  int64_t Dp;
+  BFloat16 *q_rows, *k_buffer;
+  uint32_t *qt, *p_pairs;
+
+  AmxForward(Scratch& scratch, const AttentionScores<float>& a) : Dp(round_up(a.D, kAmxDepth)) {
+    q_rows = scratch.get<BFloat16>(kBlock * Dp);
+    k_buffer = scratch.get<BFloat16>(kKeys * Dp);
+    qt = scratch.get<uint32_t>(Dp / 2 * kBlock);
+    p_pairs = scratch.get<uint32_t>(kKeys / 2 * kBlock);
+  }
+  void load(const AttentionScores<float>& a, const Block& block) {
+    amx_block_rows(q_rows, a.q, block, a.D, Dp);
+    transpose_words(q_rows, Dp / 2, kBlock, Dp / 2, qt, kBlock);
+  }
+  float scores(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
+               int64_t keys, float* scores) {
+    const int64_t width = padded<float>(block.rows());
+    amx_key_product(key_rows(a.k, block.document, hk), s0, keys, a.D, qt, width, k_buffer, scores);
+    return amx_scale(a, scores, keys, width);
+  }
+  void add_values(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
+                  int64_t keys, float* p, float* o) {
+    join_keys(p_pairs, p, keys, padded<float>(block.rows()));
+    amx_add_transposed(a, block, hk, s0, keys, a.Dv, p_pairs, o);
+  }
+};
