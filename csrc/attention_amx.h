@@ -13,7 +13,7 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16")
+#pragma GCC target("amx-tile,amx-bf16")
 
 struct AmxConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -72,23 +72,6 @@ inline void amx_product_tiles(int64_t K, const BFloat16* left, int64_t left_stri
   if (R == 2 && N == 2) _tile_stored(3, below + kAmxRows, out_bytes);
 }
 
-// dst[i] = src[i] as bfloat16, for n in whole vectors.
-inline void narrow_row(BFloat16* dst, const float* src, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m256bh h = _mm512_cvtneps_pbh((__m512)load(src + i));
-    std::memcpy(dst + i, &h, sizeof(h));
-  }
-}
-
-// dst[i] = {a[i], b[i]} as bfloat16.
-inline void narrow_pairs(uint32_t* dst, const float* a, const float* b, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(a + i)));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(b + i)));
-    _mm512_storeu_si512(dst + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
-}
-
 #pragma GCC pop_options
 
 // out[M x N] = left[M x K] right[K x N] (+ what out holds, if `add`). M and N are multiples of 16,
@@ -107,6 +90,17 @@ inline void amx_product(int64_t M, int64_t N, int64_t K, Left<BFloat16> left, co
 }
 
 // ---- packing ----
+
+// {a, b} as bfloat16, rounded to nearest.
+inline VecUint narrow_pairs(VecFloat a, VecFloat b) {
+  return ((VecUint)a + 0x8000u) >> 16 | (((VecUint)b + 0x8000u) & 0xffff0000u);
+}
+
+// The first and the second of each pair.
+inline void store_halves(BFloat16* first, BFloat16* second, VecUint pairs) {
+  _mm256_storeu_si256((__m256i*)first, _mm512_cvtepi32_epi16((__m512i)pairs));
+  _mm256_storeu_si256((__m256i*)second, _mm512_cvtepi32_epi16((__m512i)(pairs >> 16)));
+}
 
 // dst[i] = {a[i], b[i]}
 inline void join_pairs(uint32_t* dst, const BFloat16* a, const BFloat16* b, int64_t n) {
@@ -155,13 +149,13 @@ inline void join_rows(uint32_t* pairs, const BFloat16* rows, int64_t stride, int
   }
 }
 
-// The same for the kKeys rows of a tile of scores, of which those past `keys` become 0.
-inline void join_keys(uint32_t* pairs, float* tile, int64_t keys, int64_t width) {
-  const int64_t height = round_up(keys, kAmxDepth);
-  std::fill(tile + keys * kBlock, tile + height * kBlock, 0.0f);
-  for (int64_t s = 0; s < height; s += 2) {
-    narrow_pairs(pairs + s / 2 * kBlock, tile + s * kBlock, tile + (s + 1) * kBlock, width);
-  }
+// Pairs of keys take the place of the first of two rows of a tile of floats.
+constexpr int64_t kPairStride = 2 * kBlock;
+
+// Sets the pairs of keys past the last that a product reads to 0.
+inline void end_pairs(float* tile, int64_t keys) {
+  keys += keys % 2;
+  std::fill(tile + keys * kBlock, tile + round_up(keys, kAmxDepth) * kBlock, 0.0f);
 }
 
 // ---- scores ----
@@ -210,13 +204,13 @@ inline void attention_transpose(const AttentionScores<float>& a, const Heads& x,
   }
 }
 
-// out += x^T tile, where x is what was transposed and `pairs` are those of the tile.
+// out += x^T tile, where x is what was transposed and the tile holds pairs of keys.
 inline void amx_add_transposed(const AttentionScores<float>& a, const Block& block, int64_t hk,
-                               int64_t s0, int64_t keys, int64_t N, const uint32_t* pairs,
-                               float* out) {
+                               int64_t s0, int64_t keys, int64_t N, float* tile, float* out) {
+  end_pairs(tile, keys);
   const Left<BFloat16> left{a.transposed_tile(block.number, hk, s0, N), kKeys, 1};
   amx_product(round_up(N, kAmxRows), padded<float>(block.rows()), round_up(keys, kAmxDepth), left,
-              pairs, kBlock, out, kBlock, true);
+              reinterpret_cast<const uint32_t*>(tile), kPairStride, out, kBlock, true);
 }
 
 // ---- products of the forward ----
@@ -226,27 +220,31 @@ struct AmxForward {
   AmxTiles tiles;
   int64_t Dp;
   BFloat16 *q_rows, *k_buffer;
-  uint32_t *qt, *p_pairs;
+  uint32_t* qt;
+  float* scores;  // which become p in place, as pairs
 
   AmxForward(Scratch& scratch, const AttentionScores<float>& a) : Dp(round_up(a.D, kAmxDepth)) {
     q_rows = scratch.get<BFloat16>(kBlock * Dp);
     k_buffer = scratch.get<BFloat16>(kKeys * Dp);
     qt = scratch.get<uint32_t>(Dp / 2 * kBlock);
-    p_pairs = scratch.get<uint32_t>(kKeys / 2 * kBlock);
+    scores = scratch.get<float>(kKeys * kBlock);
   }
   void load(const AttentionScores<float>& a, const Block& block) {
     amx_block_rows(q_rows, a.q, block, a.D, Dp);
     transpose_words(q_rows, Dp / 2, kBlock, Dp / 2, qt, kBlock);
   }
-  float scores(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
-               int64_t keys, float* scores) {
+  float multiply(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
+                 int64_t keys) {
     const int64_t width = padded<float>(block.rows());
     amx_key_product(key_rows(a.k, block.document, hk), s0, keys, a.D, qt, width, k_buffer, scores);
     return amx_scale(a, scores, keys, width);
   }
+  void take(int64_t s, int64_t t, VecFloat p0, VecFloat p1) {
+    const VecUint pairs = narrow_pairs(p0, p1);
+    std::memcpy(scores + s * kBlock + t, &pairs, sizeof(pairs));
+  }
   void add_values(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
-                  int64_t keys, float* p, float* o) {
-    join_keys(p_pairs, p, keys, padded<float>(block.rows()));
-    amx_add_transposed(a, block, hk, s0, keys, a.Dv, p_pairs, o);
+                  int64_t keys, float* o) {
+    amx_add_transposed(a, block, hk, s0, keys, a.Dv, scores, o);
   }
 };

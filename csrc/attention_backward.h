@@ -18,38 +18,24 @@ inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* su
   }
 }
 
-// p = exp(factor s - lse), ds = p (dp - delta), in place of s and dp. Queries that take no part
-// have lse = inf. delta = sum(do o) - dlse comes as its two terms: if the first cancels dp, the
-// second is left exact.
-template <class C>
-inline void score_gradients(C* s, C* dp, int64_t keys, int64_t width, C factor, const C* lse,
-                            const C* dot, const C* dlse) {
-  constexpr int L = kLanes<C>;
-  for (int64_t i = 0; i < keys; ++i, s += kBlock, dp += kBlock) {
-    for (int64_t t = 0; t < width; t += L) {
-      // forward: p = exp(s - lse), o = p v
-      const Vec<C> p = exp2_flush((load(s + t) * factor - load(lse + t)) * kLog2E<C>);
-      store(dp + t, p * (load(dp + t) - load(dot + t) + load(dlse + t)));
-      store(s + t, p);
-    }
-  }
-}
-
 // ---- products of the backward: two ways with the same functions ----
 //
 // load: takes the rows of a block, of which those with lse = inf become 0, and gives do_o = sum(do
-// o). scores: s = q k^T, as in the forward, and dp = do v^T of keys [s0, s0 + keys). add: dv += p^T
-// do, dk += ds^T q for these keys, and dq^T += k^T ds, which may also write to ds past the keys.
+// o). multiply: s = q k^T, as in the forward, and dp = do v^T of keys [s0, s0 + keys). take: p and
+// ds of keys s0 + s and s0 + s + 1 and a vector of rows. add: dv += p^T do, dk += ds^T q for these
+// keys, and dq^T += k^T ds.
 
 template <class C>
 struct WideBackward {
   static constexpr int64_t kFirst = 4;
   C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot, *k_buffer, *v_buffer;
+  C *s, *dp;  // which become p and ds in place
 
   WideBackward(Scratch& scratch, const AttentionBackward<C>& a) {
     const int64_t Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
     for (C** x : {&q_rows, &qt}) *x = scratch.get<C>(Dp * kBlock);
     for (C** x : {&do_rows, &o_rows, &dot, &ot}) *x = scratch.get<C>(Dvp * kBlock);
+    for (C** x : {&s, &dp}) *x = scratch.get<C>(kKeys * kBlock);
     k_buffer = scratch.get<C>(kKeys * a.D);
     v_buffer = scratch.get<C>(kKeys * a.Dv);
   }
@@ -63,8 +49,8 @@ struct WideBackward {
     transpose(o_rows, Dvp, width, a.Dv, ot);
     dot_products(ot, dot, a.Dv, width, do_o);
   }
-  C scores(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
-           C* s, C* dp) {
+  C multiply(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0,
+             int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows());
     product(keys, width, a.D, load_rows(k_buffer, k, s0, keys, a.D, a.D), qt, kBlock, s, kBlock,
@@ -73,30 +59,40 @@ struct WideBackward {
             kBlock, false);
     return 1;
   }
+  void take(int64_t i, int64_t t, Vec<C> p0, Vec<C> p1, Vec<C> ds0, Vec<C> ds1) {
+    store(s + i * kBlock + t, p0);
+    store(s + (i + 1) * kBlock + t, p1);
+    store(dp + i * kBlock + t, ds0);
+    store(dp + (i + 1) * kBlock + t, ds1);
+  }
   void add(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
-           const C* p, C* ds, C* dk, C* dv, int64_t stride, C* dqt) {
+           C* dk, C* dv, int64_t stride, C* dqt) {
     const HeadRows k = key_rows(a.k, block.document, hk);
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
-    product(keys, Dvp, width, Left<C>{p, kBlock, 1}, do_rows, Dvp, dv, stride, true);
-    product(keys, Dp, width, Left<C>{ds, kBlock, 1}, q_rows, Dp, dk, stride, true);
+    product(keys, Dvp, width, Left<C>{s, kBlock, 1}, do_rows, Dvp, dv, stride, true);
+    product(keys, Dp, width, Left<C>{dp, kBlock, 1}, q_rows, Dp, dk, stride, true);
     const Left<C> tile = load_rows(k_buffer, k, s0, keys, a.D, a.D);
-    product(a.D, width, keys, transposed(tile), ds, kBlock, dqt, kBlock, true);
+    product(a.D, width, keys, transposed(tile), dp, kBlock, dqt, kBlock, true);
   }
 };
 
+#if TFKERN_VEC_BYTES == 64
+#include "attention_amx_backward.h"
+#endif
+
 // ---- a tile of gradients ----
 
-// Room for a block of rows and a tile. Rows that take no part, lse = -inf, may hold NaN: they
-// become 0, with lse = inf, so that p = 0.
+// Room for what belongs to a block of rows and a tile. Rows that take no part, lse = -inf, may hold
+// NaN: they become 0, with lse = inf, so that p = 0.
 template <class C>
 struct BackwardRoom {
   C *lse, *dlse, *do_o;  // of the rows
-  C *p, *ds, *slope, *keep, *tile, *buffer;
+  C *slope, *keep, *tile, *buffer;
   Lanes<C> lanes;
 
   explicit BackwardRoom(Scratch& scratch) {
     for (C** x : {&lse, &dlse, &do_o}) *x = scratch.get<C>(kBlock);
-    for (C** x : {&p, &ds, &slope, &keep, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
+    for (C** x : {&slope, &keep, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
   }
 };
 
@@ -118,102 +114,42 @@ void load_block(BackwardRoom<C>& room, Products& products, const AttentionBackwa
   products.load(a, block, room.lse, room.do_o);
 }
 
-// p, as dropout leaves it, and the gradient ds of the scores, for keys [s0, s0 + keys).
+// Gives the products p = exp(s - lse) keep and ds = p (dp keep - delta) slope. `keep` and `slope`
+// may be null, for 1. delta = sum(do o) - dlse comes as its two terms: if the first cancels dp, the
+// second is left exact.
 template <class C, class Products>
-void tile_gradients(BackwardRoom<C>& room, Products& products, const AttentionBackward<C>& a,
-                    const Block& block, int64_t hk, int64_t s0, int64_t keys) {
-  const int64_t width = padded<C>(block.rows());
-  // forward: s = scale q k^T, o = (p keep) v
-  const C factor = products.scores(a, block, hk, s0, keys, room.p, room.ds);
-  finish_scores(room.p, a, block, room.lanes, s0, keys, room.tile, room.buffer, room.slope);
-  if (a.dropout) {
-    dropout_tile(room.keep, a, room.lanes, s0, keys, width);
-    multiply(room.ds, room.keep, keys, width);
+inline void score_gradients(const BackwardRoom<C>& room, Products& products, int64_t keys,
+                            int64_t width, C factor, const C* keep, const C* slope) {
+  constexpr int L = kLanes<C>;
+  for (int64_t s = 0; s < keys; s += 2) {
+    for (int64_t t = 0; t < width; t += L) {
+      Vec<C> p[2] = {}, ds[2] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(2, keys - s); ++i) {
+        const int64_t n = (s + i) * kBlock + t;
+        // forward: p = exp(s - lse), o = (p keep) v
+        p[i] = exp2_flush((load(products.s + n) * factor - load(room.lse + t)) * kLog2E<C>);
+        Vec<C> dp = load(products.dp + n);
+        if (keep) dp = dp * load(keep + n);
+        ds[i] = p[i] * (dp - load(room.do_o + t) + load(room.dlse + t));
+        if (keep) p[i] = p[i] * load(keep + n);
+        // forward: s = softcap tanh(scale q k^T / softcap)
+        if (slope) ds[i] = ds[i] * load(slope + n);
+      }
+      products.take(s, t, p[0], p[1], ds[0], ds[1]);
+    }
   }
-  score_gradients(room.p, room.ds, keys, width, factor, room.lse, room.do_o, room.dlse);
-  if (a.dropout) multiply(room.p, room.keep, keys, width);
 }
 
-#if TFKERN_VEC_BYTES == 64
-struct AmxBackward {
-  static constexpr int64_t kFirst = kKeys;
-  AmxTiles tiles;
-  int64_t Dp, Dvp;
-  BFloat16 *q_rows, *do_rows, *o_rows, *buffer, *p_rows, *ds_rows;
-  uint32_t *qt, *dot, *q_pairs, *do_pairs, *ds_pairs;
-  float* tail;
-
-  AmxBackward(Scratch& scratch, const AttentionBackward<float>& a)
-      : Dp(round_up(a.D, kAmxDepth)), Dvp(round_up(a.Dv, kAmxDepth)) {
-    q_rows = scratch.get<BFloat16>(kBlock * Dp);
-    for (BFloat16** x : {&do_rows, &o_rows}) *x = scratch.get<BFloat16>(kBlock * Dvp);
-    buffer = scratch.get<BFloat16>(kKeys * std::max(Dp, Dvp));
-    for (BFloat16** x : {&p_rows, &ds_rows}) *x = scratch.get<BFloat16>(kKeys * kBlock);
-    for (uint32_t** x : {&qt, &q_pairs}) *x = scratch.get<uint32_t>(Dp / 2 * kBlock);
-    for (uint32_t** x : {&dot, &do_pairs}) *x = scratch.get<uint32_t>(Dvp / 2 * kBlock);
-    ds_pairs = scratch.get<uint32_t>(kKeys / 2 * kBlock);
-    tail = scratch.get<float>(kKeys * std::max(Dp, Dvp));
-  }
-  void load(const AttentionBackward<float>& a, const Block& block, const float* lse, float* do_o) {
-    amx_block_rows(q_rows, a.q, block, a.D, Dp, lse);
-    amx_block_rows(do_rows, a.d_o, block, a.Dv, Dvp, lse);
-    amx_block_rows(o_rows, a.o, block, a.Dv, Dvp, lse);
-    transpose_words(q_rows, Dp / 2, kBlock, Dp / 2, qt, kBlock);
-    transpose_words(do_rows, Dvp / 2, kBlock, Dvp / 2, dot, kBlock);
-    join_rows(q_pairs, q_rows, Dp, kBlock, Dp);
-    join_rows(do_pairs, do_rows, Dvp, kBlock, Dvp);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      VecFloat total{};
-      for (int64_t d = i * Dvp; d < (i + 1) * Dvp; d += kLanes<float>) {
-        total += avx512::load(o_rows + d) * avx512::load(do_rows + d);
-      }
-      do_o[i] = sum<float>(total);
-    }
-  }
-  float scores(const AttentionBackward<float>& a, const Block& block, int64_t hk, int64_t s0,
-               int64_t keys, float* s, float* dp) {
-    const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
-    const int64_t width = padded<float>(block.rows());
-    amx_key_product(k, s0, keys, a.D, qt, width, buffer, s);
-    amx_key_product(v, s0, keys, a.Dv, dot, width, buffer, dp);
-    return amx_scale(a, s, keys, width);
-  }
-  void add(const AttentionBackward<float>& a, const Block& block, int64_t hk, int64_t s0,
-           int64_t keys, const float* p, float* ds, float* dk, float* dv, int64_t stride,
-           float* dqt) {
-    const int64_t width = padded<float>(block.rows());
-    join_keys(ds_pairs, ds, keys, width);
-    amx_add_transposed(a, block, hk, s0, keys, a.D, ds_pairs, dqt);
-    add_rows(p, p_rows, block, keys, do_pairs, Dvp, a.Dv, dv, stride);
-    add_rows(ds, ds_rows, block, keys, q_pairs, Dp, a.D, dk, stride);
-  }
-
- private:
-  // out += tile right, where `right` holds the rows of the block as pairs and has N features.
-  void add_rows(const float* tile, BFloat16* tile_rows, const Block& block, int64_t keys,
-                const uint32_t* right, int64_t right_stride, int64_t N, float* out,
-                int64_t stride) {
-    const int64_t width = padded<float>(block.rows()), depth = round_up(width, kAmxDepth);
-    const int64_t height = round_up(keys, kAmxRows), Np = padded<float>(N);
-    for (int64_t s = 0; s < height; ++s) {
-      BFloat16* row = tile_rows + s * kBlock;
-      if (s < keys) narrow_row(row, tile + s * kBlock, width);
-      std::memset(row + (s < keys ? width : 0), 0, (depth - (s < keys ? width : 0)) * 2);
-    }
-    const Left<BFloat16> left{tile_rows, kBlock, 1};
-    if (height == keys)
-      return amx_product(keys, Np, depth, left, right, right_stride, out, stride, true);
-    // The rows behind the last key belong to others.
-    amx_product(height, Np, depth, left, right, right_stride, tail, Np, false);
-    for (int64_t s = 0; s < keys; ++s) {
-      for (int64_t n = 0; n < Np; n += kLanes<float>) {
-        float* to = out + s * stride + n;
-        store(to, avx512::load(to) + avx512::load(tail + s * Np + n));
-      }
-    }
-  }
-};
-#endif
+// The gradients for keys [s0, s0 + keys): of q k^T, or without `slope` of the scores.
+template <class C, class Products>
+void tile_gradients(const BackwardRoom<C>& room, Products& products, const AttentionBackward<C>& a,
+                    const Block& block, int64_t hk, int64_t s0, int64_t keys, C* slope) {
+  const int64_t width = padded<C>(block.rows());
+  const C factor = products.multiply(a, block, hk, s0, keys);
+  finish_scores(products.s, a, block, room.lanes, s0, keys, room.tile, room.buffer, slope);
+  if (a.dropout) dropout_tile(room.keep, a, room.lanes, s0, keys, width);
+  score_gradients(room, products, keys, width, factor, a.dropout ? room.keep : nullptr, slope);
+}
 
 // ---- dq, dk and dv ----
 
@@ -291,11 +227,10 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
       for (int64_t s0 = block.begin / Products::kFirst * Products::kFirst; s0 < block.end;
            s0 += kKeys) {
         const int64_t keys = std::min<int64_t>(kKeys, block.end - s0);
-        tile_gradients(room, products, a, block, hk, s0, keys);
-        // forward: s = softcap tanh(scale q k^T / softcap)
-        if (a.softcap > 0) multiply(room.ds, room.slope, keys, width);
+        tile_gradients(room, products, a, block, hk, s0, keys,
+                       a.softcap > 0 ? room.slope : nullptr);
         C* dk = sums + s0 * sums_width;
-        products.add(a, block, hk, s0, keys, room.p, room.ds, dk, dk + Dp, sums_width, dqt);
+        products.add(a, block, hk, s0, keys, dk, dk + Dp, sums_width, dqt);
       }
 
       transpose(dqt, kBlock, Dp, width, dq_rows, Dp);
@@ -312,18 +247,30 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
 
 // ---- gradient of the bias ----
 
+// Products whose ds go to `total`, one row of kBlock elements per key.
+template <class C, class Products>
+struct BiasSums : Products {
+  using Products::Products;
+  C* total = nullptr;
+
+  void take(int64_t s, int64_t t, Vec<C>, Vec<C>, Vec<C> ds0, Vec<C> ds1) {
+    C* sums = total + s * kBlock + t;
+    store(sums, load(sums) + ds0);
+    store(sums + kBlock, load(sums + kBlock) + ds1);
+  }
+};
+
 // Runs tasks, each of which owns a tile of dbias and adds up what falls on it, over the batches,
 // heads, queries and keys along which bias is broadcast, in their order.
 template <class C, class Products>
 void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
-  constexpr int L = kLanes<C>;
   const BiasGradient& g = a.dbias;
   const int64_t blocks = g.T == 1 ? 1 : (a.T + kBlock - 1) / kBlock;
   const int64_t ranges = g.S == 1 ? 1 : (a.S + kBiasKeys - 1) / kBiasKeys;
   const int64_t total_rows = g.S == 1 ? kKeys : kBiasKeys;
   Scratch scratch;
   BackwardRoom<C> room(scratch);
-  Products products(scratch, a);
+  BiasSums<C, Products> products(scratch, a);
   C* total = scratch.get<C>(total_rows * kBlock);  // dbias of the task, transposed
   C* row = scratch.get<C>(kBiasKeys);
 
@@ -337,19 +284,14 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
         const int64_t t_end = g.T == 1 ? a.documents[b].queries : (i + 1) * kBlock;
         for (int64_t t0 = i * kBlock; t0 < t_end; t0 += kBlock) {
           const Block block = block_at(a, b, h, 1, t0);
-          const int64_t width = padded<C>(block.rows()), end = std::min(block.end, s_end);
+          const int64_t end = std::min(block.end, s_end);
           int64_t s0 = std::max(block.begin / Products::kFirst * Products::kFirst, s_begin);
           if (s0 < end) load_block(room, products, a, block);
           for (; s0 < end; s0 += kKeys) {
             const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-            tile_gradients(room, products, a, block, h / a.group(), s0, keys);
             // forward: s = s + bias
-            C* sums = total + (g.S == 1 ? 0 : s0 - s_begin) * kBlock;
-            for (int64_t n = 0; n < keys * kBlock; n += kBlock) {
-              for (int64_t t = n; t < n + width; t += L) {
-                store(sums + t, load(sums + t) + load(room.ds + t));
-              }
-            }
+            products.total = total + (g.S == 1 ? 0 : s0 - s_begin) * kBlock;
+            tile_gradients<C>(room, products, a, block, h / a.group(), s0, keys, nullptr);
           }
         }
       }

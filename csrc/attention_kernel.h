@@ -9,11 +9,12 @@
 constexpr int kHeadroom = 8;
 
 // Takes a tile of scores into the maximum (up to kHeadroom) and sum of each query and turns it into
-// p = 2^(unit score - maximum). Returns whether `factor`, by which what was summed before is to be
-// scaled, differs from 1 anywhere; only then it is written.
-template <class C>
-inline bool online_softmax(C* scores, int64_t keys, int64_t width, C unit, C* maximum, C* sum,
-                           C* factor) {
+// p = 2^(unit score - maximum), times `keep` unless that is null, for the products to take. Returns
+// whether `factor`, by which what was summed before is to be scaled, differs from 1 anywhere; only
+// then it is written.
+template <class C, class Products>
+inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t width, C unit,
+                           C* maximum, C* sum, C* factor, Products& products) {
   constexpr int L = kLanes<C>;
   bool rescale = false;
   Vec<C> before[kBlock / L];
@@ -37,21 +38,17 @@ inline bool online_softmax(C* scores, int64_t keys, int64_t width, C unit, C* ma
     const Vec<C> shift = m == -std::numeric_limits<C>::infinity() ? Vec<C>{} : m;
     // Two sums per tile: their rounding errors grow less than those of one that runs over all keys.
     Vec<C> l0{}, l1{};
-    int64_t s = 0;
-    for (; s + 2 <= keys; s += 2) {
-      C* p = scores + s * kBlock + t;
-      const Vec<C> e0 = exp2_flush(load(p) * unit - shift);
-      const Vec<C> e1 = exp2_flush(load(p + kBlock) * unit - shift);
-      store(p, e0);
-      store(p + kBlock, e1);
-      l0 = l0 + e0;
-      l1 = l1 + e1;
-    }
-    if (s < keys) {
-      C* p = scores + s * kBlock + t;
-      const Vec<C> e = exp2_flush(load(p) * unit - shift);
-      store(p, e);
-      l0 = l0 + e;
+    for (int64_t s = 0; s < keys; s += 2) {
+      const int64_t n = s * kBlock + t;
+      Vec<C> p0 = exp2_flush(load(scores + n) * unit - shift), p1{};
+      if (s + 1 < keys) p1 = exp2_flush(load(scores + n + kBlock) * unit - shift);
+      l0 = l0 + p0;
+      l1 = l1 + p1;
+      if (keep) {
+        p0 = p0 * load(keep + n);
+        p1 = p1 * load(keep + n + kBlock);
+      }
+      products.take(s, t, p0, p1);
     }
     Vec<C> l = load(sum + t);
     if (rescale) {
@@ -190,39 +187,44 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
 // ---- products of the forward ----
 //
 // Three ways with the same functions (the third is in attention_amx.h). load: takes the rows of a
-// block. scores: of keys [s0, s0 + keys), but for a factor that it returns and but for what
-// finish_scores does. add_values: o += p v, which may also write to p past the keys. A walk may
-// begin at multiples of kFirst.
+// block. multiply: `scores` of keys [s0, s0 + keys), but for a factor that it returns and but for
+// what finish_scores does. take: p of keys s0 + s and s0 + s + 1 and a vector of rows. add_values:
+// o += p v. A walk may begin at multiples of kFirst.
 
 // By vectors of rows.
 template <class C>
 struct WideForward {
   static constexpr int64_t kFirst = 4;
-  C *q_rows, *qt, *k_buffer, *v_buffer;
+  C *q_rows, *qt, *k_buffer, *v_buffer, *scores;  // which become p in place
 
   WideForward(Scratch& scratch, const AttentionForward<C>& a) {
     q_rows = scratch.get<C>(kBlock * padded<C>(a.D));
     qt = scratch.get<C>(kBlock * padded<C>(a.D));
     k_buffer = scratch.get<C>(kKeys * a.D);
     v_buffer = scratch.get<C>(kKeys * a.Dv);
+    scores = scratch.get<C>(kKeys * kBlock);
   }
   void load(const AttentionForward<C>& a, const Block& block) {
     const int64_t width = padded<C>(block.rows());
     load_block(q_rows, a.q, block, a.D, width);
     transpose(q_rows, padded<C>(a.D), width, a.D, qt);
   }
-  C scores(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
-           C* scores) {
+  C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+             int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk);
     product(keys, padded<C>(block.rows()), a.D, load_rows(k_buffer, k, s0, keys, a.D, a.D), qt,
             kBlock, scores, kBlock, false, product_scale(a));
     return 1;
   }
+  void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
+    store(scores + s * kBlock + t, p0);
+    store(scores + (s + 1) * kBlock + t, p1);
+  }
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-                  int64_t keys, C* p, C* o) {
+                  int64_t keys, C* o) {
     const HeadRows v = key_rows(a.v, block.document, hk);
     const Left<C> tile = load_rows(v_buffer, v, s0, keys, a.Dv, a.Dv);
-    product(a.Dv, padded<C>(block.rows()), keys, transposed(tile), p, kBlock, o, kBlock, true);
+    product(a.Dv, padded<C>(block.rows()), keys, transposed(tile), scores, kBlock, o, kBlock, true);
   }
 };
 
@@ -230,18 +232,19 @@ struct WideForward {
 template <class C>
 struct NarrowForward {
   static constexpr int64_t kFirst = 4;
-  C *q_rows, *k_buffer, *v_buffer;
+  C *q_rows, *k_buffer, *v_buffer, *scores;
 
   NarrowForward(Scratch& scratch, const AttentionForward<C>& a) {
     q_rows = scratch.get<C>(kLanes<C> / 2 * padded<C>(a.D));
     k_buffer = scratch.get<C>(kKeys * padded<C>(a.D));
     v_buffer = scratch.get<C>(kKeys * padded<C>(a.Dv));
+    scores = scratch.get<C>(kKeys * kBlock);
   }
   void load(const AttentionForward<C>& a, const Block& block) {
     load_block(q_rows, a.q, block, a.D, block.rows());
   }
-  C scores(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
-           C* scores) {
+  C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+             int64_t keys) {
     const int64_t Dp = padded<C>(a.D);
     const HeadRows k = narrow_rows(k_buffer, key_rows(a.k, block.document, hk), s0, keys, a.D);
     TFKERN_COMPUTED(C, k.dtype,
@@ -249,11 +252,15 @@ struct NarrowForward {
                                 product_scale(a)));
     return 1;
   }
+  void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
+    store(scores + s * kBlock + t, p0);
+    store(scores + (s + 1) * kBlock + t, p1);
+  }
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-                  int64_t keys, C* p, C* o) {
+                  int64_t keys, C* o) {
     const int64_t Dvp = padded<C>(a.Dv);
     const HeadRows v = narrow_rows(v_buffer, key_rows(a.v, block.document, hk), s0, keys, a.Dv);
-    const Left<C> left{p, 1, kBlock};
+    const Left<C> left{scores, 1, kBlock};
     TFKERN_COMPUTED(C, v.dtype, {
       const Left<T> right = matrix<T>(v);
       product(block.rows(), Dvp, keys, left, right.data, right.row, o, Dvp, true);
@@ -263,14 +270,14 @@ struct NarrowForward {
 
 // ---- the walk ----
 
-// Room for a tile of scores and what belongs to it.
+// Room for what belongs to a tile of scores.
 template <class C>
 struct ForwardRoom {
-  C *scores, *tile, *buffer, *factor;
+  C *tile, *buffer, *factor;
   Lanes<C> lanes;
 
   explicit ForwardRoom(Scratch& scratch) {
-    for (C** x : {&scores, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
+    for (C** x : {&tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
     factor = scratch.get<C>(kBlock);
   }
 };
@@ -282,17 +289,14 @@ void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int
   products.load(a, block);
   for (int64_t s0 = begin / Products::kFirst * Products::kFirst; s0 < end; s0 += kKeys) {
     const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-    const C factor = products.scores(a, block, hk, s0, keys, room.scores);
-    finish_scores(room.scores, a, block, room.lanes, s0, keys, room.tile, room.buffer);
-    if (online_softmax(room.scores, keys, width, kLog2E<C> * factor, partial.maximum, partial.sum,
-                       room.factor)) {
+    const C factor = products.multiply(a, block, hk, s0, keys);
+    finish_scores(products.scores, a, block, room.lanes, s0, keys, room.tile, room.buffer);
+    if (a.dropout) dropout_tile(room.tile, a, room.lanes, s0, keys, width);
+    if (online_softmax(products.scores, a.dropout ? room.tile : nullptr, keys, width,
+                       kLog2E<C> * factor, partial.maximum, partial.sum, room.factor, products)) {
       rescale(partial, block, a.Dv, room.factor);
     }
-    if (a.dropout) {
-      dropout_tile(room.tile, a, room.lanes, s0, keys, width);
-      multiply(room.scores, room.tile, keys, width);
-    }
-    products.add_values(a, block, hk, s0, keys, room.scores, partial.o);
+    products.add_values(a, block, hk, s0, keys, partial.o);
   }
 }
 

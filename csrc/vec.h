@@ -192,7 +192,22 @@ inline VecDouble exp(VecDouble x) {
   return x;
 }
 
-// 2^x within 1 ulp for x <= 127, where tiny results may be lost: what would be below 2^-126 is 0.
+// 2^x within 2 ulp for x <= 127, where tiny results may be lost: what would be below 2^-126 is 0.
+#if TFKERN_VEC_BYTES == 64
+inline VecFloat exp2_flush(VecFloat x) {
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const VecFloat r = (VecFloat)_mm512_reduce_ps((__m512)x, kDown);  // x - floor(x)
+  VecFloat p = r * 2.16129178e-4f + 1.24678458e-3f;
+  p = p * r + 9.67545155e-3f;
+  p = p * r + 5.54852821e-2f;
+  p = p * r + 0.240229309f;
+  p = p * r + 0.693147063f;
+  p = p * r + 1.0f;
+  const __mmask16 normal =
+      _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);  // or NaN
+  return (VecFloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);       // p 2^floor(x)
+}
+#else
 inline VecFloat exp2_flush(VecFloat x) {
   x = vmax(broadcast(-127.0f), x);  // 2^-127 becomes 0, whose exponent has the same bits
   const VecFloat magic = broadcast(12582912.0f + 127);  // leaves n + 127 in the lowest bits
@@ -205,6 +220,7 @@ inline VecFloat exp2_flush(VecFloat x) {
   p = p * r + 1.0f;
   return p * (VecFloat)((VecInt)t << 23);
 }
+#endif
 inline VecDouble exp2_flush(VecDouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
   return x;
