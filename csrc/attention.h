@@ -6,9 +6,14 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "dtype.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace tfkern {
 
@@ -125,7 +130,7 @@ struct AttentionBackward : AttentionScores<C> {
   // Few heads are cut into chunks so that every thread has work.
   int64_t chunks_of(const Document& d) const {
     const int64_t key_heads = static_cast<int64_t>(this->documents.size()) * this->Hk;
-    return std::clamp<int64_t>(16 / std::max<int64_t>(key_heads, 1), 1,
+    return std::clamp<int64_t>(8 / std::max<int64_t>(key_heads, 1), 1,
                                std::max<int64_t>(this->blocks(d) / 2, 1));
   }
   // Keys of the longest document.
@@ -140,20 +145,27 @@ struct AttentionBackward : AttentionScores<C> {
   }
 };
 
-// Uninitialised arrays that start at cache lines and live as long as this.
+// Uninitialised arrays that live as long as this. They start at cache lines; large ones ask for
+// huge pages, since a fault for each small page costs more than what is computed on it.
 class Scratch {
  public:
   template <class T>
   T* get(int64_t n) {
-    void* p = ::operator new(std::max<int64_t>(n, 1) * sizeof(T), kLine);
-    arrays_.emplace_back(p);
+    const size_t bytes = std::max<int64_t>(n, 1) * sizeof(T);
+    const std::align_val_t alignment{bytes < kMapped ? 64 : kHugePage};
+    void* p = ::operator new(bytes, alignment);
+    arrays_.emplace_back(p, Free{alignment});
+#if defined(__linux__)
+    if (bytes >= kMapped) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
     return static_cast<T*>(p);
   }
 
  private:
-  static constexpr std::align_val_t kLine{64};
+  static constexpr size_t kHugePage = size_t{1} << 21, kMapped = size_t{1} << 25;
   struct Free {
-    void operator()(void* p) const { ::operator delete(p, kLine); }
+    std::align_val_t alignment;
+    void operator()(void* p) const { ::operator delete(p, alignment); }
   };
   std::vector<std::unique_ptr<void, Free>> arrays_;
 };

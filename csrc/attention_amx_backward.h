@@ -2,7 +2,7 @@
 
 struct AmxBackward {
   static constexpr int64_t kFirst = kKeys;
-  AmxTiles tiles;
+  using Registers = AmxTiles;
   int64_t Dp, Dvp;
   BFloat16 *q_rows, *do_rows, *o_rows, *buffer, *p_rows, *ds_rows;
   uint32_t *qt, *dot, *q_pairs, *do_pairs;
@@ -14,10 +14,12 @@ struct AmxBackward {
     for (BFloat16** x : {&do_rows, &o_rows}) *x = scratch.get<BFloat16>(kBlock * Dvp);
     buffer = scratch.get<BFloat16>(kKeys * std::max(Dp, Dvp));
     for (BFloat16** x : {&p_rows, &ds_rows}) *x = scratch.get<BFloat16>(kKeys * kBlock);
-    for (uint32_t** x : {&qt, &q_pairs}) *x = scratch.get<uint32_t>(Dp / 2 * kBlock);
-    for (uint32_t** x : {&dot, &do_pairs}) *x = scratch.get<uint32_t>(Dvp / 2 * kBlock);
     for (float** x : {&s, &dp}) *x = scratch.get<float>(kKeys * kBlock);
     tail = scratch.get<float>(kKeys * std::max(Dp, Dvp));
+  }
+  void allocate_rows(Scratch& scratch, const AttentionBackward<float>&) {
+    for (uint32_t** x : {&qt, &q_pairs}) *x = scratch.get<uint32_t>(Dp / 2 * kBlock);
+    for (uint32_t** x : {&dot, &do_pairs}) *x = scratch.get<uint32_t>(Dvp / 2 * kBlock);
   }
   void load(const AttentionBackward<float>& a, const Block& block, const float* lse, float* do_o) {
     amx_block_rows(q_rows, a.q, block, a.D, Dp, lse);

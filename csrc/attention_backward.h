@@ -18,26 +18,33 @@ inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* su
   }
 }
 
+// Blocks of rows that walk over the keys together: each tile of keys, and of the sums of dk and dv,
+// is fetched once for all of them.
+constexpr int64_t kTogether = 4;
+
 // ---- products of the backward: two ways with the same functions ----
 //
-// load: takes the rows of a block, of which those with lse = inf become 0, and gives do_o = sum(do
-// o). multiply: s = q k^T, as in the forward, and dp = do v^T of keys [s0, s0 + keys). take: p and
-// ds of keys s0 + s and s0 + s + 1 and a vector of rows. add: dv += p^T do, dk += ds^T q for these
-// keys, and dq^T += k^T ds.
+// Copies share their tiles; allocate_rows gives one rows of its own. load: takes the rows of a
+// block, of which those with lse = inf become 0, and gives do_o = sum(do o). multiply: s = q k^T,
+// as in the forward, and dp = do v^T of keys [s0, s0 + keys). take: p and ds of keys s0 + s and s0
+// + s + 1 and a vector of rows. add: dv += p^T do, dk += ds^T q for these keys, and dq^T += k^T ds.
 
 template <class C>
 struct WideBackward {
+  struct Registers {};
   static constexpr int64_t kFirst = 4;
   C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot, *k_buffer, *v_buffer;
   C *s, *dp;  // which become p and ds in place
 
   WideBackward(Scratch& scratch, const AttentionBackward<C>& a) {
-    const int64_t Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
-    for (C** x : {&q_rows, &qt}) *x = scratch.get<C>(Dp * kBlock);
-    for (C** x : {&do_rows, &o_rows, &dot, &ot}) *x = scratch.get<C>(Dvp * kBlock);
+    for (C** x : {&o_rows, &ot}) *x = scratch.get<C>(padded<C>(a.Dv) * kBlock);
     for (C** x : {&s, &dp}) *x = scratch.get<C>(kKeys * kBlock);
     k_buffer = scratch.get<C>(kKeys * a.D);
     v_buffer = scratch.get<C>(kKeys * a.Dv);
+  }
+  void allocate_rows(Scratch& scratch, const AttentionBackward<C>& a) {
+    for (C** x : {&q_rows, &qt}) *x = scratch.get<C>(padded<C>(a.D) * kBlock);
+    for (C** x : {&do_rows, &dot}) *x = scratch.get<C>(padded<C>(a.Dv) * kBlock);
   }
   void load(const AttentionBackward<C>& a, const Block& block, const C* lse, C* do_o) {
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
@@ -82,73 +89,87 @@ struct WideBackward {
 
 // ---- a tile of gradients ----
 
-// Room for what belongs to a block of rows and a tile. Rows that take no part, lse = -inf, may hold
-// NaN: they become 0, with lse = inf, so that p = 0.
+// Room for what belongs to a tile.
 template <class C>
 struct BackwardRoom {
-  C *lse, *dlse, *do_o;  // of the rows
   C *slope, *keep, *tile, *buffer;
-  Lanes<C> lanes;
 
   explicit BackwardRoom(Scratch& scratch) {
-    for (C** x : {&lse, &dlse, &do_o}) *x = scratch.get<C>(kBlock);
     for (C** x : {&slope, &keep, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
   }
 };
 
+// A block of rows, and room for it. Rows that take no part, lse = -inf, may hold NaN: they become
+// 0, with lse = inf, so that p = 0.
 template <class C, class Products>
-void load_block(BackwardRoom<C>& room, Products& products, const AttentionBackward<C>& a,
-                const Block& block) {
-  constexpr C kInf = std::numeric_limits<C>::infinity();
-  fill_lanes(room.lanes, a, block);
-  for (int64_t i = 0; i < kBlock; ++i) {
-    room.lse[i] = kInf;
-    room.dlse[i] = 0;
-    if (i >= block.rows()) continue;
-    const int64_t saved = a.row_index(block.document, block.head(i), block.query(i));
-    if (a.lse[saved] == -kInf) continue;
-    room.lse[i] = a.lse[saved];
-    if (a.dlse) room.dlse[i] = a.dlse[saved];
+struct BackwardRows {
+  Products products;
+  std::optional<Block> block;
+  Lanes<C> lanes;
+  C *lse, *dlse, *do_o, *dqt;  // do_o = sum(do o); dq^T / scale
+
+  BackwardRows(Scratch& scratch, const AttentionBackward<C>& a, const Products& like)
+      : products(like) {
+    products.allocate_rows(scratch, a);
+    for (C** x : {&lse, &dlse, &do_o}) *x = scratch.get<C>(kBlock);
+    dqt = scratch.get<C>(padded<C>(a.D) * kBlock);
   }
-  // forward: o = sum_s p v, lse = log sum_s exp(s), hence ds = p (dp - sum(do o) + dlse)
-  products.load(a, block, room.lse, room.do_o);
-}
+  int64_t width() const { return padded<C>(block->rows()); }
+  int64_t begin() const { return block->begin / Products::kFirst * Products::kFirst; }
+
+  void load(const AttentionBackward<C>& a, const Block& rows) {
+    constexpr C kInf = std::numeric_limits<C>::infinity();
+    block.emplace(rows);
+    fill_lanes(lanes, a, rows);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      lse[i] = kInf;
+      dlse[i] = 0;
+      if (i >= rows.rows()) continue;
+      const int64_t saved = a.row_index(rows.document, rows.head(i), rows.query(i));
+      if (a.lse[saved] == -kInf) continue;
+      lse[i] = a.lse[saved];
+      if (a.dlse) dlse[i] = a.dlse[saved];
+    }
+    // forward: o = sum_s p v, lse = log sum_s exp(s), hence ds = p (dp - sum(do o) + dlse)
+    products.load(a, rows, lse, do_o);
+  }
+};
 
 // Gives the products p = exp(s - lse) keep and ds = p (dp keep - delta) slope. `keep` and `slope`
 // may be null, for 1. delta = sum(do o) - dlse comes as its two terms: if the first cancels dp, the
 // second is left exact.
-template <class C, class Products>
-inline void score_gradients(const BackwardRoom<C>& room, Products& products, int64_t keys,
-                            int64_t width, C factor, const C* keep, const C* slope) {
+template <class C, class Rows>
+inline void score_gradients(Rows& rows, int64_t keys, C factor, const C* keep, const C* slope) {
   constexpr int L = kLanes<C>;
+  const int64_t width = rows.width();
   for (int64_t s = 0; s < keys; s += 2) {
     for (int64_t t = 0; t < width; t += L) {
       Vec<C> p[2] = {}, ds[2] = {};
       for (int64_t i = 0; i < std::min<int64_t>(2, keys - s); ++i) {
         const int64_t n = (s + i) * kBlock + t;
         // forward: p = exp(s - lse), o = (p keep) v
-        p[i] = exp2_flush((load(products.s + n) * factor - load(room.lse + t)) * kLog2E<C>);
-        Vec<C> dp = load(products.dp + n);
+        p[i] = exp2_flush((load(rows.products.s + n) * factor - load(rows.lse + t)) * kLog2E<C>);
+        Vec<C> dp = load(rows.products.dp + n);
         if (keep) dp = dp * load(keep + n);
-        ds[i] = p[i] * (dp - load(room.do_o + t) + load(room.dlse + t));
+        ds[i] = p[i] * (dp - load(rows.do_o + t) + load(rows.dlse + t));
         if (keep) p[i] = p[i] * load(keep + n);
         // forward: s = softcap tanh(scale q k^T / softcap)
         if (slope) ds[i] = ds[i] * load(slope + n);
       }
-      products.take(s, t, p[0], p[1], ds[0], ds[1]);
+      rows.products.take(s, t, p[0], p[1], ds[0], ds[1]);
     }
   }
 }
 
 // The gradients for keys [s0, s0 + keys): of q k^T, or without `slope` of the scores.
-template <class C, class Products>
-void tile_gradients(const BackwardRoom<C>& room, Products& products, const AttentionBackward<C>& a,
-                    const Block& block, int64_t hk, int64_t s0, int64_t keys, C* slope) {
-  const int64_t width = padded<C>(block.rows());
-  const C factor = products.multiply(a, block, hk, s0, keys);
-  finish_scores(products.s, a, block, room.lanes, s0, keys, room.tile, room.buffer, slope);
-  if (a.dropout) dropout_tile(room.keep, a, room.lanes, s0, keys, width);
-  score_gradients(room, products, keys, width, factor, a.dropout ? room.keep : nullptr, slope);
+template <class C, class Rows>
+void tile_gradients(BackwardRoom<C>& room, Rows& rows, const AttentionBackward<C>& a, int64_t hk,
+                    int64_t s0, int64_t keys, C* slope) {
+  const C factor = rows.products.multiply(a, *rows.block, hk, s0, keys);
+  finish_scores(rows.products.s, a, *rows.block, rows.lanes, s0, keys, room.tile, room.buffer,
+                slope);
+  if (a.dropout) dropout_tile(room.keep, a, rows.lanes, s0, keys, rows.width());
+  score_gradients<C>(rows, keys, factor, a.dropout ? room.keep : nullptr, slope);
 }
 
 // ---- dq, dk and dv ----
@@ -181,20 +202,45 @@ int64_t attention_dkv_width(const AttentionBackward<C>& a) {
   return padded<C>(a.D) + padded<C>(a.Dv);
 }
 
+template <class C, class Rows>
+void store_dq(const AttentionBackward<C>& a, Rows& rows, C* dq_rows) {
+  const int64_t Dp = padded<C>(a.D);
+  const Block& block = *rows.block;
+  transpose(rows.dqt, kBlock, Dp, rows.width(), dq_rows, Dp);
+  for (int64_t t = 0; t < block.rows(); ++t, dq_rows += Dp) {
+    const bool any = rows.lse[t] != std::numeric_limits<C>::infinity();
+    for (int64_t d = 0; d < a.D; ++d) dq_rows[d] = any ? a.scale * dq_rows[d] : C{0};
+    store_row(query_rows(a.dq, block.document, block.head(t)), block.query(t), dq_rows, a.D);
+  }
+}
+
+template <class C, class Rows>
+void store_sink_terms(const AttentionBackward<C>& a, const Rows& rows) {
+  const Block& block = *rows.block;
+  for (int64_t t = 0; t < block.rows(); ++t) {
+    const int64_t h = block.head(t);
+    // forward: lse = log(sum exp(s) + exp(sink))
+    const C p = std::exp(a.sink[h] - rows.lse[t]);
+    a.sink_terms[a.row_index(block.document, h, block.query(t))] =
+        -p * (rows.do_o[t] - rows.dlse[t]);
+  }
+}
+
 // Runs tasks (document, key head, chunk of the blocks of rows of its query heads) until none is
-// left. A task walks over the keys for one block of rows after the other: dq of a block is
+// left. A task walks over the keys for a few blocks of rows after the other: dq of these is
 // complete when the walk ends, dk and dv add up in memory. With several chunks per head a
 // task's sums go to `partials`, to be added by attention_store_dkv; with one, it stores them
 // itself.
 template <class C, class Products>
 void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
-  constexpr C kInf = std::numeric_limits<C>::infinity();
-  const int64_t D = a.D, Dp = padded<C>(D), sums_width = Dp + padded<C>(a.Dv);
+  const int64_t Dp = padded<C>(a.D), sums_width = Dp + padded<C>(a.Dv);
   const int64_t document_tasks = a.Hk * a.chunks;
+  const typename Products::Registers registers;
   Scratch scratch;
   BackwardRoom<C> room(scratch);
-  Products products(scratch, a);
-  C* dqt = scratch.get<C>(Dp * kBlock);  // dq^T / scale
+  const Products products(scratch, a);
+  std::vector<BackwardRows<C, Products>> together;
+  for (int64_t i = 0; i < kTogether; ++i) together.emplace_back(scratch, a, products);
   C* dq_rows = scratch.get<C>(Dp * kBlock);
   C* own_sums = scratch.get<C>(a.longest() * sums_width);
 
@@ -210,36 +256,27 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
     std::fill(sums, sums + document.keys * sums_width, C{0});
 
     // Every chunk takes blocks from all over the sequence, since causal ones differ in work.
-    for (int64_t i = chunk; i < blocks; i += chunks) {
-      const Block block = block_of(a, number, hk, i);
-      const int64_t rows = block.rows(), width = padded<C>(rows);
-      load_block(room, products, a, block);
-      if (a.sink_terms) {
-        // forward: lse = log(sum exp(s) + exp(sink))
-        for (int64_t t = 0; t < rows; ++t) {
-          const C p = std::exp(a.sink[block.head(t)] - room.lse[t]);
-          a.sink_terms[a.row_index(document, block.head(t), block.query(t))] =
-              -p * (room.do_o[t] - room.dlse[t]);
+    for (int64_t i = chunk; i < blocks;) {
+      int64_t begin = document.keys, end = 0, count = 0;
+      for (; count < kTogether && i < blocks; ++count, i += chunks) {
+        auto& rows = together[count];
+        rows.load(a, block_of(a, number, hk, i));
+        std::fill(rows.dqt, rows.dqt + a.D * kBlock, C{0});
+        if (a.sink_terms) store_sink_terms(a, rows);
+        begin = std::min(begin, rows.begin());
+        end = std::max(end, rows.block->end);
+      }
+      for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
+        for (int64_t n = 0; n < count; ++n) {
+          auto& rows = together[n];
+          const int64_t keys = std::min<int64_t>(kKeys, rows.block->end - s0);
+          if (keys <= 0 || s0 + kKeys <= rows.begin()) continue;
+          tile_gradients(room, rows, a, hk, s0, keys, a.softcap > 0 ? room.slope : nullptr);
+          C* dk = sums + s0 * sums_width;
+          rows.products.add(a, *rows.block, hk, s0, keys, dk, dk + Dp, sums_width, rows.dqt);
         }
       }
-      std::fill(dqt, dqt + D * kBlock, C{0});
-
-      for (int64_t s0 = block.begin / Products::kFirst * Products::kFirst; s0 < block.end;
-           s0 += kKeys) {
-        const int64_t keys = std::min<int64_t>(kKeys, block.end - s0);
-        tile_gradients(room, products, a, block, hk, s0, keys,
-                       a.softcap > 0 ? room.slope : nullptr);
-        C* dk = sums + s0 * sums_width;
-        products.add(a, block, hk, s0, keys, dk, dk + Dp, sums_width, dqt);
-      }
-
-      transpose(dqt, kBlock, Dp, width, dq_rows, Dp);
-      for (int64_t t = 0; t < rows; ++t) {
-        const bool any = room.lse[t] != kInf;
-        C* row = dq_rows + t * Dp;
-        for (int64_t d = 0; d < D; ++d) row[d] = any ? a.scale * row[d] : C{0};
-        store_row(query_rows(a.dq, document, block.head(t)), block.query(t), row, D);
-      }
+      for (int64_t n = 0; n < count; ++n) store_dq(a, together[n], dq_rows);
     }
     if (chunks == 1) attention_store_dkv(a, document, hk, 0, document.keys, sums, 1, 0);
   }
@@ -268,9 +305,10 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   const int64_t blocks = g.T == 1 ? 1 : (a.T + kBlock - 1) / kBlock;
   const int64_t ranges = g.S == 1 ? 1 : (a.S + kBiasKeys - 1) / kBiasKeys;
   const int64_t total_rows = g.S == 1 ? kKeys : kBiasKeys;
+  const typename Products::Registers registers;
   Scratch scratch;
   BackwardRoom<C> room(scratch);
-  BiasSums<C, Products> products(scratch, a);
+  BackwardRows<C, BiasSums<C, Products>> rows(scratch, a, BiasSums<C, Products>(scratch, a));
   C* total = scratch.get<C>(total_rows * kBlock);  // dbias of the task, transposed
   C* row = scratch.get<C>(kBiasKeys);
 
@@ -286,17 +324,17 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
           const Block block = block_at(a, b, h, 1, t0);
           const int64_t end = std::min(block.end, s_end);
           int64_t s0 = std::max(block.begin / Products::kFirst * Products::kFirst, s_begin);
-          if (s0 < end) load_block(room, products, a, block);
+          if (s0 < end) rows.load(a, block);
           for (; s0 < end; s0 += kKeys) {
             const int64_t keys = std::min<int64_t>(kKeys, end - s0);
             // forward: s = s + bias
-            products.total = total + (g.S == 1 ? 0 : s0 - s_begin) * kBlock;
-            tile_gradients<C>(room, products, a, block, h / a.group(), s0, keys, nullptr);
+            rows.products.total = total + (g.S == 1 ? 0 : s0 - s_begin) * kBlock;
+            tile_gradients<C>(room, rows, a, h / a.group(), s0, keys, nullptr);
           }
         }
       }
     }
-    const int64_t t0 = i * kBlock, rows = g.T == 1 ? 1 : std::min<int64_t>(kBlock, a.T - t0);
+    const int64_t t0 = i * kBlock, queries = g.T == 1 ? 1 : std::min<int64_t>(kBlock, a.T - t0);
     const int64_t keys = g.S == 1 ? 1 : std::min<int64_t>(kBiasKeys, a.S - s_begin);
     if (g.S == 1) {
       for (int64_t s = 1; s < kKeys; ++s) {
@@ -306,7 +344,7 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
     for (int64_t s = 0; g.T == 1 && s < keys; ++s) {
       for (int64_t t = 1; t < kBlock; ++t) total[s * kBlock] += total[s * kBlock + t];
     }
-    for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t t = 0; t < queries; ++t) {
       for (int64_t s = 0; s < keys; ++s) row[s] = total[s * kBlock + t];
       const int64_t first = ((batch * g.H + head) * g.T + t0 + t) * g.S + s_begin;
       TFKERN_DTYPE(g.dtype, convert(reinterpret_cast<T*>(g.data) + first, row, keys));
