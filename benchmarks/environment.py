@@ -1,6 +1,7 @@
 """The facts that every number needs beside it: device, versions, commit, date, command."""
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ def facts(device: str) -> dict[str, str]:
     return {
         "device": device_name(device),
         "instructions": instructions() if device == "cpu" else "",
+        "torch_instructions": torch_instructions() if device == "cpu" else "",
         "threads": str(torch.get_num_threads()),
         "driver": driver() if device.startswith("cuda") else "",
         "python": platform.python_version(),
@@ -51,6 +53,14 @@ def instructions() -> str:
         return _C.cpu_capability()
     except ImportError:
         return f"{torch.backends.cpu.get_cpu_capability().lower()} (of torch)"
+
+
+def torch_instructions() -> str:
+    """The vector instructions that PyTorch uses, and amx if oneDNN, its products, may use that."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    amx = torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
+    return f"{level}+amx" if amx else level
 
 
 def driver() -> str:
