@@ -4,7 +4,7 @@
     python tests/speed.py
 
 The first writes benchmarks/results/cpu-<processor>.csv, the second prints the table from all of
-these files. Where PyTorch may use AMX, a second run with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 says
+these files. Where PyTorch may use AMX, a second run with ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 says
 how it looks on a processor without.
 """
 
