@@ -56,11 +56,13 @@ def instructions() -> str:
 
 
 def torch_instructions() -> str:
-    """The vector instructions that PyTorch uses, and amx if oneDNN, its products, may use that."""
+    """The vector instructions that PyTorch uses, and amx if oneDNN or MKL may multiply with it."""
     level = torch.backends.cpu.get_cpu_capability().lower()
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    amx = torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
-    return f"{level}+amx" if amx else level
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    mkl = os.environ.get("MKL_ENABLE_INSTRUCTIONS", "AVX512_E4").upper()
+    allowed = onednn == "DEFAULT" or "AMX" in onednn
+    allowed |= torch.backends.mkl.is_available() and mkl.startswith(("AVX512_E4", "AVX512_E5"))
+    return f"{level}+amx" if allowed and torch.cpu._is_amx_tile_supported() else level
 
 
 def driver() -> str:

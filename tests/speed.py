@@ -4,8 +4,8 @@
     python tests/speed.py
 
 The first writes benchmarks/results/cpu-<processor>.csv, the second prints the table from all of
-these files. Where PyTorch may use AMX, a second run with ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 says
-how it looks on a processor without.
+these files. On a processor with AMX, a second run under ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 and
+MKL_ENABLE_INSTRUCTIONS=AVX512_E3 says how it looks without: products go through both libraries.
 """
 
 from pathlib import Path

@@ -328,20 +328,26 @@ def test_file_of_a_processor(device, instructions, name):
 
 
 @pytest.mark.parametrize(
-    "supported, limit, amx",
+    "supported, has_mkl, onednn, mkl, amx",
     [
-        (True, None, True),
-        (True, "DEFAULT", True),
-        (True, "AVX512_CORE_AMX", True),
-        (True, "avx512_core_bf16", False),
-        (False, None, False),
+        (True, True, None, None, True),
+        (True, True, "DEFAULT", "AVX512_E3", True),
+        (True, True, "AVX512_CORE_AMX", "AVX512_E3", True),
+        (True, True, "avx512_core_fp16", None, True),
+        (True, True, "avx512_core_fp16", "AVX512_E4", True),
+        (True, True, "avx512_core_fp16", "AVX512_E3", False),
+        (True, True, "AVX512_CORE_BF16", "SSE4_2", False),
+        (True, False, "AVX512_CORE_BF16", None, False),
+        (False, True, None, None, False),
     ],
 )
-def test_whether_torch_may_use_amx(monkeypatch, supported, limit, amx):
+def test_whether_torch_may_use_amx(monkeypatch, supported, has_mkl, onednn, mkl, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    if limit is not None:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    for name, value in (("ONEDNN_MAX_CPU_ISA", onednn), ("MKL_ENABLE_INSTRUCTIONS", mkl)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     assert environment.torch_instructions().endswith("+amx") == amx
 
 
