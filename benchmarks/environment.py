@@ -94,7 +94,9 @@ def commit() -> str:
         if not (root / ".git").exists():  # an installed copy that happens to lie in a checkout
             return ""
         name = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # Results that the run before has written change no code.
+        files = "--", ".", ":(exclude)benchmarks/results"
+        changed = git("status", "--porcelain", "--untracked-files=no", *files)
     except OSError:
         return ""
     return f"{name}+changes" if name and changed else name

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tfkern.benchmarks import against
 
-FILES = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("cpu-*.csv"))
+_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+FILES = sorted(_RESULTS.glob("cpu-*.csv"), key=lambda path: path.stem)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
