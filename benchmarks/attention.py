@@ -64,6 +64,9 @@ class OpCase(Case):
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain(q, k, v, band=self.band)
 
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, band=self.band)
+
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
         # How many matrices of scores are alive at once, forward and with backward: as measured.
         return [
@@ -107,6 +110,21 @@ class OpCase(Case):
         return round((both if self.backward else forward) * pairs * dtype.itemsize)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decode(OpCase):
+    """One new query on the keys of `length` tokens: bound by reading them."""
+
+    unit = "GB/s"
+
+    def inputs(self) -> dict[str, Tensor]:
+        return super().inputs() | {"q": self.draw(self.batch, self.heads, 1, self.head_dim)}
+
+    def work(self, which: str) -> float:
+        """The bytes of keys and values, forward."""
+        pairs = self.batch * self.heads * self.length
+        return 2 * pairs * self.head_dim * self.torch_dtype.itemsize
+
+
 def visible(T: int, S: int, band: Band, device: torch.device | None = None) -> Tensor:
     """(T, S) bool: which query sees which key."""
     left, right = band
@@ -125,14 +143,19 @@ def plain(q: Tensor, k: Tensor, v: Tensor, *, band: Band) -> Tensor:
     return s.softmax(-1) @ v
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, band: Band) -> Tensor:
+    """PyTorch's attention, with the kernel that it chooses."""
+    causal = band == (None, 0)
+    mask = None
+    if band != (None, None) and not causal:  # torch has no window: a mask, at full cost
+        mask = visible(q.shape[2], k.shape[2], band, q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
 def _sdpa(name: str, backend: SDPBackend, band: Band, scratch: int) -> Variant:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        causal = band == (None, 0)
-        mask = None
-        if band != (None, None) and not causal:  # torch has no window: a mask, at full cost
-            mask = visible(q.shape[2], k.shape[2], band, q.device)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+            return sdpa(q, k, v, band=band)
 
     return Variant(f"sdpa {name}", call, scratch)
 

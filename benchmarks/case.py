@@ -78,6 +78,10 @@ class Case:
         """The op in plain PyTorch, in the dtype of its inputs."""
         raise NotImplementedError
 
+    def fused(self, **inputs: Any) -> Any:
+        """What a user of PyTorch would write: its fused operators where it has them."""
+        return self.reference(**inputs)
+
     def work(self, which: str) -> float:
         """FLOPs or bytes of a pass by the usual convention: the numerator of the rate."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """`tfkern bench`: one command per op."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tfkern.dispatch import check_backend
 
-from . import report, sweep
-from .case import DTYPES, Case, load
+from . import against, report, sweep
+from .case import DTYPES, load
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,14 +21,18 @@ app = typer.Typer(
     help="Time an op over context lengths, next to PyTorch's own ways to compute it. "
     "Every variant is compared with float64 first, and a wrong one is not timed (exit status 1). "
     "Reports quantiles of the time, the rate as a fraction of what the machine can do, counted "
-    "FLOPs, peak memory, and how each of them grows. Writes <op>.csv, <op>.json and <op>.png.",
+    "FLOPs, peak memory, and how each of them grows. Writes <op>.csv, <op>.json and <op>.png. "
+    "With --against torch: fixed cases on a CPU, and the ratio of PyTorch's time to ours.",
 )
+
+_OUT = Path("bench-results")
+_AGAINST_OUT = Path("benchmarks/results")
 
 Lengths = Annotated[
     str,
     typer.Option(
         help="Context lengths, such as 256,512. Powers of two by default, on a CPU up to "
-        "8192 (model: 2048).",
+        "8192 (block, model: 2048).",
         show_default=False,
     ),
 ]
@@ -62,11 +66,20 @@ Batch = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
 Heads = Annotated[int, typer.Option(help="Attention heads.", min=1)]
 Hidden = Annotated[int, typer.Option(help="Features of a token.", min=1)]
 
-_OUT = Path("bench-results")
+Against = Annotated[
+    str,
+    typer.Option(
+        help="Time fixed cases in pairs with PyTorch (torch) instead of a sweep, on a CPU with "
+        f"{against.THREADS} threads, and write them to cpu-<processor>.csv in {_AGAINST_OUT}. Of "
+        "the other options only --threads and --out apply.",
+        show_default=False,
+    ),
+]
 
 
 @app.command("attention")
 def attention(
+    context: typer.Context,
     lengths: Lengths = "",
     dtype: Dtype = "float32",
     batch: Batch = 1,
@@ -83,8 +96,11 @@ def attention(
     threads: Threads = 0,
     max_seconds: Limit = 20.0,
     out: Out = _OUT,
+    against: Against = "",
 ) -> None:
     """Softmax attention: plain quadratic, SDPA with each of its backends, and tfkern."""
+    if against:
+        return _against(context)
     sizes: dict[str, Any] = {"batch": batch, "heads": heads, "head_dim": head_dim}
     sizes |= {"causal": causal, "window": window, "backward": backward}
     _bench("attention", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
@@ -92,6 +108,7 @@ def attention(
 
 @app.command("layer_norm")
 def layer_norm(
+    context: typer.Context,
     lengths: Lengths = "",
     dtype: Dtype = "float32",
     batch: Batch = 1,
@@ -103,14 +120,18 @@ def layer_norm(
     threads: Threads = 0,
     max_seconds: Limit = 20.0,
     out: Out = _OUT,
+    against: Against = "",
 ) -> None:
     """Layer norm: F.layer_norm, torch.compile of it, and tfkern, in GB/s."""
+    if against:
+        return _against(context)
     sizes = {"batch": batch, "hidden": hidden, "residual": residual, "backward": backward}
     _bench("layer_norm", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
 
 
 @app.command("mlp")
 def mlp(
+    context: typer.Context,
     lengths: Lengths = "",
     dtype: Dtype = "float32",
     batch: Batch = 1,
@@ -123,11 +144,36 @@ def mlp(
     threads: Threads = 0,
     max_seconds: Limit = 20.0,
     out: Out = _OUT,
+    against: Against = "",
 ) -> None:
     """The MLP: plain PyTorch, torch.compile of it, and tfkern."""
+    if against:
+        return _against(context)
     sizes = {"batch": batch, "hidden": hidden, "expansion": expansion, "activation": activation}
     sizes["backward"] = backward
     _bench("mlp", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
+
+
+@app.command("block")
+def block(
+    context: typer.Context,
+    lengths: Lengths = "",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    hidden: Hidden = 768,
+    heads: Heads = 12,
+    backends: Backends = "",
+    device: Device = "",
+    threads: Threads = 0,
+    max_seconds: Limit = 20.0,
+    out: Out = _OUT,
+    against: Against = "",
+) -> None:
+    """A training step of one decoder block: plain PyTorch, SDPA, torch.compile and tfkern."""
+    if against:
+        return _against(context)
+    sizes = {"batch": batch, "hidden": hidden, "heads": heads}
+    _bench("block", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
 
 
 @app.command("model")
@@ -144,7 +190,7 @@ def model(
     max_seconds: Limit = 20.0,
     out: Out = _OUT,
 ) -> None:
-    """A training step of a decoder, without the optimizer: plain PyTorch, with SDPA, and tfkern."""
+    """A training step of a decoder, without the optimizer: as `block`, of several layers."""
     sizes = {"batch": batch, "layers": layers, "hidden": hidden, "heads": heads}
     _bench("model", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
 
@@ -170,36 +216,64 @@ def _bench(
     swept = _lengths(lengths) if lengths else kind.lengths[device.partition(":")[0]]
     case = kind(length=max(swept), dtype=dtype, device=device, **sizes)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
-    results = _with_progress(case, swept, named, max_seconds)
-    # 80 columns, which rich takes for a pipe, are too few
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    variants = len(case.variants(named))
+    # The ceiling, comparisons, and at each length the warm-ups, the timing and the memory.
+    total = 1 + variants + len(swept) * (2 * variants + 1)
+    results = _with_progress(
+        total,
+        lambda progress: sweep.run(case, swept, named, max_seconds=max_seconds, progress=progress),
+    )
+    console = _console()
     if results.rows:
         report.show(results, console)
         for path in report.write(results, out):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    for name, problem in results.wrong.items():
+    _exit(results.wrong)
+
+
+def _against(context: typer.Context) -> None:
+    """The fixed cases of the command that the context belongs to."""
+    op, options = context.info_name or "", context.params
+    if options["against"] not in against.CHOICES:
+        choices = ", ".join(against.CHOICES)
+        raise ValueError(f"unknown baseline {options['against']!r}: expected one of {choices}")
+    source = context.get_parameter_source
+    given = {name for name in options if getattr(source(name), "name", "") == "COMMANDLINE"}
+    for name in sorted(given - {"against", "threads", "out"}):
+        option = "--" + name.replace("_", "-")
+        raise ValueError(f"{option} does not apply to --against, whose cases are fixed, on a CPU")
+    torch.set_num_threads(options["threads"] or against.THREADS)
+    out = options["out"] if "out" in given else _AGAINST_OUT
+    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    total = len(against.dtypes(op)) * len(against.COMPARISONS[op])
+    results = _with_progress(total, lambda progress: against.run(op, progress=progress))
+    if results.rows:
+        console = _console()
+        console.print(against.table(results.rows))
+        path = against.write(results.rows, out)
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    _exit(results.wrong)
+
+
+def _console() -> Console:
+    # 80 columns, which rich takes for a pipe, are too few
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _exit(wrong: dict[str, str]) -> None:
+    """With status 1 if something was not timed because it is wrong."""
+    for name, problem in wrong.items():
         print(f"tfkern: {name} is wrong and was not timed: {problem}", file=sys.stderr)
-    if results.wrong:
+    if wrong:
         raise typer.Exit(1)
 
 
-def _with_progress(
-    case: Case, lengths: Sequence[int], backends: Sequence[str] | None, max_seconds: float
-) -> sweep.Results:
-    console = Console(stderr=True)
+def _with_progress(total: int, run: Callable[[Callable[[str], None]], Any]) -> Any:
+    """What `run(progress)` returns, while a bar counts the calls of progress."""
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    variants = len(case.variants(backends))
-    # The ceiling, comparisons, and at each length the warm-ups, the timing and the memory.
-    total = 1 + variants + len(lengths) * (2 * variants + 1)
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        return sweep.run(
-            case,
-            lengths,
-            backends,
-            max_seconds=max_seconds,
-            progress=lambda doing: bar.update(task, advance=1, description=doing),
-        )
+        return run(lambda doing: bar.update(task, advance=1, description=doing))
 
 
 def _lengths(text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """The facts that every number needs beside it: device, versions, commit, date, command."""
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ def facts(device: str) -> dict[str, str]:
     return {
         "device": device_name(device),
         "instructions": instructions() if device == "cpu" else "",
+        "torch_instructions": torch_instructions() if device == "cpu" else "",
         "threads": str(torch.get_num_threads()),
         "driver": driver() if device.startswith("cuda") else "",
         "python": platform.python_version(),
@@ -53,6 +55,16 @@ def instructions() -> str:
         return f"{torch.backends.cpu.get_cpu_capability().lower()} (of torch)"
 
 
+def torch_instructions() -> str:
+    """The vector instructions that PyTorch uses, and amx if oneDNN or MKL may multiply with it."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    mkl = os.environ.get("MKL_ENABLE_INSTRUCTIONS", "AVX512_E4").upper()
+    allowed = onednn == "DEFAULT" or "AMX" in onednn
+    allowed |= torch.backends.mkl.is_available() and mkl.startswith(("AVX512_E4", "AVX512_E5"))
+    return f"{level}+amx" if allowed and torch.cpu._is_amx_tile_supported() else level
+
+
 def driver() -> str:
     """The version of the NVIDIA driver, or what CUDA it speaks if the file is not there."""
     try:
@@ -82,7 +94,9 @@ def commit() -> str:
         if not (root / ".git").exists():  # an installed copy that happens to lie in a checkout
             return ""
         name = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # Results that the run before has written change no code.
+        files = "--", ".", ":(exclude)benchmarks/results"
+        changed = git("status", "--porcelain", "--untracked-files=no", *files)
     except OSError:
         return ""
     return f"{name}+changes" if name and changed else name

@@ -106,7 +106,7 @@ def _main(request: dict) -> int:
     case = load(request["op"])(**request["case"])
     name = request["variant"]
     backend = name.removeprefix("tfkern ")
-    backends = [backend] if backend != name else []
+    backends = [backend] if backend != name else None
     variant = next(v for v in case.variants(backends) if v.name == name)
     inputs = case.inputs()
     small = case.small()

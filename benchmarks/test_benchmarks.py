@@ -12,7 +12,7 @@ from tfkern.benchmarks.case import load, prepared
 
 pytest.importorskip("pytest_benchmark")
 
-_LENGTHS = {"attention": 512, "layer_norm": 2048, "mlp": 512, "model": 256}
+_LENGTHS = {"attention": 512, "layer_norm": 2048, "mlp": 512, "block": 256, "model": 256}
 
 
 def _points():

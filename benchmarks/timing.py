@@ -62,18 +62,32 @@ class Timing:
     host: float | None = None
     graph: float | None = None
 
-    def quantiles(self, which: str) -> tuple[float, float, float]:
-        """The 20th, 50th and 80th percentile of a pass."""
+    def seconds(self, which: str) -> list[float]:
+        """The samples of a pass."""
         part = {
             "forward": lambda s: s[0],
             "backward": lambda s: s[1],
             "forward+backward": sum,
         }[which]
-        seconds = [part(s) for s in self.samples]
-        if len(seconds) == 1:
-            return seconds[0], seconds[0], seconds[0]
-        cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-        return cuts[1], cuts[4], cuts[7]
+        return [part(s) for s in self.samples]
+
+    def quantiles(self, which: str) -> tuple[float, float, float]:
+        """The 20th, 50th and 80th percentile of a pass."""
+        return _quantiles(self.seconds(which))
+
+
+def ratio(one: Timing, other: Timing, which: str) -> tuple[float, float, float]:
+    """Quantiles of one over other, sample by sample as they ran side by side."""
+    # The faster one may have stayed in the rotation alone.
+    pairs = zip(one.seconds(which), other.seconds(which), strict=False)
+    return _quantiles([a / b for a, b in pairs])
+
+
+def _quantiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]
 
 
 def interleaved(

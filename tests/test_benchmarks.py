@@ -2,15 +2,22 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tfkern
-from tfkern.benchmarks import attention, memory, report, sweep, timing
-from tfkern.benchmarks.case import Variant, load
+from tfkern.benchmarks import against, attention, environment, memory, report, sweep, timing
+from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load
+from tfkern.models.transformer import Block, TransformerConfig
 
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
+
+
+needs_native = pytest.mark.skipif(
+    tfkern.backends("attention")["native"] is not None, reason="no native kernel here"
+)
 
 
 @pytest.fixture
@@ -171,14 +178,14 @@ def test_files(quick, tmp_path, backward):
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "mlp", "model"])
+@pytest.mark.parametrize("op", ["layer_norm", "mlp", "block", "model"])
 def test_other_ops(quick, monkeypatch, tmp_path, op):
     kind = load(op)
     every = kind.variants
     monkeypatch.setattr(  # compiling takes a while, and is PyTorch's business
         kind, "variants", lambda *a: [v for v in every(*a) if v.name != "torch.compile"]
     )
-    results = sweep.run(kind(length=16, hidden=32, backward=True), [16, 32], protocol=_QUICK)
+    results = sweep.run(kind(length=16, hidden=48, backward=True), [16, 32], protocol=_QUICK)
     assert not results.wrong
     assert {r["status"] for r in results.rows} == {sweep.MEASURED}
     assert len(report.write(results, tmp_path)) == 3
@@ -199,6 +206,164 @@ def test_quantiles():
     assert timing.Timing(samples).quantiles("forward+backward") == (6, 15, 24)
 
 
+def test_a_ratio_is_of_pairs():
+    one = timing.Timing([(1.0, 9.0), (4.0, 9.0), (30.0, 9.0)])
+    other = timing.Timing([(2.0, 3.0), (4.0, 9.0), (10.0, 1.0), (1e-6, 1e-6)])  # went on alone
+    assert timing.ratio(one, other, "forward") == pytest.approx((0.7, 1, 2.2))  # 0.5, 1, 3
+    assert timing.ratio(one, other, "backward")[1] == 3
+    assert timing.ratio(one, other, "forward+backward")[1] == 2
+
+
+def _tiny(op):
+    """Comparisons of the op with each pass that it has, of sizes that cost nothing."""
+    sizes = {
+        "attention": [{"heads": 2, "head_dim": 8}, {"heads": 2, "head_dim": 8, "causal": True}],
+        "layer_norm": [{"hidden": 48}, {"hidden": 48, "residual": True}],
+        "mlp": [{"hidden": 48}],
+        "block": [{"hidden": 48}],
+    }[op]
+    return tuple(
+        against.Comparison("tiny", load(op)(length=16, **size), which, (3.0, 4.0))
+        for which in (FORWARD, BACKWARD, BOTH)
+        for size in sizes
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("op", list(against.COMPARISONS))
+def test_against_torch(quick, monkeypatch, tmp_path, op):
+    comparisons = _tiny(op)
+    monkeypatch.setitem(against.COMPARISONS, op, comparisons)
+    results = against.run(op, protocol=_QUICK)
+    assert not results.wrong
+    assert len(results.rows) == len(comparisons) * len(against.dtypes(op))
+    for row in results.rows:
+        assert row["op"] == op and row["against"] == "torch" and row["pairs"] == 2
+        assert row["ratio_p20"] <= row["ratio_p50"] <= row["ratio_p80"]
+        assert row["fraction_of_ceiling"] == pytest.approx(row["rate"] / row["ceiling"], rel=1e-2)
+    rows = against.read(against.write(results.rows, tmp_path))
+    assert [r["pass"] for r in rows] == [r["pass"] for r in results.rows]
+    assert all(r["torch"] == torch.__version__ and r["torch_instructions"] for r in rows)
+    assert against.table(results.rows).row_count == len(rows)
+
+
+def test_every_fixed_case_can_be_made():
+    """Without running one: in every dtype, and small enough for float64."""
+    for op, comparisons in against.COMPARISONS.items():
+        assert len({(c.name, c.which, c.compiled) for c in comparisons}) == len(comparisons)
+        for comparison in comparisons:
+            for dtype in against.dtypes(op):
+                case = comparison.at(dtype)
+                assert case.op == op and case.backward == (comparison.which != FORWARD)
+                assert case.work(comparison.which) > case.small().work(comparison.which) > 0
+
+
+def test_decode_has_one_query():
+    case = attention.Decode(length=8, batch=3, heads=2, head_dim=4, dtype="bfloat16")
+    assert [x.shape[2] for x in case.inputs().values()] == [1, 8, 8]
+    assert case.work(FORWARD) == sum(x.nbytes for n, x in case.inputs().items() if n != "q")
+
+
+@needs_native
+@pytest.mark.parametrize("side", ["torch", "tfkern native"])
+def test_against_a_wrong_side_is_not_timed(quick, monkeypatch, side):
+    good, bad = _tiny("attention")[:2]
+
+    def planted(comparison, case):
+        return [
+            replace(v, call=lambda q, k, v: v) if comparison is bad and v.name == side else v
+            for v in variants(comparison, case)
+        ]
+
+    variants = against.Comparison.variants
+    monkeypatch.setattr(against.Comparison, "variants", planted)
+    monkeypatch.setitem(against.COMPARISONS, "attention", (good, bad))
+    results = against.run("attention", protocol=_QUICK)
+    assert [r["dtype"] for r in results.rows] == list(against.dtypes("attention"))
+    assert len(results.wrong) == 3 and all(name.startswith(side) for name in results.wrong)
+
+
+def test_targets_hold_without_amx(monkeypatch):
+    comparison = _tiny("mlp")[0]
+    found = {}
+    for instructions in ("avx512", "avx512+amx"):
+        monkeypatch.setattr(environment, "torch_instructions", lambda i=instructions: i)
+        found[instructions] = [comparison.target(d) for d in against.dtypes("mlp")]
+    assert found == {"avx512": [3.0, 4.0, None], "avx512+amx": [3.0, None, None]}
+
+
+def test_an_op_replaces_its_rows_and_keeps_the_others(tmp_path):
+    def rows(op, *ratios, **more):
+        facts = {"device": "AMD EPYC 7763", "torch_instructions": "avx2"}
+        return [{"op": op, "ratio_p50": ratio, **more, **facts} for ratio in ratios]
+
+    against.write(rows("mlp", 1.0, 2.0, former="column"), tmp_path)
+    against.write(rows("layer_norm", 3.0), tmp_path)
+    path = against.write(rows("mlp", 4.0), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] == ["cpu-amd-epyc-7763-avx2.csv"]
+    assert [(r["op"], r["ratio_p50"]) for r in against.read(path)] == [
+        ("layer_norm", "3.0"),
+        ("mlp", "4.0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "device, instructions, name",
+    [
+        (
+            "Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz",
+            "avx512+amx",
+            "cpu-intel-xeon-platinum-8480-cpu-2-00ghz-avx512-amx.csv",
+        ),
+        (
+            "AMD Ryzen 7 PRO 7840U w/ Radeon 780M Graphics",
+            "avx2",
+            "cpu-amd-ryzen-7-pro-7840u-w-radeon-780m-graphics-avx2.csv",
+        ),
+        ("Intel(R) Core(TM) i7", "default", "cpu-intel-core-i7-default.csv"),
+    ],
+)
+def test_file_of_a_processor(device, instructions, name):
+    assert against.file_name(device, instructions) == name
+
+
+@pytest.mark.parametrize(
+    "supported, has_mkl, onednn, mkl, amx",
+    [
+        (True, True, None, None, True),
+        (True, True, "DEFAULT", "AVX512_E3", True),
+        (True, True, "AVX512_CORE_AMX", "AVX512_E3", True),
+        (True, True, "avx512_core_fp16", None, True),
+        (True, True, "avx512_core_fp16", "AVX512_E4", True),
+        (True, True, "avx512_core_fp16", "AVX512_E3", False),
+        (True, True, "AVX512_CORE_BF16", "SSE4_2", False),
+        (True, False, "AVX512_CORE_BF16", None, False),
+        (False, True, None, None, False),
+    ],
+)
+def test_whether_torch_may_use_amx(monkeypatch, supported, has_mkl, onednn, mkl, amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    for name, value in (("ONEDNN_MAX_CPU_ISA", onednn), ("MKL_ENABLE_INSTRUCTIONS", mkl)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert environment.torch_instructions().endswith("+amx") == amx
+
+
+def test_block_is_that_of_the_transformer():
+    """Both of PyTorch's ways, and ours with parameters as inputs, next to the module itself."""
+    case = load("block")(length=19, batch=2, hidden=48, dtype="float64")
+    inputs = case.inputs()
+    config = TransformerConfig(vocab_size=1, dim=48, layers=1, heads=12, max_length=1)
+    module = Block(config).double()
+    for name, parameter in module.named_parameters():  # not as they are before training
+        parameter.data = inputs[name].data.normal_()
+    x, h = module(inputs["x"], None)
+    for call in (case.reference, case.fused, case.in_tfkern):
+        torch.testing.assert_close(call(**inputs), x + h)
+
+
 def test_slope():
     assert sweep.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     assert sweep.slope([1, 2], [0, 5]) is None
@@ -216,9 +381,13 @@ def test_peak_memory_of_plain_attention_is_quadratic():
     assert 1.9 < _memory_slope("plain", [1024, 4096]) < 2.1
 
 
-@pytest.mark.skipif(
-    tfkern.backends("attention")["native"] is not None, reason="no native kernel here"
-)
+@pytest.mark.parametrize("op", ["block", "model"])
+def test_peak_memory_of_a_default_backend(op):
+    case = load(op)(length=512, hidden=48)
+    assert memory.peak(case, _variant(case, "tfkern")) > 0
+
+
+@needs_native
 def test_peak_memory_of_native_attention_is_linear():
     # So long that the output is large beside the 0.3 MB to which the system counts.
     assert _memory_slope("tfkern native", [2048, 8192], heads=8) < 1.1

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+import tfkern
 from tfkern import validation
-from tfkern.benchmarks import attention, memory, timing
+from tfkern.benchmarks import against, attention, memory, timing
 from tfkern.benchmarks.case import Variant
 from tfkern.cli import main
 
@@ -38,6 +39,11 @@ def quick(monkeypatch):
         (["bench", "attention", "--device", "cuda:99"], "cuda:99 is not available"),
         (["bench", "attention", "--out", "/dev/null/x"], "/dev/null"),
         (["bench", "mlp", "--activation", "abacus"], "unknown activation 'abacus'"),
+        (["bench", "attention", "--against", "abacus"], "unknown baseline 'abacus': expected"),
+        (["bench", "mlp", "--against", "torch", "--hidden", "8"], "--hidden does not apply"),
+        (["bench", "block", "--against", "torch", "--device", "cuda"], "on a CPU"),
+        (["bench", "layer_norm", "--against", "torch", "--out", "/dev/null/x"], "/dev/null"),
+        (["bench", "model", "--against", "torch"], "--against"),
         (["doctor", "--nope"], "--nope"),
         (["validate", "abacus"], "unknown op 'abacus'"),
         (["validate", "--dtype", "float12"], "unknown dtype 'float12'"),
@@ -74,7 +80,8 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys, missing):
     "arguments, told",
     [
         (["--help"], ["bench", "doctor", "validate"]),
-        (["bench", "--help"], ["attention", "layer_norm", "mlp", "model", "float64"]),
+        (["bench", "--help"], ["attention", "layer_norm", "mlp", "block", "model", "float64"]),
+        (["bench", "block", "--help"], ["--against", "benchmarks/results", "2 threads"]),
         (["bench", "attention", "--help"], ["--lengths", "--causal", "--backward", "--out"]),
         (["doctor", "--help"], ["--kernels"]),
         (["validate", "--help"], ["--backend", "--dtype", "--seed", "--json", "float64"]),
@@ -111,6 +118,22 @@ def test_bench_writes_its_files(quick, capsys, tmp_path):
         "attention.png",
     ]
     assert "sdpa flash" in capsys.readouterr().out
+
+
+def test_bench_against_torch(quick, monkeypatch, capsys, tmp_path):
+    if tfkern.backends("attention")["native"] is not None:
+        pytest.skip("no native kernel here")
+    case = attention.OpCase(length=16, heads=1, head_dim=8)
+    comparison = against.Comparison("tiny", case, "forward", (1.0, 1.0))
+    monkeypatch.setitem(against.COMPARISONS, "attention", (comparison,))
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "attention", "--against", "torch", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    (path,) = (tmp_path / "benchmarks" / "results").iterdir()
+    assert "tiny" in printed and path.name in printed
+    rows = against.read(path)
+    assert [r["dtype"] for r in rows] == ["float32", "bfloat16", "float16"]
+    assert {r["threads"] for r in rows} == {"1"} and all(int(r["pairs"]) >= 15 for r in rows)
 
 
 def test_bench_exits_with_1_on_a_wrong_variant(quick, monkeypatch, capsys, tmp_path):

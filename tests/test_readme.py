@@ -5,6 +5,7 @@ from pathlib import Path
 
 import features
 import pytest
+import speed
 import torch
 
 import tfkern
@@ -37,6 +38,12 @@ def test_feature_table():
         pytest.skip("no native build")
     printed = README.read_text().partition("<!-- features -->\n")[2].partition("<!-- /")[0]
     assert printed == features.table()
+
+
+def test_speed_table():
+    """The table is what the files of results say."""
+    printed = README.read_text().partition("<!-- speed -->\n")[2].partition("<!-- /")[0]
+    assert printed == speed.table() != ""
 
 
 def test_attention_examples():

@@ -1,0 +1,236 @@
+"""Fixed cases in pairs with PyTorch, on a CPU: `tfkern bench <op> --against torch`.
+
+The result of a case is a ratio, PyTorch's time over that of the native kernels, taken pair by pair
+of samples that ran side by side, so that what slows down the machine cancels. The rows of all ops
+stand in one file for each processor and instruction set of PyTorch, from which README has its
+table. Running an op replaces its rows.
+"""
+
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from . import attention, block, environment, layer_norm, mlp, sweep, timing
+from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, compiled, prepared
+
+CHOICES = ("torch",)
+THREADS = 2
+# Fewer pairs than 15 only of calls of many seconds.
+PROTOCOL = timing.Protocol(min_samples=15, max_samples=500, min_seconds=0.5, long_seconds=60)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A pass of a case, and the ratios to reach in float32 and bfloat16 where torch has no AMX."""
+
+    name: str
+    case: Case
+    which: str
+    targets: tuple[float, float]
+    compiled: bool = False  # against torch.compile, not PyTorch's operators one by one
+
+    def target(self, dtype: str) -> float | None:
+        """The ratio to reach, where one is set for the dtype and this processor."""
+        if dtype != "float32" and "amx" in environment.torch_instructions():
+            return None
+        return dict(zip(("float32", "bfloat16"), self.targets, strict=True)).get(dtype)
+
+    def at(self, dtype: str) -> Case:
+        return replace(self.case, dtype=dtype, backward=self.which != FORWARD)
+
+    def variants(self, case: Case) -> tuple[Variant, Variant]:
+        """PyTorch's and ours."""
+        eager = Variant("torch", case.fused)
+        theirs = compiled("torch.compile", case.fused) if self.compiled else eager
+        return theirs, next(v for v in case.variants(["native"]) if v.name == "tfkern native")
+
+
+_D64 = attention.OpCase(length=2048, heads=8, head_dim=64)
+_D128 = attention.OpCase(length=2048, heads=4, head_dim=128)
+_D64_CAUSAL, _D128_CAUSAL = replace(_D64, causal=True), replace(_D128, causal=True)
+_NORM, _SMALL_NORM = (layer_norm.OpCase(length=n, hidden=m) for n, m in ((4096, 1024), (512, 768)))
+_MLP = mlp.OpCase(length=2048, hidden=768)
+_BLOCK = block.OpCase(length=1024)
+
+COMPARISONS = {
+    "attention": (
+        Comparison("T=2048 D=64 full", _D64, FORWARD, (1.3, 1.8)),
+        Comparison("T=2048 D=128 full", _D128, FORWARD, (1.2, 1.7)),
+        Comparison("T=2048 D=64 causal", _D64_CAUSAL, FORWARD, (1.5, 2.1)),
+        Comparison("T=2048 D=128 causal", _D128_CAUSAL, FORWARD, (1.4, 2.0)),
+        Comparison("T=2048 D=64 full", _D64, BACKWARD, (1.2, 1.9)),
+        Comparison("T=2048 D=128 full", _D128, BACKWARD, (1.15, 1.8)),
+        Comparison("T=2048 D=64 causal", _D64_CAUSAL, BACKWARD, (1.4, 2.3)),
+        Comparison("T=2048 D=128 causal", _D128_CAUSAL, BACKWARD, (1.3, 2.2)),
+        Comparison("B=8 T=128 D=64 full", replace(_D64, batch=8, length=128), FORWARD, (1.2, 1.5)),
+        Comparison("B=8 T=512 D=64 full", replace(_D64, batch=8, length=512), FORWARD, (1.2, 1.5)),
+        Comparison(
+            "B=4 T=1 S=4096 D=64",
+            attention.Decode(batch=4, heads=16, length=4096, head_dim=64),
+            FORWARD,
+            (1.5, 1.2),
+        ),
+    ),
+    "layer_norm": (
+        Comparison("4096 x 1024", _NORM, FORWARD, (1.1, 1.3)),
+        Comparison("512 x 768", _SMALL_NORM, FORWARD, (1.1, 1.3)),
+        Comparison("4096 x 1024", _NORM, BACKWARD, (1.3, 1.5)),
+        Comparison("512 x 768", _SMALL_NORM, BACKWARD, (1.3, 1.5)),
+        Comparison("4096 x 1024 residual", replace(_NORM, residual=True), BOTH, (1.6, 1.6)),
+    ),
+    "mlp": (
+        Comparison("2048 x 768 x 3072", _MLP, FORWARD, (1.1, 1.6)),
+        Comparison("2048 x 768 x 3072", _MLP, BACKWARD, (1.05, 1.5)),
+    ),
+    "block": (
+        Comparison("T=1024 dim=768", _BLOCK, BOTH, (1.2, 1.6)),
+        Comparison("T=1024 dim=768", _BLOCK, BOTH, (1.05, 1.4), compiled=True),
+    ),
+}
+_HALF = ("attention", "mlp")  # their float16 has code of its own
+
+
+@dataclass
+class Results:
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)  # what failed the comparison -> how
+
+
+def dtypes(op: str) -> tuple[str, ...]:
+    return ("float32", "bfloat16", *(("float16",) if op in _HALF else ()))
+
+
+def run(
+    op: str,
+    *,
+    protocol: timing.Protocol = PROTOCOL,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Results:
+    """Times the comparisons of the op. One of whose sides differs from float64 is not timed."""
+    facts, results = environment.facts("cpu"), Results()
+    for dtype in dtypes(op):
+        for comparison in COMPARISONS[op]:
+            case = comparison.at(dtype)
+            name = f"{comparison.name} {comparison.which} {dtype}"
+            progress(name)
+            wrong = _disagreements(comparison, case.small())
+            results.wrong |= {f"{side}, {name},": how for side, how in wrong.items()}
+            if not wrong:
+                results.rows.append(_row(comparison, case, protocol) | facts)
+    return results
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Puts the rows of an op into the file of this processor, in place of its former ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(rows[0]["device"], rows[0]["torch_instructions"])
+    kept = [r for r in read(path) if r["op"] != rows[0]["op"]] if path.exists() else []
+    order = list(COMPARISONS)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *rows], key=lambda r: order.index(r["op"])))
+    return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def file_name(device: str, instructions: str) -> str:
+    """Such as cpu-intel-xeon-processor-avx512-amx.csv."""
+    words = re.sub(r"\((R|TM)\)", "", f"cpu {device} {instructions}").lower()
+    return "-".join(re.findall(r"[a-z0-9]+", words)) + ".csv"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table(
+        title=f"{rows[0]['op']}: time of torch / time of tfkern native",
+        title_style="bold",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+    )
+    text = ("case", "pass", "dtype", "against")
+    for column in (*text, "p20", "ratio", "p80", "target", "torch ms", "tfkern ms", "ceiling"):
+        made.add_column(column, justify="left" if column in text else "right", no_wrap=True)
+    for row in rows:
+        ratios = [f"{row[f'ratio_p{p}']:.2f}" for p in (20, 50, 80)]
+        times = [f"{row[name]:.3g}" for name in ("torch_ms", "tfkern_ms")]
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        fraction = f"{row['fraction_of_ceiling']:.0%}"
+        made.add_row(
+            *(row[column].replace(BOTH, "both") for column in text),
+            *ratios,
+            target,
+            *times,
+            fraction,
+        )
+    return made
+
+
+def _disagreements(comparison: Comparison, case: Case) -> dict[str, str]:
+    """How the two sides differ from float64 on a small case, if they do."""
+    found = {}
+    for variant in comparison.variants(case):
+        if variant.unavailable is not None:
+            raise NotImplementedError(f"{variant.name} cannot run: {variant.unavailable}")
+        torch.manual_seed(0)  # the same inputs for both, and in every run
+        problem = sweep.disagreement(case, variant)
+        if problem is not None:
+            found[variant.name] = problem
+    return found
+
+
+def _row(comparison: Comparison, case: Case, protocol: timing.Protocol) -> dict[str, Any]:
+    ceiling = _ceiling(case.unit, case.dtype)
+    inputs = case.inputs()
+    theirs, ours = comparison.variants(case)
+    steps = {v.name: prepared(case, v, inputs) for v in (theirs, ours)}
+    for step in steps.values():
+        timing.warm_up(step, protocol)
+    timings = timing.interleaved(steps, "cpu", protocol)
+    ceiling = max(ceiling, _ceiling(case.unit, case.dtype))  # a busy machine only lowers it
+    times = [timings[v.name] for v in (theirs, ours)]
+    ratios = timing.ratio(*times, comparison.which)
+    seconds = [t.quantiles(comparison.which)[1] for t in times]
+    rate = case.work(comparison.which) / seconds[1]
+    scale = 1e12 if case.unit == "TFLOP/s" else 1e9
+    measured = {
+        **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratios, strict=True)),
+        "torch_ms": 1e3 * seconds[0],
+        "tfkern_ms": 1e3 * seconds[1],
+        "rate": rate / scale,
+        "ceiling": ceiling / scale,
+        "fraction_of_ceiling": rate / ceiling,
+    }
+    return {
+        "op": case.op,
+        "case": comparison.name,
+        "dtype": case.dtype,
+        "pass": comparison.which,
+        "against": theirs.name,
+        "target": comparison.target(case.dtype),
+        "pairs": min(len(t.samples) for t in times),
+        "unit": case.unit,
+        **{name: float(f"{value:.4g}") for name, value in measured.items()},
+    }
+
+
+def _ceiling(unit: str, dtype: str) -> float:
+    """The best copy or product of this machine now.
+
+    A product may be widened to float32. PyTorch's own in float16 is no ceiling: most processors
+    take a hundred times longer for it.
+    """
+    if unit == "GB/s":
+        return timing.copy_ceiling("cpu")
+    measured = {"float32", "bfloat16"} if dtype == "bfloat16" else {"float32"}
+    return max(timing.product_ceiling(DTYPES[d], "cpu") for d in measured)
