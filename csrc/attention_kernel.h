@@ -233,23 +233,30 @@ template <class C>
 struct NarrowForward {
   static constexpr int64_t kFirst = 4;
   C *q_rows, *k_buffer, *v_buffer, *scores;
+  C* row_scores;  // kKeys of each row
 
   NarrowForward(Scratch& scratch, const AttentionForward<C>& a) {
     q_rows = scratch.get<C>(kLanes<C> / 2 * padded<C>(a.D));
     k_buffer = scratch.get<C>(kKeys * padded<C>(a.D));
     v_buffer = scratch.get<C>(kKeys * padded<C>(a.Dv));
     scores = scratch.get<C>(kKeys * kBlock);
+    row_scores = scratch.get<C>(kLanes<C> * kKeys);
   }
   void load(const AttentionForward<C>& a, const Block& block) {
     load_block(q_rows, a.q, block, a.D, block.rows());
   }
-  C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-             int64_t keys) {
+  void multiply_rows(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                     int64_t keys) {
     const int64_t Dp = padded<C>(a.D);
     const HeadRows k = narrow_rows(k_buffer, key_rows(a.k, block.document, hk), s0, keys, a.D);
     TFKERN_COMPUTED(C, k.dtype,
-                    row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, scores, kBlock,
+                    row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, row_scores, kKeys,
                                 product_scale(a)));
+  }
+  C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+             int64_t keys) {
+    multiply_rows(a, block, hk, s0, keys);
+    transpose(row_scores, kKeys, kLanes<C>, padded<C>(keys), scores);
     return 1;
   }
   void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
@@ -258,12 +265,15 @@ struct NarrowForward {
   }
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                   int64_t keys, C* o) {
+    add_values(a, block, hk, s0, keys, Left<C>{scores, 1, kBlock}, o);
+  }
+  void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                  int64_t keys, Left<C> p, C* o) {
     const int64_t Dvp = padded<C>(a.Dv);
     const HeadRows v = narrow_rows(v_buffer, key_rows(a.v, block.document, hk), s0, keys, a.Dv);
-    const Left<C> left{scores, 1, kBlock};
     TFKERN_COMPUTED(C, v.dtype, {
       const Left<T> right = matrix<T>(v);
-      product(block.rows(), Dvp, keys, left, right.data, right.row, o, Dvp, true);
+      product(block.rows(), Dvp, keys, p, right.data, right.row, o, Dvp, true);
     });
   }
 };
@@ -300,6 +310,49 @@ void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int
   }
 }
 
+// The same for a narrow block whose rows see all of these keys, with nothing done to the scores:
+// decoding as it mostly is. The keys lie along the lanes.
+template <class C>
+void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
+                 int64_t end, NarrowForward<C>& products, const Partial<C>& partial) {
+  constexpr int L = kLanes<C>;
+  constexpr C kInf = std::numeric_limits<C>::infinity();
+  products.load(a, block);
+  for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
+    const int64_t keys = std::min<int64_t>(kKeys, end - s0);
+    products.multiply_rows(a, block, hk, s0, keys);
+    for (int64_t i = 0; i < block.rows(); ++i) {
+      C* p = products.row_scores + i * kKeys;
+      std::fill(p + keys, p + padded<C>(keys), -kInf);
+      Vec<C> top = broadcast(-kInf);
+      for (int64_t s = 0; s < keys; s += L) top = vmax(load(p + s), top);
+      const C before = partial.maximum[i], m = max<C>(top) * kLog2E<C>;
+      if (m > before + kHeadroom) {
+        const C factor = std::exp2(before - m);
+        partial.maximum[i] = m;
+        partial.sum[i] *= factor;
+        C* o = partial.o + i * partial.row;
+        for (int64_t d = 0; d < a.Dv; d += L) store(o + d, load(o + d) * factor);
+      }
+      const C shift = partial.maximum[i] == -kInf ? C{0} : partial.maximum[i];
+      Vec<C> sums{};
+      for (int64_t s = 0; s < keys; s += L) {
+        const Vec<C> e = exp2_flush(load(p + s) * kLog2E<C> - shift);
+        store(p + s, e);
+        sums = sums + e;
+      }
+      partial.sum[i] += sum<C>(sums);
+    }
+    products.add_values(a, block, hk, s0, keys, Left<C>{products.row_scores, kKeys, 1}, partial.o);
+  }
+}
+
+// Whether something is done to products of q and k but scaling them.
+template <class C>
+inline bool has_options(const AttentionForward<C>& a) {
+  return a.softcap > 0 || a.bias.data || a.alibi_slopes || a.mask.data || a.dropout;
+}
+
 #if TFKERN_VEC_BYTES == 64
 #include "attention_amx.h"
 #endif
@@ -323,7 +376,9 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
 
     fill_lanes(room.lanes, a, block);
     start(partial, a, block, a.sink && part == 0);
-    if (is_narrow<C>(block)) {
+    if (is_narrow<C>(block) && !has_options(a) && !band_hides(a, block, begin, end - begin)) {
+      walk_narrow(a, block, hk, begin, end, narrow, partial);
+    } else if (is_narrow<C>(block)) {
       walk_keys(a, block, hk, begin, end, narrow, room, partial);
     } else {
       walk_keys(a, block, hk, begin, end, products, room, partial);

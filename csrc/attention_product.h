@@ -110,8 +110,8 @@ inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
 }
 
-// out[m][r] = alpha sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
-// too small to fill a vector. K fills whole vectors.
+// out[r][m] = alpha sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
+// too small to fill a vector. K fills whole vectors, and so do the rows of out.
 template <class C, class T>
 void row_product(int64_t M, int64_t R, int64_t K, Left<T> left, const C* right,
                  int64_t right_stride, C* out, int64_t out_stride, C alpha) {
@@ -131,11 +131,7 @@ void row_product(int64_t M, int64_t R, int64_t K, Left<T> left, const C* right,
 #pragma GCC unroll 8
         for (int i = 0; i < n; ++i) part[i] = pair_sums<C>(part[2 * i], part[2 * i + 1]);
       }
-      C sums[L];
-      store(sums, part[0] * alpha);
-      for (int64_t i = 0; i < std::min<int64_t>(L, M - m); ++i) {
-        out[(m + i) * out_stride + r] = sums[i];
-      }
+      store(out + r * out_stride + m, part[0] * alpha);
     }
   }
 }

@@ -253,6 +253,12 @@ inline void mask_band(C* scores, const AttentionShape& a, const Block& block, co
   }
 }
 
+// Whether the band hides any of the keys [s0, s0 + keys) from a row of the block.
+inline bool band_hides(const AttentionShape& a, const Block& block, int64_t s0, int64_t keys) {
+  const int64_t first = block.t0 + block.document.keys - block.document.queries - s0;
+  return first + block.queries - 1 > a.left || first + a.right < keys - 1;
+}
+
 // The factor of q k^T in the product that finish_scores takes.
 template <class C>
 inline C product_scale(const AttentionScores<C>& a) {
@@ -295,9 +301,7 @@ inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& b
       }
     }
   }
-  if (first + block.queries - 1 > a.left || first + a.right < keys - 1) {
-    mask_band(scores, a, block, lanes, s0, keys, width);
-  }
+  if (band_hides(a, block, s0, keys)) mask_band(scores, a, block, lanes, s0, keys, width);
   if (a.mask.data) {
     load_tile(tile, a.mask, lanes.mask, s0, keys, rows, buffer);
     for (int64_t s = 0; s < keys; ++s) {

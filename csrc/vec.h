@@ -166,6 +166,17 @@ inline C sum(Vec<C> v) {
   return part[0];
 }
 
+// The largest lane.
+template <class C>
+inline C max(Vec<C> v) {
+  C part[kLanes<C>];
+  store(part, v);
+  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] = part[i + width] > part[i] ? part[i + width] : part[i];
+  }
+  return part[0];
+}
+
 // e^x / 2^n, where n is the integer next to x / ln(2): the polynomial's relative error is 1e-8.
 inline VecFloat exp_remainder(VecFloat x, VecFloat n) {
   VecFloat r = x - n * 0.693359375f;
