@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfkern import dispatch
-from tfkern.ops import checks
+from tfkern.ops import autograd, checks
 
 dispatch.register("layer_norm")
 
@@ -121,15 +121,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    return rows if x.dim() == 2 else rows.view(x.shape)
+
+
 def _apply(x: Tensor, args: tuple, return_residual: bool, backend: str | None) -> Any:
     backend = dispatch.select("layer_norm", args, backend)
     with dispatch.no_autocast(x.device):
-        y, h, _, _ = _LayerNorm.apply(*dispatch.distinct(args), backend)
-    y = y.view(x.shape)
+        y, h, _, _ = autograd.apply(_LayerNorm, *dispatch.distinct(args), backend)
+    y = _shaped(y, x)
     if not return_residual:
         return y
     separate_h = args[3] is not None or args[4] is not None
-    return y, h.view(x.shape) if separate_h else x
+    return y, _shaped(h, x) if separate_h else x
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -150,17 +154,22 @@ class _LayerNorm(torch.autograd.Function):
             h if separate_h else x, weight, bias, None if rms else mean, rstd, seed
         )
         ctx.separate_h, ctx.dropout_p, ctx.backend = separate_h, dropout_p, backend
+        ctx.dtype = x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)  # dh is often absent, and as large as dy
 
     @staticmethod
     def backward(ctx, dy, dh, _mean, _rstd):
         h, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(h, dtype=ctx.dtype)
         # Without dropout between them, and in the same dtype, dx and dresidual are one tensor.
         separate_residual = ctx.residual_dtype is not None and (
             seed is not None or ctx.residual_dtype != dy.dtype
         )
         with dispatch.no_autocast(dy.device):
-            dx, dresidual, dweight, dbias = _LayerNormBackward.apply(
+            dx, dresidual, dweight, dbias = autograd.apply(
+                _LayerNormBackward,
                 _rows(dy),
                 _rows(dh) if ctx.separate_h and dh is not None else None,
                 h,
