@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfkern import dispatch
-from tfkern.ops import checks
+from tfkern.ops import autograd, checks
 
 dispatch.register("attention")
 
@@ -181,7 +181,7 @@ def attention_varlen(
 def _run(args: tuple, backend: str | None) -> tuple[Tensor, Tensor]:
     backend = dispatch.select("attention", args, backend)
     with dispatch.no_autocast(args[0].device):
-        return _Attention.apply(*dispatch.distinct(args), backend)
+        return autograd.apply(_Attention, *dispatch.distinct(args), backend)
 
 
 def bind(
@@ -455,7 +455,8 @@ class _Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         with dispatch.no_autocast(q.device):
-            dq, dk, dv, dbias, dsink = _AttentionBackward.apply(
+            dq, dk, dv, dbias, dsink = autograd.apply(
+                _AttentionBackward,
                 do,
                 dlse,
                 q,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tfkern import dispatch
-from tfkern.ops import checks
+from tfkern.ops import autograd, checks
 
 dispatch.register("mlp")
 
@@ -125,7 +125,7 @@ def _matrix(x: Tensor) -> Tensor:
 def _apply(x: Tensor, args: tuple, backend: str | None) -> Tensor:
     backend = dispatch.select("mlp", args, backend)
     with dispatch.no_autocast(x.device):
-        y, _ = _MLP.apply(*dispatch.distinct(args), backend)
+        y, _ = autograd.apply(_MLP, *dispatch.distinct(args), backend)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -149,7 +149,8 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy, _pre):
         wanted = tuple(ctx.needs_input_grad[:5])
         with dispatch.no_autocast(dy.device):
-            grads = _MLPBackward.apply(
+            grads = autograd.apply(
+                _MLPBackward,
                 dy, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted, ctx.backend
             )
         grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
