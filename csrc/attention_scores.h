@@ -315,7 +315,8 @@ inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& b
 
 // ---- dropout ----
 
-// keep[s][row] = 1 / (1 - p) where key s0 + s is kept, else 0. s0 is a multiple of 4.
+// keep[s][row] = 1 / (1 - p) where key s0 + s is kept, else 0. s0 is a multiple of 4, and keys come
+// in fours: what takes them in pairs reads one past the last.
 template <class C>
 inline void dropout_tile(C* keep, const AttentionScores<C>& a, const Lanes<C>& lanes, int64_t s0,
                          int64_t keys, int64_t width) {
@@ -327,7 +328,7 @@ inline void dropout_tile(C* keep, const AttentionScores<C>& a, const Lanes<C>& l
     for (int64_t s = 0; s < keys; s += 4) {
       VecUint draw[4] = {VecUint{} + static_cast<uint32_t>((s0 + s) / 4), query, stream, VecUint{}};
       philox(a.seed, draw);
-      for (int64_t i = 0; i < std::min<int64_t>(4, keys - s); ++i) {
+      for (int64_t i = 0; i < 4; ++i) {
         C* p = keep + (s + i) * kBlock + t;
         if constexpr (std::is_same_v<C, float>) {
           store(p, draw[i] >= a.threshold ? broadcast(a.keep) : Vec<C>{});
@@ -335,17 +336,6 @@ inline void dropout_tile(C* keep, const AttentionScores<C>& a, const Lanes<C>& l
           for (int j = 0; j < L; ++j) p[j] = draw[i][j] >= a.threshold ? a.keep : C{0};
         }
       }
-    }
-  }
-}
-
-// x = x y, tile by tile
-template <class C>
-inline void multiply(C* x, const C* y, int64_t keys, int64_t width) {
-  constexpr int L = kLanes<C>;
-  for (int64_t s = 0; s < keys; ++s) {
-    for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
-      store(x + t, load(x + t) * load(y + t));
     }
   }
 }
