@@ -459,7 +459,7 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
   AttentionShape sizes = shape(in);
   const auto fits = [&](const Tensor& t) {
     return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
-           t.size(3) == sizes.Dv;
+           t.size(3) == sizes.Dv && t.scalar_type() == q.scalar_type();
   };
   const auto saved = [&](const Tensor& t) {
     return t.numel() == sizes.B * sizes.H * sizes.T &&

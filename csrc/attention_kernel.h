@@ -160,8 +160,8 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
     C* row = (narrow ? partial.o : o_rows) + i * Dvp;
     for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
     store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
-    // in double, so that it is rounded once
-    const double lse = partial.maximum[i] * std::log(2.0) + std::log(static_cast<double>(sum));
+    // By the factor that the scores were multiplied with, so that lse of a single key is its score.
+    const double lse = (partial.maximum[i] + std::log2(static_cast<double>(sum))) / kLog2E<C>;
     a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
   }
 }
