@@ -150,8 +150,7 @@ class _MLP(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[:5])
         with dispatch.no_autocast(dy.device):
             grads = autograd.apply(
-                _MLPBackward,
-                dy, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted, ctx.backend
+                _MLPBackward, dy, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted, ctx.backend
             )
         grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return *grads, None, None, None
