@@ -4,16 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "dtype.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "scratch.h"
 
 namespace tfkern {
 
@@ -143,31 +138,6 @@ struct AttentionBackward : AttentionScores<C> {
   int64_t partial_row(const Document& d, int64_t hk, int64_t chunk) const {
     return ((d.batch * this->Hk + hk) * chunks + chunk) * this->S + d.key0;
   }
-};
-
-// Uninitialised arrays that live as long as this. They start at cache lines; large ones ask for
-// huge pages, since a fault for each small page costs more than what is computed on it.
-class Scratch {
- public:
-  template <class T>
-  T* get(int64_t n) {
-    const size_t bytes = std::max<int64_t>(n, 1) * sizeof(T);
-    const std::align_val_t alignment{bytes < kMapped ? 64 : kHugePage};
-    void* p = ::operator new(bytes, alignment);
-    arrays_.emplace_back(p, Free{alignment});
-#if defined(__linux__)
-    if (bytes >= kMapped) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<T*>(p);
-  }
-
- private:
-  static constexpr size_t kHugePage = size_t{1} << 21, kMapped = size_t{1} << 25;
-  struct Free {
-    std::align_val_t alignment;
-    void operator()(void* p) const { ::operator delete(p, alignment); }
-  };
-  std::vector<std::unique_ptr<void, Free>> arrays_;
 };
 
 }  // namespace tfkern

@@ -8,6 +8,8 @@ namespace tfkern {
 
 enum class Dtype { f32, f64, bf16, f16 };
 
+inline int64_t size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 struct BFloat16 {
   uint16_t bits;
 };

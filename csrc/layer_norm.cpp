@@ -1,12 +1,12 @@
 // Layer norm and RMS norm of the rows of (M, N) matrices, on the CPU. Rows lie `stride` elements
-// apart and are contiguous within. A row is read once, widened into a buffer that stays in the L1
-// cache, and everything else (dropout, residual, statistics, output) happens there.
+// apart and are contiguous within. All that happens to a row (dropout, residual, statistics,
+// output) happens before the next, while it is in the L1 cache.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
 
 #include "isa.h"
-#include "philox.h"
+#include "scratch.h"
 #include "tensor.h"
 
 namespace tfkern {
@@ -30,7 +30,7 @@ struct LayerNormForward {
   bool rms;
   Dropout dropout;
   Rows x, residual;
-  const C *weight, *bias;  // null if absent
+  const C *weight, *bias;  // padded
   Rows y, h;
   C *mean, *rstd;
 };
@@ -41,7 +41,7 @@ struct LayerNormBackward {
   bool rms;
   Dropout dropout;
   Rows dy, dh, h;
-  const C* weight;
+  const C* weight;  // padded
   const C *mean, *rstd;
   Rows dx, dresidual;
 };
@@ -65,6 +65,9 @@ void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C*
   TFKERN_ISA_CALL(layer_norm_backward, a, begin, end, dweight, dbias);
 }
 
+// N, rounded up to whole vectors of any instruction set.
+int64_t padded(int64_t N) { return (N + 15) / 16 * 16; }
+
 Rows rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1),
                   "tfkern::layer_norm: expected matrices with contiguous rows");
@@ -74,16 +77,19 @@ Rows rows(const Tensor& t) {
 
 Rows rows(const std::optional<Tensor>& t) { return t ? rows(*t) : Rows{}; }
 
-// A vector of N parameters in the computing type, or null.
+// N parameters in the computing type, or as many times the value that does nothing, padded.
 template <class C>
-const C* parameters(const std::optional<Tensor>& t, int64_t N, std::vector<C>& storage) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->numel() == N && (N <= 1 || t->stride(0) == 1),
-                  "tfkern::layer_norm: expected a contiguous vector of N parameters");
-  storage.resize(N + 64);  // a vector may be loaded past the end
-  TFKERN_DTYPE(dtype(*t),
-               baseline::convert(storage.data(), static_cast<const T*>(t->data_ptr()), N));
-  return storage.data();
+const C* parameters(const std::optional<Tensor>& t, int64_t N, C neutral, Scratch& scratch) {
+  const int64_t P = padded(N);
+  if (t) {
+    STD_TORCH_CHECK(t->numel() == N && (N <= 1 || t->stride(0) == 1),
+                    "tfkern::layer_norm: expected a contiguous vector of N parameters");
+    const bool computing = dtype(*t) == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32);
+    if (computing && N == P) return static_cast<const C*>(t->data_ptr());
+  }
+  C* out = std::fill_n(scratch.get<C>(P), P, neutral) - P;
+  if (t) TFKERN_DTYPE(dtype(*t), baseline::convert(out, static_cast<const T*>(t->data_ptr()), N));
+  return out;
 }
 
 Dropout dropout(const std::optional<Tensor>& seed, double p) {
@@ -113,13 +119,13 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight,
       std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t M = x.size(0), N = x.size(1);
   const bool separate_h = residual || seed;
+  Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
+  Tensor rstd = empty(x, {M}, kCompute);
   Tensor y = empty(x, {M, N}, x.scalar_type());
   const ScalarType h_type = promote(x, residual);
   Tensor h = separate_h ? empty(x, {M, N}, h_type) : absent(x, h_type);
-  Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
-  Tensor rstd = empty(x, {M}, kCompute);
 
-  std::vector<C> weight_storage, bias_storage;
+  Scratch scratch;
   const LayerNormForward<C> a{
       N,
       eps,
@@ -127,8 +133,8 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight,
       dropout(seed, p),
       rows(x),
       rows(residual),
-      parameters(weight, N, weight_storage),
-      parameters(bias, N, bias_storage),
+      parameters(weight, N, C{1}, scratch),
+      parameters(bias, N, C{0}, scratch),
       rows(y),
       separate_h ? rows(h) : Rows{},
       rms ? nullptr : static_cast<C*>(mean.data_ptr()),
@@ -152,7 +158,7 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
   Tensor dweight = weight ? empty(dy, {N}, weight->scalar_type()) : absent(dy, dy.scalar_type());
   Tensor dbias = bias ? empty(dy, {N}, bias->scalar_type()) : absent(dy, dy.scalar_type());
 
-  std::vector<C> weight_storage;
+  Scratch scratch;
   const LayerNormBackward<C> a{
       N,
       !mean,
@@ -160,7 +166,7 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
       rows(dy),
       rows(dh),
       rows(h),
-      parameters(weight, N, weight_storage),
+      parameters(weight, N, C{1}, scratch),
       mean ? static_cast<const C*>(mean->data_ptr()) : nullptr,
       static_cast<const C*>(rstd.data_ptr()),
       rows(dx),
@@ -168,23 +174,23 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
   };
   // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the
   // shape alone, so that the result does not depend on the number of threads.
-  const int64_t chunks = std::clamp<int64_t>(M / 16, 1, 64);
-  std::vector<C> partial_dweight(weight ? chunks * N : 0), partial_dbias(bias ? chunks * N : 0);
+  const int64_t chunks = std::clamp<int64_t>(M * N / 32768, 1, std::clamp<int64_t>(M / 16, 1, 64));
+  const int64_t P = padded(N);
+  C* sums = scratch.get<C>(chunks * 2 * P);  // for each chunk, of dweight and of dbias
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      backward_rows<C>(a, M * i / chunks, M * (i + 1) / chunks,
-                       weight ? partial_dweight.data() + i * N : nullptr,
-                       bias ? partial_dbias.data() + i * N : nullptr);
+      C* part = std::fill_n(sums + i * 2 * P, 2 * P, C{0}) - 2 * P;
+      backward_rows<C>(a, M * i / chunks, M * (i + 1) / chunks, part, part + P);
     }
   });
-  const auto finish = [&](std::vector<C>& partial, Tensor& out) {
-    for (int64_t i = 1; i < chunks; ++i) {
-      for (int64_t n = 0; n < N; ++n) partial[n] += partial[i * N + n];
-    }
-    TFKERN_DTYPE(dtype(out), baseline::convert(static_cast<T*>(out.data_ptr()), partial.data(), N));
+  for (int64_t i = 1; i < chunks; ++i) {
+    for (int64_t n = 0; n < 2 * P; ++n) sums[n] += sums[i * 2 * P + n];
+  }
+  const auto round = [&](Tensor& out, const C* sum) {
+    TFKERN_DTYPE(dtype(out), baseline::convert(static_cast<T*>(out.data_ptr()), sum, N));
   };
-  if (weight) finish(partial_dweight, dweight);
-  if (bias) finish(partial_dbias, dbias);
+  if (weight) round(dweight, sums);
+  if (bias) round(dbias, sums + P);
   return {dx, dresidual, dweight, dbias};
 }
 

@@ -1,142 +1,216 @@
 // The kernels of layer_norm.cpp for one instruction set: rows [begin, end) of the arguments.
+//
+// A row that has the computing type and consists of whole vectors is read and written where it
+// lies. Any other passes through a buffer, whose elements past N are 0.
+
+inline int64_t padded(int64_t N, int lanes) { return (N + lanes - 1) / lanes * lanes; }
 
 template <class C>
-void load_row(C* dst, const Rows& rows, int64_t m, int64_t N) {
-  TFKERN_DTYPE(rows.dtype,
-               convert(dst, reinterpret_cast<const T*>(rows.data + m * rows.stride), N));
+inline bool in_place(const Rows& rows, int64_t N) {
+  return rows.dtype == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32) && N % kLanes<C> == 0;
 }
 
+// The row to read.
 template <class C>
-void store_row(const Rows& rows, int64_t m, const C* src, int64_t N) {
-  TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(rows.data + m * rows.stride), src, N));
+inline const C* source(const Rows& rows, int64_t m, int64_t N, C* buffer) {
+  const char* row = rows.data + m * rows.stride;
+  if (in_place<C>(rows, N)) return reinterpret_cast<const C*>(row);
+  TFKERN_DTYPE(rows.dtype, convert(buffer, reinterpret_cast<const T*>(row), N));
+  return buffer;
 }
 
-// row[n] = keep ? row[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >>
+// Where to write the row, to be followed by `finish`.
+template <class C>
+inline C* target(const Rows& rows, int64_t m, int64_t N, C* buffer) {
+  return in_place<C>(rows, N) ? reinterpret_cast<C*>(rows.data + m * rows.stride) : buffer;
+}
+
+// rows[m] = values, if they are not there already.
+template <class C>
+inline void finish(const Rows& rows, int64_t m, int64_t N, const C* values) {
+  char* row = rows.data + m * rows.stride;
+  if (row == reinterpret_cast<const char*>(values)) return;
+  TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(row), values, N));
+}
+
+// out[n] = keep ? row[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >>
 // 32, 1).
 template <class C>
-void drop(C* row, int64_t m, int64_t N, const Dropout& dropout) {
+inline void drop(C* out, const C* row, int64_t m, int64_t N, const Dropout& dropout) {
+  constexpr int L = kLanes<float>;
   const double threshold = std::ldexp(dropout.p, 32);  // keep if the draw is not below it
   const C scale = dropout.p < 1 ? static_cast<C>(1 / (1 - dropout.p)) : C{0};
-  for (int64_t n = 0; n < N; n += 4) {
-    const Philox draw(dropout.seed, static_cast<uint32_t>(n / 4), static_cast<uint32_t>(m),
-                      static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32), 1);
-    for (int64_t i = n; i < std::min(n + 4, N); ++i) {
-      row[i] = draw.lane[i - n] >= threshold ? row[i] * scale : C{0};
+  uint32_t draws[4 * L];
+  for (int64_t n = 0; n < N; n += 4 * L) {
+    VecUint c[4] = {
+        (VecUint)iota<float>() + static_cast<uint32_t>(n / 4), VecUint{} + static_cast<uint32_t>(m),
+        VecUint{} + static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32), VecUint{} + 1u};
+    philox(dropout.seed, c);
+    std::memcpy(draws, c, sizeof(draws));
+    for (int i = 0; i < std::min<int64_t>(N - n, 4 * L); ++i) {
+      out[n + i] = draws[i % 4 * L + i / 4] >= threshold ? row[n + i] * scale : C{0};
     }
   }
 }
 
-// Buffers hold a multiple of the vector length; the elements past N are 0 and stay harmless.
-inline int64_t padded(int64_t N, int lanes) { return (N + lanes - 1) / lanes * lanes; }
+// Starts to fetch a row. The processor by itself fetches ahead within pages of 4 KiB only.
+inline void prefetch(const Rows& rows, int64_t m, int64_t N) {
+  const char* row = rows.data + m * rows.stride;
+  for (int64_t i = 0; i < N * size(rows.dtype); i += 64) __builtin_prefetch(row + i);
+}
+
+// Mean, and mean square about it. Two passes; the second also corrects the mean by what rounding
+// left over (Chan, Golub and LeVeque 1983), which matters when the mean is large beside the
+// deviation. RMS norm has the mean 0.
+template <class C>
+inline void moments(const C* h, int64_t N, bool rms, C& mean, C& square) {
+  constexpr int L = kLanes<C>;
+  constexpr int kChains = 4;  // of additions, none of which waits for another
+  Vec<C> s[kChains] = {}, s1[kChains] = {}, s2[kChains] = {};
+  int64_t n = 0;
+  if (!rms) {
+    for (; n + kChains * L <= N; n += kChains * L) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) s[i] = s[i] + load(h + n + i * L);
+    }
+    for (; n < N; n += L) s[0] = s[0] + load(h + n);
+  }
+  mean = sum<C>((s[0] + s[1]) + (s[2] + s[3])) / N;
+
+  for (n = 0; n + kChains * L <= N; n += kChains * L) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      const Vec<C> d = load(h + n + i * L) - mean;
+      s1[i] = s1[i] + d;
+      s2[i] = s2[i] + d * d;
+    }
+  }
+  for (; n < N; n += L) {
+    const Vec<C> d =
+        iota<C>() < static_cast<int>(std::min<int64_t>(N - n, L)) ? load(h + n) - mean : Vec<C>{};
+    s1[0] = s1[0] + d;
+    s2[0] = s2[0] + d * d;
+  }
+  square = sum<C>((s2[0] + s2[1]) + (s2[2] + s2[3])) / N;
+  if (!rms) {
+    const C shift = sum<C>((s1[0] + s1[1]) + (s1[2] + s1[3])) / N;
+    square -= shift * shift;
+    mean += shift;
+  }
+}
+
+template <class C, class T>
+inline void normalise(T* y, const C* h, C mean, C rstd, const C* weight, const C* bias, int64_t N) {
+  constexpr int L = kLanes<C>;
+  for (int64_t n = 0; n < N; n += L) {
+    store_as(y + n, (load(h + n) - mean) * rstd * load(weight + n) + load(bias + n), N - n);
+  }
+}
 
 template <class C>
 void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end) {
   constexpr int L = kLanes<C>;
   const int64_t N = a.N, P = padded(N, L);
-  std::vector<C> buffer(2 * P);
-  C* h = buffer.data();
-  C* other = h + P;
+  std::vector<C> buffers(3 * P);
+  C* x_row = buffers.data();
+  C* residual_row = x_row + P;
+  C* h_row = residual_row + P;
   for (int64_t m = begin; m < end; ++m) {
-    load_row(h, a.x, m, N);
-    if (a.dropout.p > 0) drop(h, m, N, a.dropout);
-    if (a.residual.data) {
-      load_row(other, a.residual, m, N);
-      for (int64_t n = 0; n < P; n += L) store(h + n, load(h + n) + load(other + n));
+    const C* h = source(a.x, m, N, x_row);
+    if (a.h.data) {  // h = residual + dropout(x)
+      if (a.dropout.p > 0) {
+        drop(x_row, h, m, N, a.dropout);
+        h = x_row;
+      }
+      if (a.residual.data) {
+        const C* residual = source(a.residual, m, N, residual_row);
+        C* sum = target(a.h, m, N, h_row);
+        for (int64_t n = 0; n < P; n += L) store(sum + n, load(h + n) + load(residual + n));
+        h = sum;
+      }
+      finish(a.h, m, N, h);
     }
-    if (a.h.data) store_row(a.h, m, h, N);
 
-    C mean = 0, square;
-    if (a.rms) {
-      Vec<C> s{};
-      for (int64_t n = 0; n < P; n += L) s = s + load(h + n) * load(h + n);
-      square = sum<C>(s) / N;
-    } else {
-      // Two passes over the buffer; the second also corrects the mean by what rounding left over
-      // (Chan, Golub and LeVeque 1983), which matters when the mean is large beside the deviation.
-      Vec<C> s{}, s1{}, s2{};
-      for (int64_t n = 0; n < P; n += L) s = s + load(h + n);
-      mean = sum<C>(s) / N;
-      int64_t n = 0;
-      for (; n + L <= N; n += L) {
-        const Vec<C> d = load(h + n) - mean;
-        s1 = s1 + d;
-        s2 = s2 + d * d;
-      }
-      if (n < N) {
-        C last[L];
-        store(last, load(h + n) - mean);
-        const Vec<C> d = load(last, static_cast<int>(N - n));
-        s1 = s1 + d;
-        s2 = s2 + d * d;
-      }
-      const C shift = sum<C>(s1) / N;
-      square = sum<C>(s2) / N - shift * shift;
-      mean += shift;
-    }
+    C mean, square;
+    moments(h, N, a.rms, mean, square);
     const C rstd = static_cast<C>(1 / std::sqrt(square + a.eps));  // in double, once a row
     if (a.mean) a.mean[m] = mean;
     a.rstd[m] = rstd;
-
-    for (int64_t n = 0; n < P; n += L) {
-      Vec<C> y = (load(h + n) - mean) * rstd;
-      if (a.weight) y = y * load(a.weight + n);
-      if (a.bias) y = y + load(a.bias + n);
-      store(h + n, y);
-    }
-    store_row(a.y, m, h, N);
-    std::fill(h + N, h + P, C{0});
+    prefetch(a.x, m + 1, N);
+    TFKERN_DTYPE(a.y.dtype, normalise(reinterpret_cast<T*>(a.y.data + m * a.y.stride), h, mean,
+                                      rstd, a.weight, a.bias, N));
   }
 }
 
-// Also writes these rows' sums for dweight and dbias (N each, or null).
+// Sums of weight * dy * xhat and of weight * dy over the row; adds dy * xhat and dy to dweight and
+// dbias. Past N, dy is 0, so every product is.
+template <class C>
+inline void weigh(const C* dy, const C* h, C mean, C rstd, const C* weight, int64_t P, C* dweight,
+                  C* dbias, C& dot, C& total) {
+  constexpr int L = kLanes<C>;
+  Vec<C> s1[2] = {}, s2[2] = {};
+  // forward: y = xhat * weight + bias, xhat = (h - mean) * rstd
+  int64_t n = 0;
+  for (; n < P; n += 2 * L) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int64_t j = n + i * L;
+      if (i && j >= P) break;
+      const Vec<C> d = load(dy + j), xhat = (load(h + j) - mean) * rstd;
+      const Vec<C> g = load(weight + j) * d;
+      s1[i] = s1[i] + g * xhat;
+      s2[i] = s2[i] + g;
+      store(dweight + j, load(dweight + j) + d * xhat);
+      store(dbias + j, load(dbias + j) + d);
+    }
+  }
+  dot = sum<C>(s1[0] + s1[1]);
+  total = sum<C>(s2[0] + s2[1]);
+}
+
+// g = (weight * dy - xhat * c1 - c2) * rstd + dh
+template <class C, class T>
+inline void gradient(T* g, const C* dy, const C* h, C mean, C rstd, C c1, C c2, const C* weight,
+                     const C* dh, int64_t N) {
+  constexpr int L = kLanes<C>;
+  for (int64_t n = 0; n < N; n += L) {
+    const Vec<C> xhat = (load(h + n) - mean) * rstd;
+    Vec<C> v = (load(weight + n) * load(dy + n) - xhat * c1 - c2) * rstd;
+    if (dh) v = v + load(dh + n);
+    store_as(g + n, v, N - n);
+  }
+}
+
+// Also adds these rows' sums to dweight and dbias, of whole vectors.
 template <class C>
 void layer_norm_backward(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight,
                          C* dbias) {
   constexpr int L = kLanes<C>;
   const int64_t N = a.N, P = padded(N, L);
-  std::vector<C> buffer(6 * P);
-  C* g = buffer.data();
-  C* xhat = g + P;
-  C* other = xhat + P;
-  C* weight = other + P;
-  C* sum_dweight = weight + P;
-  C* sum_dbias = sum_dweight + P;
-  if (a.weight) {
-    std::copy(a.weight, a.weight + N, weight);
-  } else {
-    std::fill(weight, weight + N, C{1});
-  }
+  std::vector<C> buffers(4 * P);
+  C* dy_row = buffers.data();
+  C* h_row = dy_row + P;
+  C* dh_row = h_row + P;
+  C* g_row = dh_row + P;
   for (int64_t m = begin; m < end; ++m) {
-    load_row(g, a.dy, m, N);
-    load_row(xhat, a.h, m, N);
+    const C* dy = source(a.dy, m, N, dy_row);
+    const C* h = source(a.h, m, N, h_row);
+    const C* dh = a.dh.data ? source(a.dh, m, N, dh_row) : nullptr;
     const C mean = a.mean ? a.mean[m] : C{0}, rstd = a.rstd[m];
-    Vec<C> s1{}, s2{};
-    // forward: y = xhat * weight + bias, xhat = (h - mean) * rstd
-    for (int64_t n = 0; n < P; n += L) {  // past N: dy and weight are 0, so every product is
-      const Vec<C> dy = load(g + n), x = (load(xhat + n) - mean) * rstd;
-      store(sum_dbias + n, load(sum_dbias + n) + dy);
-      store(sum_dweight + n, load(sum_dweight + n) + dy * x);
-      const Vec<C> wdy = load(weight + n) * dy;
-      s1 = s1 + wdy * x;
-      s2 = s2 + wdy;
-      store(xhat + n, x);
-      store(g + n, wdy);
-    }
-    const C c1 = sum<C>(s1) / N, c2 = a.rms ? C{0} : sum<C>(s2) / N;
-    for (int64_t n = 0; n < P; n += L) {
-      store(g + n, (load(g + n) - load(xhat + n) * c1 - c2) * rstd);
-    }
-    if (a.dh.data) {
-      load_row(other, a.dh, m, N);
-      for (int64_t n = 0; n < P; n += L) store(g + n, load(g + n) + load(other + n));
-    }
+    C dot, total;
+    weigh(dy, h, mean, rstd, a.weight, P, dweight, dbias, dot, total);
+    prefetch(a.dy, m + 1, N);
+    prefetch(a.h, m + 1, N);
+    const C c1 = dot / N, c2 = a.rms ? C{0} : total / N;
     // forward: h = residual + dropout(x)
-    if (a.dresidual.data) store_row(a.dresidual, m, g, N);
-    if (a.dropout.p > 0) drop(g, m, N, a.dropout);
-    store_row(a.dx, m, g, N);
-    std::fill(g + N, g + P, C{0});
-    std::fill(xhat + N, xhat + P, C{0});
+    if (a.dresidual.data || a.dropout.p > 0) {
+      gradient(g_row, dy, h, mean, rstd, c1, c2, a.weight, dh, N);
+      if (a.dresidual.data) finish(a.dresidual, m, N, g_row);
+      if (a.dropout.p > 0) drop(g_row, g_row, m, N, a.dropout);
+      finish(a.dx, m, N, g_row);
+    } else {
+      TFKERN_DTYPE(a.dx.dtype, gradient(reinterpret_cast<T*>(a.dx.data + m * a.dx.stride), dy, h,
+                                        mean, rstd, c1, c2, a.weight, dh, N));
+    }
   }
-  if (dweight) std::copy(sum_dweight, sum_dweight + N, dweight);
-  if (dbias) std::copy(sum_dbias, sum_dbias + N, dbias);
 }

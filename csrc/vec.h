@@ -120,20 +120,27 @@ inline void store(T* p, Vec<Compute<T>> v, int n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
+// The first n elements of v, or all if it has no more; only seldom is one side double and the other
+// not.
+template <class T, class V>
+inline void store_as(T* p, V v, int64_t n) {
+  constexpr int L = sizeof(V) / sizeof(v[0]);
+  if constexpr (std::is_same_v<V, Vec<Compute<T>>>) {
+    n >= L ? store(p, v) : store(p, v, static_cast<int>(n));
+  } else {
+    for (int i = 0; i < std::min<int64_t>(n, L); ++i) {
+      store(p + i, Vec<Compute<T>>{static_cast<Compute<T>>(v[i])}, 1);
+    }
+  }
+}
+
 // dst[i] = src[i], widened or rounded.
 template <class D, class S>
 inline void convert(D* dst, const S* src, int64_t n) {
   constexpr int L = kLanes<Compute<S>>;
   int64_t i = 0;
-  if constexpr (std::is_same_v<Compute<D>, Compute<S>>) {
-    for (; i + L <= n; i += L) store(dst + i, load(src + i));
-    if (i < n) store(dst + i, load(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-  } else {  // double on one side only, which is rare: by way of float
-    for (; i < n; ++i) {
-      const auto v = load(src + i, 1);
-      store(dst + i, Vec<Compute<D>>{static_cast<Compute<D>>(v[0])}, 1);
-    }
-  }
+  for (; i + L <= n; i += L) store_as(dst + i, load(src + i), L);
+  if (i < n) store_as(dst + i, load(src + i, static_cast<int>(n - i)), n - i);
 }
 
 // ---- arithmetic ----
@@ -155,26 +162,34 @@ inline bool any(M mask) {
   return result;
 }
 
-// Sum over the lanes, always in the same order.
+// 0, 1, 2, ... From memory, since GCC 12 would build such a vector lane by lane at run time.
+template <class C>
+inline VecIndex<C> iota() {
+  static constexpr std::conditional_t<sizeof(C) == 4, int32_t, int64_t> kNumbers[] = {
+      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  VecIndex<C> v;
+  std::memcpy(&v, kNumbers, sizeof(v));
+  return v;
+}
+
+// Sum over the lanes, always in the same order: of halves, of quarters, ...
 template <class C>
 inline C sum(Vec<C> v) {
-  C part[kLanes<C>];
-  store(part, v);
+#pragma GCC unroll 4
   for (int width = kLanes<C> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    v = v + __builtin_shuffle(v, iota<C>() ^ width);
   }
-  return part[0];
+  return v[0];
 }
 
 // The largest lane.
 template <class C>
 inline C max(Vec<C> v) {
-  C part[kLanes<C>];
-  store(part, v);
+#pragma GCC unroll 4
   for (int width = kLanes<C> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] = part[i + width] > part[i] ? part[i + width] : part[i];
+    v = vmax(v, __builtin_shuffle(v, iota<C>() ^ width));
   }
-  return part[0];
+  return v[0];
 }
 
 // e^x / 2^n, where n is the integer next to x / ln(2): the polynomial's relative error is 1e-8.
@@ -235,14 +250,6 @@ inline VecFloat exp2_flush(VecFloat x) {
 inline VecDouble exp2_flush(VecDouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
   return x;
-}
-
-// 0, 1, 2, ...
-template <class C>
-inline Vec<C> iota() {
-  Vec<C> v;
-  for (int i = 0; i < kLanes<C>; ++i) v[i] = static_cast<C>(i);
-  return v;
 }
 
 template <class V>
@@ -348,7 +355,9 @@ inline void multiply(VecUint a, uint32_t b, VecUint& high, VecUint& low) {
   low = (VecUint)((p & ~upper) | (q << 32));
 }
 
-// Philox of philox.h, a counter per lane: c[i] becomes lane i of the draw.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the
+// counter-based generator that every backend draws dropout masks from, so that all of them draw the
+// same one. A counter per lane: c[i] becomes lane i of the draw.
 inline void philox(uint64_t key, VecUint c[4]) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {

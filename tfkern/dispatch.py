@@ -92,12 +92,15 @@ def why_not(op: str, backend: str, args: tuple) -> str | None:
     return _implementations[backend, op].why_not(*args, needs_grad=needs_grad)
 
 
+def _order(args: tuple, backend: str | None) -> tuple[str, ...]:
+    forced = _forced if backend is None else check_backend(backend)
+    return (forced,) if forced else _ORDER.get(args[0].device.type, ("reference",))
+
+
 def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
     """Which backend serves the call: the forced one or none, else the device's first that can."""
-    forced = _forced if backend is None else check_backend(backend)
-    order = (forced,) if forced else _ORDER.get(args[0].device.type, ("reference",))
     reasons: dict[str, str] = {}
-    for name in order:
+    for name in _order(args, backend):
         reason = why_not(op, name, args)
         if reason is None:
             return Explanation(op, name, reasons)
@@ -107,11 +110,12 @@ def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
 
 def select(op: str, args: tuple, backend: str | None = None) -> str:
     """Name of the backend for the call; NotImplementedError with every reason if none serves."""
-    choice = explain(op, args, backend)
-    if choice.backend is None:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in choice.reasons.items())
-        raise NotImplementedError(f"no backend runs this {op}:{listed}")
-    return choice.backend
+    for name in _order(args, backend):
+        if why_not(op, name, args) is None:
+            return name
+    reasons = explain(op, args, backend).reasons.items()
+    listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons)
+    raise NotImplementedError(f"no backend runs this {op}:{listed}")
 
 
 def backends(op: str) -> dict[str, str | None]:
@@ -146,11 +150,14 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Turns autocast off around an op whose inputs already have the dtype to compute in."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
 
 
 def distinct(args: tuple) -> tuple:

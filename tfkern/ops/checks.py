@@ -40,7 +40,7 @@ def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def shape(name: str, x: Tensor, expected: tuple, what: str) -> None:
-    if tuple(x.shape) != tuple(expected):
+    if x.shape != expected:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}, {what}")
 
 

@@ -117,7 +117,8 @@ def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=Non
 
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix whose rows are contiguous; a view where strides allow."""
-    x = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    if x.dim() != 2:
+        x = x.flatten(0, -2) if x.dim() > 1 else x[None]
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
