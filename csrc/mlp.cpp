@@ -3,6 +3,10 @@
 //
 // Each pass reads and writes every element once. Backward computes h again from pre, and sums db1
 // in the registers' precision while dpre goes by.
+//
+// Products may be float32 where tensors are bfloat16 or float16. Then their results and factors
+// (the sum that pre is the rounding of, h, dh, dpre) are float32, and the passes convert as they
+// go.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -18,9 +22,11 @@ enum class Activation { relu, gelu, gelu_tanh, silu };
 struct MlpForward {
   Activation activation;
   bool gated;
-  Dtype dtype;  // of all matrices, which are contiguous
+  Dtype dtype;  // of pre
+  bool wide;    // all else is in the computing type, not in that of pre
   int64_t F;
-  const void* pre;
+  const void* sum;
+  void* pre;  // null if it is sum
   void* h;
 };
 
@@ -28,6 +34,7 @@ struct MlpBackward {
   Activation activation;
   bool gated;
   Dtype dtype;
+  bool wide;
   int64_t F;
   const void *dh, *pre;
   void *dpre, *h;
@@ -57,17 +64,36 @@ Activation parse(const std::string& name) {
   return Activation::silu;
 }
 
-Tensor mlp_activation_forward(Tensor pre, std::string activation, bool gated) {
-  STD_TORCH_CHECK(pre.dim() == 2 && !(gated && pre.size(1) % 2),
-                  "tfkern::mlp_activation_forward: pre must be (M, F), gated (M, 2F)");
-  pre = torch::stable::contiguous(pre);
-  const int64_t M = pre.size(0), F = gated ? pre.size(1) / 2 : pre.size(1);
-  Tensor h = empty(pre, {M, F}, pre.scalar_type());
-  const MlpForward a{parse(activation), gated, dtype(pre), F, pre.data_ptr(), h.data_ptr()};
+// Whether the products around tensors of `dtype` have the computing type, and not just `dtype`.
+bool is_wide(const Tensor& product, ScalarType dtype) {
+  if (product.scalar_type() == dtype) return false;
+  STD_TORCH_CHECK(product.scalar_type() == ScalarType::Float &&
+                      (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
+                  "tfkern::mlp: products have the dtype of pre, or float32 if that has 16 bits");
+  return true;
+}
+
+std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor sum, std::string activation, bool gated,
+                                                  ScalarType type) {
+  STD_TORCH_CHECK(sum.dim() == 2 && !(gated && sum.size(1) % 2),
+                  "tfkern::mlp_activation_forward: sum must be (M, F), gated (M, 2F)");
+  sum = torch::stable::contiguous(sum);
+  const bool wide = is_wide(sum, type);
+  const int64_t M = sum.size(0), W = sum.size(1), F = gated ? W / 2 : W;
+  Tensor h = empty(sum, {M, F}, sum.scalar_type());
+  Tensor pre = wide ? empty(sum, {M, W}, type) : absent(sum, type);
+  const MlpForward a{parse(activation),
+                     gated,
+                     dtype(type),
+                     wide,
+                     F,
+                     sum.data_ptr(),
+                     wide ? pre.data_ptr() : nullptr,
+                     h.data_ptr()};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));
   torch::stable::parallel_for(0, M, grain,
                               [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
-  return h;
+  return {h, pre};
 }
 
 // The sum of the partial sums of all chunks, rounded.
@@ -83,16 +109,22 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
                                                            std::string activation, bool gated,
                                                            bool bias) {
   STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
-                      dh.size(1) * (gated ? 2 : 1) == pre.size(1) &&
-                      dh.scalar_type() == pre.scalar_type(),
+                      dh.size(1) * (gated ? 2 : 1) == pre.size(1),
                   "tfkern::mlp_activation_backward: dh and pre do not fit together");
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
-  Tensor dpre = empty(pre, {M, W}, pre.scalar_type()), h = empty(pre, {M, F}, pre.scalar_type());
+  Tensor dpre = empty(pre, {M, W}, dh.scalar_type()), h = empty(pre, {M, F}, dh.scalar_type());
   Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
-  const MlpBackward a{parse(activation), gated,          dtype(pre),      F,
-                      dh.data_ptr(),     pre.data_ptr(), dpre.data_ptr(), h.data_ptr()};
+  const MlpBackward a{parse(activation),
+                      gated,
+                      dtype(pre),
+                      is_wide(dh, pre.scalar_type()),
+                      F,
+                      dh.data_ptr(),
+                      pre.data_ptr(),
+                      dpre.data_ptr(),
+                      h.data_ptr()};
   // The number of chunks follows from the shape alone, so that the sums do not depend on the number
   // of threads.
   const int64_t chunks = std::clamp<int64_t>(M / 16, 1, 64);
@@ -113,7 +145,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
 }  // namespace tfkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
-  m.def("mlp_activation_forward(Tensor pre, str activation, bool gated) -> Tensor h");
+  m.def(
+      "mlp_activation_forward(Tensor total, str activation, bool gated, ScalarType dtype) "
+      "-> (Tensor h, Tensor pre)");
   m.def(
       "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
       "-> (Tensor dpre, Tensor h, Tensor db1)");

@@ -12,8 +12,8 @@ struct Relu {
 template <class C>
 struct Gelu {
   static Vec<C> value(Vec<C> x, Vec<C>& slope) {
-    const Vec<C> cdf = normal_cdf(x);
-    const Vec<C> density = exp(x * x * C(-0.5)) * C(0.39894228040143268);
+    Vec<C> density;
+    const Vec<C> cdf = normal_cdf(x, density);
     slope = cdf + x * density;
     return x * cdf;
   }
@@ -27,7 +27,7 @@ struct GeluTanh {
     // Beyond 30, sigma is 0 or 1, and the square could overflow.
     const Vec<C> near = vmin(broadcast(C{30}), vmax(broadcast(C{-30}), x));
     const Vec<C> square = near * near;
-    const Vec<C> sigma = sigmoid(near * (c + c * C(0.044715) * square), slope);
+    const Vec<C> sigma = sigmoid<C>(near * (c + c * C(0.044715) * square), slope);
     slope = sigma + x * (slope * (c + 3 * c * C(0.044715) * square));
     return x * sigma;
   }
@@ -36,7 +36,7 @@ struct GeluTanh {
 template <class C>
 struct Silu {
   static Vec<C> value(Vec<C> x, Vec<C>& slope) {
-    const Vec<C> sigma = sigmoid(x, slope);
+    const Vec<C> sigma = sigmoid<C>(x, slope);
     slope = sigma + x * slope;
     return x * sigma;
   }
@@ -57,30 +57,39 @@ inline void accumulate(C* p, Vec<C> v, int64_t n) {
   store_left(p, load_left(p, n) + v, n);
 }
 
-template <class T, class Act>
+// T is the type of pre, P that of the factors and results of products.
+template <class T, class P, class Act>
 void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   using V = Vec<Compute<T>>;
   const int64_t F = a.F, W = a.gated ? 2 * F : F;
   for (int64_t m = begin; m < end; ++m) {
-    const T* pre = static_cast<const T*>(a.pre) + m * W;
-    T* h = static_cast<T*>(a.h) + m * F;
+    const P* sum = static_cast<const P*>(a.sum) + m * W;
+    T* pre = a.pre ? static_cast<T*>(a.pre) + m * W : nullptr;
+    P* h = static_cast<P*>(a.h) + m * F;
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
-      V slope, value = Act::value(load_left(pre + n, F - n), slope);
-      if (a.gated) value = value * load_left(pre + F + n, F - n);
-      store_left(h + n, value, F - n);
+      const int64_t left = F - n;
+      const V x = load_left(sum + n, left);
+      V slope, value = Act::value(x, slope);
+      if (pre) store_left(pre + n, x, left);
+      if (a.gated) {
+        const V up = load_left(sum + F + n, left);
+        if (pre) store_left(pre + F + n, up, left);
+        value = value * up;
+      }
+      store_left(h + n, value, left);
     }
   }
 }
 
-template <class T, class Act>
+template <class T, class P, class Act>
 void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>* db1) {
   using V = Vec<Compute<T>>;
   const int64_t F = a.F, W = a.gated ? 2 * F : F;
   for (int64_t m = begin; m < end; ++m) {
-    const T* dh = static_cast<const T*>(a.dh) + m * F;
+    const P* dh = static_cast<const P*>(a.dh) + m * F;
     const T* pre = static_cast<const T*>(a.pre) + m * W;
-    T* dpre = static_cast<T*>(a.dpre) + m * W;
-    T* h = static_cast<T*>(a.h) + m * F;
+    P* dpre = static_cast<P*>(a.dpre) + m * W;
+    P* h = static_cast<P*>(a.h) + m * F;
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
       V g = load_left(dh + n, left);
@@ -100,25 +109,30 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>*
   }
 }
 
-#define TFKERN_ACTIVATION(activation, function, ...)         \
-  switch (activation) {                                      \
-    case Activation::relu:                                   \
-      return function<T, Relu<Compute<T>>>(__VA_ARGS__);     \
-    case Activation::gelu:                                   \
-      return function<T, Gelu<Compute<T>>>(__VA_ARGS__);     \
-    case Activation::gelu_tanh:                              \
-      return function<T, GeluTanh<Compute<T>>>(__VA_ARGS__); \
-    case Activation::silu:                                   \
-      return function<T, Silu<Compute<T>>>(__VA_ARGS__);     \
+#define TFKERN_ACTIVATION(P, activation, function, ...)         \
+  switch (activation) {                                         \
+    case Activation::relu:                                      \
+      return function<T, P, Relu<Compute<T>>>(__VA_ARGS__);     \
+    case Activation::gelu:                                      \
+      return function<T, P, Gelu<Compute<T>>>(__VA_ARGS__);     \
+    case Activation::gelu_tanh:                                 \
+      return function<T, P, GeluTanh<Compute<T>>>(__VA_ARGS__); \
+    case Activation::silu:                                      \
+      return function<T, P, Silu<Compute<T>>>(__VA_ARGS__);     \
   }
+#define TFKERN_MLP(function, a, ...)                                                      \
+  TFKERN_DTYPE((a).dtype, {                                                               \
+    if ((a).wide) TFKERN_ACTIVATION(Compute<T>, (a).activation, function, a, __VA_ARGS__) \
+    TFKERN_ACTIVATION(T, (a).activation, function, a, __VA_ARGS__)                        \
+  })
 
 inline void mlp_forward(const MlpForward& a, int64_t begin, int64_t end) {
-  TFKERN_DTYPE(a.dtype, TFKERN_ACTIVATION(a.activation, forward_rows, a, begin, end));
+  TFKERN_MLP(forward_rows, a, begin, end);
 }
 
 inline void mlp_backward(const MlpBackward& a, int64_t begin, int64_t end, void* db1) {
-  TFKERN_DTYPE(a.dtype, TFKERN_ACTIVATION(a.activation, backward_rows, a, begin, end,
-                                          static_cast<Compute<T>*>(db1)));
+  TFKERN_MLP(backward_rows, a, begin, end, static_cast<Compute<T>*>(db1));
 }
 
+#undef TFKERN_MLP
 #undef TFKERN_ACTIVATION

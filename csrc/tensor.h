@@ -18,8 +18,8 @@ namespace tfkern {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Dtype dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline Dtype dtype(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return Dtype::f32;
     case ScalarType::Double:
@@ -32,6 +32,8 @@ inline Dtype dtype(const Tensor& t) {
       STD_TORCH_CHECK(false, "tfkern: expected float32, float64, bfloat16 or float16");
   }
 }
+
+inline Dtype dtype(const Tensor& t) { return dtype(t.scalar_type()); }
 
 // A new contiguous tensor on the device of `like`.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,

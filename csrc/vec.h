@@ -273,17 +273,29 @@ inline VecDouble tanh(VecDouble x) {
   return x;
 }
 
-// 1 / (1 + e^-x) and its derivative, which lose no digits in either tail.
-template <class V>
-inline V sigmoid(V x, V& slope) {
-  const V e = exp(-abs(x)), s = 1 / (1 + e);
+// 1 / x for 2^-126 < |x| < 2^126, within 1 ulp.
+inline VecFloat reciprocal(VecFloat x) {
+#if TFKERN_VEC_BYTES == 64  // where a division takes longer than an estimate and a Newton step
+  const VecFloat r = (VecFloat)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1 - x * r);
+#else
+  return 1 / x;
+#endif
+}
+inline VecDouble reciprocal(VecDouble x) { return 1 / x; }
+
+// 1 / (1 + e^-x) and its derivative, which keep their digits in either tail: relative errors grow
+// there like that of e^-x, |x| half units in the last place.
+template <class C>
+inline Vec<C> sigmoid(Vec<C> x, Vec<C>& slope) {
+  const Vec<C> e = exp2_flush(abs(x) * C(-1.4426950408889634)), s = reciprocal(1 + e);
   slope = e * s * s;
   return x < 0 ? e * s : s;
 }
 
-// The normal distribution function, erfc(-x / sqrt(2)) / 2. Its relative error is 2e-6 down to x =
-// -6 and 2e-5 where it underflows.
-inline VecFloat normal_cdf(VecFloat x) {
+// The normal distribution function, erfc(-x / sqrt(2)) / 2, and its density. The relative error is
+// 2e-6 down to x = -6 and 2e-5 at -13, below which it is 0.
+inline VecFloat normal_cdf(VecFloat x, VecFloat& density) {
   const VecFloat z = x * 0.707106781f, t = abs(z), zz = z * z;
   // t < 1: erf(z) = z P(z^2)
   VecFloat p = zz * -9.667044571e-6f + 1.126595903e-4f;
@@ -294,7 +306,7 @@ inline VecFloat normal_cdf(VecFloat x) {
   p = p * zz + -0.3761263847f;
   p = p * zz + 1.128379167f;
   // t >= 1: erfc(t) = e^(-t^2) s Q(s), s = 2 / (2 + t)
-  const VecFloat s = 2 / (2 + t);
+  const VecFloat s = reciprocal(1 + 0.5f * vmin(broadcast(16.0f), t));
   VecFloat q = s * 0.056395818877f + -0.103263144617f;
   q = q * s + -0.0900948831812f;
   q = q * s + 0.193743387468f;
@@ -302,11 +314,16 @@ inline VecFloat normal_cdf(VecFloat x) {
   q = q * s + 0.263276911053f;
   q = q * s + 0.2796254053f;
   q = q * s + 0.282249675888f;
-  q = exp(x * x * -0.5f) * s * q * 0.5f;
+  const VecFloat e = exp2_flush(x * x * -0.721347520f);
+  density = e * 0.398942280f;
+  q = e * s * q * 0.5f;
   return t < 1.0f ? 0.5f + 0.5f * z * p : x > 0.0f ? 1 - q : q;
 }
-inline VecDouble normal_cdf(VecDouble x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
+inline VecDouble normal_cdf(VecDouble x, VecDouble& density) {
+  for (int i = 0; i < kLanes<double>; ++i) {
+    density[i] = 0.39894228040143268 * std::exp(-0.5 * x[i] * x[i]);
+    x[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
+  }
   return x;
 }
 

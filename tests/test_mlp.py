@@ -1,5 +1,6 @@
 """The MLP, plain and gated, on every backend against torch in float64."""
 
+import importlib
 import math
 
 import aot
@@ -180,8 +181,28 @@ def test_nothing_is_overwritten_and_runs_are_equal(backend, dtype, device, gated
     assert torch.equal(dy, kept)
 
 
+needs_native = pytest.mark.skipif(
+    not hasattr(torch.ops.tfkern, "mlp_activation_forward"), reason="not built"
+)
+
+
+@needs_native
 @gatedness
-@pytest.mark.skipif(not hasattr(torch.ops.tfkern, "mlp_activation_forward"), reason="not built")
+@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("matrix_unit", [False, True], ids=["float32 products", "matrix unit"])
+@pytest.mark.parametrize("hidden, out", [(67, 29), (29, 67)])
+def test_products_of_native(monkeypatch, hidden, out, matrix_unit, dtype, bias, gated):
+    """Both ways to form products of 16-bit numbers, whatever this processor has."""
+    native = importlib.import_module("tfkern.native.mlp")
+    monkeypatch.setattr(native, "_MATRIX_UNIT", matrix_unit)
+    monkeypatch.setattr(native, "_WIDENED_FROM", None if matrix_unit else 65)
+    inputs = make((65, 33), hidden, out, dtype, "cpu", gated, bias)
+    check(gated, "gelu_tanh", inputs, backend="native")
+
+
+@needs_native
+@gatedness
 def test_threads_do_not_change_the_result(gated):
     """That of our own operators, not of torch's products."""
     ops = torch.ops.tfkern
@@ -189,7 +210,7 @@ def test_threads_do_not_change_the_result(gated):
     results, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        h = ops.mlp_activation_forward(pre, "gelu", gated)
+        h, _ = ops.mlp_activation_forward(pre, "gelu", gated, pre.dtype)
         results.append((h, *ops.mlp_activation_backward(dh, pre, "gelu", gated, True)))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
@@ -236,7 +257,12 @@ def test_opcheck(backend, device, bias, gated):
     x, w1, b1 = inputs["x"], inputs["w1"], inputs.get("b1")
     if backend == "native":
         ops, pre = torch.ops.tfkern, F.linear(x, w1, b1)
-        torch.library.opcheck(ops.mlp_activation_forward.default, (pre, "gelu", gated))
+        for dtype in (torch.float32, torch.bfloat16):
+            args = (pre, "gelu", gated, dtype)
+            torch.library.opcheck(ops.mlp_activation_forward.default, args)
+        dh = torch.randn(6, 24, device=device)
+        args = (dh, pre.bfloat16(), "gelu", gated, bias)
+        torch.library.opcheck(ops.mlp_activation_backward.default, args)
     else:
         ops, args = torch.ops.tfkern_triton, (x, w1, b1, "gelu", gated)
         torch.library.opcheck(ops.mlp_activated_product.default, args)
