@@ -11,7 +11,6 @@
 #include <tuple>
 
 #include "dtype.h"
-#include "scratch.h"
 
 namespace tfkern {
 
@@ -38,9 +37,7 @@ inline Dtype dtype(const Tensor& t) { return dtype(t.scalar_type()); }
 // A new contiguous tensor on the device of `like`.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                     ScalarType type) {
-  Tensor out = torch::stable::new_empty(like, shape, type);
-  if (like.is_cpu()) advise_huge(out.data_ptr(), out.numel() * out.element_size());
-  return out;
+  return torch::stable::new_empty(like, shape, type);
 }
 
 // What an operator returns for an output that the call does not have. By the shim, since a call of
