@@ -19,12 +19,12 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cu tests/cuda_host/*
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cu tests/cuda_host/*
 
 # The GPU targets need no network. They take python3 (3.11 or later) as they find it, with torch,
 # triton, pytest, hypothesis, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
@@ -39,13 +39,13 @@ bench-gpu: .gpu/ready
 clean:
 	rm -rf .venv .gpu build dist *.egg-info tfkern/*.so
 
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=70.1' ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-.gpu/ready: pyproject.toml setup.py $(wildcard csrc/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
+.gpu/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
 	rm -rf .gpu build
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

@@ -1,19 +1,88 @@
 """The C++ part of the build; everything else stands in pyproject.toml.
 
-TFKERN_NATIVE=0 leaves it out: the package is then pure Python.
+TFKERN_NATIVE=0 leaves it out: the package is then pure Python. CUDA kernels are built where there
+is a CUDA compiler (in CUDA_HOME, on the path, or in /usr/local/cuda), with or without a GPU.
+TFKERN_CUDA=0 leaves them out, and TFKERN_CUDA=1 makes it an error if they cannot be built.
 """
 
+import hashlib
 import os
+import platform
+import re
 import shutil
+import subprocess
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
+
+# Code for these, and PTX of the first for every later GPU.
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+
+
+def runtime(home):
+    """The folder of the static CUDA runtime, or None."""
+    machine = platform.machine()
+    for folder in ("lib64", "lib", f"lib/{machine}-linux-gnu"):
+        if (Path(home) / folder / "libcudart_static.a").exists():
+            return str(Path(home) / folder)
+    return None
+
+
+def cuda_home(torch_cuda):
+    """The folder of the CUDA toolkit to build with, or None; `torch_cuda` is torch's version."""
+    wanted = os.environ.get("TFKERN_CUDA", "")
+    if wanted == "0":
+        return None
+    path = shutil.which("nvcc")
+    told = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [Path(told)] if told else [Path("/usr/local/cuda"), Path("/usr")]
+    if path and not told:
+        homes.insert(0, Path(path).resolve().parents[1])
+    home = next((h for h in homes if (h / "bin" / "nvcc").exists() and runtime(h)), None)
+    problem = None
+    if home is None:
+        problem = f"no nvcc with libcudart_static.a in {' or '.join(map(str, homes))}"
+    elif torch_cuda is not None:
+        command = [home / "bin" / "nvcc", "--version"]
+        printed = subprocess.run(command, capture_output=True, text=True).stdout
+        version = re.search(r"release (\d+)", printed)
+        if version is None or version[1] != torch_cuda.split(".")[0]:
+            problem = f"the nvcc of {home} is not of CUDA {torch_cuda}, which torch was built with"
+    if problem is None:
+        return str(home)
+    if wanted == "1":
+        raise SystemExit(f"tfkern cannot build its CUDA kernels (TFKERN_CUDA=1): {problem}")
+    print(f"tfkern: no CUDA kernels in this build: {problem}")
+    return None
+
+
+def cuda_flags(flags):
+    """Arguments of nvcc. The headers' hash is among them, so that ninja sees when one changes."""
+    targets = []
+    for architecture in CUDA_ARCHITECTURES:
+        number = architecture.removeprefix("sm_")
+        code = f"[{architecture},compute_{number}]" if number == "80" else architecture
+        targets.append(f"-gencode=arch=compute_{number},code={code}")
+    headers = sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h"))
+    hashed = hashlib.sha256(b"".join(Path(h).read_bytes() for h in headers)).hexdigest()
+    host = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", "-Wno-psabi")]
+    return [
+        "-O3",
+        "-std=c++20",
+        "--expt-relaxed-constexpr",
+        *host,
+        *targets,
+        f"-DTFKERN_HEADERS={hashed[:16]}",
+        *(flag for flag in flags if flag.startswith("-D")),
+    ]
 
 
 def native():
     """Arguments of setup() for the operator library and the module of build facts."""
     try:
         import torch
+        from torch.utils import cpp_extension
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         raise SystemExit(
@@ -35,21 +104,46 @@ def native():
         "-Wall",
         "-Wno-psabi",
     ]
+    home = cuda_home(torch.version.cuda)
+    architectures = ",".join(f'"{a}"' for a in CUDA_ARCHITECTURES) if home else ""
+    headers = glob("csrc/*.h") + glob("csrc/cuda/*.h")
     module = CppExtension(
         "tfkern._C",
         ["csrc/module.cpp"],
-        depends=glob("csrc/*.h"),
-        extra_compile_args=[*flags, f"-DTFKERN_TORCH_VERSION={torch.__version__}"],
+        depends=headers,
+        extra_compile_args=[
+            *flags,
+            f"-DTFKERN_TORCH_VERSION={torch.__version__}",
+            f"-DTFKERN_CUDA_ARCHITECTURES={architectures}",
+        ],
     )
-    # Stable ABI of torch 2.11, no Python symbols: one library for every torch and Python since.
+    # Stable ABI of torch 2.11, no Python symbols: one library for every torch and Python since. The
+    # CUDA runtime is inside, so that it loads where there is no CUDA.
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    sources = sorted(set(glob("csrc/*.cpp")) - {"csrc/module.cpp"})
+    link = []
+    if home:
+        cpp_extension.CUDA_HOME = home
+        sources += sorted(glob("csrc/cuda/*.cu"))
+        flags.append(f"-isystem{home}/include")
+        link = [f"-L{runtime(home)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     operators = CppExtension(
         "tfkern._operators",
-        sorted(set(glob("csrc/*.cpp")) - {"csrc/module.cpp"}),
-        depends=glob("csrc/*.h"),
-        extra_compile_args=[*flags, "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        sources,
+        depends=headers,
+        extra_compile_args={"cxx": flags, "nvcc": cuda_flags(flags)},
+        extra_link_args=[*link, "-Wl,--exclude-libs,ALL"],
         py_limited_api=True,
     )
-    return {"ext_modules": [module, operators], "cmdclass": {"build_ext": BuildExtension}}
+
+    class Build(BuildExtension):
+        """Keeps the objects, also those of an editable installation: nvcc takes minutes."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = os.path.abspath("build/objects")
+
+    return {"ext_modules": [module, operators], "cmdclass": {"build_ext": Build}}
 
 
 setup(**native() if os.environ.get("TFKERN_NATIVE") != "0" else {})

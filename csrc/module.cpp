@@ -1,6 +1,9 @@
 // The pybind11 module tfkern._C: facts about this build and this processor. The operators
 // themselves live in the library beside it, which has no Python symbols.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "isa.h"
 
@@ -19,6 +22,9 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cpu_levels") = pybind11::make_tuple("default");
 #endif
+  const std::vector<const char*> architectures{TFKERN_CUDA_ARCHITECTURES};
+  m.attr("cuda_architectures") = pybind11::tuple(pybind11::cast(architectures));
+  m.attr("has_cuda") = !architectures.empty();
   m.def(
       "cpu_capability", [] { return tfkern::name(tfkern::isa()); },
       "The level of vector instructions that the kernels use in this process.");

@@ -46,7 +46,7 @@ def test_default_on_a_cpu_is_native():
 def test_explain_gives_the_reason():
     explanation = tfkern.explain("layer_norm", torch.empty(2, 3, device="meta"), backend="native")
     assert explanation.backend is None
-    assert "run on the CPU, got meta" in str(explanation)
+    assert "run on the CPU and on CUDA, got meta" in str(explanation)
 
 
 def test_explain_takes_the_arguments_of_the_call_and_draws_nothing():

@@ -1,11 +1,14 @@
 """The C++ library: its instruction sets and its facts."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
@@ -41,7 +44,32 @@ def test_kernels_under_every_level(op, level):
 
 
 def test_build_facts():
-    import torch
-
     assert _C.torch_version == torch.__version__
     assert _C.compiler.split()[0] in ("gcc", "clang")
+    assert isinstance(_C.has_cuda, bool) and _C.has_cuda == bool(_C.cuda_architectures)
+
+
+@pytest.mark.parametrize(
+    "built, capability, dtypes, told",
+    [
+        (True, (9, 0), "float32 float32", None),
+        (True, (8, 0), "bfloat16 float32", None),
+        (True, (9, 0), "float64 float64", "takes float32, bfloat16 and float16 on CUDA, got"),
+        (True, (9, 0), "float32 float64", "takes float32, bfloat16 and float16 on CUDA, got"),
+        (True, (7, 5), "float32 float32", r"compute capability 8.0, got \(7, 5\)"),
+        (False, (9, 0), "float32 float32", "no CUDA compiler was found"),
+    ],
+)
+def test_what_is_said_of_cuda(monkeypatch, built, capability, dtypes, told):
+    from tfkern import native
+    from tfkern.native import layer_norm
+
+    monkeypatch.setattr(native._C, "has_cuda", built)
+    monkeypatch.setattr(native, "_capability", lambda device: capability)
+    x_type, weight_type = (getattr(torch, name) for name in dtypes.split())
+    with FakeTensorMode():  # tensors on a device that need not exist
+        x = torch.empty(2, 8, device="cuda", dtype=x_type)
+        weight = torch.empty(8, device="cuda", dtype=weight_type)
+        args = (x, weight, None, None, None, 0.0, 1e-5, False)
+        reason = layer_norm.why_not(*args, needs_grad=True)
+    assert reason is None if told is None else re.search(told, reason)

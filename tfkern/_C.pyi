@@ -1,5 +1,7 @@
 compiler: str
 torch_version: str
 cpu_levels: tuple[str, ...]
+cuda_architectures: tuple[str, ...]
+has_cuda: bool
 
 def cpu_capability() -> str: ...

@@ -1,5 +1,6 @@
 """The kernels of csrc/: loads their operators into torch.ops.tfkern and declares their outputs."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -22,8 +23,21 @@ except OSError as error:
 
 def unavailable(x: torch.Tensor) -> str | None:
     """Why no kernel here can take `x`: its device or its dtype. None if it can."""
-    if x.device.type != "cpu":
-        return f"its kernels run on the CPU, got {x.device.type}"
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if x.device.type == "cuda":
+        if not _C.has_cuda:
+            return "has no CUDA kernels: no CUDA compiler was found when it was built"
+        if (capability := _capability(x.device)) < (8, 0):
+            return f"its CUDA kernels need compute capability 8.0, got {capability}"
+        if x.dtype not in dtypes:
+            return f"takes float32, bfloat16 and float16 on CUDA, got {x.dtype}"
+    elif x.device.type != "cpu":
+        return f"its kernels run on the CPU and on CUDA, got {x.device.type}"
+    elif x.dtype not in (*dtypes, torch.float64):
         return f"takes float32, float64, bfloat16 and float16, got {x.dtype}"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -12,6 +12,8 @@ def why_not(*args, needs_grad: bool) -> str | None:
     q, page_table = args[0], args[11]
     if page_table is not None and needs_grad:
         return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
+    if q.is_cuda:
+        return "has no CUDA kernel for attention"
     return unavailable(q)
 
 

@@ -1,4 +1,4 @@
-"""Layer norm by csrc/layer_norm.cpp."""
+"""Layer norm by csrc/layer_norm.cpp and csrc/cuda/layer_norm.cu."""
 
 import torch
 
@@ -9,7 +9,11 @@ backward = torch.ops.tfkern.layer_norm_backward.default
 
 
 def why_not(x, weight, bias, residual, seed, dropout_p, eps, rms, *, needs_grad) -> str | None:
-    return unavailable(x)
+    reason = unavailable(x)
+    if x.is_cuda:
+        for tensor in (weight, bias, residual):
+            reason = reason or (unavailable(tensor) if tensor is not None else None)
+    return reason
 
 
 @torch.library.register_fake("tfkern::layer_norm_forward")

@@ -57,6 +57,8 @@ def _weight_gradient(dy, x):
 
 
 def why_not(x, w1, b1, w2, b2, activation, gated, *, needs_grad) -> str | None:
+    if x.is_cuda:
+        return "has no CUDA kernel for mlp"
     return unavailable(x)
 
 

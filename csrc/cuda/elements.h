@@ -1,0 +1,176 @@
+// Rows of tensors as the kernels read and write them: V consecutive elements at a time, as float.
+//
+// The element type is told at run time; a branch that a whole launch takes alike costs nothing
+// beside memory, and an instance per combination of types would cost minutes of compilation. Each
+// such branch holds all loads of a call, so that they are under way together.
+#pragma once
+
+#include "launch.h"
+#include "ptx.h"
+
+// Statement(s) with `T` naming the element type; the kernels take no float64.
+#define TFKERN_CUDA_DTYPE(dtype, ...)           \
+  if ((dtype) == ::tfkern::Dtype::bf16) {       \
+    using T = ::tfkern::BFloat16;               \
+    __VA_ARGS__;                                \
+  } else if ((dtype) == ::tfkern::Dtype::f16) { \
+    using T = ::tfkern::Half;                   \
+    __VA_ARGS__;                                \
+  } else {                                      \
+    using T = float;                            \
+    __VA_ARGS__;                                \
+  }
+
+namespace tfkern::cuda {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(BFloat16 x) { return bf16_to_float(x.bits); }
+__device__ inline float to_float(Half x) { return f16_to_float(x.bits); }
+
+__device__ inline uint32_t pack(float low, float high, BFloat16) { return pack_bf16(low, high); }
+__device__ inline uint32_t pack(float low, float high, Half) { return pack_f16(low, high); }
+
+template <class T>
+__device__ inline T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return T{static_cast<uint16_t>(pack(x, 0.0f, T{}))};
+  }
+}
+
+// 16 bytes as floats, and back.
+template <class T, int V>
+__device__ inline void unpack(float (&x)[V], int at, const uint4& raw) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[at + i] = __uint_as_float(words[i]);
+    } else {
+      x[at + 2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
+      x[at + 2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
+    }
+  }
+}
+
+template <class T, int V>
+__device__ inline uint4 packed(const float (&x)[V], int at) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(x[at + i]);
+    } else {
+      words[i] = pack(x[at + 2 * i], x[at + 2 * i + 1], T{});
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// A matrix with contiguous rows; null data stands for an absent one.
+struct Matrix {
+  char* data = nullptr;
+  int64_t stride = 0;  // in bytes
+  Dtype dtype = Dtype::f32;
+  bool aligned = false;  // every row starts at a multiple of 16 bytes
+};
+
+inline Matrix matrix(const Tensor& t) {
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  const bool rows = t.dim() == 2;
+  STD_TORCH_CHECK((rows || t.dim() == 1) &&
+                      (t.numel() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1),
+                  "tfkern: expected a matrix with contiguous rows, or a contiguous vector");
+  const int64_t stride = rows ? t.stride(0) * bytes : 0;
+  const Dtype type = dtype(t);
+  STD_TORCH_CHECK(type != Dtype::f64, "tfkern: the CUDA kernels take no float64");
+  auto* data = static_cast<char*>(t.data_ptr());
+  return {data, stride, type, (reinterpret_cast<uintptr_t>(data) | stride) % 16 == 0};
+}
+
+inline Matrix matrix(const std::optional<Tensor>& t) { return t ? matrix(*t) : Matrix{}; }
+
+// Where one thread's K pieces of V elements lie: piece i is in row `row + i * row_step`, from
+// column `column + i * column_step` on. What lies past `rows` and `columns` is 0, and not stored.
+struct Pieces {
+  int64_t row, row_step, rows;
+  int64_t column, column_step, columns;
+};
+
+template <class T, int K, int V>
+__device__ inline void load_as(float (&x)[K][V], const Matrix& m, const Pieces& at) {
+  constexpr int kLoads = V * sizeof(T) / 16;
+  static_assert(kLoads >= 1);
+  const T* first = reinterpret_cast<const T*>(m.data + at.row * m.stride) + at.column;
+  const int64_t step = at.row_step * m.stride / static_cast<int64_t>(sizeof(T)) + at.column_step;
+  if (m.aligned) {
+    uint4 raw[K][kLoads];
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const bool whole =
+          at.row + i * at.row_step < at.rows && at.column + i * at.column_step + V <= at.columns;
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        raw[i][j] = uint4{0, 0, 0, 0};
+        if (whole) raw[i][j] = reinterpret_cast<const uint4*>(first + i * step)[j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) unpack<T>(x[i], j * (V / kLoads), raw[i][j]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    const int64_t left = at.columns - at.column - i * at.column_step;
+    if (m.aligned && left >= V) continue;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const bool there = j < left && at.row + i * at.row_step < at.rows;
+      x[i][j] = there ? to_float(first[i * step + j]) : 0.0f;
+    }
+  }
+}
+
+template <int K, int V>
+__device__ inline void load(float (&x)[K][V], const Matrix& m, const Pieces& at) {
+  TFKERN_CUDA_DTYPE(m.dtype, load_as<T>(x, m, at));
+}
+
+template <class T, int K, int V>
+__device__ inline void store_as(const Matrix& m, const float (&x)[K][V], const Pieces& at) {
+  constexpr int kStores = V * sizeof(T) / 16;
+  T* first = reinterpret_cast<T*>(m.data + at.row * m.stride) + at.column;
+  const int64_t step = at.row_step * m.stride / static_cast<int64_t>(sizeof(T)) + at.column_step;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    if (at.row + i * at.row_step >= at.rows) continue;
+    const int64_t left = at.columns - at.column - i * at.column_step;
+    if (m.aligned && left >= V) {
+#pragma unroll
+      for (int j = 0; j < kStores; ++j) {
+        reinterpret_cast<uint4*>(first + i * step)[j] = packed<T>(x[i], j * (V / kStores));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (j < left) first[i * step + j] = from_float<T>(x[i][j]);
+      }
+    }
+  }
+}
+
+template <int K, int V>
+__device__ inline void store(const Matrix& m, const float (&x)[K][V], const Pieces& at) {
+  TFKERN_CUDA_DTYPE(m.dtype, store_as<T>(m, x, at));
+}
+
+// ---- sums of partial sums ----
+
+// out[n] = sum of partial[g][n] over g < G, in a fixed order; partial is (G, N) in float32.
+
+void sum_partials(const Device& device, const Tensor& partial, int64_t G, const Tensor& out);
+
+}  // namespace tfkern::cuda

@@ -1,0 +1,105 @@
+// How every CUDA kernel is launched, and what host code asks of a device.
+//
+// This and what it includes needs no header or library of a CUDA build of torch: the same operator
+// library loads where torch has no CUDA. With TFKERN_CUDA_HOST, kernels run on the host instead,
+// and their operators belong to the library tfkern_host, because tfkern has the CPU kernels
+// already.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <type_traits>
+
+#include "../tensor.h"
+
+#ifdef TFKERN_CUDA_HOST
+#include "cuda_host.h"
+#define TFKERN_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(tfkern_host, CPU, m)
+#else
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#define TFKERN_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(tfkern, CUDA, m)
+#endif
+
+namespace tfkern::cuda {
+
+// The shared memory whose size the launch gave; kernels have no other.
+template <class T>
+__device__ inline T* shared_memory() {
+#ifdef TFKERN_CUDA_HOST
+  return reinterpret_cast<T*>(cuda_host::shared_memory());
+#else
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#endif
+}
+
+#ifdef TFKERN_CUDA_HOST
+
+class Device {
+ public:
+  explicit Device(const Tensor&) {}
+  int multiprocessors() const { return 4; }
+};
+
+template <class... P>
+void launch(const Device&, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+            std::type_identity_t<P>... args) {
+  cuda_host::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
+}
+
+#else
+
+inline void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next check would see it again
+  STD_TORCH_CHECK(false, "tfkern: CUDA error: ", cudaGetErrorString(error));
+}
+
+// Makes the device of a tensor the current one while this lives.
+class Device {
+ public:
+  explicit Device(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
+    // Only CUDA builds of torch export it.
+    using Lookup = int32_t (*)(int32_t, void**);
+    static const auto stream =
+        reinterpret_cast<Lookup>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    STD_TORCH_CHECK(stream && stream(index_, &stream_) == 0,
+                    "tfkern: this torch does not tell its current CUDA stream");
+    check(cudaSetDevice(index_));  // of this library's own runtime
+  }
+
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    return count;
+  }
+
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// Runs `kernel` on the current stream. An empty grid is no launch.
+template <class... P>
+void launch(const Device& device, void (*kernel)(P...), int64_t blocks, int threads,
+            int64_t shared_bytes, std::type_identity_t<P>... args) {
+  if (blocks == 0) return;
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "tfkern: a grid of ", blocks, " blocks is too large");
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 48 << 10) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
+  }
+  void* pointers[] = {&args...};
+  check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
+                         static_cast<size_t>(shared_bytes), device.stream()));
+  check(cudaGetLastError());
+}
+
+#endif
+
+}  // namespace tfkern::cuda

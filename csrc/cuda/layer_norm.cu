@@ -1,0 +1,478 @@
+// Layer norm and RMS norm of the rows of (M, N) matrices, with dropout and residual addition in
+// front; tfkern/reference/layer_norm.py has the formulas.
+//
+// Forward: some warps hold a row in registers, so x is read once. Backward: a fixed number of
+// blocks stride over the rows, read h and dy once, and keep their part of dweight and dbias in
+// float32 registers; one small kernel adds the parts in a fixed order, without atomics. Rows that
+// do not fit into the registers of a block are read again for each step: three times in forward; in
+// backward twice, by a kernel that sums along the rows and by blocks that each own some columns.
+#include "../philox.h"
+#include "elements.h"
+
+namespace tfkern::cuda {
+namespace {
+
+constexpr int kMaxWarps = 16;         // of a row, and of a block
+constexpr int kForwardElements = 32;  // of a thread
+constexpr int kLongElements = 16;     // the same for rows that are read piece by piece
+constexpr int kBackwardElements =
+    16;                             // their gradients, and parts of dweight and dbias beside them
+constexpr int V = 8;                // consecutive elements of a thread
+constexpr int kResidentWarps = 16;  // that an SM can hold in backward
+
+struct Dropout {
+  const int64_t* seed = nullptr;  // null without dropout
+  int64_t threshold = 0;          // an element is kept if its draw is at least that
+  float keep = 0;                 // 1 / (1 - p)
+};
+
+// x[n] = keep ? x[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >> 32,
+// 1).
+template <int K>
+__device__ void drop(float (&x)[K][V], const Dropout& dropout, const Pieces& at) {
+  if (dropout.seed == nullptr) return;
+  const auto seed = static_cast<uint64_t>(*dropout.seed);
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    const auto group = static_cast<uint32_t>((at.column + i * at.column_step) / 4);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (j % 4) continue;
+      const Philox draw(seed, group + j / 4, static_cast<uint32_t>(at.row),
+                        static_cast<uint32_t>(static_cast<uint64_t>(at.row) >> 32), 1);
+#pragma unroll
+      for (int l = 0; l < 4; ++l) {
+        x[i][j + l] = draw.lane[l] >= dropout.threshold ? x[i][j + l] * dropout.keep : 0.0f;
+      }
+    }
+  }
+}
+
+// Adds up each x over the threads of a row. All threads of the block take part.
+template <int K>
+__device__ void sum_row(float (&x)[K], int warps_per_row) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) x[k] += __shfl_xor_sync(0xffffffff, x[k], lanes);
+  }
+  if (warps_per_row == 1) return;
+  float* shared = shared_memory<float>();  // (K, kMaxWarps)
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = warp / warps_per_row * warps_per_row;
+  __syncthreads();  // the sums before these have been read
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (lane == 0) shared[k * kMaxWarps + warp] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    x[k] = lane < warps_per_row ? shared[k * kMaxWarps + first + lane] : 0.0f;
+    for (int lanes = 16; lanes > 0; lanes /= 2) x[k] += __shfl_xor_sync(0xffffffff, x[k], lanes);
+  }
+}
+
+constexpr int64_t kSumBytes = 2 * kMaxWarps * sizeof(float);
+
+struct Forward {
+  int64_t M, N;
+  float eps;
+  bool rms;
+  int warps_per_row;
+  Dropout dropout;
+  Matrix x, residual, weight, bias, y, h;
+  float *mean, *rstd;
+};
+
+template <int K>
+__device__ void load_h(float (&h)[K][V], const Forward& a, const Pieces& at) {
+  load(h, a.x, at);
+  drop(h, a.dropout, at);
+  if (a.residual.data == nullptr) return;
+  float residual[K][V];
+  load(residual, a.residual, at);
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) h[i][j] += residual[i][j];
+  }
+}
+
+template <bool LONG>
+__global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward a) {
+  constexpr int K = (LONG ? kLongElements : kForwardElements) / V;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+  const int threads = 32 * a.warps_per_row;  // of a row
+  const int64_t m =
+      static_cast<int64_t>(blockIdx.x) * (warps / a.warps_per_row) + warp / a.warps_per_row;
+  Pieces at{m, 0, a.M, static_cast<int64_t>(threadIdx.x % threads) * V, threads * V, a.N};
+  const int64_t first = at.column;
+  const int64_t width = LONG ? threads * V * K : a.N + 1;  // what the threads hold at a time
+  const auto N = static_cast<float>(a.N);
+  float h[K][V];
+
+  float mean = 0;
+  if constexpr (!LONG) load_h(h, a, at);
+  if (!a.rms) {
+    float sum[1] = {0};
+    for (int64_t n = 0; n <= a.N; n += width) {
+      at.column = first + n;
+      if constexpr (LONG) load_h(h, a, at);
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum[0] += h[i][j];
+      }
+    }
+    sum_row(sum, a.warps_per_row);
+    mean = sum[0] / N;
+  }
+  // The second pass also corrects the mean by what rounding left over (Chan, Golub and LeVeque
+  // 1983), which matters when the mean is large beside the deviation.
+  float sums[2] = {0, 0};
+  for (int64_t n = 0; n <= a.N; n += width) {
+    at.column = first + n;
+    if constexpr (LONG) load_h(h, a, at);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const bool in = at.column + i * at.column_step + j < a.N;
+        const float d = in ? h[i][j] - mean : 0.0f;
+        sums[0] += d;
+        sums[1] += d * d;
+      }
+    }
+  }
+  sum_row(sums, a.warps_per_row);
+  const float shift = a.rms ? 0.0f : sums[0] / N;
+  const float square = sums[1] / N - shift * shift;
+  mean += shift;
+  const float rstd = 1 / sqrtf((square < 0 ? 0.0f : square) + a.eps);
+  if (m < a.M && threadIdx.x % threads == 0) {
+    if (a.mean) a.mean[m] = mean;
+    a.rstd[m] = rstd;
+  }
+
+  for (int64_t n = 0; n <= a.N; n += width) {
+    at.column = first + n;
+    if constexpr (LONG) load_h(h, a, at);
+    if (a.h.data) store(a.h, h, at);
+    const Pieces parameters{0, 0, 1, at.column, at.column_step, a.N};
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) h[i][j] = (h[i][j] - mean) * rstd;
+    }
+    if (a.weight.data) {
+      float weight[K][V];
+      load(weight, a.weight, parameters);
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) h[i][j] *= weight[i][j];
+      }
+    }
+    if (a.bias.data) {
+      float bias[K][V];
+      load(bias, a.bias, parameters);
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) h[i][j] += bias[i][j];
+      }
+    }
+    store(a.y, h, at);
+  }
+}
+
+struct Backward {
+  int64_t M, N;
+  bool rms;
+  int warps_per_row;
+  Dropout dropout;
+  Matrix dy, dh, h, weight;
+  const float *mean, *rstd;  // mean is null for RMS norm
+  Matrix dx, dresidual;
+  Matrix dweight, dbias;  // parts, one row for each block that has these columns
+  // Of long rows only: blocks side by side, and what the kernel before summed along the rows.
+  int64_t column_blocks;
+  float* row_sums;  // (M, 2): of g xhat and of g
+};
+
+// xhat and g = dy weight of one row; 0 where there are no elements.
+template <int K>
+__device__ void load_gradient(float (&dy)[K][V], float (&xhat)[K][V], const Backward& a,
+                              const Pieces& at) {
+  load(dy, a.dy, at);
+  load(xhat, a.h, at);
+  const bool there = at.row < a.M;
+  const float mean = there && a.mean ? a.mean[at.row] : 0.0f, rstd = there ? a.rstd[at.row] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) xhat[i][j] = (xhat[i][j] - mean) * rstd;
+  }
+}
+
+template <int K>
+__device__ void load_weight(float (&weight)[K][V], const Backward& a, const Pieces& at) {
+  if (a.weight.data) {
+    load(weight, a.weight, Pieces{0, 0, 1, at.column, at.column_step, a.N});
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) weight[i][j] = 1;
+  }
+}
+
+// For long rows, a block each: row_sums.
+__global__ void __launch_bounds__(32 * kMaxWarps) row_sums_kernel(Backward a) {
+  constexpr int K = kBackwardElements / V;
+  const int threads = blockDim.x;
+  Pieces at{blockIdx.x, 0, a.M, 0, threads * V, a.N};
+  float sums[2] = {0, 0};
+  for (int64_t n = threadIdx.x * V; n < a.N; n += threads * V * K) {
+    at.column = n;
+    float dy[K][V], xhat[K][V], weight[K][V];
+    load_gradient(dy, xhat, a, at);
+    load_weight(weight, a, at);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        sums[0] += dy[i][j] * weight[i][j] * xhat[i][j];
+        sums[1] += dy[i][j] * weight[i][j];
+      }
+    }
+  }
+  sum_row(sums, threads / 32);
+  if (threadIdx.x < 2) a.row_sums[2 * at.row + threadIdx.x] = sums[threadIdx.x == 0 ? 0 : 1];
+}
+
+// Adds up the parts of the rows that a block works on at the same time, and stores the sum.
+template <int K>
+__device__ void store_part(float (&part)[K][V], const Matrix& out, const Pieces& at, int row,
+                           int rows) {
+  if (out.data == nullptr) return;
+  float* shared = shared_memory<float>();  // (columns)
+  for (int r = 0; r < rows; ++r) {
+    __syncthreads();
+    if (row != r) continue;
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const auto n = static_cast<int>(at.column + i * at.column_step + j);
+        if (r > 0) part[i][j] += shared[n];
+        if (r + 1 < rows) shared[n] = part[i][j];
+      }
+    }
+  }
+  __syncthreads();
+  if (row + 1 == rows) store(out, part, at);
+}
+
+template <bool LONG>
+__global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
+  constexpr int K = kBackwardElements / V;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+  const int threads = 32 * a.warps_per_row;                                // of a row
+  const int rows = warps / a.warps_per_row, row = warp / a.warps_per_row;  // at the same time
+  const int64_t column_block = LONG ? blockIdx.x % a.column_blocks : 0;
+  const int64_t block = LONG ? blockIdx.x / a.column_blocks : blockIdx.x;
+  const int64_t blocks = LONG ? gridDim.x / a.column_blocks : gridDim.x;
+  Pieces at{0,           0,  a.M, column_block * (threads * V * K) + threadIdx.x % threads * V,
+            threads * V, a.N};
+  const auto N = static_cast<float>(a.N);
+  float weight[K][V], dweight[K][V], dbias[K][V];
+  load_weight(weight, a, at);
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) dweight[i][j] = dbias[i][j] = 0;
+  }
+  for (int64_t m = block * rows; m < a.M; m += blocks * rows) {
+    at.row = m + row;
+    // forward: y = xhat * weight + bias, xhat = (h - mean) * rstd
+    float g[K][V], xhat[K][V], sums[2] = {0, 0};
+    load_gradient(g, xhat, a, at);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        dbias[i][j] += g[i][j];
+        dweight[i][j] += g[i][j] * xhat[i][j];
+        g[i][j] *= weight[i][j];
+        sums[0] += g[i][j] * xhat[i][j];
+        sums[1] += g[i][j];
+      }
+    }
+    if constexpr (LONG) {
+      sums[0] = a.row_sums[2 * at.row];
+      sums[1] = a.row_sums[2 * at.row + 1];
+    } else {
+      sum_row(sums, a.warps_per_row);
+    }
+    const float c1 = sums[0] / N, c2 = a.rms ? 0.0f : sums[1] / N;
+    const float rstd = at.row < a.M ? a.rstd[at.row] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) g[i][j] = (g[i][j] - xhat[i][j] * c1 - c2) * rstd;
+    }
+    if (a.dh.data) {
+      load(xhat, a.dh, at);
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) g[i][j] += xhat[i][j];
+      }
+    }
+    // forward: h = residual + dropout(x)
+    if (a.dresidual.data) store(a.dresidual, g, at);
+    drop(g, a.dropout, at);
+    store(a.dx, g, at);
+  }
+  at.row = block;
+  at.rows = blocks;
+  store_part(dweight, a.dweight, at, row, rows);
+  store_part(dbias, a.dbias, at, row, rows);
+}
+
+// ---- operators ----
+
+Dropout dropout(const std::optional<Tensor>& seed, double p) {
+  if (!seed) return {};
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "tfkern::layer_norm: expected one int64 as seed");
+  return {static_cast<const int64_t*>(seed->data_ptr()),
+          static_cast<int64_t>(std::ceil(std::ldexp(p, 32))),
+          p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
+}
+
+void check_shapes(bool fit) {
+  STD_TORCH_CHECK(fit, "tfkern::layer_norm: the shapes of the arguments do not fit together");
+}
+
+bool is_matrix(const std::optional<Tensor>& t, int64_t M, int64_t N) {
+  return !t || (t->dim() == 2 && t->size(0) == M && t->size(1) == N);
+}
+
+bool is_vector(const std::optional<Tensor>& t, int64_t N) {
+  return !t || (t->dim() == 1 && t->size(0) == N);
+}
+
+bool are_statistics(const std::optional<Tensor>& t, int64_t M) {
+  return !t || (is_vector(t, M) && (M <= 1 || t->stride(0) == 1) &&
+                t->scalar_type() == ScalarType::Float);
+}
+
+// How many warps hold a row, a power of two; 0 if too many would be needed.
+int warps_per_row(int64_t N, int elements) {
+  int warps = 1;
+  while (warps * 32 * elements < N) warps *= 2;
+  return warps <= kMaxWarps ? warps : 0;
+}
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual, std::optional<Tensor> seed,
+                        double dropout_p, double eps, bool rms) {
+  check_shapes(x.dim() == 2);
+  const int64_t M = x.size(0), N = x.size(1);
+  check_shapes(is_matrix(residual, M, N) && is_vector(weight, N) && is_vector(bias, N));
+  const bool separate_h = residual || seed;
+  const ScalarType h_type = promote(x, residual);
+  Tensor y = empty(x, {M, N}, x.scalar_type());
+  Tensor h = separate_h ? empty(x, {M, N}, h_type) : absent(x, h_type);
+  Tensor mean = rms ? absent(x, ScalarType::Float) : empty(x, {M}, ScalarType::Float);
+  Tensor rstd = empty(x, {M}, ScalarType::Float);
+
+  const int held = warps_per_row(N, kForwardElements);
+  const int per_row = held ? held : kMaxWarps;
+  const int warps = std::max(per_row, 4), rows = warps / per_row;
+  const Forward a{M,
+                  N,
+                  static_cast<float>(eps),
+                  rms,
+                  per_row,
+                  dropout(seed, dropout_p),
+                  matrix(x),
+                  matrix(residual),
+                  matrix(weight),
+                  matrix(bias),
+                  matrix(y),
+                  separate_h ? matrix(h) : Matrix{},
+                  rms ? nullptr : static_cast<float*>(mean.data_ptr()),
+                  static_cast<float*>(rstd.data_ptr())};
+  launch(Device(x), held ? forward_kernel<false> : forward_kernel<true>, (M + rows - 1) / rows,
+         32 * warps, kSumBytes, a);
+  return {y, h, mean, rstd};
+}
+
+Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
+                         std::optional<Tensor> weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
+                         double dropout_p, bool separate_residual) {
+  check_shapes(dy.dim() == 2);
+  const int64_t M = dy.size(0), N = dy.size(1);
+  check_shapes(is_matrix(h, M, N) && is_matrix(dh, M, N) && is_vector(weight, N) &&
+               is_vector(bias, N) && are_statistics(mean, M) && are_statistics(rstd, M));
+  Tensor dx = empty(dy, {M, N}, dy.scalar_type());
+  Tensor dresidual =
+      separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
+  Tensor dweight = weight ? empty(dy, {N}, weight->scalar_type()) : absent(dy, dy.scalar_type());
+  Tensor dbias = bias ? empty(dy, {N}, bias->scalar_type()) : absent(dy, dy.scalar_type());
+
+  const Device device(dy);
+  const int held = warps_per_row(N, kBackwardElements);
+  const int per_row = held ? held : 8;
+  const int warps = std::max(per_row, 4), rows = warps / per_row;
+  const int64_t width = 32 * per_row * kBackwardElements;
+  const int64_t column_blocks = held ? 1 : (N + width - 1) / width;
+  // As many blocks as the device can run at the same time, or as there are rows for.
+  const int64_t resident = int64_t{device.multiprocessors()} * std::max(1, kResidentWarps / warps);
+  const int64_t blocks =
+      std::min((M + rows - 1) / rows, std::max<int64_t>(1, resident / column_blocks));
+  Tensor part_dweight = empty(dy, {weight ? blocks : 0, N}, ScalarType::Float);
+  Tensor part_dbias = empty(dy, {bias ? blocks : 0, N}, ScalarType::Float);
+  Tensor row_sums = empty(dy, {held ? 0 : M, 2}, ScalarType::Float);
+  const Backward a{M,
+                   N,
+                   !mean,
+                   per_row,
+                   dropout(seed, dropout_p),
+                   matrix(dy),
+                   matrix(dh),
+                   matrix(h),
+                   matrix(weight),
+                   mean ? static_cast<const float*>(mean->data_ptr()) : nullptr,
+                   static_cast<const float*>(rstd.data_ptr()),
+                   matrix(dx),
+                   separate_residual ? matrix(dresidual) : Matrix{},
+                   weight ? matrix(part_dweight) : Matrix{},
+                   bias ? matrix(part_dbias) : Matrix{},
+                   column_blocks,
+                   static_cast<float*>(row_sums.data_ptr())};
+  if (!held) {
+    launch(device, row_sums_kernel, M, 32 * kMaxWarps, kSumBytes, a);
+  }
+  const int64_t shared = rows > 1 ? width * static_cast<int64_t>(sizeof(float)) : 0;
+  launch(device, held ? backward_kernel<false> : backward_kernel<true>, blocks * column_blocks,
+         32 * warps, std::max(kSumBytes, shared), a);
+  if (weight) sum_partials(device, part_dweight, blocks, dweight);
+  if (bias) sum_partials(device, part_dbias, blocks, dbias);
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace tfkern::cuda
+
+TFKERN_CUDA_LIBRARY(m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&tfkern::cuda::layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&tfkern::cuda::layer_norm_backward));
+}

@@ -1,0 +1,101 @@
+// Kernels with a fault each, which the emulation or the tests around it must report, and the
+// wrapped instructions on their own.
+#include <torch/csrc/stable/ops.h>
+
+#include "launch.h"
+#include "ptx.h"
+
+namespace tfkern::cuda {
+namespace {
+
+enum Fault { none, no_sync, shared_store, global_store, unwritten, some_sync, half_warp, no_wait };
+
+// y = x in reverse order, block by block, through shared memory.
+__global__ void reverse_kernel(const float* x, float* y, int n, int fault) {
+  float* shared = shared_memory<float>();
+  const int i = threadIdx.x, last = blockDim.x - 1;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x;
+  if (fault == half_warp && i % 2) __syncwarp();
+  if (fault == no_wait) {
+    if (i % 4 == 0) copy_async(shared + i, x + first + i, true);
+    copy_commit();
+  } else {
+    shared[i + (fault == shared_store && i == last)] = x[first + i];
+  }
+  if (fault == some_sync ? i < 32 : fault != no_sync) __syncthreads();
+  if (fault == unwritten && i == last) return;
+  y[first + i + (fault == global_store && first + i == n - 1)] = shared[last - i];
+}
+
+Tensor reverse(Tensor x, int64_t fault) {
+  Tensor y = empty(x, {x.numel()}, x.scalar_type());
+  const int threads = 64, n = static_cast<int>(x.numel());
+  launch(Device(x), reverse_kernel, n / threads, threads, threads * sizeof(float),
+         static_cast<const float*>(x.data_ptr()), static_cast<float*>(y.data_ptr()), n,
+         static_cast<int>(fault));
+  return y;
+}
+
+// c = a b of 16x16 and 16x8 elements, through shared memory and the tensor cores.
+template <class T>
+__global__ void product_kernel(const uint4* a, const uint4* b, float* c) {
+  uint4* shared = shared_memory<uint4>();  // a: rows of two pieces; b: of one
+  const int lane = threadIdx.x;
+  copy_async(shared + lane, a + lane, true);
+  copy_commit();
+  copy_async(shared + 32 + lane, b + lane % 16, lane < 16);
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
+  uint32_t fragment[4], other[4];
+  load_matrices(fragment, shared + lane % 16 * 2 + lane / 16);
+  load_matrices_transposed(other, shared + 32 + lane);  // rows 16 to 31 are 0
+  float sum[4] = {0, 0, 0, 0};
+  multiply(sum, fragment, other[0], other[1], T{});
+  multiply(sum, fragment, other[2], other[3], T{});
+  for (int i = 0; i < 4; ++i) {
+    c[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = sum[i];
+  }
+}
+
+Tensor product(Tensor a, Tensor b) {
+  Tensor c = empty(a, {16, 8}, ScalarType::Float);
+  launch(Device(a), dtype(a) == Dtype::bf16 ? product_kernel<BFloat16> : product_kernel<Half>, 1,
+         32, 1024, static_cast<const uint4*>(a.data_ptr()), static_cast<const uint4*>(b.data_ptr()),
+         static_cast<float*>(c.data_ptr()));
+  return c;
+}
+
+// What the shuffles and votes give each lane of a warp.
+__global__ void warp_kernel(const int64_t* x, int64_t* out) {
+  const int i = threadIdx.x;
+  const int64_t mine = x[i];
+  const int64_t results[] = {
+      __shfl_sync(0xffffffff, mine, 5),    __shfl_xor_sync(0xffffffff, mine, 3),
+      __shfl_up_sync(0xffffffff, mine, 4), __ballot_sync(0xffffffff, mine % 3 == 0),
+      __any_sync(0xffffffff, mine == 7),   __all_sync(0xffffffff, mine > 0),
+  };
+  for (int j = 0; j < 6; ++j) out[j * 32 + i] = results[j];
+}
+
+Tensor warp(Tensor x) {
+  Tensor out = empty(x, {6, 32}, ScalarType::Long);
+  launch(Device(x), warp_kernel, 1, 32, 0, static_cast<const int64_t*>(x.data_ptr()),
+         static_cast<int64_t*>(out.data_ptr()));
+  return out;
+}
+
+}  // namespace
+}  // namespace tfkern::cuda
+
+STABLE_TORCH_LIBRARY(tfkern_planted, m) {
+  m.def("reverse(Tensor x, int fault) -> Tensor");
+  m.def("product(Tensor a, Tensor b) -> Tensor");
+  m.def("warp(Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tfkern_planted, CPU, m) {
+  m.impl("reverse", TORCH_BOX(&tfkern::cuda::reverse));
+  m.impl("product", TORCH_BOX(&tfkern::cuda::product));
+  m.impl("warp", TORCH_BOX(&tfkern::cuda::warp));
+}

@@ -1,0 +1,123 @@
+"""Builds csrc/cuda for the host, on the emulation in tests/cuda_host, and lets `native` run it.
+
+The library registers its operators as torch.ops.tfkern_host. TFKERN_CUDA_HOST=plain or =sanitized
+in the environment makes conftest call `patch`: the tests of `native` then run the CUDA kernels.
+`sanitized` has AddressSanitizer and UndefinedBehaviorSanitizer, and works in processes that preload
+the former; `pytest` starts one.
+"""
+
+import fcntl
+import functools
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+HOST = ROOT / "tests" / "cuda_host"
+OPS = ("layer_norm",)
+ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
+
+_SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+_FLAGS = {"plain": [], "sanitized": _SANITIZE}
+
+
+def build(sources: list[Path], flavour: str = "plain") -> Path:
+    """The shared library of these .cu files and the emulation, from the cache if there is one."""
+    include = Path(torch.__file__).parent / "include"
+    command = [
+        os.environ.get("CXX", "c++"), "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-psabi",
+        "-Wno-unknown-pragmas", "-fvisibility=hidden", "-DTFKERN_CUDA_HOST",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HOST}", f"-I{ROOT / 'csrc' / 'cuda'}",
+        f"-isystem{include}", *_FLAGS[flavour],
+    ]  # fmt: skip
+    sources = [*sources, HOST / "cuda_host.cpp"]
+    headers = sorted([*HOST.glob("*.h"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h")])
+    contents = b"".join(path.read_bytes() for path in [*sources, *headers])
+    identity = contents + " ".join([*command, torch.__version__]).encode()
+    folder = ROOT / "build" / "cuda_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{flavour}-{sources[0].stem}-{hashlib.sha256(identity).hexdigest()[:16]}"
+    library = stem.with_suffix(".so")
+    with open(stem.with_suffix(".lock"), "w") as lock:  # one of several processes builds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        objects = [f"{stem}-{source.stem}.o" for source in sources]
+
+        def compiled(source, out):
+            subprocess.run([*command, "-x", "c++", "-c", source, "-o", out], check=True)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compiled, sources, objects))
+        lib = include.parent / "lib"
+        link = ["-shared", f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+        subprocess.run([*command, *objects, *link, "-o", library], check=True)
+        for path in objects:
+            os.remove(path)
+    return library
+
+
+def _library(name: str) -> str:
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@functools.cache
+def load(flavour: str = "plain"):
+    """torch.ops.tfkern_host with the operators of csrc/cuda, of the schemas that tfkern has."""
+    import tfkern
+
+    sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    torch.ops.load_library(build(sources, flavour))
+    library = torch.library.Library("tfkern_host", "DEF")
+    load.library = library  # which lives as long as its definitions
+    assert tfkern.backends(OPS[0])["native"] is None
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("tfkern::"):
+            schema = str(getattr(torch.ops.tfkern, name[8:]).default._schema)
+            library.define(schema.removeprefix("tfkern::"))
+    return torch.ops.tfkern_host
+
+
+def patch(flavour: str) -> None:
+    """Makes the native backend's ops, as far as there are CUDA kernels, run those on the host."""
+    ops = load(flavour)
+    for op in OPS:
+        native = importlib.import_module(f"tfkern.native.{op}")
+        for name, value in list(vars(native).items()):
+            if isinstance(value, torch._ops.OpOverload):
+                setattr(native, name, getattr(ops, value._schema.name.partition("::")[2]).default)
+
+
+def pytest(*arguments, flavour: str, order: int = 0) -> subprocess.CompletedProcess:
+    """Runs pytest in a process in which `native` means the CUDA kernels on the host."""
+    return python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        *arguments,
+        flavour=flavour,
+        TFKERN_CUDA_HOST=flavour,
+        TFKERN_CUDA_ORDER=str(order),
+    )
+
+
+def python(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
+    """Runs python so that it can load a library of this flavour."""
+    environment = os.environ | environment
+    if flavour == "sanitized":
+        # The second, which a C++ exception out of torch needs, would be found too late otherwise.
+        environment["LD_PRELOAD"] = ":".join(map(_library, ("libasan.so", "libstdc++.so.6")))
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+        environment["UBSAN_OPTIONS"] = "print_stacktrace=0"
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
