@@ -198,19 +198,35 @@ void check_margins() {
   }
 }
 
-std::vector<int> turns(int threads) {
-  std::vector<int> result(threads);
+// 0 to n - 1 in the order of turns.
+std::vector<int> turns(int n, uint32_t state) {
+  std::vector<int> result(n);
   std::iota(result.begin(), result.end(), 0);
   if (order == 1) std::reverse(result.begin(), result.end());
-  uint32_t state = order;
-  for (int i = threads - 1; order > 1 && i > 0; --i) {
+  for (int i = n - 1; order > 1 && i > 0; --i) {
     state = state * 1664525 + 1013904223;
     std::swap(result[i], result[(state >> 8) % (i + 1)]);
   }
   return result;
 }
 
-void run_block(int threads, const std::vector<int>& turns) {
+// Lets every lane of a warp run until it waits for other warps. Returns whether any could run.
+bool run_warp(int warp, int lanes, const std::vector<int>& turns, int& done) {
+  for (bool progress = false, any = false;; any |= progress, progress = false) {
+    for (int lane : turns) {
+      const int t = 32 * warp + lane;
+      if (lane >= lanes || fibers[t].state != State::ready || failure) continue;
+      progress = true;
+      resume(t);
+      done += fibers[t].state == State::done;
+    }
+    if (!progress) return any;
+  }
+}
+
+void run_block(int threads) {
+  const auto warp_turns = turns((threads + 31) / 32, order + block.x);
+  const auto lane_turns = turns(32, order + 2 * block.x + 1);
   prepare_shared();
   for (int t = 0; t < threads; ++t) {
     fibers[t].state = State::ready;
@@ -223,14 +239,10 @@ void run_block(int threads, const std::vector<int>& turns) {
     fibers[t].context.start(stacks() + t * kStack, kStack, enter);
     warps[t / 32].arrived = 0;
   }
+  // A warp runs as far as it gets before the next one does, which shows best what it relies on.
   for (int done = 0; done < threads && !failure;) {
     bool progress = false;
-    for (int t : turns) {
-      if (fibers[t].state != State::ready || failure) continue;
-      progress = true;
-      resume(t);
-      done += fibers[t].state == State::done;
-    }
+    for (int warp : warp_turns) progress |= run_warp(warp, threads - 32 * warp, lane_turns, done);
     if (progress || done == threads || failure) continue;
     int waiting = 0;
     for (int t = 0; t < threads; ++t) waiting += fibers[t].state == State::block;
@@ -314,14 +326,13 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
   if (threads < 1 || threads > kMaxThreads)
     throw std::runtime_error("a block of no or 1025 threads");
   if (shared_bytes > kMaxShared) throw std::runtime_error("more than 227 KiB of shared memory");
-  const auto sequence = turns(threads);
   body = &run_body;
   shared_size = shared_bytes;
   block_size.x = threads;
   grid_size.x = static_cast<unsigned>(blocks);
   for (int64_t b = 0; b < blocks && !failure; ++b) {
     block.x = static_cast<unsigned>(b);
-    run_block(threads, sequence);
+    run_block(threads);
   }
   if (failure) {
     throw std::runtime_error(std::string("in a CUDA kernel, block ") + std::to_string(block.x) +
