@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc):
             if backend == "triton" and dtype == torch.float64:
                 continue  # not among the dtypes of the Triton kernels
             if backend == "native" and DEVICE == "cuda":
-                if dtype == torch.float64 or op != "layer_norm":
+                if dtype == torch.float64 or op == "attention":
                     continue  # nor of the CUDA kernels, of which there are not all
             marks = [pytest.mark.skip(reason=reason)] if reason else []
             values = (backend, dtype) if "dtype" in names else (backend,)

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 HOST = ROOT / "tests" / "cuda_host"
-OPS = ("layer_norm",)
+OPS = ("layer_norm", "mlp")
 ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
 
 _SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -1,0 +1,242 @@
+// The activation of an MLP, plain or gated; torch forms the products around it.
+// tfkern/reference/mlp.py has the formulas. pre is an (M, F) matrix, gated (M, 2F) with the gate in
+// the first F columns, and h is (M, F).
+//
+// A thread owns V columns and strides over the rows, some of them at a time. Each element is read
+// and written once; backward computes h again from pre, and keeps its part of db1 in float32
+// registers. One small kernel adds the parts in a fixed order.
+#include <string>
+
+#include "elements.h"
+
+namespace tfkern::cuda {
+namespace {
+
+constexpr int V = 8;                                // consecutive elements of a thread
+constexpr int kThreads = 128;                       // of a block
+constexpr int kForwardRows = 4, kBackwardRows = 2;  // that a thread works on at a time
+constexpr int kResidentBlocks = 8;                  // of an SM
+
+enum class Activation { relu, gelu, gelu_tanh, silu };
+
+// 1 / (1 + exp(-x)) and its derivative, which lose no digits in either tail.
+__device__ inline float sigmoid(float x, float& slope) {
+  const float e = expf(-fabsf(x)), s = 1 / (1 + e);
+  slope = e * s * s;
+  return x < 0 ? e * s : s;
+}
+
+// act(x), and act'(x) as `slope`. A NaN stays one.
+__device__ inline float relu(float x, float& slope) {
+  slope = x <= 0 ? 0.0f : 1.0f;
+  return x <= 0 ? 0.0f : x;
+}
+
+__device__ inline float gelu(float x, float& slope) {
+  const float cdf = 0.5f * erfcf(-0.70710678f * x);
+  slope = cdf + x * (expf(-0.5f * x * x) * 0.39894228f);
+  return x * cdf;
+}
+
+// x (1 + tanh(u)) / 2 = x sigma(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+__device__ inline float gelu_tanh(float x, float& slope) {
+  constexpr float c = 1.5957691216f;  // sqrt(8 / pi)
+  // Beyond 30, sigma is 0 or 1, and the square could overflow.
+  const float near = x > 30 ? 30.0f : x < -30 ? -30.0f : x, square = near * near;
+  const float sigma = sigmoid(near * (c + c * 0.044715f * square), slope);
+  slope = sigma + x * (slope * (c + 3 * c * 0.044715f * square));
+  return x * sigma;
+}
+
+__device__ inline float silu(float x, float& slope) {
+  const float sigma = sigmoid(x, slope);
+  slope = sigma + x * slope;
+  return x * sigma;
+}
+
+template <float (*act)(float, float&), int K>
+__device__ void activate_as(float (&x)[K][V], float (&slope)[K][V]) {
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[i][j] = act(x[i][j], slope[i][j]);
+  }
+}
+
+// x = act(x), slope = act'(x)
+template <int K>
+__device__ void activate(float (&x)[K][V], float (&slope)[K][V], Activation activation) {
+  if (activation == Activation::relu) activate_as<relu>(x, slope);
+  if (activation == Activation::gelu) activate_as<gelu>(x, slope);
+  if (activation == Activation::gelu_tanh) activate_as<gelu_tanh>(x, slope);
+  if (activation == Activation::silu) activate_as<silu>(x, slope);
+}
+
+template <int K>
+__device__ void scale(float (&x)[K][V], const float (&y)[K][V]) {
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[i][j] *= y[i][j];
+  }
+}
+
+// How blocks cut (M, F): side by side, some columns each, and in groups that stride over the rows.
+struct Tiling {
+  int64_t M, F;
+  int threads_per_row;  // of a block, a power of two
+  int64_t column_blocks, groups;
+
+  __host__ __device__ int rows() const { return kThreads / threads_per_row; }
+  __device__ Pieces first(int K) const {
+    const int64_t column_block = blockIdx.x % column_blocks, group = blockIdx.x / column_blocks;
+    const int64_t thread = column_block * threads_per_row + threadIdx.x % threads_per_row;
+    return {(group * rows() + threadIdx.x / threads_per_row) * K, 1, M, thread * V, 0, F};
+  }
+  __device__ int64_t step(int K) const { return groups * rows() * K; }
+};
+
+Tiling tiling(const Device& device, int64_t M, int64_t F, int K) {
+  Tiling a{M, F, 1, 0, 0};
+  while (a.threads_per_row < kThreads && a.threads_per_row * V < F) a.threads_per_row *= 2;
+  a.column_blocks = (F + a.threads_per_row * V - 1) / (a.threads_per_row * V);
+  const int64_t resident = int64_t{kResidentBlocks} * device.multiprocessors();
+  a.groups = std::min((M + K * a.rows() - 1) / (K * a.rows()),
+                      std::max<int64_t>(1, resident / std::max<int64_t>(a.column_blocks, 1)));
+  return a;
+}
+
+struct Forward {
+  Tiling tiling;
+  Activation activation;
+  Matrix pre, up, h;  // up is absent unless gated
+};
+
+__global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
+  constexpr int K = kForwardRows;
+  Pieces at = a.tiling.first(K);
+  for (; at.row < at.rows; at.row += a.tiling.step(K)) {
+    float h[K][V], other[K][V];
+    load(h, a.pre, at);
+    activate(h, other, a.activation);
+    if (a.up.data) {
+      load(other, a.up, at);
+      scale(h, other);
+    }
+    store(a.h, h, at);
+  }
+}
+
+struct Backward {
+  Tiling tiling;
+  Activation activation;
+  Matrix dh, pre, up, dpre, dup, h;
+  Matrix db1, db1_up;  // parts, one row for each row of threads
+};
+
+__global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
+  constexpr int K = kBackwardRows;
+  Pieces at = a.tiling.first(K);
+  const int64_t part = at.row / K;
+  float db1[1][V] = {}, db1_up[1][V] = {};
+  for (; at.row < at.rows; at.row += a.tiling.step(K)) {
+    float dh[K][V], h[K][V], slope[K][V];
+    load(dh, a.dh, at);
+    load(h, a.pre, at);
+    // forward: h = act(gate) * up
+    activate(h, slope, a.activation);
+    scale(slope, dh);
+    if (a.up.data) {
+      float up[K][V];
+      load(up, a.up, at);
+      scale(dh, h);
+      scale(h, up);
+      scale(slope, up);
+      store(a.dup, dh, at);
+    }
+    store(a.dpre, slope, at);
+    store(a.h, h, at);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {  // past the end, dh is 0
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        db1[0][j] += slope[i][j];
+        db1_up[0][j] += dh[i][j];
+      }
+    }
+  }
+  at.row = part;
+  at.rows = part + 1;
+  if (a.db1.data) store(a.db1, db1, at);
+  if (a.db1_up.data) store(a.db1_up, db1_up, at);
+}
+
+// ---- operators ----
+
+Activation parse(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  STD_TORCH_CHECK(name == "silu", "tfkern::mlp: unknown activation");
+  return Activation::silu;
+}
+
+// The columns from F on.
+Matrix second_half(const Tensor& t, int64_t F) {
+  Matrix m = matrix(t);
+  m.data += F * static_cast<int64_t>(t.element_size());
+  m.aligned = (reinterpret_cast<uintptr_t>(m.data) | m.stride) % 16 == 0;
+  return m;
+}
+
+Tensor mlp_activation_forward(Tensor pre, std::string activation, bool gated) {
+  STD_TORCH_CHECK(pre.dim() == 2 && !(gated && pre.size(1) % 2),
+                  "tfkern::mlp_activation_forward: pre must be (M, F), gated (M, 2F)");
+  pre = torch::stable::contiguous(pre);
+  const int64_t M = pre.size(0), F = gated ? pre.size(1) / 2 : pre.size(1);
+  Tensor h = empty(pre, {M, F}, pre.scalar_type());
+  const Device device(pre);
+  const Forward a{tiling(device, M, F, kForwardRows), parse(activation), matrix(pre),
+                  gated ? second_half(pre, F) : Matrix{}, matrix(h)};
+  launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
+  return h;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,
+                                                           std::string activation, bool gated,
+                                                           bool bias) {
+  STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
+                      dh.size(1) * (gated ? 2 : 1) == pre.size(1) &&
+                      dh.scalar_type() == pre.scalar_type(),
+                  "tfkern::mlp_activation_backward: dh and pre do not fit together");
+  dh = torch::stable::contiguous(dh);
+  pre = torch::stable::contiguous(pre);
+  const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
+  Tensor dpre = empty(pre, {M, W}, pre.scalar_type()), h = empty(pre, {M, F}, pre.scalar_type());
+  Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
+  const Device device(pre);
+  const Tiling tiles = tiling(device, M, F, kBackwardRows);
+  const int64_t parts = tiles.groups * tiles.rows();
+  Tensor partial = empty(pre, {parts, bias ? W : 0}, ScalarType::Float);
+  const Backward a{tiles,
+                   parse(activation),
+                   matrix(dh),
+                   matrix(pre),
+                   gated ? second_half(pre, F) : Matrix{},
+                   matrix(dpre),
+                   gated ? second_half(dpre, F) : Matrix{},
+                   matrix(h),
+                   bias ? matrix(partial) : Matrix{},
+                   bias && gated ? second_half(partial, F) : Matrix{}};
+  launch(device, backward_kernel, tiles.column_blocks * tiles.groups, kThreads, 0, a);
+  if (bias) sum_partials(device, partial, parts, db1);
+  return {dpre, h, db1};
+}
+
+}  // namespace
+}  // namespace tfkern::cuda
+
+TFKERN_CUDA_LIBRARY(m) {
+  m.impl("mlp_activation_forward", TORCH_BOX(&tfkern::cuda::mlp_activation_forward));
+  m.impl("mlp_activation_backward", TORCH_BOX(&tfkern::cuda::mlp_activation_backward));
+}
