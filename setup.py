@@ -78,6 +78,15 @@ def cuda_flags(flags):
     ]
 
 
+def cuda_kernels():
+    """The kernels by op and name, as a list in C++."""
+    names = []
+    for path in sorted(Path("csrc/cuda").glob("*.cu")):
+        kernels = re.findall(r"__global__[^;]*?\b(\w+)_kernel\(", path.read_text())
+        names += [f"{path.stem}_{k}_kernel" if k != path.stem else f"{k}_kernel" for k in kernels]
+    return ",".join(f'"{name}"' for name in names)
+
+
 def native():
     """Arguments of setup() for the operator library and the module of build facts."""
     try:
@@ -115,6 +124,7 @@ def native():
             *flags,
             f"-DTFKERN_TORCH_VERSION={torch.__version__}",
             f"-DTFKERN_CUDA_ARCHITECTURES={architectures}",
+            f"-DTFKERN_CUDA_KERNELS={cuda_kernels() if home else ''}",
         ],
     )
     # Stable ABI of torch 2.11, no Python symbols: one library for every torch and Python since. The

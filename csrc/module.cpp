@@ -24,6 +24,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   const std::vector<const char*> architectures{TFKERN_CUDA_ARCHITECTURES};
   m.attr("cuda_architectures") = pybind11::tuple(pybind11::cast(architectures));
+  const std::vector<const char*> kernels{TFKERN_CUDA_KERNELS};
+  m.attr("cuda_kernels") = pybind11::tuple(pybind11::cast(kernels));
   m.attr("has_cuda") = !architectures.empty();
   m.def(
       "cpu_capability", [] { return tfkern::name(tfkern::isa()); },

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tfkern
-from tfkern import validation
+from tfkern import cli, validation
 from tfkern.benchmarks import against, attention, memory, timing
 from tfkern.benchmarks.case import Variant
 from tfkern.cli import main
@@ -106,6 +106,24 @@ def test_doctor_lists_kernels_and_where_they_ran(capsys):
     output = capsys.readouterr().out
     assert "layer_norm_forward_kernel" in output and "no GPU yet" in output
     assert all(f"attention_{kernel}_kernel" in output for kernel in ("forward", "dkv", "decode"))
+
+
+def test_doctor_tells_which_gpus_ran_a_kernel(monkeypatch, tmp_path):
+    rows = ["op,variant,driver,device", "attention,tfkern triton,580.1,NVIDIA H100"]
+    rows += ["attention,tfkern native,,Xeon", "mlp,plain,580.1,NVIDIA H100"]
+    (tmp_path / "results" / "gpu").mkdir(parents=True)
+    (tmp_path / "results" / "gpu" / "attention.csv").write_text("\n".join(rows))
+    monkeypatch.setattr("tfkern.benchmarks.__path__", [str(tmp_path)])
+    assert cli._gpus() == {("attention", "triton"): {"NVIDIA H100"}}
+
+
+def test_doctor_lists_the_cuda_kernels():
+    _C = pytest.importorskip("tfkern._C", reason="no native build")
+    listed = {name: architectures for name, _, architectures, _ in cli._kernels()}
+    assert set(_C.cuda_kernels) <= set(listed)
+    if _C.has_cuda:
+        assert "sm_90a" in listed["layer_norm_backward_kernel"]
+        assert listed["mlp_forward_kernel"] == listed["layer_norm_row_sums_kernel"]
 
 
 def test_bench_writes_its_files(quick, capsys, tmp_path):

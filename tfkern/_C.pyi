@@ -2,6 +2,7 @@ compiler: str
 torch_version: str
 cpu_levels: tuple[str, ...]
 cuda_architectures: tuple[str, ...]
+cuda_kernels: tuple[str, ...]
 has_cuda: bool
 
 def cpu_capability() -> str: ...

@@ -157,7 +157,7 @@ def doctor(kernels: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts().items():
         facts.add_row(f"[bold]{name}[/]", value)
@@ -167,19 +167,13 @@ def doctor(kernels: bool = False) -> None:
         table.add_row(*row)
     console.print(table)
     if kernels:
-        listed = Table("kernel", "backend", "has run on")
-        for row in _kernels():
-            listed.add_row(*row)
+        listed = Table("kernel", "backend", "for", "GPUs in benchmarks/results")
+        for kernel in _kernels():
+            listed.add_row(*kernel)
         console.print(listed)
 
 
 _OPS = ("attention", "layer_norm", "mlp")
-
-# Where the kernels of a backend have run. To be changed by whoever runs them somewhere new.
-_HAS_RUN = {
-    "native": "CPUs",
-    "triton": "no GPU yet: the interpreter, and compiled ahead of time",
-}
 
 
 def _facts() -> dict[str, str]:
@@ -226,26 +220,51 @@ def _backends() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _kernels() -> list[tuple[str, str, str]]:
-    """Kernels by name, the backend that they belong to, and where they have run."""
+def _kernels() -> list[tuple[str, str, str, str]]:
+    """Kernels by name, their backend, what they are built for, and the GPUs that have run them."""
     import importlib
     import pkgutil
 
     import torch
 
     rows = []
+    run = _gpus()
     with contextlib.suppress(ImportError):  # without triton
         kernels = importlib.import_module("tfkern.kernels")
         for found in pkgutil.walk_packages(kernels.__path__, "tfkern.kernels."):
             module, op = importlib.import_module(found.name), found.name.split(".")[2]
+            gpus = ", ".join(sorted(run.get((op, "triton"), ()))) or "no GPU yet"
             for name, kernel in vars(module).items():
                 function = getattr(kernel, "fn", None)
                 if name.endswith("_kernel") and getattr(function, "__module__", "") == found.name:
-                    rows.append((f"{op}{name}", "triton", _HAS_RUN["triton"]))
+                    rows.append((f"{op}{name}", "triton", "sm_80 and later, when called", gpus))
+    with contextlib.suppress(ImportError):  # without native kernels
+        from tfkern import _C
+
+        for name in _C.cuda_kernels:
+            op = next((op for op in _OPS if name.startswith(op)), "")
+            gpus = ", ".join(sorted(run.get((op, "native"), ()))) or "no GPU yet"
+            rows.append((name, "native", f"{', '.join(_C.cuda_architectures)} and PTX", gpus))
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith("tfkern::"):
-            rows.append((name.removeprefix("tfkern::"), "native", _HAS_RUN["native"]))
+            rows.append((name.removeprefix("tfkern::"), "native", "CPU", ""))
     return rows
+
+
+def _gpus() -> dict[tuple[str, str], set[str]]:
+    """The GPUs that benchmarks/results has rows of, by op and backend."""
+    import csv
+
+    import tfkern.benchmarks
+
+    gpus: dict[tuple[str, str], set[str]] = {}
+    for path in Path(tfkern.benchmarks.__path__[0]).glob("results/**/*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                package, _, backend = row.get("variant", "").partition(" ")
+                if package == "tfkern" and row.get("driver"):  # noted on a GPU only
+                    gpus.setdefault((row["op"], backend), set()).add(row["device"])
+    return gpus
 
 
 if __name__ == "__main__":

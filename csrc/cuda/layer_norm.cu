@@ -84,18 +84,28 @@ struct Forward {
   float *mean, *rstd;
 };
 
+// x += y, or x *= y. Two pieces of y at a time, for want of registers.
+template <bool multiply, int K>
+__device__ void combine(float (&x)[K][V], const Matrix& y, Pieces at) {
+  if (y.data == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < K; i += 2) {
+    float pair[2][V];
+    load(pair, y, at);
+    at.column += 2 * at.column_step;
+#pragma unroll
+    for (int j = 0; j < 2 * V; ++j) {
+      float& out = x[i + j / V][j % V];
+      out = multiply ? out * pair[j / V][j % V] : out + pair[j / V][j % V];
+    }
+  }
+}
+
 template <int K>
 __device__ void load_h(float (&h)[K][V], const Forward& a, const Pieces& at) {
   load(h, a.x, at);
   drop(h, a.dropout, at);
-  if (a.residual.data == nullptr) return;
-  float residual[K][V];
-  load(residual, a.residual, at);
-#pragma unroll
-  for (int i = 0; i < K; ++i) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) h[i][j] += residual[i][j];
-  }
+  combine<false>(h, a.residual, at);
 }
 
 template <bool LONG>
@@ -164,24 +174,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward a) {
 #pragma unroll
       for (int j = 0; j < V; ++j) h[i][j] = (h[i][j] - mean) * rstd;
     }
-    if (a.weight.data) {
-      float weight[K][V];
-      load(weight, a.weight, parameters);
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) h[i][j] *= weight[i][j];
-      }
-    }
-    if (a.bias.data) {
-      float bias[K][V];
-      load(bias, a.bias, parameters);
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) h[i][j] += bias[i][j];
-      }
-    }
+    combine<true>(h, a.weight, parameters);
+    combine<false>(h, a.bias, parameters);
     store(a.y, h, at);
   }
 }

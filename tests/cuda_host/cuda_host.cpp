@@ -84,7 +84,7 @@ constexpr size_t kStack = size_t{1} << 16;
 #endif
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kMargin = 4096;  // bytes on either side of shared memory
-constexpr int64_t kMaxShared = 227 << 10;
+constexpr int64_t kMaxShared = 163 << 10;
 constexpr unsigned char kMarginByte = 0xA5, kPoison = 0xFF;  // a NaN in every floating type
 
 enum class State { ready, block, warp, done };
@@ -325,7 +325,7 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
   failure = nullptr;
   if (threads < 1 || threads > kMaxThreads)
     throw std::runtime_error("a block of no or 1025 threads");
-  if (shared_bytes > kMaxShared) throw std::runtime_error("more than 227 KiB of shared memory");
+  if (shared_bytes > kMaxShared) throw std::runtime_error("more than 163 KiB of shared memory");
   body = &run_body;
   shared_size = shared_bytes;
   block_size.x = threads;
