@@ -11,8 +11,9 @@ import pytest
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
-# What is tested of the operators themselves, and of float64 and threads, is the CPU kernels' alone.
-CHOSEN = "native and not (compile or opcheck or vmap or float64 or threads)"
+# What is tested of the operators themselves, of float64, threads and products of a CPU, is the CPU
+# kernels' alone.
+CHOSEN = "native and not (compile or opcheck or vmap or float64 or threads or products_of_native)"
 
 
 @pytest.mark.parametrize(

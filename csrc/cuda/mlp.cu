@@ -189,17 +189,19 @@ Matrix second_half(const Tensor& t, int64_t F) {
   return m;
 }
 
-Tensor mlp_activation_forward(Tensor pre, std::string activation, bool gated) {
-  STD_TORCH_CHECK(pre.dim() == 2 && !(gated && pre.size(1) % 2),
+// The sum of the product is pre itself: on a GPU products have the dtype of the tensors.
+std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, std::string activation, bool gated,
+                                                  ScalarType type) {
+  STD_TORCH_CHECK(pre.dim() == 2 && !(gated && pre.size(1) % 2) && pre.scalar_type() == type,
                   "tfkern::mlp_activation_forward: pre must be (M, F), gated (M, 2F)");
   pre = torch::stable::contiguous(pre);
   const int64_t M = pre.size(0), F = gated ? pre.size(1) / 2 : pre.size(1);
-  Tensor h = empty(pre, {M, F}, pre.scalar_type());
+  Tensor h = empty(pre, {M, F}, type);
   const Device device(pre);
   const Forward a{tiling(device, M, F, kForwardRows), parse(activation), matrix(pre),
                   gated ? second_half(pre, F) : Matrix{}, matrix(h)};
   launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
-  return h;
+  return {h, absent(pre, type)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,

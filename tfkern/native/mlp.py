@@ -41,7 +41,7 @@ def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):
 
 def _product_dtype(x):
     """The dtype of the products' factors."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    narrow = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
     widened = narrow and _WIDENED_FROM is not None and x.shape[0] >= _WIDENED_FROM
     return torch.float32 if widened else x.dtype
 
@@ -49,7 +49,7 @@ def _product_dtype(x):
 def _weight_gradient(dy, x):
     """dy^T x. On the matrix unit, torch is slow at views with exchanged axes; a copy of the smaller
     factor is cheaper."""
-    if not (_MATRIX_UNIT and x.dtype == torch.bfloat16):
+    if not (x.is_cpu and _MATRIX_UNIT and x.dtype == torch.bfloat16):
         return dy.t() @ x
     if dy.shape[1] <= x.shape[1]:
         return dy.t().contiguous() @ x
