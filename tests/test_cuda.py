@@ -39,7 +39,9 @@ def resources(text: str) -> list[tuple[str, str, int, int, int]]:
         if found := re.match(r" Function (\w+):", line):
             mangled = found[1]
         if found := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            name, arguments = re.search(r"\d([a-z][a-z_]*_kernel)((?:I\w+?E(?=Ev))?)", mangled).groups()
+            name, arguments = re.search(
+                r"\d([a-z][a-z_]*_kernel)((?:I\w+?E(?=Ev))?)", mangled
+            ).groups()
             file = re.search(r"_([a-z_]+)_cu_", mangled)
             kernel = f"{file[1]}_{name}" if file else name
             rows.append((architecture, kernel + arguments, *map(int, found.groups())))
