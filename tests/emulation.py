@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 HOST = ROOT / "tests" / "cuda_host"
-OPS = ("layer_norm", "mlp")
+OPS = ("attention", "layer_norm", "mlp")
 ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
 
 _SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -86,14 +86,28 @@ def load(flavour: str = "plain"):
 
 
 def patch(flavour: str) -> None:
-    """Makes the native backend's ops, as far as there are CUDA kernels, run those on the host."""
+    """Makes the native backend run the operators for which there are CUDA kernels on the host."""
     ops = load(flavour)
     importlib.import_module("tfkern.native.mlp")._WIDENED_FROM = None  # as it is on a GPU
     for op in OPS:
         native = importlib.import_module(f"tfkern.native.{op}")
         for name, value in list(vars(native).items()):
             if isinstance(value, torch._ops.OpOverload):
-                setattr(native, name, getattr(ops, value._schema.name.partition("::")[2]).default)
+                operator = value._schema.name.partition("::")[2]
+                if torch._C._dispatch_has_kernel_for_dispatch_key(
+                    f"tfkern_host::{operator}", "CPU"
+                ):
+                    setattr(native, name, _or_double(getattr(ops, operator).default, value))
+
+
+def _or_double(operator, of_cpu):
+    """The operator, or the CPU's for float64, which the CUDA kernels do not take."""
+
+    def call(*args):
+        doubles = [a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.float64]
+        return (of_cpu if doubles else operator)(*args)
+
+    return call
 
 
 def pytest(*arguments, flavour: str, order: int = 0) -> subprocess.CompletedProcess:

@@ -1,4 +1,7 @@
-"""Attention by csrc/attention.cpp."""
+"""Attention by csrc/attention.cpp and csrc/cuda/attention.cu."""
+
+import functools
+from typing import Any
 
 import torch
 
@@ -12,9 +15,32 @@ def why_not(*args, needs_grad: bool) -> str | None:
     q, page_table = args[0], args[11]
     if page_table is not None and needs_grad:
         return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
-    if q.is_cuda:
-        return "has no CUDA kernel for attention"
-    return unavailable(q)
+    return _unavailable_on_cuda(args, needs_grad) if q.is_cuda else unavailable(q)
+
+
+def _unavailable_on_cuda(args: tuple, needs_grad: bool) -> str | None:
+    q, _, v, bias, _, alibi_slopes, sink = args[:7]
+    for tensor in (q, bias, alibi_slopes, sink):
+        if tensor is not None and (reason := unavailable(tensor)):
+            return reason
+    if needs_grad:
+        return "has no CUDA kernel for the backward of attention"
+    size = max(q.shape[-1], v.shape[-1])
+    if size > 256:
+        return f"takes head sizes up to 256 on CUDA, got {size}"
+    if q.dtype == torch.float32 and size > 128 and _shared_memory(q.device) < _LARGEST_TILES:
+        return f"needs a GPU with 144 KiB of shared memory for float32 and head size {size}"
+    return None
+
+
+_LARGEST_TILES = 144 << 10
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
 
 
 @torch.library.register_fake("tfkern::attention_forward")

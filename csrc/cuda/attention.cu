@@ -1,0 +1,400 @@
+// Softmax attention, forward: FlashAttention-2 (Dao 2023) on the tensor cores of sm_80 and later.
+// tfkern/reference/attention.py defines all options.
+//
+// A block owns 64 queries, 16 to each warp, and walks over the keys. It keeps a running maximum m
+// and sum l per row, and rescales what it has when m grows:
+//
+//   m' = max(m, max s)   p = exp2(s - m')   l = l exp2(m - m') + sum p   acc = acc exp2(m - m') + p
+//   v
+//
+// The next tile of keys and values is copied while this one is multiplied. Few queries of many
+// keys: the rows of a block are the queries of all heads that share a key head, and the keys are
+// split among blocks, whose results a second kernel weighs and adds.
+#include "attention.h"
+
+namespace tfkern::cuda {
+namespace {
+
+constexpr int kRows = 64;  // queries of a block
+constexpr int kThreads = 2 * kRows;
+constexpr int kMaxSplits = 64;
+
+// Keys of a tile, and how many tiles are under way.
+template <class T, int D>
+struct Keys {
+  static constexpr int kSize = kPlanes<T> == 1 ? (D <= 128 ? 64 : 32) : 64 * 64 / D;
+  static constexpr int kStages = kPlanes<T> == 1 ? 2 : 1;
+  static constexpr int64_t kShared =
+      Tile<T, kRows, D>::kBytes + 2 * kStages * Tile<T, kSize, D>::kBytes;
+};
+
+struct Forward {
+  Attention in;
+  int64_t tiles;  // of queries, of all documents
+  bool packed;    // the rows of a block are those of all heads of a group
+  int splits;
+  void* o;
+  float* lse;
+  float *part_o, *part_lse;  // (splits, B, H, T, Dv) and (splits, B, H, T), lse in base 2
+};
+
+template <class T>
+__device__ inline void store_pair(void* out, int64_t at, float x, float y, int left) {
+  T* to = static_cast<T*>(out) + at;
+  to[0] = from_float<T>(x);
+  if (left > 1) to[1] = from_float<T>(y);
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
+  using K = Keys<T, D>;
+  constexpr int N = K::kSize / 8;
+  const Attention& in = a.in;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int split = static_cast<int>(blockIdx.x % a.splits);
+  const int64_t index = blockIdx.x / a.splits;
+  Document d;
+  int tile;
+  if (!find_tile(in, index % a.tiles, false, kRows, d, tile)) return;
+  // With a limit to the right the last queries see most keys: they start first.
+  const int length = in.cu_seqlens_q.data ? d.queries : in.T;
+  if (in.right < kNoLimit && !a.packed) tile = tiles_of(length, kRows) - 1 - tile;
+  const int per_head = a.packed ? d.queries : 0;
+  const int h0 = static_cast<int>(index / a.tiles) * (a.packed ? in.group() : 1);
+  const int row0 = tile * kRows, rows = a.packed ? d.queries * in.group() : d.queries;
+  if (row0 >= rows) return;
+  const int t0 = a.packed ? 0 : row0, t1 = a.packed ? d.queries - 1 : min(row0 + kRows, rows) - 1;
+
+  auto* shared = shared_memory<uint4>();
+  const Tile<T, kRows, D> q{shared};
+  using KeyTile = Tile<T, K::kSize, D>;
+  const auto keys_at = [&](int stage) {
+    return KeyTile{shared + (Tile<T, kRows, D>::kBytes + 2 * stage * KeyTile::kBytes) / 16};
+  };
+  const auto values_at = [&](int stage) {
+    return KeyTile{keys_at(stage).data + KeyTile::kBytes / 16};
+  };
+  Range keys = keys_of(in, d, t0, t1);
+  keys.begin = keys.begin / K::kSize * K::kSize;
+  const int part = tiles_of(max(keys.end - keys.begin, 0), K::kSize * a.splits) * K::kSize;
+  keys.begin += split * part;
+  keys.end = min(keys.end, keys.begin + part);
+  const auto load_keys = [&](int s0, int stage) {
+    keys_at(stage).load(in.k, a.packed || in.k.pages.data ? d.number : d.batch, h0 / in.group(),
+                        d.key0, s0, d.keys);
+    values_at(stage).load(in.v, a.packed || in.v.pages.data ? d.number : d.batch, h0 / in.group(),
+                          d.key0, s0, d.keys);
+  };
+
+  q.load(in.q, d.batch, h0, d.query0, row0, rows, per_head);
+  if (K::kStages == 2 && keys.begin < keys.end) load_keys(keys.begin, 0);
+  copy_commit();
+  float acc[D / 8][4] = {};
+  float m[2], l[2];  // of the rows lane / 4 and 8 below; l is of this lane alone
+  const Window rows_of_warp{h0, row0 + 16 * warp, 0, per_head, false, rows};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int h = rows_of_warp.at(lane / 4 + 8 * half, 0).h;
+    // The sink is a key whose value is 0.
+    m[half] = in.sink.data && split == 0 ? in.sink.number(0, h) * kLog2E : -kInfinity;
+    l[half] = m[half] > -kInfinity && lane % 4 == 0 ? 1.0f : 0.0f;
+  }
+  int stage = 0;
+  for (int s0 = keys.begin; s0 < keys.end; s0 += K::kSize) {
+    if constexpr (K::kStages == 2) {
+      if (s0 + K::kSize < keys.end) load_keys(s0 + K::kSize, stage ^ 1);
+      copy_commit();
+      copy_wait<1>();
+    } else {
+      load_keys(s0, 0);
+      copy_commit();
+      copy_wait<0>();
+    }
+    __syncthreads();
+    float x[N][4] = {};
+    multiply_rows<T>(x, q, 16 * warp, keys_at(stage));
+    Window window = rows_of_warp;
+    window.s0 = s0;
+    const bool limits = s0 + K::kSize > d.keys || t1 + d.offset() - s0 > in.left ||
+                        s0 + K::kSize - 1 - t0 - d.offset() > in.right;
+    scores<N>(x, nullptr, in, d, window, limits);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = m[half];
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        most = fmaxf(most, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+      }
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+      const float base = most == -kInfinity ? 0.0f : most, factor = exp2_approx(m[half] - base);
+      m[half] = most;
+      l[half] *= factor;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        acc[n][2 * half] *= factor;
+        acc[n][2 * half + 1] *= factor;
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          x[n][i] = exp2_approx(x[n][i] - base);
+          l[half] += x[n][i];
+        }
+      }
+    }
+    if (in.seed) drop(x, in, d, window);
+    multiply_columns<T>(acc, x, values_at(stage));
+    __syncthreads();  // before the next tile but one takes the place of this one
+    if (K::kStages == 2) stage ^= 1;
+  }
+  copy_wait<0>();
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = l[half];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    const int row = lane / 4 + 8 * half;
+    if (rows_of_warp.t0 + row >= rows) continue;
+    const Place p = rows_of_warp.at(row, 0);
+    const int64_t at = (static_cast<int64_t>(d.batch) * in.H + p.h) * in.T + d.query0 + p.t;
+    const float scale = sum == 0 ? 0.0f : 1 / sum;
+    const int64_t row_count = static_cast<int64_t>(in.B) * in.H * in.T;
+    if (lane % 4 == 0) {
+      if (a.splits > 1) {
+        a.part_lse[split * row_count + at] = sum == 0 ? -kInfinity : m[half] + log2f(sum);
+      } else {
+        a.lse[at] = sum == 0 ? -kInfinity : fmaf(m[half], kLn2, logf(sum));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const int feature = 8 * n + 2 * (lane % 4), left = in.Dv - feature;
+      const float x = acc[n][2 * half] * scale, y = acc[n][2 * half + 1] * scale;
+      if (left <= 0) continue;
+      if (a.splits > 1) {
+        store_pair<float>(a.part_o, (split * row_count + at) * in.Dv + feature, x, y, left);
+      } else {
+        store_pair<T>(a.o, at * in.Dv + feature, x, y, left);
+      }
+    }
+  }
+}
+
+// o and lse of the rows whose keys were split. A warp has a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) combine_kernel(Forward a) {
+  const Attention& in = a.in;
+  const int64_t rows = static_cast<int64_t>(in.B) * in.H * in.T;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  const Document d = document_of(in, static_cast<int>(row / in.T / in.H));
+  if (row % in.T >= d.queries) return;
+  float m = -kInfinity, sum = 0;
+  for (int i = 0; i < a.splits; ++i) m = fmaxf(m, a.part_lse[i * rows + row]);
+  const float base = m == -kInfinity ? 0.0f : m;
+  for (int i = 0; i < a.splits; ++i) sum += exp2_approx(a.part_lse[i * rows + row] - base);
+  for (int n = threadIdx.x % 32; n < in.Dv; n += 32) {
+    float o = 0;
+    for (int i = 0; i < a.splits; ++i) {
+      o += exp2_approx(a.part_lse[i * rows + row] - base) * a.part_o[(i * rows + row) * in.Dv + n];
+    }
+    static_cast<T*>(a.o)[row * in.Dv + n] = from_float<T>(sum == 0 ? 0.0f : o / sum);
+  }
+  if (threadIdx.x % 32 == 0) a.lse[row] = sum == 0 ? -kInfinity : fmaf(m, kLn2, logf(sum));
+}
+
+template <class T, int D>
+void run(const Device& device, Forward& a, const Tensor& like) {
+  const Attention& in = a.in;
+  const int heads = a.packed ? in.Hk : in.H;
+  const int64_t blocks = a.tiles * heads;
+  // Blocks that the device has room for, if there are too few, share the keys of a row.
+  const int64_t wanted = 2 * device.multiprocessors() / std::max<int64_t>(blocks, 1);
+  const int64_t most = std::min<int64_t>(kMaxSplits, tiles_of(in.S, 4 * Keys<T, D>::kSize));
+  a.splits =
+      in.cu_seqlens_q.data ? 1 : static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+  const int64_t rows = a.splits > 1 ? int64_t{in.B} * in.H * in.T : 0;
+  Tensor part_o = empty(like, {a.splits, rows, in.Dv}, ScalarType::Float);
+  Tensor part_lse = empty(like, {a.splits, rows}, ScalarType::Float);
+  a.part_o = static_cast<float*>(part_o.data_ptr());
+  a.part_lse = static_cast<float*>(part_lse.data_ptr());
+  launch(device, forward_kernel<T, D>, blocks * a.splits, kThreads, Keys<T, D>::kShared, a);
+  if (a.splits > 1) {
+    launch(device, combine_kernel<T>, (rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, a);
+  }
+}
+
+template <class T>
+void run(const Device& device, Forward& a, const Tensor& like) {
+  const int D = std::max(a.in.D, a.in.Dv);
+  if (D <= 64) return run<T, 64>(device, a, like);
+  if constexpr (kPlanes<T> == 1) {
+    if (D <= 96) return run<T, 96>(device, a, like);
+  }
+  if (D <= 128) return run<T, 128>(device, a, like);
+  run<T, 256>(device, a, like);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    Tensor q, Tensor k, Tensor v, Optional bias, Optional mask, Optional alibi_slopes,
+    Optional sink, Optional query_lengths, Optional key_lengths, Optional cu_seqlens_q,
+    Optional cu_seqlens_k, Optional page_table, Optional seed, std::optional<int64_t> left,
+    std::optional<int64_t> right, double scale, double softcap, double dropout_p) {
+  Arguments in{q,
+               k,
+               v,
+               bias,
+               mask,
+               alibi_slopes,
+               sink,
+               query_lengths,
+               key_lengths,
+               cu_seqlens_q,
+               cu_seqlens_k,
+               page_table,
+               seed,
+               left,
+               right,
+               scale,
+               softcap,
+               dropout_p};
+  Forward a{attention(in)};
+  Tensor o = empty(q, {a.in.B, a.in.H, a.in.T, a.in.Dv}, q.scalar_type());
+  Tensor lse = empty(q, {a.in.B, a.in.H, a.in.T}, ScalarType::Float);
+  const Device device(q);
+  if (query_lengths || cu_seqlens_q) {  // rows may belong to no document
+    torch::stable::zero_(o);
+    torch::stable::fill_(lse, -kInfinity);
+  }
+  if (a.in.T == 0 || a.in.H == 0 || a.in.documents == 0) return {o, lse};
+  a.packed = !cu_seqlens_q && a.in.group() * a.in.T <= kRows;
+  a.tiles = most_tiles(a.in, false, kRows);
+  a.o = o.data_ptr();
+  a.lse = static_cast<float*>(lse.data_ptr());
+  TFKERN_CUDA_DTYPE(a.in.q_dtype, run<T>(device, a, q));
+  return {o, lse};
+}
+
+Table table(const Optional& t, bool integers) {
+  if (!t) return {};
+  const bool wide = t->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(
+      t->dim() >= 1 && t->dim() <= 2 && (!integers || wide || t->scalar_type() == ScalarType::Int),
+      "tfkern::attention: expected vectors or matrices, of int32 or int64 if they are lengths");
+  return {t->data_ptr(), t->dim() == 2 ? t->stride(0) : 0, t->stride(t->dim() - 1),
+          integers ? Dtype::f32 : dtype(*t), wide};
+}
+
+Elements elements(const Optional& t, const Attention& a) {
+  if (!t) return {};
+  const int64_t sizes[] = {a.B, a.H, a.T, a.S};
+  int64_t strides[4] = {};
+  STD_TORCH_CHECK(t->dim() == 4, "tfkern::attention: expected bias and mask with 4 dimensions");
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(t->size(i) == 1 || t->size(i) == sizes[i],
+                    "tfkern::attention: bias and mask must broadcast to (B, H, T, S)");
+    if (t->size(i) != 1) strides[i] = t->stride(i);
+  }
+  const bool boolean = t->scalar_type() == ScalarType::Bool;
+  return {static_cast<const char*>(t->data_ptr()), strides[0], strides[1], strides[2], strides[3],
+          boolean ? Dtype::f32 : dtype(*t)};
+}
+
+}  // namespace
+
+Tensor with_contiguous_rows(const Tensor& t) {
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Heads heads(const Tensor& t) {
+  const auto bytes = static_cast<int64_t>(t.element_size());
+  Heads x{static_cast<char*>(t.data_ptr()), t.stride(0) * bytes, t.stride(1) * bytes,
+          t.stride(2) * bytes, static_cast<int>(t.size(3))};
+  const int64_t all = reinterpret_cast<uintptr_t>(x.data) | x.batch | x.head | x.row;
+  x.aligned = all % 16 == 0 && x.features % 8 == 0;
+  return x;
+}
+
+Attention attention(Arguments& in) {
+  const auto fit = [](bool ok) {
+    STD_TORCH_CHECK(ok, "tfkern::attention: the arguments do not fit together");
+  };
+  fit(in.q.dim() == 4 && in.k.dim() == 4 && in.v.dim() == 4);
+  in.q = with_contiguous_rows(in.q);
+  in.k = with_contiguous_rows(in.k);
+  in.v = with_contiguous_rows(in.v);
+  const Tensor &q = in.q, &k = in.k, &v = in.v;
+  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1);
+  fit((in.page_table || k.size(0) == B) && v.size(0) == k.size(0) && v.size(1) == Hk &&
+      v.size(2) == k.size(2) && k.size(3) == q.size(3) && (Hk == 0 ? H == 0 : H % Hk == 0));
+  fit(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type());
+  fit(q.size(3) <= 256 && v.size(3) <= 256 &&
+      in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value() &&
+      !(in.cu_seqlens_q && (in.bias || in.mask || in.page_table)));
+  int64_t S = k.size(2);
+  if (in.page_table) {
+    fit(in.page_table->dim() == 2 && in.page_table->size(0) == B &&
+        (k.size(0) > 0 || in.page_table->numel() == 0));
+    S *= in.page_table->size(1);
+  }
+  fit(q.size(2) < kNoLimit && S < kNoLimit && B * H < kNoLimit);
+  Attention a{};
+  a.B = static_cast<int>(B);
+  a.H = static_cast<int>(H);
+  a.Hk = static_cast<int>(Hk);
+  a.T = static_cast<int>(q.size(2));
+  a.S = static_cast<int>(S);
+  a.D = static_cast<int>(q.size(3));
+  a.Dv = static_cast<int>(v.size(3));
+  a.q_dtype = dtype(q);
+  fit(a.q_dtype != Dtype::f64);
+  a.documents = a.B;
+  if (in.cu_seqlens_q) {
+    fit(B == 1 && in.cu_seqlens_q->numel() == in.cu_seqlens_k->numel() &&
+        in.cu_seqlens_q->numel() > 0);
+    a.documents = static_cast<int>(in.cu_seqlens_q->numel()) - 1;
+  }
+  const auto limit = [](std::optional<int64_t> x) {
+    return static_cast<int>(std::clamp<int64_t>(x.value_or(kNoLimit), -kNoLimit, kNoLimit));
+  };
+  a.left = limit(in.left);
+  a.right = limit(in.right);
+  a.scale = static_cast<float>(in.scale);
+  a.softcap = static_cast<float>(in.softcap);
+  a.q = heads(q);
+  a.k = heads(k);
+  a.v = heads(v);
+  if (in.page_table) {
+    for (Heads* x : {&a.k, &a.v}) {
+      x->pages = table(in.page_table, true);
+      x->page_size = static_cast<int>(k.size(2));
+      x->page_count = static_cast<int>(k.size(0));
+    }
+  }
+  fit(!in.query_lengths || in.query_lengths->numel() == B);
+  fit(!in.key_lengths || in.key_lengths->numel() == B);
+  fit(!in.alibi_slopes || in.alibi_slopes->numel() == int64_t{a.documents} * H);
+  fit(!in.sink || in.sink->numel() == H);
+  a.bias = elements(in.bias, a);
+  a.mask = elements(in.mask, a);
+  a.alibi_slopes = table(in.alibi_slopes, false);
+  a.sink = table(in.sink, false);
+  a.query_lengths = table(in.query_lengths, true);
+  a.key_lengths = table(in.key_lengths, true);
+  a.cu_seqlens_q = table(in.cu_seqlens_q, true);
+  a.cu_seqlens_k = table(in.cu_seqlens_k, true);
+  if (in.seed && in.dropout_p > 0) {
+    fit(in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1);
+    a.seed = static_cast<const int64_t*>(in.seed->data_ptr());
+    a.threshold = static_cast<uint64_t>(std::ceil(std::ldexp(in.dropout_p, 32)));
+    a.keep = in.dropout_p < 1 ? static_cast<float>(1 / (1 - in.dropout_p)) : 0.0f;
+  }
+  return a;
+}
+
+}  // namespace tfkern::cuda
+
+TFKERN_CUDA_LIBRARY(m) { m.impl("attention_forward", TORCH_BOX(&tfkern::cuda::attention_forward)); }
