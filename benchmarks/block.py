@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import tfkern
 from tfkern.models import TransformerConfig
-from tfkern.models.transformer import Block
+from tfkern.models.blocks import Block
 
 from . import attention
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, compiled

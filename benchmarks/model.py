@@ -44,10 +44,10 @@ class OpCase(block.OpCase):
         self, attend: Callable, tokens: Tensor, targets: Tensor, **weights: Tensor
     ) -> Tensor:
         embedding = weights["embedding.weight"]
-        x = F.embedding(tokens, embedding) + weights["positions.weight"][: tokens.shape[1]]
+        x = F.embedding(tokens, embedding) + weights["decoder.positions.weight"][: tokens.shape[1]]
         for i in range(self.layers):
-            x = block.torch_block(attend, self.heads, x, weights, prefix=f"blocks.{i}.")
-        logits = F.linear(block.torch_norm(x, weights, "norm"), embedding)
+            x = block.torch_block(attend, self.heads, x, weights, prefix=f"decoder.blocks.{i}.")
+        logits = F.linear(block.torch_norm(x, weights, "decoder.norm"), embedding)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 

@@ -10,7 +10,8 @@ import torch
 import tfkern
 from tfkern.benchmarks import against, attention, environment, memory, report, sweep, timing
 from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load
-from tfkern.models.transformer import Block, TransformerConfig
+from tfkern.models import TransformerConfig
+from tfkern.models.blocks import Block
 
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
 

@@ -49,6 +49,11 @@ def quick(monkeypatch):
         (["validate", "--dtype", "float12"], "unknown dtype 'float12'"),
         (["validate", "attention", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["validate", "--seed", "x"], "--seed"),
+        (["convert", "/nowhere"], "target"),
+        (["convert", "/nowhere", "/else"], "/nowhere has no config.json"),
+        (["convert", "/nowhere", "/nowhere/."], "are the same directory"),
+        (["convert", "/nowhere", "/else", "--dtype", "float12"], "unknown dtype 'float12'"),
+        (["convert", "/nowhere", "/else", "--shard-bytes", "0"], "--shard-bytes"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(capsys, arguments, told):
@@ -196,3 +201,24 @@ def test_validate_fails_on_a_wrong_gradient(monkeypatch, capsys):
     assert main(["validate", "attention", "--count", "1"]) == 1
     output = capsys.readouterr().out
     assert "1 failed" in output and "FAILED" in output
+
+
+def test_convert(tmp_path, capsys):
+    """There and back: tfkern's names, then Hugging Face's again in shards of another dtype."""
+    pytest.importorskip("safetensors")
+    from tfkern.models import Transformer, preset
+    from tfkern.models.convert import load, save
+
+    model = Transformer(preset("gpt2", layers=2, dim=24, heads=3, vocab_size=50, max_length=16,
+                               start_token=None, end_token=None))  # fmt: skip
+    first, own, last = tmp_path / "first", tmp_path / "own", tmp_path / "last"
+    save(model, first)
+    assert main(["convert", str(first), str(own), "--to", "tfkern"]) == 0
+    assert json.loads((own / "config.json").read_text())["model_type"] == "tfkern"
+    arguments = ["--dtype", "bfloat16", "--shard-bytes", "9000"]
+    assert main(["convert", str(own), str(last), *arguments]) == 0
+    assert len(list(last.glob("model-*.safetensors"))) > 1
+    for name, x in load(last).state_dict().items():
+        assert torch.equal(x, model.state_dict()[name].bfloat16())
+    assert main(["convert", str(first), str(tmp_path / "x"), "--to", "zip"]) == 2
+    assert "form must be huggingface or tfkern, got 'zip'" in capsys.readouterr().err

@@ -19,10 +19,11 @@ RANKS = {
     "tfkern.ops": 2,
     "tfkern.nn": 3,
     "tfkern.models": 4,
+    "tfkern.integrations": 5,
     "tfkern.testing": 1,
     "tfkern.validation": 3,
     "tfkern.benchmarks": 5,
-    "tfkern.cli": 6,
+    "tfkern.cli": 7,
 }
 
 
@@ -93,7 +94,8 @@ def test_import_is_inert():
     code = (
         "import sys, torch, tfkern\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'triton', 'typer', 'rich', 'matplotlib', 'numpy.testing'} & set(sys.modules)\n"
+        "heavy = {'triton', 'typer', 'rich', 'matplotlib', 'numpy.testing', 'safetensors',\n"
+        "         'tokenizers', 'transformers'} & set(sys.modules)\n"
         "assert torch.cuda.device_count() or not heavy, heavy"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

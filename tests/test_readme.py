@@ -9,6 +9,7 @@ import speed
 import torch
 
 import tfkern
+import tfkern.models
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -25,7 +26,7 @@ def test_layer_in_a_users_model():
 
 def test_check_of_a_kernel(capsys):
     names = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[4], names)
     assert "NaN" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="outside the error limits"):
         names["report"].check()
@@ -60,6 +61,36 @@ def test_attention_examples():
     }  # fmt: skip
     exec(BLOCKS[1], names)
     assert names["p"].shape == (B, 1, 1, T) and names["o"].shape == (B, H, T, D)
+
+
+def test_models(tmp_path):
+    pytest.importorskip("safetensors")
+    from tfkern.models import TransformerConfig
+    from tfkern.models.convert import save
+
+    bert = tfkern.models.preset("bert-base-uncased", dim=24, heads=2, layers=1, vocab_size=20)
+    save(tfkern.models.Transformer(bert), tmp_path / "bert")
+    small = TransformerConfig(dim=24, heads=2, layers=1, vocab_size=20, max_length=8)
+    tokens = torch.randint(20, (2, 5))
+    names = {
+        "tokens": tokens, "targets": tokens, "mask": tokens >= 0, "types": torch.zeros_like(tokens)
+    }  # fmt: skip
+    code = BLOCKS[2].replace("path/of", str(tmp_path))
+    code = code.replace("loss =", "model = Transformer(small)\nloss =")
+    exec(code, names | {"small": small})
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+
+
+def test_integrations(tmp_path):
+    huggingface = pytest.importorskip("huggingface")
+    huggingface.CASES["gpt2"].model(dtype=torch.float32).save_pretrained(tmp_path)
+    names = {
+        "AutoModel": huggingface.transformers.AutoModelForCausalLM, "path": tmp_path,
+        "tokens": torch.randint(20, (2, 5)), "nn": torch.nn,
+    }  # fmt: skip
+    exec(BLOCKS[3], names)
+    assert names["model"].config._attn_implementation == "tfkern"
+    assert isinstance(names["block"], torch.nn.Module)
 
 
 def test_files_that_it_names_exist():

@@ -99,9 +99,9 @@ def plain_loss(config, p, tokens, targets):
     groups = config.heads // (config.kv_heads or config.heads)
     x = F.embedding(tokens, p["embedding.weight"])
     if config.positions == "learned":
-        x = x + F.embedding(torch.arange(tokens.shape[1]), p["positions.weight"])
+        x = x + F.embedding(torch.arange(tokens.shape[1]), p["decoder.positions.weight"])
     for layer in range(config.layers):
-        name = f"blocks.{layer}"
+        name = f"decoder.blocks.{layer}"
         qkv = linear(f"{name}.attention.qkv", norm(f"{name}.norm1", x))
         kv = (qkv.shape[-1] - config.dim) // 2
         q, k, v = (
@@ -118,7 +118,8 @@ def plain_loss(config, p, tokens, targets):
             x = x + linear(f"{name}.mlp.down", act(gate) * up)
         else:
             x = x + linear(f"{name}.mlp.fc2", act(linear(f"{name}.mlp.fc1", y)))
-    logits = norm("norm", x) @ p["embedding.weight" if config.tie_embeddings else "head.weight"].T
+    table = p["embedding.weight" if config.tie_embeddings else "vocabulary.weight"]
+    logits = norm("decoder.norm", x) @ table.T
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -157,14 +158,14 @@ def test_initialisation():
     for gated, last in ((False, "fc2"), (True, "down")):
         config = dataclasses.replace(SMALL, dim=96, layers=8, gated=gated)
         state = Transformer(config).state_dict()
-        for name in ("embedding", "blocks.3.attention.qkv"):
+        for name in ("embedding", "decoder.blocks.3.attention.qkv"):
             assert state[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.1)
         for name in ("attention.out", f"mlp.{last}"):
-            std = state[f"blocks.3.{name}.weight"].std().item()
+            std = state[f"decoder.blocks.3.{name}.weight"].std().item()
             assert std == pytest.approx(0.02 / 4, rel=0.1)
-        assert torch.equal(state["norm.weight"], torch.ones(96))
-        assert not state["blocks.0.norm1.bias"].any()
-        assert not state["blocks.0.attention.qkv.bias"].any()
+        assert torch.equal(state["decoder.norm.weight"], torch.ones(96))
+        assert not state["decoder.blocks.0.norm1.bias"].any()
+        assert not state["decoder.blocks.0.attention.qkv.bias"].any()
 
 
 def test_parameter_count():
@@ -183,8 +184,8 @@ def test_state_dict_round_trip(config):
     tokens, _ = batch(config)
     assert torch.equal(model(tokens), other(tokens))
     names = set(model.state_dict())
-    assert ("head.weight" in names) == (not config.tie_embeddings)
-    assert ("positions.weight" in names) == (config.positions == "learned")
+    assert ("vocabulary.weight" in names) == (not config.tie_embeddings)
+    assert ("decoder.positions.weight" in names) == (config.positions == "learned")
     assert config.bias or not any(name.endswith("bias") for name in names)
 
 
@@ -230,7 +231,7 @@ def test_dropout_in_training_only():
     # at the embedding and after every sublayer: with a probability near 1 only zeros are left
     model = make(dataclasses.replace(SMALL, dropout=1 - 1e-9))
     logits = model(tokens)
-    expected = F.linear(model.norm.bias, model.embedding.weight).expand_as(logits)
+    expected = F.linear(model.decoder.norm.bias, model.embedding.weight).expand_as(logits)
     torch.testing.assert_close(logits, expected)
 
 
@@ -257,7 +258,7 @@ def test_autocast_keeps_the_residual_stream_in_float32():
     model = Transformer(SMALL)
     tokens, targets = batch(SMALL)
     streams = []
-    model.norm.register_forward_pre_hook(
+    model.decoder.norm.register_forward_pre_hook(
         lambda _, args, keywords: streams.append(keywords["residual"]), with_kwargs=True
     )
     with torch.autocast("cpu", torch.bfloat16):
@@ -320,8 +321,8 @@ def test_generate():
         ({"kv_heads": 0}, "kv_heads must be positive"),
         ({"heads": 5}, "dim must be a multiple of heads"),
         ({"kv_heads": 3}, "heads must be a multiple of kv_heads"),
-        ({"norm": "batch_norm"}, "norm must be one of"),
-        ({"positions": "none"}, "positions must be one of"),
+        ({"norm": "group_norm"}, "norm must be one of"),
+        ({"positions": "absolute"}, "positions must be one of"),
         ({"activation": "tanh"}, "activation must be one of"),
         ({"positions": "rotary", "heads": 8}, "even head size"),
         ({"rotary_base": 0.0}, "rotary_base must be positive"),

@@ -102,6 +102,33 @@ def _app():
         if not validate(ops, DTYPES[dtype], device, backend or None, seed, count, file):
             raise typer.Exit(1)
 
+    @app.command("convert")
+    def _convert(
+        source: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
+        target: Annotated[Path, typer.Argument(help="Directory to write, made if need be.")],
+        form: Annotated[
+            str, typer.Option("--to", help="huggingface, or tfkern for its own names.")
+        ] = "huggingface",
+        dtype: Annotated[
+            str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}. As they are by default.")
+        ] = "",
+        shard_bytes: Annotated[
+            int, typer.Option(help="Weights beyond this size go to several files.", min=1)
+        ] = 5_000_000_000,
+    ) -> None:
+        """Rewrite the weights of a model: Hugging Face's names or tfkern's, another dtype, shards.
+
+        Knows GPT-1, GPT-2, BERT, BART, T5 and ViT. Reads and writes local directories only.
+        """
+        from tfkern.models import convert
+
+        if dtype and dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if target.resolve() == source.resolve():
+            raise ValueError(f"source and target are the same directory, {source}")
+        model = convert.load(source, dtype=DTYPES[dtype] if dtype else None)
+        convert.save(model, target, form=form, shard_bytes=shard_bytes)
+
     return app
 
 

@@ -2,81 +2,221 @@
 
 from dataclasses import dataclass
 
+_CHOICES = {
+    "architecture": ("decoder", "encoder", "encoder_decoder"),
+    "norm": ("layer_norm", "rms_norm", "batch_norm", "weight_norm", "none"),
+    "activation": ("relu", "gelu", "gelu_tanh", "silu"),
+    "positions": (
+        "learned",
+        "sinusoidal",
+        "sinusoidal_halves",
+        "relative",
+        "rotary",
+        "alibi",
+        "none",
+    ),
+    "head": (
+        "lm",
+        "mlm",
+        "pretraining",
+        "next_sentence",
+        "classification",
+        "token",
+        "span",
+        "none",
+    ),
+    "init": ("gpt2", "normal", "truncated", "t5", "xavier"),
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """What defines a `Transformer`. The defaults are those of GPT-2 (Radford et al. 2019).
 
-    Args:
-        vocab_size: number of tokens.
+    Shape:
+        architecture: "decoder", "encoder" or "encoder_decoder".
         dim: size of the residual stream.
-        layers: number of blocks.
-        heads: query heads of each block; dim / heads is the head size.
-        max_length: the longest sequence.
+        layers: number of blocks, of an encoder-decoder those of the decoder.
+        encoder_layers: of an encoder-decoder; layers if None.
+        heads: query heads of each block.
+        head_dim: size of a head; dim / heads if None.
         kv_heads: key and value heads, a divisor of heads (Ainslie et al. 2023); heads if None.
         hidden_dim: of the MLP. If None 4 dim, or 8/3 dim rounded up to a multiple of 8 for a gated
             MLP, which then has as many weights (Shazeer 2020).
-        norm: "layer_norm" or "rms_norm".
+
+    Input, of tokens or of images:
+        vocab_size: number of tokens.
+        vocab_multiple: the embedding has rows for a multiple of this many tokens, which makes
+            faster products. The added ones have no logits.
+        pad_token: its embedding is not trained.
+        start_token, end_token: those that begin what a decoder writes, and end it.
+        token_types: number of segments told apart, as in BERT.
+        scale_embedding: whether embeddings are multiplied by sqrt(dim) (Vaswani et al. 2017).
+        embedding_norm: whether a norm follows the embedding.
+        image_size, patch_size, channels: instead of vocab_size, squares of pixels that are cut into
+            square patches (Dosovitskiy et al. 2021).
+
+    Positions:
+        max_length: the longest sequence; needed by learned positions, no limit for others if None.
+        positions: "learned"; "sinusoidal" (Vaswani et al. 2017: sines and cosines alternate) or
+            "sinusoidal_halves" (tensor2tensor: the sines, then the cosines); "relative", a bias of
+            the scores (Raffel et al. 2020); "rotary" (Su et al. 2021); "alibi" (Press et al. 2022);
+            "none". Images have learned ones.
+        position_offset: rows of the learned positions before that of position 0; BART has 2.
+        rotary_base: base of the wave lengths of rotary positions.
+        relative_buckets, relative_distance: of relative positions: how many kinds of distance, and
+            where the last begins.
+
+    Blocks:
+        norm: "layer_norm", "rms_norm", "batch_norm" over the tokens, "weight_norm" of the linear
+            layers (Salimans, Kingma 2016) in place of norms, or "none".
         norm_eps: added to the variance or the mean square.
+        post_norm: the norm follows the residual addition (Vaswani et al. 2017), rather than stand
+            before each sublayer and at the end (Xiong et al. 2020).
         gated: whether the MLP is gated; "silu" is the usual activation then.
         activation: one of `tfkern.mlp`.
-        positions: "learned", or "rotary" (Su et al. 2021).
-        rotary_base: base of the wave lengths of rotary positions.
-        dropout: probability after the embedding and after each sublayer, in training mode.
-        tie_embeddings: whether the output head is the token embedding (Press, Wolf 2017).
+        attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
         bias: whether linear layers and layer norms have one.
+        dropout: probability after the embedding and after each sublayer, in training mode.
+        attention_dropout: probability for the weights of attention, in training mode.
+
+    Output:
+        head: "lm" (the next token), "mlm" (the masked tokens, with BERT's transform),
+            "pretraining" (mlm and next_sentence), "next_sentence", "classification" of the
+            sequence or the image, "token" (a class for each), "span" (its first and last token) or
+            "none" (hidden states).
+        classes: of classification and token.
+        pooler: whether a dense layer with tanh stands before what sees the whole sequence.
+        tie_embeddings: whether the head is the token embedding (Press, Wolf 2017).
+        logit_scale: factor of the logits; dim^-0.5 in T5.
+        logit_bias: whether an lm head has a constant bias, as in BART's files.
+
+    Initialisation:
+        init: "gpt2": deviation 0.02, and 0.02 / sqrt(2 layers) for the last weight of a sublayer;
+            "normal": 0.02 (BERT, GPT-1, BART); "truncated": the same, cut off at two deviations
+            (ViT); "t5": by fan in; "xavier": uniform by both fans (Vaswani et al. 2017).
 
     Raises:
-        ValueError: a number or name out of range, or numbers that do not fit together.
+        ValueError: a number or name out of range, or values that do not fit together.
     """
 
-    vocab_size: int
     dim: int
     layers: int
     heads: int
-    max_length: int
+    architecture: str = "decoder"
+    encoder_layers: int | None = None
+    head_dim: int | None = None
     kv_heads: int | None = None
     hidden_dim: int | None = None
+    vocab_size: int | None = None
+    vocab_multiple: int = 1
+    pad_token: int | None = None
+    start_token: int | None = None
+    end_token: int | None = None
+    token_types: int = 0
+    scale_embedding: bool = False
+    embedding_norm: bool = False
+    image_size: int | None = None
+    patch_size: int | None = None
+    channels: int = 3
+    max_length: int | None = None
+    positions: str = "learned"
+    position_offset: int = 0
+    rotary_base: float = 10000.0
+    relative_buckets: int = 32
+    relative_distance: int = 128
     norm: str = "layer_norm"
     norm_eps: float = 1e-5
+    post_norm: bool = False
     gated: bool = False
     activation: str = "gelu_tanh"
-    positions: str = "learned"
-    rotary_base: float = 10000.0
-    dropout: float = 0.0
-    tie_embeddings: bool = True
+    attention_scale: float | None = None
     bias: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    head: str = "lm"
+    classes: int | None = None
+    pooler: bool = False
+    tie_embeddings: bool = True
+    logit_scale: float = 1.0
+    logit_bias: bool = False
+    init: str = "gpt2"
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "layers", "heads", "max_length", "kv_heads", "hidden_dim")
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name, choices in (
-            ("norm", ("layer_norm", "rms_norm")),
-            ("positions", ("learned", "rotary")),
-            ("activation", ("relu", "gelu", "gelu_tanh", "silu")),
-        ):
+        self._check_numbers()
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        if self.dim % self.heads:
+        self._check_input()
+        if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head size, got {self.head_dim}")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head size, got {self.head_size}")
+        if self.positions.startswith("sinusoidal") and self.dim % 2:
+            raise ValueError(f"sinusoidal positions need an even dim, got {self.dim}")
+        if self.head in ("classification", "token") and self.classes is None:
+            raise ValueError(f"head {self.head!r} needs classes")
+        if self.head in ("pretraining", "next_sentence") and not self.pooler:
+            raise ValueError(f"head {self.head!r} needs pooler=True")
+
+    def _check_numbers(self) -> None:
+        sizes = "dim layers heads encoder_layers head_dim kv_heads hidden_dim vocab_size"
+        sizes += " vocab_multiple image_size patch_size channels max_length classes"
+        for name in sizes.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("token_types", "position_offset", "norm_eps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise ValueError(
+                f"relative_buckets must be a multiple of 4, got {self.relative_buckets}"
+            )
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_distance must exceed half of relative_buckets, {self.relative_buckets}, "
+                f"got {self.relative_distance}"
+            )
         if not self.rotary_base > 0:
             raise ValueError(f"rotary_base must be positive, got {self.rotary_base}")
-        if not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("pad_token", "start_token", "end_token"):
+            token, size = getattr(self, name), self.vocab_size or 0
+            if token is not None and not 0 <= token < size:
+                raise ValueError(f"{name} must lie in [0, vocab_size = {size}), got {token}")
+
+    def _check_input(self) -> None:
+        if self.patch_size is not None:
+            if self.vocab_size is not None or self.architecture != "encoder":
+                raise ValueError("patch_size needs architecture 'encoder' and no vocab_size")
+            if self.image_size is None or self.image_size % self.patch_size:
+                raise ValueError(
+                    f"image_size must be a multiple of patch_size, got {self.image_size} and "
+                    f"{self.patch_size}"
+                )
+            if self.positions != "learned":
+                raise ValueError(f"images have learned positions, not {self.positions!r}")
+            if self.head in ("lm", "mlm", "pretraining", "next_sentence"):
+                raise ValueError(f"head {self.head!r} needs tokens, and this model has images")
+            return
+        if self.vocab_size is None:
+            raise ValueError("vocab_size (for tokens) or patch_size (for images) is needed")
+        if self.positions == "learned" and self.max_length is None:
+            raise ValueError("learned positions need max_length")
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def hidden_size(self) -> int:
+        return self.hidden_dim or (-(-self.dim // 3) * 8 if self.gated else 4 * self.dim)

@@ -1,101 +1,173 @@
-"""A decoder-only transformer on the fused kernels.
+"""A transformer: encoder, decoder, or both, from one set of blocks.
 
     x = embedding(tokens) + positions
-    h = 0
     for each block:
-        h = h + x;  x = attention(norm1(h))
-        h = h + x;  x = mlp(norm2(h))
-    logits = head(norm(h + x))
+        x = x + attention(norm1(x))
+        x = x + cross(norm_cross(x), memory)    in a decoder that follows an encoder
+        x = x + mlp(norm2(x))
+    logits = head(norm(x))
 
-This is the pre-norm transformer (Vaswani et al. 2017; Xiong et al. 2020), written so that each
-addition to the residual stream h stands before a norm, not after a sublayer: both are one kernel.
+With post_norm each norm stands behind its addition, and there is none at the end.
 """
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from tfkern.models import heads
+from tfkern.models.blocks import Block, KeysValues, norm, normalise_weights
 from tfkern.models.config import TransformerConfig
-from tfkern.nn import MLP, GatedMLP, LayerNorm, RMSNorm
-from tfkern.nn.rotary import rotary_table, rotate
-from tfkern.ops import attention
+from tfkern.models.initialise import initialise
+from tfkern.models.positions import RelativeBias, alibi_slopes, sinusoids
+from tfkern.nn import KVCache
+from tfkern.nn.rotary import rotary_table
+
+Mask = Tensor | None
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer. See `TransformerConfig` for its parts.
+    """A transformer as `TransformerConfig` describes it.
 
-    Weights are drawn as in GPT-2: a normal distribution of deviation 0.02, divided by
-    sqrt(2 layers) for the last weight of each sublayer, so that the residual stream does not grow
-    with the depth. Biases start at 0.
+    A mask tells which tokens exist. (B, T) bool: True where there is one; padding may be on either
+    side, and positions are counted without it. Or (B,) int32 or int64: how many there are, with
+    padding on the right, which is then never read. Outputs at padding mean nothing.
+
+    Attributes:
+        recompute: whether a training step keeps only the inputs of the blocks, and computes what is
+            inside them again in backward (Chen et al. 2016). False at first.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        if config.positions == "learned":
-            self.positions = nn.Embedding(config.max_length, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = _norm(config)
-        if not config.tie_embeddings:
-            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.recompute = False
+        if config.patch_size is not None:
+            self.embedding: nn.Module = PatchEmbedding(config)
+        else:
+            self.embedding = nn.Embedding(heads.rows(config), config.dim, config.pad_token)
+        both = config.architecture == "encoder_decoder"
+        self.encoder = self.decoder = None
+        if config.architecture != "decoder":
+            layers = config.encoder_layers if both else None
+            self.encoder = Stack(config, layers or config.layers, causal=False)
+        if config.architecture != "encoder":
+            self.decoder = Stack(config, config.layers, causal=True, cross=both)
+        self.vocabulary = self.pooler = None
+        if config.head in ("lm", "mlm", "pretraining"):
+            self.vocabulary = heads.VocabularyHead(config, masked=config.head != "lm")
+        if config.pooler:
+            self.pooler = heads.Pooler(config)
+        self.classifier = heads.classifier(config)
         self.reset_parameters()
+        if config.norm == "weight_norm":
+            for stack in filter(None, (self.encoder, self.decoder)):
+                normalise_weights(stack)
 
     def reset_parameters(self) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                last = name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.layers) if last else 0.02
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)  # the weight of a norm
+        """Draws all weights as `config.init` says."""
+        initialise(self)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Any = None,
+        *,
+        source: Tensor | None = None,
+        mask: Mask = None,
+        source_mask: Mask = None,
+        token_types: Tensor | None = None,
+    ) -> Any:
         """The logits, or the loss if there are targets.
 
         Args:
-            tokens: (B, T) int32 or int64, T up to max_length.
-            targets: (B, T) int64, the token that follows each token; -100 where there is none.
+            tokens: (B, T) int32 or int64, or images (B, channels, height, width).
+            targets: of the loss, see `heads.loss`: int64, -100 where there is none. For head "lm"
+                (B, T), the token that follows each token.
+            source: (B, S), what the encoder of an encoder-decoder reads; tokens are those of its
+                decoder, beginning with start_token.
+            mask, source_mask: of tokens and source, see the class.
+            token_types: (B, T), the segment of each token; 0 if None.
 
         Returns:
-            logits (B, T, vocab_size); with targets their cross entropy in nats, the mean over the
-            targets, in float32 or wider.
+            With targets the mean cross entropy in nats, float32 or wider. Else by head: "lm", "mlm"
+            (B, T, vocab_size); "token" (B, T, classes); "classification" (B, classes);
+            "next_sentence" (B, 2); "pretraining" those of mlm and next_sentence; "span" (B, 2, T),
+            of the first token and of the last; "none" the hidden states (B, T, dim).
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or inputs that the architecture lacks.
         """
-        config = self.config
-        if tokens.dim() != 2 or tokens.shape[1] > config.max_length:
-            raise ValueError(
-                f"tokens must be (batch, length) with a length up to {config.max_length}, got "
-                f"{tuple(tokens.shape)}"
-            )
-        if targets is not None and targets.shape != tokens.shape:
-            raise ValueError(
-                f"targets has shape {tuple(targets.shape)}, expected {tuple(tokens.shape)}, the "
-                "shape of tokens"
-            )
-        T = tokens.shape[1]
-        x = self.embedding(tokens)
-        rotation = None
-        if config.positions == "learned":
-            x = x + self.positions.weight[:T]
+        both = self.encoder is not None and self.decoder is not None
+        if both != (source is not None):
+            raise ValueError("encoder-decoders need source, and other models do not take one")
+        if self.decoder is None:
+            y = self.encode(tokens, mask, token_types)
         else:
-            rotation = rotary_table(T, config.head_dim, config.rotary_base, x)
+            memory = None if source is None else self.encode(source, source_mask)
+            y = self.decode(tokens, memory, mask, source_mask, token_types)
+        logits = self.project(y, mask)
+        return logits if targets is None else heads.loss(logits, targets)
 
-        h = None
-        for block in self.blocks:
-            x, h = block(x, h, rotation)
-        y = self.norm(x, residual=h, dropout_p=config.dropout)
-        logits = F.linear(y, self.embedding.weight if config.tie_embeddings else self.head.weight)
-        if targets is None:
-            return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def encode(
+        self, tokens: Tensor, mask: Mask = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """The hidden states (B, T, dim) of the encoder."""
+        if self.encoder is None:
+            raise ValueError("a decoder-only model has no encoder: use decode")
+        return self.encoder(self._embed(tokens), mask, token_types, recompute=self.recompute)
+
+    def decode(
+        self,
+        tokens: Tensor,
+        memory: Tensor | Sequence[KeysValues] | None = None,
+        mask: Mask = None,
+        memory_mask: Mask = None,
+        token_types: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """The hidden states (B, T, dim) of the decoder.
+
+        Args:
+            memory: what `encode` returned, or for each block the `keys_values` of it.
+            caches: for each block what earlier tokens left; these are appended. A mask must be
+                lengths then.
+        """
+        if self.decoder is None:
+            raise ValueError("an encoder-only model has no decoder: use encode")
+        x = self._embed(tokens)
+        return self.decoder(x, mask, token_types, memory, memory_mask, caches, self.recompute)
+
+    def project(self, y: Tensor, mask: Mask = None) -> Any:
+        """Logits of hidden states, as `forward` returns them."""
+        head = self.config.head
+        if head == "none":
+            return y
+        tokens = None
+        if self.vocabulary is not None:
+            tokens = self.vocabulary(y, table=self.embedding.weight)
+        if head in ("lm", "mlm"):
+            return tokens
+        assert self.classifier is not None
+        if head in ("token", "span"):
+            return self.classifier(y) if head == "token" else self.classifier(y).transpose(1, 2)
+        classes = self.classifier(self.pool(y, mask))
+        return classes if tokens is None else (tokens, classes)
+
+    def pool(self, y: Tensor, mask: Mask = None, kind: str | None = None) -> Tensor:
+        """One vector (B, dim) for each sequence of hidden states.
+
+        Args:
+            kind: "first", "last" or "mean" of the tokens. If None what the heads use: the first of
+                an encoder, the last of a decoder, and behind it the pooler if there is one.
+        """
+        if kind is not None:
+            return heads.pool(y, mask, kind)
+        y = heads.pool(y, mask, "first" if self.decoder is None else "last")
+        return y if self.pooler is None else self.pooler(y)
 
     @torch.no_grad()
     def generate(
@@ -131,7 +203,7 @@ class Transformer(nn.Module):
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be positive, got {top_k}")
         for _ in range(count):
-            logits = self(tokens[:, -self.config.max_length :])[:, -1].float()
+            logits = self(tokens[:, -(self.config.max_length or 0) :])[:, -1].float()
             if top_k is not None and top_k < logits.shape[-1]:
                 least = logits.topk(top_k).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
@@ -143,56 +215,158 @@ class Transformer(nn.Module):
             tokens = torch.cat([tokens, drawn.to(tokens.dtype)], 1)
         return tokens
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        config = self.config
+        if config.patch_size is not None:
+            return self.embedding(tokens)
+        if tokens.dim() != 2 or tokens.shape[1] > (config.max_length or tokens.shape[1]):
+            limit = f" with a length up to {config.max_length}" if config.max_length else ""
+            raise ValueError(f"tokens must be (batch, length){limit}, got {tuple(tokens.shape)}")
+        x = self.embedding(tokens)
+        return x * config.dim**0.5 if config.scale_embedding else x
 
-class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm that adds the output of the one before."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+class Stack(nn.Module):
+    """Blocks with what precedes and follows them: positions, segments, norms."""
+
+    def __init__(
+        self, config: TransformerConfig, layers: int, causal: bool, cross: bool = False
+    ) -> None:
         super().__init__()
-        dim, act, bias = config.dim, config.activation, config.bias
-        self.norm1 = _norm(config)
-        self.attention = CausalSelfAttention(config)
-        self.norm2 = _norm(config)
-        self.mlp: MLP | GatedMLP
-        if config.gated:
-            self.mlp = GatedMLP(dim, config.hidden_dim or -(-dim // 3) * 8, bias, act)
-        else:
-            self.mlp = MLP(dim, config.hidden_dim, bias, act)
-        self.dropout = config.dropout
+        self.config = config
+        self.positions: nn.Module | None = None
+        if config.positions == "learned" and config.patch_size is None:
+            assert config.max_length is not None
+            self.positions = nn.Embedding(config.max_length + config.position_offset, config.dim)
+        elif config.positions == "relative":
+            buckets, furthest = config.relative_buckets, config.relative_distance
+            self.positions = RelativeBias(config.heads, causal, buckets, furthest)
+        self.token_types = (
+            nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        )
+        self.embedding_norm = norm(config) if config.embedding_norm else None
+        self.blocks = nn.ModuleList(Block(config, causal, cross) for _ in range(layers))
+        self.norm = None if config.post_norm else norm(config)
 
     def forward(
-        self, x: Tensor, h: Tensor | None, rotation: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Takes and returns the output of the last sublayer and the residual stream before it."""
-        p = self.dropout
-        y, h = self.norm1(x, residual=h, dropout_p=p, return_residual=True)
-        y, h = self.norm2(
-            self.attention(y, rotation), residual=h, dropout_p=p, return_residual=True
-        )
-        return self.mlp(y), h
+        self,
+        x: Tensor,
+        mask: Mask = None,
+        token_types: Tensor | None = None,
+        memory: Tensor | Sequence[KeysValues] | None = None,
+        memory_mask: Mask = None,
+        caches: Sequence[KVCache] | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Embedded tokens (B, T, dim) to hidden states, with the arguments of `Transformer`."""
+        B, T, config = *x.shape[:2], self.config
+        if mask is not None and tuple(mask.shape) not in ((B, T), (B,)):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
+        if mask is not None and mask.dim() == 2 and caches is not None:
+            raise ValueError("with caches a mask must be lengths (B,)")
+        places = self._places(x, mask, caches)
+        if config.positions.startswith("sinusoidal"):
+            halves = config.positions == "sinusoidal_halves"
+            x = x + sinusoids(places, config.dim, halves).to(x.dtype)
+        elif config.positions == "learned" and self.positions is not None:
+            x = x + self.positions(places + config.position_offset)
+        if self.token_types is not None:
+            kinds = torch.zeros_like(places) if token_types is None else token_types
+            x = x + self.token_types(kinds)
+        own = self._attention_options(x, mask, caches, places)
+        counted = {}
+        if config.norm == "batch_norm" and mask is not None:
+            counted["mask"] = mask if mask.dim() == 2 else places < mask[:, None]
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x, **counted)
+        if config.post_norm:  # else the first norm drops
+            x = F.dropout(x, config.dropout, self.training)
+
+        h, other = None, _visible(memory_mask)
+        for i, block in enumerate(self.blocks):
+            seen = memory if memory is None or isinstance(memory, Tensor) else memory[i]
+            if caches is not None:
+                own = own | {"cache": caches[i]}
+            inputs = (x, h, seen, own, other, counted)
+            if recompute and torch.is_grad_enabled():
+                x, h = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, h = block(*inputs)
+        if self.norm is None:
+            return x
+        return self.norm(x, residual=h, dropout_p=config.dropout, **counted)
+
+    def _places(self, x: Tensor, mask: Mask, caches: Sequence[KVCache] | None) -> Tensor:
+        """Positions (B or 1, T) of the tokens, without those of padding on the left."""
+        steps = torch.arange(x.shape[1], device=x.device)[None]
+        if caches is not None:
+            return caches[0].lengths[:, None] + steps
+        if mask is not None and mask.dim() == 2:
+            return (mask.cumsum(1) - 1).clamp(min=0)
+        return steps
+
+    def _attention_options(
+        self, x: Tensor, mask: Mask, caches: Sequence[KVCache] | None, places: Tensor
+    ) -> dict[str, Any]:
+        """What self-attention is told in every block."""
+        config = self.config
+        options: dict[str, Any] = _visible(mask)
+        if mask is not None and mask.dim() == 1:
+            options["query_lengths"] = mask
+        if config.positions == "rotary":
+            table = rotary_table(places, config.head_size, config.rotary_base, x)
+            options["rotation"] = tuple(y[:, None] for y in table)
+        elif config.positions == "alibi":
+            options["alibi_slopes"] = alibi_slopes(config.heads).to(x.device)
+        elif isinstance(self.positions, RelativeBias):
+            for cache in caches or ():
+                cache.reserve(x.shape[1])
+            S = x.shape[1] if caches is None else caches[0].capacity
+            keys = torch.arange(S, device=x.device)
+            options["bias"] = self.positions(keys[None] if caches is None else places, keys)
+        return options
 
 
-class CausalSelfAttention(nn.Module):
-    """Attention of each token to itself and those before, with grouped heads."""
+class PatchEmbedding(nn.Module):
+    """Images as sequences: a class token, then patches row by row, each with its learned position
+    (Dosovitskiy et al. 2021)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        self.head_dim = config.head_dim
-        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.dim, rows, config.bias)
-        self.out = nn.Linear(config.dim, config.dim, config.bias)
+        assert config.patch_size is not None and config.image_size is not None
+        size, self.side = config.patch_size, config.image_size // config.patch_size
+        self.projection = nn.Conv2d(config.channels, config.dim, size, size)
+        self.first = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.positions = nn.Parameter(torch.empty(1, 1 + self.side**2, config.dim))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, T, dim) to (B, T, dim); rotation as given by `rotary_table`."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        return self.out(attention(q, k, v, causal=True).transpose(1, 2).flatten(-2))
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, channels, height, width), multiples of the patch size, to (B, 1 + patches, dim).
+
+        Sizes other than the configuration's interpolate the positions.
+        """
+        channels, size = self.projection.in_channels, self.projection.kernel_size[0]
+        if images.dim() != 4 or images.shape[1] != channels or any(
+            n % size or not n for n in images.shape[2:]
+        ):  # fmt: skip
+            raise ValueError(
+                f"images must be (batch, {channels}, height, width) with multiples of {size}, got "
+                f"{tuple(images.shape)}"
+            )
+        x = self.projection(images)
+        positions = self._positions(x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat([self.first.expand(len(x), -1, -1), x], 1) + positions
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        if (height, width) == (self.side, self.side):
+            return self.positions
+        grid = self.positions[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (height, width), mode="bicubic")
+        return torch.cat([self.positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
-def _norm(config: TransformerConfig) -> LayerNorm | RMSNorm:
-    if config.norm == "rms_norm":
-        return RMSNorm(config.dim, config.norm_eps)
-    return LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+def _visible(mask: Mask) -> dict[str, Any]:
+    """A mask as an option of attention."""
+    if mask is None:
+        return {}
+    return {"key_lengths": mask} if mask.dim() == 1 else {"mask": mask[:, None, None]}

@@ -2,16 +2,19 @@
 
 from tfkern.nn import functional
 from tfkern.nn.attention import MultiheadAttention
+from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm
 from tfkern.nn.mlp import MLP, GatedMLP
 
 __all__ = [
     "MLP",
+    "BatchNorm",
     "GatedMLP",
     "KVCache",
     "LayerNorm",
     "MultiheadAttention",
+    "NoNorm",
     "RMSNorm",
     "functional",
 ]

@@ -106,8 +106,8 @@ class KVCache:
         new = torch.full_like(self._lengths, T) if lengths is None else lengths.clamp(0, T)
         total = self._lengths + new
         if self.kind == "growing":
+            self.reserve(T)
             self._rows += T
-            self._grow()
         elif self.kind == "static" and checks.values_at_hand(total):
             most = int(total.max())
             if most > self.capacity:
@@ -129,6 +129,18 @@ class KVCache:
             cache[batch, :, place] = x
         self._lengths.copy_(total)
         return self._k, self._v, total.clamp(max=self.capacity)
+
+    def reserve(self, rows: int) -> None:
+        """Makes room in a growing cache for the rows of the next `append`, whose S is then the
+        capacity. The other kinds stay as they are."""
+        needed = self._rows + rows
+        if self.kind != "growing" or needed <= self.capacity:
+            return
+        more = max(needed, 2 * self.capacity) - self.capacity
+        self._k, self._v = (
+            torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2)
+            for x in (self._k, self._v)
+        )
 
     def reset(self) -> None:
         """Forgets all tokens. Keeps the memory."""
@@ -165,15 +177,6 @@ class KVCache:
             checks.integers("lengths", lengths, k)
             checks.shape("lengths", lengths, self._lengths.shape, "one length for each batch")
             checks.within("lengths", lengths, 0, k.shape[2])
-
-    def _grow(self) -> None:
-        if self._rows <= self.capacity:
-            return
-        more = max(self._rows, 2 * self.capacity) - self.capacity
-        self._k, self._v = (
-            torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2)
-            for x in (self._k, self._v)
-        )
 
     def _append_to_ring(
         self, k: Tensor, v: Tensor, new: Tensor, total: Tensor

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(T: int, D: int, base: float, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, D / 2) of the angles, on the device of x and in its dtype or float32.
+def rotary_table(positions: Tensor, D: int, base: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (..., T, D / 2) of the angles at positions (..., T), in the dtype of x or
+    float32.
 
     The angles are computed in float64: in float32 that of position t would be off by up to 6e-8 t.
     """
-    even = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
-    angles = torch.arange(T, device=x.device)[:, None] * base ** (-even / D)
+    even = torch.arange(0, D, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[..., None] * base ** (-even / D)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

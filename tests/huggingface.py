@@ -1,0 +1,189 @@
+"""Small models of transformers with weights that make every part matter, and how they are called.
+
+Fresh ones are of no use as a reference: biases are 0 and norms are the identity in them, so that
+exchanged norms or a dropped bias change nothing.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# `python -m pytest` has the root on the path, where transformers would take our folder kernels for
+# the package of that name.
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parents[1]]
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+V, T = 61, 13  # tokens there are, and in an input
+_GPT = {"vocab_size": V, "n_positions": 24, "n_embd": 24, "n_layer": 2, "n_head": 3}
+_BERT = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+}
+_BART = {
+    "vocab_size": V,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 24,
+}
+_T5 = {
+    "vocab_size": V,
+    "d_model": 24,
+    "d_kv": 10,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+_VIT = _BERT | {"image_size": 12, "patch_size": 4, "num_labels": 5}
+for _unused in ("vocab_size", "max_position_embeddings"):
+    del _VIT[_unused]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class of transformers, the fields of its configuration, and what it is given."""
+
+    architecture: str
+    config: dict[str, Any]
+    inputs: str  # tokens, pair (with segments), both (encoder and decoder) or images
+    outputs: Callable[[Any], Any]  # of theirs, in the form of ours
+
+    def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+        kind = getattr(transformers, self.architecture)
+        torch.manual_seed(seed)
+        # the eager softmax of ViT is float32 whatever the model is
+        attention = "sdpa" if self.inputs == "images" else "eager"
+        model = kind(kind.config_class(**self.config, attn_implementation=attention))
+        return perturb(model, seed).to(dtype).eval()
+
+    def ours(self, model: torch.nn.Module) -> list[torch.Tensor]:
+        """The outputs of our model for random inputs, some padded on the right, without those at
+        padding."""
+        x = self._inputs(next(model.parameters()).dtype)
+        if self.inputs == "images":
+            return _cut(model(x["images"]), None)
+        if self.inputs == "both":
+            out = model(x["tokens"], source=x["source"], source_mask=x["source_mask"].bool())
+            return _cut(out, torch.ones_like(x["mask"]))
+        types = {"token_types": x["types"]} if self.inputs == "pair" else {}
+        return _cut(model(x["tokens"], mask=x["mask"].bool(), **types), x["mask"])
+
+    def theirs(self, model: Any) -> list[torch.Tensor]:
+        """The same of the model of transformers."""
+        x = self._inputs(next(model.parameters()).dtype)
+        if self.inputs == "images":
+            return _cut(self.outputs(model(x["images"])), None)
+        if self.inputs == "both":
+            out = model(
+                input_ids=x["source"],
+                attention_mask=x["source_mask"],
+                decoder_input_ids=x["tokens"],
+            )
+            return _cut(self.outputs(out), torch.ones_like(x["mask"]))
+        types = {"token_type_ids": x["types"]} if self.inputs == "pair" else {}
+        out = model(x["tokens"], attention_mask=x["mask"], **types)
+        return _cut(self.outputs(out), x["mask"])
+
+    def _inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        tokens, source = (torch.randint(3, V, (2, n), generator=generator) for n in (T, T + 4))
+        mask, source_mask = torch.ones_like(tokens), torch.ones_like(source)
+        mask[1, T - 3 :] = source_mask[1, T:] = 0
+        images = torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
+        types = (torch.arange(T) > 5).long().expand(2, T)
+        return {
+            "tokens": tokens, "mask": mask, "source": source, "source_mask": source_mask,
+            "types": types, "images": images,
+        }  # fmt: skip
+
+
+def _cut(x: Any, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Every output, without what stands at padding."""
+    cut = []
+    for y in x if isinstance(x, tuple) else (x,):
+        if mask is not None and y.dim() == 3:
+            y = (y if y.shape[1] == T else y.transpose(1, 2))[mask.bool()]
+        cut.append(y)
+    return cut
+
+
+def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights of norms in [0.5, 1.5], all others of deviation 0.2."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        bias = [("bias", x) for n, x in model.named_buffers() if n == "final_logits_bias"]
+        for name, x in [*model.named_parameters(), *bias]:
+            norm = "ln" in name.lower() or "norm" in name.lower()
+            if x.dim() == 1 and norm and name.endswith("weight"):
+                x.uniform_(0.5, 1.5, generator=generator)
+            else:
+                x.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def _logits(out):
+    return out.logits
+
+
+def _hidden(out):
+    return out.last_hidden_state
+
+
+def _span(out):
+    return torch.stack([out.start_logits, out.end_logits], 1)
+
+
+CASES = {
+    "gpt1": Case("OpenAIGPTLMHeadModel", _GPT, "tokens", _logits),
+    "gpt1-bare": Case("OpenAIGPTModel", _GPT, "tokens", _hidden),
+    "gpt2": Case("GPT2LMHeadModel", _GPT | {"n_inner": 40}, "tokens", _logits),
+    "gpt2-bare": Case("GPT2Model", _GPT, "tokens", _hidden),
+    "gpt2-untied": Case(
+        "GPT2LMHeadModel", _GPT | {"tie_word_embeddings": False}, "tokens", _logits
+    ),
+    "bert": Case(
+        "BertForPreTraining",
+        _BERT,
+        "pair",
+        lambda out: (out.prediction_logits, out.seq_relationship_logits),
+    ),
+    "bert-bare": Case("BertModel", _BERT, "pair", _hidden),
+    "bert-mlm": Case("BertForMaskedLM", _BERT, "pair", _logits),
+    "bert-nsp": Case("BertForNextSentencePrediction", _BERT, "pair", _logits),
+    "bert-sequence": Case(
+        "BertForSequenceClassification", _BERT | {"num_labels": 5}, "pair", _logits
+    ),
+    "bert-token": Case("BertForTokenClassification", _BERT | {"num_labels": 5}, "pair", _logits),
+    "bert-span": Case("BertForQuestionAnswering", _BERT, "pair", _span),
+    "bart": Case("BartForConditionalGeneration", _BART, "both", _logits),
+    "bart-bare": Case("BartModel", _BART | {"scale_embedding": True}, "both", _hidden),
+    "t5": Case("T5ForConditionalGeneration", _T5, "both", _logits),
+    "t5-bare": Case("T5Model", _T5, "both", _hidden),
+    "t5-encoder": Case("T5EncoderModel", _T5, "tokens", _hidden),
+    "t5-v1.1": Case(
+        "T5ForConditionalGeneration", _T5 | {"feed_forward_proj": "gated-gelu"}, "both", _logits
+    ),
+    "vit": Case("ViTForImageClassification", _VIT, "images", _logits),
+    "vit-bare": Case("ViTModel", _VIT, "images", _hidden),
+}

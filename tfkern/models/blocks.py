@@ -1,0 +1,159 @@
+"""The blocks that all architectures share: attention, and a layer made of it and an MLP."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from tfkern.models.config import TransformerConfig
+from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, NoNorm, RMSNorm
+from tfkern.nn.rotary import rotate
+from tfkern.ops import attention
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Attention of a sequence to itself, or with `cross` to the output of an encoder.
+
+    qkv has the rows of all query heads, then those of the key heads, then the value heads; with
+    `cross` q and kv have them.
+    """
+
+    def __init__(self, config: TransformerConfig, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.head_dim, self.scale = config.head_size, config.attention_scale
+        self.causal, self.cross, self.dropout = causal, cross, config.attention_dropout
+        q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        if cross:
+            self.q = nn.Linear(config.dim, q, config.bias)
+            self.kv = nn.Linear(config.dim, kv, config.bias)
+        else:
+            self.qkv = nn.Linear(config.dim, q + kv, config.bias)
+        self.out = nn.Linear(q, config.dim, config.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | KeysValues | None = None,
+        *,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """(B, T, dim) to (B, T, dim).
+
+        Args:
+            memory: with cross, the encoder's output (B, S, dim), or `keys_values` of it.
+            rotation: cosine and sine as given by `rotary_table`.
+            cache: what earlier tokens left, to which these are added.
+            options: further arguments of `tfkern.attention`.
+        """
+        if self.cross:
+            assert memory is not None
+            q = self._split(self.q(x))
+            k, v = self.keys_values(memory) if isinstance(memory, Tensor) else memory
+        else:
+            q, k, v = self._split(self.qkv(x)).split((self.heads, *2 * (self.kv_heads,)), 1)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v, options["key_lengths"] = cache.append(k, v, options.get("query_lengths"))
+        dropout_p = self.dropout if self.training else 0.0
+        causal, scale = self.causal, self.scale
+        o = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, **options)
+        return self.out(o.transpose(1, 2).flatten(-2))
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """Keys and values (B, Hk, S, D) of an encoder's output, which stay while a decoder runs."""
+        k, v = self._split(self.kv(memory)).chunk(2, 1)
+        return k, v
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, H D) to (B, H, T, D)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """One layer: attention, in a decoder behind an encoder also cross-attention, and an MLP.
+
+    Pre-norm, where x is the output of the sublayer before and h the residual stream without it:
+
+        h = h + x;  x = sublayer(norm(h))
+
+    Post-norm, which has no h:
+
+        x = norm(x + sublayer(x))
+
+    Both are written so that the addition and the norm are one kernel.
+    """
+
+    def __init__(self, config: TransformerConfig, causal: bool = True, cross: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.attention = norm(config), Attention(config, causal)
+        if cross:
+            self.norm_cross, self.cross = norm(config), Attention(config, False, cross=True)
+        self.norm2, self.mlp = norm(config), _mlp(config)
+        self.dropout, self.post_norm = config.dropout, config.post_norm
+        self.has_cross = cross
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None = None,
+        memory: Tensor | KeysValues | None = None,
+        own: dict[str, Any] | None = None,
+        other: dict[str, Any] | None = None,
+        counted: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes and returns the output of the last sublayer, and the residual stream before it.
+
+        Args:
+            x, h: (B, T, dim); h is None in front of the first block, and always with post_norm.
+            memory: what cross-attention attends to.
+            own, other: options of self-attention and of cross-attention.
+            counted: the mask of batch norm.
+        """
+        counted = counted or {}
+        x, h = self._sublayer(self.norm1, self.attention, x, h, counted, **(own or {}))
+        if self.has_cross:
+            other = {"memory": memory, **(other or {})}
+            x, h = self._sublayer(self.norm_cross, self.cross, x, h, counted, **other)
+        return self._sublayer(self.norm2, self.mlp, x, h, counted)
+
+    def _sublayer(
+        self,
+        norm: nn.Module,
+        apply: nn.Module,
+        x: Tensor,
+        h: Tensor | None,
+        counted: dict[str, Tensor],
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.post_norm:
+            y = apply(x, **options)
+            return norm(y, residual=x, dropout_p=self.dropout, **counted), None
+        y, h = norm(x, residual=h, dropout_p=self.dropout, return_residual=True, **counted)
+        return apply(y, **options), h
+
+
+def norm(config: TransformerConfig) -> nn.Module:
+    """The norm of a configuration. That of weights is no part of the stream."""
+    if config.norm == "layer_norm":
+        return LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+    if config.norm == "rms_norm":
+        return RMSNorm(config.dim, config.norm_eps)
+    return BatchNorm(config.dim, config.norm_eps) if config.norm == "batch_norm" else NoNorm()
+
+
+def normalise_weights(block: nn.Module) -> None:
+    """Writes each row of the block's linear layers as a length and a direction."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            weight_norm(module, dim=0)
+
+
+def _mlp(config: TransformerConfig) -> MLP | GatedMLP:
+    kind = GatedMLP if config.gated else MLP
+    return kind(config.dim, config.hidden_size, config.bias, config.activation)

@@ -1,0 +1,128 @@
+"""GPT-1 and GPT-2. Their linear layers are Conv1D: weights (in, out)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tfkern.models.config import TransformerConfig
+from tfkern.models.convert.family import (
+    Family,
+    Rule,
+    activation,
+    activation_name,
+    linear,
+    rule,
+    supported,
+)
+
+# In GPT-1 "gelu" means its tanh form.
+_GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+
+
+def _read(theirs: dict[str, Any]) -> dict[str, Any]:
+    supported(theirs, add_cross_attention=False, scale_attn_by_inverse_layer_idx=False)
+    supported(theirs, scale_attn_weights=True)
+    return {
+        "dim": theirs["n_embd"],
+        "layers": theirs["n_layer"],
+        "heads": theirs["n_head"],
+        "vocab_size": theirs["vocab_size"],
+        "max_length": theirs["n_positions"],
+        "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
+        "dropout": theirs.get("resid_pdrop", 0.1),
+        "attention_dropout": theirs.get("attn_pdrop", 0.1),
+        "tie_embeddings": theirs.get("tie_word_embeddings", True),
+        "pad_token": theirs.get("pad_token_id"),
+        "start_token": theirs.get("bos_token_id"),
+        "end_token": theirs.get("eos_token_id"),
+    }
+
+
+def _write(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.dim,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_length,
+        "layer_norm_epsilon": config.norm_eps,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.attention_dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+        "pad_token_id": config.pad_token,
+        "bos_token_id": config.start_token,
+        "eos_token_id": config.end_token,
+    }
+
+
+def _read1(theirs: dict[str, Any]) -> dict[str, Any]:
+    act = activation(theirs.get("afn", "gelu"), _GPT1_ACTIVATIONS)
+    return _read(theirs) | {"activation": act, "post_norm": True, "init": "normal"}
+
+
+def _write1(config: TransformerConfig) -> dict[str, Any]:
+    return _write(config) | {"afn": activation_name(config.activation, _GPT1_ACTIVATIONS)}
+
+
+def _read2(theirs: dict[str, Any]) -> dict[str, Any]:
+    act = activation(theirs.get("activation_function", "gelu_new"))
+    return _read(theirs) | {"activation": act, "hidden_dim": theirs.get("n_inner")}
+
+
+def _write2(config: TransformerConfig) -> dict[str, Any]:
+    return _write(config) | {
+        "activation_function": activation_name(config.activation),
+        "n_inner": config.hidden_dim,
+    }
+
+
+def _blocks(config: TransformerConfig) -> Iterator[Rule]:
+    for i in range(config.layers):
+        ours, theirs = f"decoder.blocks.{i}", f"transformer.h.{i}"
+        yield from linear(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", transposed=True)
+        yield from linear(f"{ours}.attention.out", f"{theirs}.attn.c_proj", transposed=True)
+        yield from linear(f"{ours}.mlp.fc1", f"{theirs}.mlp.c_fc", transposed=True)
+        yield from linear(f"{ours}.mlp.fc2", f"{theirs}.mlp.c_proj", transposed=True)
+        yield from linear(f"{ours}.norm1", f"{theirs}.ln_1")
+        yield from linear(f"{ours}.norm2", f"{theirs}.ln_2")
+    if config.head == "lm" and not config.tie_embeddings:
+        yield rule("vocabulary.weight", "lm_head.weight")
+
+
+def _rules1(config: TransformerConfig) -> Iterator[Rule]:
+    yield rule("embedding.weight", "transformer.tokens_embed.weight")
+    yield rule("decoder.positions.weight", "transformer.positions_embed.weight")
+    yield from _blocks(config)
+
+
+def _rules2(config: TransformerConfig) -> Iterator[Rule]:
+    yield rule("embedding.weight", "transformer.wte.weight")
+    yield rule("decoder.positions.weight", "transformer.wpe.weight")
+    yield from linear("decoder.norm", "transformer.ln_f")
+    yield from _blocks(config)
+
+
+def _aliases(embedding: str) -> Any:
+    return lambda config: {"lm_head.weight": embedding} if config.tie_embeddings else {}
+
+
+GPT1 = Family(
+    "openai-gpt",
+    "transformer",
+    {"OpenAIGPTLMHeadModel": {"head": "lm"}, "OpenAIGPTModel": {"head": "none"}},
+    _read1,
+    _write1,
+    _rules1,
+    _aliases("transformer.tokens_embed.weight"),
+    ignored=(".attn.bias", ".position_ids"),
+)
+GPT2 = Family(
+    "gpt2",
+    "transformer",
+    {"GPT2LMHeadModel": {"head": "lm"}, "GPT2Model": {"head": "none"}},
+    _read2,
+    _write2,
+    _rules2,
+    _aliases("transformer.wte.weight"),
+    ignored=(".attn.bias", ".attn.masked_bias"),
+)

@@ -1,0 +1,130 @@
+"""T5 and T5 v1.1: no division of the scores, relative positions of the first block for all."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tfkern.models.config import TransformerConfig
+from tfkern.models.convert.family import Family, Rule, activation, activation_name, rule
+
+# What follows "gated-", where "gelu" means its tanh form, and what stands alone.
+_GATED = {"gelu": "gelu_tanh", "silu": "silu", "relu": "relu"}
+
+
+def _read(theirs: dict[str, Any]) -> dict[str, Any]:
+    act = theirs.get("feed_forward_proj", "relu")
+    gated = act.startswith("gated-")
+    tied = theirs.get("tie_word_embeddings", True)
+    pad = theirs.get("pad_token_id", 0)
+    return {
+        "architecture": "encoder_decoder",
+        "dim": theirs["d_model"],
+        "layers": theirs.get("num_decoder_layers") or theirs["num_layers"],
+        "encoder_layers": theirs["num_layers"],
+        "heads": theirs["num_heads"],
+        "head_dim": theirs["d_kv"],
+        "hidden_dim": theirs["d_ff"],
+        "vocab_size": theirs["vocab_size"],
+        "positions": "relative",
+        "relative_buckets": theirs.get("relative_attention_num_buckets", 32),
+        "relative_distance": theirs.get("relative_attention_max_distance", 128),
+        "norm": "rms_norm",
+        "norm_eps": theirs.get("layer_norm_epsilon", 1e-6),
+        "gated": gated,
+        "activation": activation(act.removeprefix("gated-"), _GATED) if gated else activation(act),
+        "attention_scale": 1.0,
+        "bias": False,
+        "dropout": theirs.get("dropout_rate", 0.1),
+        "attention_dropout": theirs.get("dropout_rate", 0.1),
+        "tie_embeddings": tied,
+        "logit_scale": theirs["d_model"] ** -0.5 if tied else 1.0,
+        "pad_token": pad,
+        "start_token": theirs.get("decoder_start_token_id", pad),
+        "end_token": theirs.get("eos_token_id", 1),
+        "init": "t5",
+    }
+
+
+def _write(config: TransformerConfig) -> dict[str, Any]:
+    names = _GATED if config.gated else None
+    act = activation_name(config.activation, names) if names else activation_name(config.activation)
+    both = config.architecture == "encoder_decoder"
+    return {
+        "is_encoder_decoder": both,
+        "d_model": config.dim,
+        "num_decoder_layers": config.layers,
+        "num_layers": config.encoder_layers or config.layers,
+        "num_heads": config.heads,
+        "d_kv": config.head_size,
+        "d_ff": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_distance,
+        "layer_norm_epsilon": config.norm_eps,
+        "feed_forward_proj": f"gated-{act}" if config.gated else act,
+        "dropout_rate": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+        "pad_token_id": config.pad_token,
+        "decoder_start_token_id": config.start_token,
+        "eos_token_id": config.end_token,
+    }
+
+
+def _rules(config: TransformerConfig) -> Iterator[Rule]:
+    yield rule("embedding.weight", "shared.weight")
+    depth = {"encoder": config.encoder_layers or config.layers, "decoder": config.layers}
+    if config.architecture == "encoder":
+        del depth["decoder"]
+    for side, layers in depth.items():
+        first = f"{side}.block.0.layer.0.SelfAttention"
+        yield rule(f"{side}.positions.weight", f"{first}.relative_attention_bias.weight")
+        yield rule(f"{side}.norm.weight", f"{side}.final_layer_norm.weight")
+        for i in range(layers):
+            ours, theirs = f"{side}.blocks.{i}", f"{side}.block.{i}.layer"
+            q, k, v, o = (f"{theirs}.0.SelfAttention.{x}.weight" for x in "qkvo")
+            yield rule(f"{ours}.attention.qkv.weight", (q, k, v))
+            yield rule(f"{ours}.attention.out.weight", o)
+            yield rule(f"{ours}.norm1.weight", f"{theirs}.0.layer_norm.weight")
+            last = 1
+            if side == "decoder":
+                last = 2
+                q, k, v, o = (f"{theirs}.1.EncDecAttention.{x}.weight" for x in "qkvo")
+                yield rule(f"{ours}.cross.q.weight", q)
+                yield rule(f"{ours}.cross.kv.weight", (k, v))
+                yield rule(f"{ours}.cross.out.weight", o)
+                yield rule(f"{ours}.norm_cross.weight", f"{theirs}.1.layer_norm.weight")
+            mlp = f"{theirs}.{last}.DenseReluDense"
+            if config.gated:
+                yield rule(
+                    f"{ours}.mlp.gate_up.weight", (f"{mlp}.wi_0.weight", f"{mlp}.wi_1.weight")
+                )
+                yield rule(f"{ours}.mlp.down.weight", f"{mlp}.wo.weight")
+            else:
+                yield rule(f"{ours}.mlp.fc1.weight", f"{mlp}.wi.weight")
+                yield rule(f"{ours}.mlp.fc2.weight", f"{mlp}.wo.weight")
+            yield rule(f"{ours}.norm2.weight", f"{theirs}.{last}.layer_norm.weight")
+    if config.head == "lm" and not config.tie_embeddings:
+        yield rule("vocabulary.weight", "lm_head.weight")
+
+
+def _aliases(config: TransformerConfig) -> dict[str, str]:
+    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    if config.tie_embeddings:
+        names.append("lm_head.weight")
+    return dict.fromkeys(names, "shared.weight")
+
+
+T5 = Family(
+    "t5",
+    "",
+    {
+        "T5ForConditionalGeneration": {"head": "lm"},
+        "T5Model": {"head": "none"},
+        "T5EncoderModel": {"head": "none", "architecture": "encoder"},
+    },
+    _read,
+    _write,
+    _rules,
+    _aliases,
+    # of the published files; cross-attention has no positions
+    ignored=("EncDecAttention.relative_attention_bias.weight",),
+)

@@ -1,0 +1,135 @@
+"""Published models as configurations, by name."""
+
+from dataclasses import replace
+from typing import Any
+
+from tfkern.models.config import TransformerConfig as Config
+
+_VASWANI = Config(
+    architecture="encoder_decoder", dim=512, layers=6, heads=8, vocab_size=37000,
+    positions="sinusoidal", scale_embedding=True, post_norm=True, activation="relu", dropout=0.1,
+    init="xavier",
+)  # fmt: skip
+_GPT1 = Config(
+    dim=768, layers=12, heads=12, vocab_size=40478, max_length=512, post_norm=True, dropout=0.1,
+    attention_dropout=0.1, init="normal",
+)  # fmt: skip
+_GPT2 = Config(
+    dim=768, layers=12, heads=12, vocab_size=50257, max_length=1024, dropout=0.1,
+    attention_dropout=0.1, start_token=50256, end_token=50256,
+)  # fmt: skip
+_GPT3 = replace(_GPT2, max_length=2048)
+_BERT = Config(
+    architecture="encoder", dim=768, layers=12, heads=12, vocab_size=30522, pad_token=0,
+    token_types=2, embedding_norm=True, max_length=512, norm_eps=1e-12, post_norm=True,
+    activation="gelu", dropout=0.1, attention_dropout=0.1, head="pretraining", pooler=True,
+    init="normal",
+)  # fmt: skip
+_BART = Config(
+    architecture="encoder_decoder", dim=768, layers=6, heads=12, vocab_size=50265, pad_token=1,
+    start_token=2, end_token=2, embedding_norm=True, max_length=1024, position_offset=2,
+    post_norm=True, activation="gelu", dropout=0.1, logit_bias=True, init="normal",
+)  # fmt: skip
+_T5 = Config(
+    architecture="encoder_decoder", dim=768, layers=12, heads=12, head_dim=64, hidden_dim=3072,
+    vocab_size=32128, pad_token=0, start_token=0, end_token=1, positions="relative",
+    norm="rms_norm", norm_eps=1e-6, activation="relu", attention_scale=1.0, bias=False,
+    dropout=0.1, attention_dropout=0.1, logit_scale=768**-0.5, init="t5",
+)  # fmt: skip
+_T5_V1_1 = replace(
+    _T5, gated=True, activation="gelu_tanh", hidden_dim=2048, tie_embeddings=False, logit_scale=1.0
+)
+_VIT = Config(
+    architecture="encoder", dim=768, layers=12, heads=12, image_size=224, patch_size=16,
+    norm_eps=1e-12, activation="gelu", head="classification", classes=1000, init="truncated",
+)  # fmt: skip
+
+
+def _sized(base: Config, *shapes: tuple) -> list[Config]:
+    """The base in other sizes: layers, dim, heads, and where it is not 4 dim hidden_dim."""
+    return [
+        replace(base, layers=n, dim=dim, heads=heads, hidden_dim=hidden[0] if hidden else None)
+        for n, dim, heads, *hidden in shapes
+    ]
+
+
+def _t5(base: Config, *shapes: tuple) -> list[Config]:
+    sized = _sized(base, *shapes)
+    return [replace(c, logit_scale=c.dim**-0.5) if c.tie_embeddings else c for c in sized]
+
+
+def _named(names: str, configs: list[Config]) -> dict[str, Config]:
+    return dict(zip(names.split(), configs, strict=True))
+
+
+_PRESETS: dict[str, Config] = {
+    "transformer-base": _VASWANI,
+    "transformer-big": replace(_VASWANI, dim=1024, heads=16, dropout=0.3),
+    "gpt1": _GPT1,
+    **_named(
+        "gpt2 gpt2-medium gpt2-large gpt2-xl",
+        _sized(_GPT2, (12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25)),
+    ),
+    **_named(
+        "gpt3-125m gpt3-350m gpt3-760m gpt3-1.3b gpt3-2.7b gpt3-6.7b gpt3-175b",
+        _sized(
+            _GPT3, (12, 768, 12), (24, 1024, 16), (24, 1536, 16), (24, 2048, 16), (32, 2560, 32),
+            (32, 4096, 32), (96, 12288, 96)
+        ),
+    ),
+    "gpt3-13b": replace(_GPT3, layers=40, dim=5140, heads=40, head_dim=128),
+    "bert-base-uncased": _BERT,
+    "bert-base-cased": replace(_BERT, vocab_size=28996),
+    "bert-large-uncased": replace(_BERT, layers=24, dim=1024, heads=16),
+    "minilm-l6-h384": replace(_BERT, layers=6, dim=384, heads=12, head="none"),
+    "bart-base": _BART,
+    "bart-large": replace(_BART, layers=12, dim=1024, heads=16),
+    **_named(
+        "t5-small t5-base t5-large",
+        _t5(_T5, (6, 512, 8, 2048), (12, 768, 12, 3072), (24, 1024, 16, 4096)),
+    ),
+    **_named(
+        "t5-3b t5-11b",
+        _t5(replace(_T5, head_dim=128), (24, 1024, 32, 16384), (24, 1024, 128, 65536)),
+    ),
+    **_named(
+        "t5-v1.1-small t5-v1.1-base t5-v1.1-large t5-v1.1-xl t5-v1.1-xxl",
+        _t5(
+            _T5_V1_1, (8, 512, 6, 1024), (12, 768, 12, 2048), (24, 1024, 16, 2816),
+            (24, 2048, 32, 5120), (24, 4096, 64, 10240)
+        ),
+    ),
+    **_named("vit-b16 vit-l16", _sized(_VIT, (12, 768, 12), (24, 1024, 16))),
+    **_named(
+        "vit-b32 vit-l32", _sized(replace(_VIT, patch_size=32), (12, 768, 12), (24, 1024, 16))
+    ),
+    "vit-h14": replace(_VIT, layers=32, dim=1280, heads=16, patch_size=14),
+}  # fmt: skip
+
+
+def presets() -> list[str]:
+    """The names that `preset` knows."""
+    return list(_PRESETS)
+
+
+def preset(name: str, **changes: Any) -> Config:
+    """The configuration of a published model.
+
+    The 2017 base and big (Vaswani et al.), GPT-1 (Radford et al. 2018), GPT-2 (Radford et al.
+    2019), GPT-3 (Brown et al. 2020; its sizes alone: every second of its layers is sparse, which
+    these are not, and the 1.3b has 16 heads, since 24 of 128 would not fit its size), BERT (Devlin
+    et al. 2019), MiniLM (Wang et al. 2020), BART (Lewis et al. 2020), T5 and v1.1 (Raffel et al.
+    2020), ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
+
+        model = Transformer(preset("bert-base-uncased", head="classification", classes=3))
+
+    Args:
+        name: one of `presets()`.
+        changes: fields of `TransformerConfig` to be changed.
+
+    Raises:
+        ValueError: an unknown name, or changes that do not fit.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(_PRESETS)}")
+    return replace(_PRESETS[name], **changes)
