@@ -349,6 +349,37 @@ def test_another_head_on_the_same_body(tmp_path):
         load(directory, max_length=30)
 
 
+def test_a_shorter_context(tmp_path):
+    _, _, ours, directory = made("bart", tmp_path)
+    short = load(directory, max_length=7)
+    source, tokens = torch.randint(61, (2, 7)), torch.randint(61, (2, 5))
+    assert torch.equal(short(tokens, source=source), ours(tokens, source=source))
+    with pytest.raises(ValueError, match="length up to 7"):
+        short(tokens, source=torch.randint(61, (2, 8)))
+
+
+def test_bart_classification(tmp_path):
+    """The decoder reads the source shifted by one, and the state at its end goes to the head."""
+    bart = CASES["bart"]
+    case = replace(
+        bart, architecture="BartForSequenceClassification", config=bart.config | {"num_labels": 4}
+    )
+    theirs = case.model()
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    source = torch.randint(3, 61, (2, 9))
+    source[0, 8], source[1, 5], source[1, 6:] = 2, 2, 1  # the end, and padding behind it
+    mask = source != 1
+    shifted = torch.cat([torch.full((2, 1), 2), source[:, :-1]], 1)
+    with torch.no_grad():
+        expected = theirs(source, attention_mask=mask.long()).logits
+        logits = ours(shifted, source=source, source_mask=mask, mask=mask)
+    assert logits.shape == (2, 4) and (logits - expected).abs().max() <= 1e-10
+    save(ours, tmp_path / "out")
+    after = weights(tmp_path / "out")
+    assert all(torch.equal(x, after[key]) for key, x in weights(tmp_path).items())
+
+
 def test_padded_vocabulary(tmp_path):
     _, theirs, ours, directory = made("gpt2", tmp_path)
     padded = load(directory, vocab_multiple=64)

@@ -19,6 +19,7 @@ RANKS = {
     "tfkern.ops": 2,
     "tfkern.nn": 3,
     "tfkern.models": 4,
+    "tfkern.tokenize": 4,
     "tfkern.integrations": 5,
     "tfkern.testing": 1,
     "tfkern.validation": 3,

@@ -292,6 +292,18 @@ def test_recomputing_changes_nothing(architecture, post_norm):
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_graph_breaks(architecture, post_norm):
+    positions = {"decoder": "alibi", "encoder": "learned", "both": "relative"}[architecture]
+    model = make(ARCHITECTURES[architecture], post_norm=post_norm, positions=positions)
+    tokens, lengths = torch.randint(V, (2, 9)), torch.tensor([9, 4])
+    options = {"source": tokens, "source_mask": lengths} if architecture == "both" else {}
+    options["mask"] = torch.arange(9) < lengths[:, None]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, **options), model(tokens, **options))
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "batch_norm", "weight_norm", "none"])
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_every_norm_trains(norm, post_norm):

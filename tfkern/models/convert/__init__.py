@@ -41,7 +41,7 @@ def load(
         dtype: of the parameters; as in the file if None.
         device: of the model.
         changes: fields of `TransformerConfig`: another head, for instance, whose weights are then
-            as they are before training, or dropout.
+            as they are before training, dropout, or a shorter max_length.
 
     Returns:
         The model, in evaluation mode.
@@ -237,6 +237,8 @@ def _adopt(model: Transformer, state: State, new: tuple[str, ...]) -> None:
         if name in ("embedding.weight", "vocabulary.weight"):
             rows = min(len(x), len(theirs))  # one of them is padded
             x, theirs = x[:rows], theirs[:rows]
+        elif name.endswith(".positions.weight") and len(x) < len(theirs):
+            theirs = theirs[: len(x)]  # a shorter max_length
         if x.shape != theirs.shape:
             raise ValueError(
                 f"the changes need {name} of shape {tuple(x.shape)}, the file has "

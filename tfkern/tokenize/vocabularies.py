@@ -1,0 +1,104 @@
+"""Tokenizers of published models, from the files of their vocabularies."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from tfkern.tokenize.tokenizer import Tokenizer
+
+_Path = str | Path
+
+
+def gpt2(vocabulary: _Path, merges: _Path) -> Tokenizer:
+    """GPT-2's byte-level BPE: any text, lossless (Radford et al. 2019).
+
+    Args:
+        vocabulary: vocab.json (encoder.json), token to id.
+        merges: merges.txt (vocab.bpe).
+    """
+    backend = byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    end = "<|endoftext|>"
+    return Tokenizer(backend, {"bos": end, "eos": end, "pad": end})
+
+
+def bart(vocabulary: _Path, merges: _Path) -> Tokenizer:
+    """BART's, which is GPT-2's with other special tokens and ids: <s> text </s>."""
+    backend = byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    special = {
+        "bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"
+    }  # fmt: skip
+    tokenizer = Tokenizer(backend, special)
+    # the mask takes the space in front of it with it
+    mask = AddedToken("<mask>", lstrip=True, normalized=False, special=True)
+    backend.add_special_tokens([mask])
+    tokenizer.special["mask"] = "<mask>"
+    ids = {token: backend.token_to_id(token) for token in ("<s>", "</s>")}
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=list(ids.items())
+    )
+    return tokenizer
+
+
+def bert(vocabulary: _Path, *, lowercase: bool = True) -> Tokenizer:
+    """BERT's WordPiece: [CLS] text [SEP] (Devlin et al. 2019).
+
+    Args:
+        vocabulary: vocab.txt, a token a line.
+        lowercase: of the uncased models: lower case, no accents.
+    """
+    return word_piece(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"), lowercase)
+
+
+def t5(vocabulary: _Path, sentinels: int = 100) -> Tokenizer:
+    """T5's Unigram: text </s> (Raffel et al. 2020; Kudo 2018).
+
+    Args:
+        vocabulary: JSON, a list of [piece, log probability], beginning with <pad>, </s>, <unk>.
+        sentinels: how many tokens <extra_id_...> follow the vocabulary, the one of number 0 last.
+    """
+    pieces = [(piece, float(score)) for piece, score in json.loads(Path(vocabulary).read_text())]
+    backend = unigram(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer = Tokenizer(backend, {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"})
+    backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
+    end = backend.token_to_id("</s>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", end)]
+    )
+    return tokenizer
+
+
+def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Around a BPE of bytes: GPT-2's way to cut a text into words, and nothing that loses any."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def word_piece(model: models.WordPiece, lowercase: bool) -> Tokenizer:
+    """Around a WordPiece: BERT's normalisation, words, and template."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+    tokenizer = Tokenizer(backend, special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(t, backend.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def unigram(model: models.Unigram) -> tokenizers.Tokenizer:
+    """Around a Unigram: one form of each character and space, and spaces written as U+2581."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend
