@@ -20,6 +20,7 @@ RANKS = {
     "tfkern.nn": 3,
     "tfkern.models": 4,
     "tfkern.tokenize": 4,
+    "tfkern.generate": 5,
     "tfkern.integrations": 5,
     "tfkern.testing": 1,
     "tfkern.validation": 3,

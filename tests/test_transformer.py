@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import tfkern
+from tfkern.generate import GREEDY, generate
 from tfkern.models import Transformer, TransformerConfig
 
 SMALL = TransformerConfig(vocab_size=11, dim=24, layers=2, heads=4, max_length=16)
@@ -212,8 +213,8 @@ def test_memorises_a_text(name):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
-    prompt, count = text[:, :20], 60
-    assert torch.equal(model.generate(prompt, count, temperature=0), text[:, : 20 + count])
+    (new,) = generate(model, text[:, :20], 60, sampling=GREEDY)
+    assert torch.equal(new, text[0, 20:80])
 
 
 def test_dropout_in_training_only():
@@ -289,28 +290,6 @@ def test_compiles_without_graph_breaks(name, compiler):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-
-
-def test_generate():
-    model = make(SMALL)
-    tokens, _ = batch(SMALL, T=3)
-    longer = model.generate(tokens, 20, generator=torch.Generator().manual_seed(1))
-    assert longer.shape == (3, 23) and torch.equal(longer[:, :3], tokens)
-    again = model.generate(tokens, 20, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(again, longer)
-    likeliest = model.generate(tokens, 20, temperature=0)
-    assert torch.equal(model.generate(tokens, 20, top_k=1), likeliest)
-    assert torch.equal(likeliest[:, 3], model(tokens)[:, -1].argmax(-1))
-    assert torch.equal(likeliest[:, -1], model(likeliest[:, -17:-1])[:, -1].argmax(-1))
-    # never beyond the two most likely
-    drawn = torch.cat([model.generate(tokens, 1, top_k=2)[:, 3:] for _ in range(20)], 1)
-    best = model(tokens)[:, -1].topk(2).indices
-    assert (drawn[..., None] == best[:, None]).any(-1).all()
-    for bad in ({"temperature": -1.0}, {"top_k": 0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            model.generate(tokens, 1, **bad)
-    with pytest.raises(ValueError, match="length >= 1"):
-        model.generate(tokens[:, :0], 1)
 
 
 @pytest.mark.parametrize(

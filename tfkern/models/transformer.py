@@ -169,52 +169,6 @@ class Transformer(nn.Module):
         y = heads.pool(y, mask, "first" if self.decoder is None else "last")
         return y if self.pooler is None else self.pooler(y)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        count: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continues each row of tokens by count tokens, each drawn given the last max_length ones.
-
-        Call eval() first if the model has dropout.
-
-        Args:
-            tokens: (B, T) with T >= 1.
-            count: how many tokens to add.
-            temperature: divides the logits; 0 takes the most likely token.
-            top_k: draw from the k most likely tokens only (Fan et al. 2018).
-            generator: of the random numbers, on the device of the model.
-
-        Returns:
-            (B, T + count), beginning with tokens.
-
-        Raises:
-            ValueError: tokens without a first token, a negative temperature, or top_k below 1.
-        """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be (batch, length >= 1), got {tuple(tokens.shape)}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be positive, got {top_k}")
-        for _ in range(count):
-            logits = self(tokens[:, -(self.config.max_length or 0) :])[:, -1].float()
-            if top_k is not None and top_k < logits.shape[-1]:
-                least = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            if temperature == 0:
-                drawn = logits.argmax(-1, keepdim=True)
-            else:
-                p = (logits / temperature).softmax(-1)
-                drawn = torch.multinomial(p, 1, generator=generator)
-            tokens = torch.cat([tokens, drawn.to(tokens.dtype)], 1)
-        return tokens
-
     def _embed(self, tokens: Tensor) -> Tensor:
         config = self.config
         if config.patch_size is not None:

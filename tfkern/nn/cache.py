@@ -147,6 +147,22 @@ class KVCache:
         self._lengths.zero_()
         self._rows = 0
 
+    def crop(self, lengths: Tensor) -> None:
+        """Forgets the tokens of each sequence from lengths on.
+
+        Args:
+            lengths: (B,) int32 or int64, on the device of the cache.
+
+        Raises:
+            ValueError: another shape, dtype or device, or a ring, which has overwritten what would
+                be the last tokens then.
+        """
+        if self.kind == "ring":
+            raise ValueError("a ring cannot be cropped")
+        checks.integers("lengths", lengths, self._k)
+        checks.shape("lengths", lengths, self._lengths.shape, "one length for each batch")
+        self._lengths.copy_(torch.minimum(self._lengths, lengths.to(self._lengths.dtype)))
+
     def reorder(self, indices: Tensor) -> None:
         """Sequence b becomes what sequence indices[b] was, as beam search needs it.
 

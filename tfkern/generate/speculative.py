@@ -1,0 +1,118 @@
+"""Speculative decoding: a small model drafts, the large one checks all of a draft at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tfkern.generate.decode import Seeds, ends_of, inputs, seeds_of
+from tfkern.generate.sampling import Sampling, draw
+from tfkern.generate.session import Rows, Session, pad
+from tfkern.models import Transformer
+
+
+@torch.no_grad()
+def speculative(
+    model: Transformer,
+    draft: Transformer,
+    prompts: Rows | None = None,
+    max_tokens: int = 64,
+    *,
+    lookahead: int = 4,
+    source: Rows | None = None,
+    sampling: Sampling | None = None,
+    seeds: Seeds = 0,
+    end_tokens: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Continues every prompt with the distribution of `model`, and fewer calls of it.
+
+    Each token of a draft is kept with probability min(1, p / q), p being what the model gives it
+    and q what the draft did; in place of the first that is not kept one is drawn from
+    max(0, p - q). So what is written follows p exactly, and with temperature 0 it is what
+    `generate` writes (Leviathan et al. 2023; Chen et al. 2023). Prompts are continued one after
+    the other.
+
+    Args:
+        model: whose texts these are; `draft`: of the same vocabulary.
+        lookahead: tokens of a draft.
+        prompts, max_tokens, source, sampling, seeds, end_tokens: as in `generate`.
+
+    Returns:
+        For each prompt the new tokens, 1-d int64.
+
+    Raises:
+        ValueError: as `generate`, or models of different vocabularies.
+    """
+    if lookahead < 1 or max_tokens < 1:
+        raise ValueError(
+            f"lookahead and max_tokens must be positive, got {lookahead} and {max_tokens}"
+        )
+    if model.config.vocab_size != draft.config.vocab_size:
+        raise ValueError(
+            f"the models have {model.config.vocab_size} and {draft.config.vocab_size} tokens"
+        )
+    sampling = sampling or Sampling()
+    history, sources = inputs(model, prompts, source)
+    device, ends = next(model.parameters()).device, ends_of(model, end_tokens)
+    results = []
+    for i, seed in enumerate(seeds_of(seeds, len(history))):
+        read = (None, None) if sources is None else pad([sources[i]], device)
+        capacity = len(history[i]) + max_tokens
+        pair = [Session(m, 1, capacity, *read) for m in (model, draft)]
+        generator = torch.Generator().manual_seed(seed)
+        new = _one(pair, history[i], max_tokens, lookahead, sampling, generator, ends)
+        results.append(torch.tensor(new, dtype=torch.int64))
+    return results
+
+
+def _one(
+    pair: list[Session],
+    tokens: list[int],
+    max_tokens: int,
+    lookahead: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    ends: list[int],
+) -> list[int]:
+    """The new tokens. The large session has read all but the last, the small one up to
+    drafted_to."""
+    large, small = pair
+    prompt, drafted_to = len(tokens), 0
+    device = large.device
+    if prompt > 1:
+        large.feed(torch.tensor([tokens[:-1]], device=device))
+
+    def distribution(logits: Tensor, text: list[int]) -> Tensor:
+        changed = sampling.logits(logits, [text], len(text) - prompt, ends)
+        return sampling.probabilities(changed)
+
+    while True:
+        room = max_tokens - (len(tokens) - prompt)
+        count = min(lookahead, room - 1)  # the model adds one
+        text, q = list(tokens), []
+        for _ in range(count):
+            logits = small.feed(torch.tensor([text[drafted_to:]], device=device))
+            drafted_to = len(text)
+            q.append(distribution(logits, text))
+            text.append(int(draw(q[-1], [generator])))
+        logits = large.feed_all(torch.tensor([text[len(tokens) - 1 :]], device=device))[0]
+        start = len(tokens)
+        for j in range(count + 1):
+            p = distribution(logits[j : j + 1], tokens)
+            if j == count:
+                tokens.append(int(draw(p, [generator])))
+                break
+            token = text[start + j]
+            u = torch.rand((), dtype=torch.float64, generator=generator).item()
+            if u * q[j][0, token].item() < p[0, token].item():
+                tokens.append(token)
+                if token in ends:
+                    break
+            else:
+                tokens.append(int(draw((p - q[j]).clamp(min=0), [generator])))
+                break
+        if tokens[-1] in ends or len(tokens) - prompt >= max_tokens:
+            return tokens[prompt:]
+        large.crop(len(tokens) - 1)
+        drafted_to = min(drafted_to, len(tokens) - 1)
+        small.crop(drafted_to)

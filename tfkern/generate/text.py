@@ -1,0 +1,146 @@
+"""Texts in, texts out."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tfkern.generate.decode import generate, stream
+from tfkern.models import Transformer
+
+if TYPE_CHECKING:  # which needs the library tokenizers; tokens alone do not
+    from tfkern.tokenize import Tokenizer
+
+
+def complete(
+    model: Transformer,
+    tokenizer: "Tokenizer",
+    prompts: Sequence[str],
+    max_tokens: int = 64,
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> list[str]:
+    """What follows each prompt, or for an encoder-decoder what it makes of it.
+
+    Args:
+        stop: strings before which a text ends, wherever the borders of tokens are.
+        options: further ones of `generate`.
+
+    Returns:
+        As many texts as prompts, times samples.
+
+    Raises:
+        ValueError: as `generate`, or an empty string to stop at.
+    """
+    texts = [_Text(tokenizer, stop) for _ in range(len(prompts) * options.get("samples", 1))]
+
+    def ends(row: int, token: int) -> bool:
+        texts[row].push(token)
+        return texts[row].ended
+
+    generate(
+        model, max_tokens=max_tokens, stop=ends, **_inputs(model, tokenizer, prompts), **options
+    )
+    return [text.finish() for text in texts]
+
+
+def stream_text(
+    model: Transformer,
+    tokenizer: "Tokenizer",
+    prompt: str,
+    max_tokens: int = 64,
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """The text of `complete` in pieces, as soon as it is certain that no string to stop at begins
+    there."""
+    text = _Text(tokenizer, stop)
+    shown = 0
+    inputs = _inputs(model, tokenizer, [prompt])
+    for (token,) in stream(model, max_tokens=max_tokens, **inputs, **options):
+        assert token is not None
+        text.push(token)
+        certain = text.certain()
+        yield text.value[shown:certain]
+        shown = max(shown, certain)
+        if text.ended:
+            return
+    yield text.finish()[shown:]
+
+
+def fill_mask(
+    model: Transformer, tokenizer: "Tokenizer", text: str, count: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The likeliest tokens for each mask in a text, with their probabilities.
+
+    Args:
+        model: an encoder with head "mlm" or "pretraining".
+        text: with the tokenizer's mask token, such as "[MASK]".
+        count: how many for each mask.
+
+    Raises:
+        ValueError: a model without such a head, or a text without a mask.
+    """
+    if model.config.head not in ("mlm", "pretraining"):
+        raise ValueError(f"fill_mask needs head 'mlm', the model has {model.config.head!r}")
+    batch = tokenizer.batch([text], allow_special=True)
+    places = (batch.tokens[0] == tokenizer.special_id("mask")).nonzero()[:, 0]
+    if not len(places):
+        raise ValueError(f"the text has no {tokenizer.special['mask']}: {text!r}")
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        types = batch.types.to(device) if model.config.token_types else None
+        logits = model(batch.tokens.to(device), token_types=types)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    top = logits[0, places.to(device)].float().softmax(-1).topk(count)
+    return [
+        [
+            (tokenizer.decode([token], skip_special=False), p)
+            for token, p in zip(tokens, ps, strict=True)
+        ]
+        for tokens, ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def _inputs(model: Transformer, tokenizer: "Tokenizer", prompts: Sequence[str]) -> dict[str, Any]:
+    """Of a decoder the prompts, of an encoder-decoder the sources."""
+    both = model.config.architecture == "encoder_decoder"
+    rows = [tokenizer.encode(text, template=both) for text in prompts]
+    return {"source" if both else "prompts": rows}
+
+
+class _Text:
+    """A text that grows by tokens until a string to stop at is in it."""
+
+    def __init__(self, tokenizer: "Tokenizer", stop: Sequence[str]) -> None:
+        if not all(stop):
+            raise ValueError("a string to stop at must not be empty")
+        self._stream, self._stop = tokenizer.stream(), stop
+        self.value, self.ended = "", False
+
+    def push(self, token: int) -> None:
+        self._add(self._stream.push(token))
+
+    def finish(self) -> str:
+        if not self.ended:
+            self._add(self._stream.finish())
+        return self.value
+
+    def certain(self) -> int:
+        """How much of the value cannot become part of a string to stop at."""
+        if self.ended:
+            return len(self.value)
+        longest = 0
+        for word in self._stop:
+            for n in range(1, min(len(word), len(self.value) + 1)):
+                if self.value.endswith(word[:n]):
+                    longest = max(longest, n)
+        return len(self.value) - longest
+
+    def _add(self, piece: str) -> None:
+        self.value += piece
+        found = [i for i in map(self.value.find, self._stop) if i >= 0]
+        if found:
+            self.value, self.ended = self.value[: min(found)], True
