@@ -2,9 +2,9 @@
 
 from tfkern.generate.beam import Beam, beam_search
 from tfkern.generate.decode import generate, stream
+from tfkern.generate.drafts import speculative
 from tfkern.generate.evaluate import perplexity
 from tfkern.generate.sampling import GREEDY, Sampling
-from tfkern.generate.speculative import speculative
 from tfkern.generate.text import complete, fill_mask, stream_text
 
 __all__ = [

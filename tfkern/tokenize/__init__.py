@@ -1,7 +1,7 @@
 """Text to token ids and back, on the library `tokenizers` (`pip install tfkern[text]`)."""
 
 from tfkern.tokenize.tokenizer import Batch, Stream, Tokenizer
-from tfkern.tokenize.train import characters, train
+from tfkern.tokenize.trainers import characters, train
 from tfkern.tokenize.vocabularies import bart, bert, gpt2, t5
 
 __all__ = [
