@@ -478,6 +478,14 @@ def test_pickles_are_not_read(tmp_path):
         load(tmp_path)
 
 
+def test_shards_of_transformers(tmp_path):
+    name = "bert"
+    theirs = CASES[name].model()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert errors(name, load(tmp_path), theirs) <= 1
+
+
 def test_a_directory_is_replaced_whole(tmp_path):
     """No shard of an earlier save is left to be read."""
     _, _, ours, _ = made("gpt2", tmp_path / "hf")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tfkern.models import Transformer, TransformerConfig, preset, presets
+from tfkern.models import Transformer, TransformerConfig, preset, presets, report_layers
 from tfkern.models.heads import pool
 from tfkern.models.positions import alibi_slopes, relative_bucket, sinusoids
 from tfkern.nn import BatchNorm, KVCache
@@ -319,6 +319,38 @@ def test_every_norm_trains(norm, post_norm):
     assert loss.item() < 0.6 < math.log(V) - 1
 
 
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_report_of_layers(post_norm):
+    """The size of the stream behind each block, and of the gradients in it."""
+    model = make(DECODER, post_norm=post_norm)
+    tokens = torch.randint(V, (2, 6))
+    reports = report_layers(model, lambda: model(tokens, tokens))
+    assert [r.name for r in reports] == ["decoder.blocks.0", "decoder.blocks.1"]
+    places = torch.arange(6)
+    x, h = model.embedding(tokens) + model.decoder.positions(places), None
+    for block, r in zip(model.decoder.blocks, reports, strict=True):
+        x, h = block(x, h)
+        stream = x if h is None else x + h
+        assert r.activation == pytest.approx(stream.square().mean().sqrt().item(), rel=1e-5)
+        total = sum(p.grad.square().sum() for p in block.parameters())
+        assert r.gradient == pytest.approx(total.sqrt().item(), rel=1e-5)
+
+
+def test_norms_keep_layers_of_one_size():
+    """24 blocks with large weights: without a norm the stream explodes, with one it does not."""
+    sizes = {}
+    for norm in ("layer_norm", "none"):
+        torch.manual_seed(0)
+        model = Transformer(replace(DECODER, layers=24, norm=norm, init="normal"))
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.data *= 8
+        tokens = torch.randint(V, (2, 16))
+        sizes[norm] = report_layers(model, lambda m=model, t=tokens: m(t, t))
+    growth = {norm: r[-1].activation / r[0].activation for norm, r in sizes.items()}
+    assert growth["layer_norm"] < 20 and growth["none"] > 1e3
+
+
 def test_batch_norm_counts_no_padding():
     """As torch's on the packed tokens, and in evaluation as torch's."""
     ours, theirs = (kind(6).double() for kind in (BatchNorm, nn.BatchNorm1d))
@@ -521,6 +553,34 @@ def test_other_image_sizes():
             y = model.embedding(x) - model.embedding.projection.bias
             torch.testing.assert_close(y[:, 1:], expected[:, 1:], rtol=0, atol=1e-10)
             assert model(x).shape == (1, 5)
+
+
+@pytest.mark.slow
+def test_handwritten_digits():
+    """A small ViT reads the digits that come with scikit-learn."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    torch.manual_seed(0)
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    targets, order = torch.tensor(digits.target), torch.randperm(len(images))
+    train, test = order[:1437], order[1437:]
+    config = TransformerConfig(
+        dim=64, layers=4, heads=4, architecture="encoder", image_size=8, patch_size=2, channels=1,
+        activation="gelu", head="classification", classes=10, init="truncated",
+    )  # fmt: skip
+    model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.2e6, rel=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
+    for _ in range(600):
+        batch = train[torch.randint(len(train), (64,))]
+        optimizer.zero_grad()
+        model(images[batch], targets[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(images[test]).argmax(-1) == targets[test]).float().mean().item()
+    assert accuracy >= 0.94
 
 
 def test_config_errors():

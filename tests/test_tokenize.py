@@ -122,18 +122,36 @@ def test_bart_ids(tmp_path):
     assert bart.encode("a <mask>", allow_special=True) == [0, a, len(words) - 1, 2]
 
 
-def test_t5(tmp_path):
-    """The segmentation of the highest probability, and sentinels that count downwards."""
-    pieces = [["<pad>", 0], ["</s>", 0], ["<unk>", -9], ["▁", -3], ["▁a", -2], ["b", -2],
-              ["ab", -2.5], ["▁ab", -4.5], ["a", -3]]  # fmt: skip
-    (tmp_path / "vocabulary.json").write_text(json.dumps(pieces))
-    t5 = tokenize.t5(tmp_path / "vocabulary.json")
-    assert [t5.special_id(role) for role in ("pad", "eos", "unk")] == [0, 1, 2]
-    assert t5.id("<extra_id_0>") == len(pieces) + 99 and t5.id("<extra_id_99>") == len(pieces)
-    assert t5.encode("ab") == [4, 5, 1]  # -2 - 2 > -4.5 > -3 - 2.5
-    assert t5.decode(t5.encode("ab  ab")) == "ab ab"
-    tokens = t5.encode("a <extra_id_0> b", allow_special=True)
-    assert t5.id("<extra_id_0>") in tokens
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A file of SentencePiece with T5's special tokens."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    prefix = tmp_path_factory.mktemp("sp") / "spiece"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TOPICS.splitlines()), model_prefix=str(prefix), vocab_size=900,
+        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>",
+        minloglevel=2,
+    )  # fmt: skip
+    return prefix.with_suffix(".model")
+
+
+def test_t5_is_that_of_sentencepiece(pieces):
+    """The same ids, but for equally probable orders of the same pieces, as in a row of dashes."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    for t5 in (tokenize.t5(pieces), Tokenizer.load(pieces.parent)):
+        lines, equal = TOPICS.splitlines()[:3000], 0
+        for line, encoding in zip(lines, t5.batch(lines).encodings, strict=True):
+            expected = [*theirs.encode(line), 1]
+            assert sorted(encoding.ids) == sorted(expected), line
+            equal += encoding.ids == expected
+            if 2 not in encoding.ids:  # which sentencepiece writes as a sign
+                assert t5.decode(encoding.ids) == theirs.decode(encoding.ids)
+        assert equal >= 0.99 * len(lines)
+        assert [t5.special_id(role) for role in ("pad", "eos", "unk")] == [0, 1, 2]
+        assert t5.id("<extra_id_0>") == 999 and t5.id("<extra_id_99>") == 900
+        assert 999 in t5.encode("a <extra_id_0> b", allow_special=True)
+        assert 999 not in t5.encode("a <extra_id_0> b")
 
 
 def test_characters():
@@ -177,14 +195,14 @@ def test_training_is_deterministic():
         "import hashlib, pydoc_data.topics\n"
         "from tfkern.tokenize import train\n"
         "texts = list(pydoc_data.topics.topics.values())\n"
-        "for kind in ('words', 'bpe', 'wordpiece'):\n"
+        "for kind in ('words', 'bpe', 'wordpiece', 'unigram'):\n"
         "    vocabulary = train(kind, texts, 1500).backend.get_vocab()\n"
         "    print(hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest())"
     )
     command = [sys.executable, "-P", "-c", code]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     first, second = (run.communicate()[0] for run in runs)
-    assert first == second and len(first.splitlines()) == 3
+    assert first == second and len(first.splitlines()) == 4
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
@@ -195,8 +213,8 @@ def test_trained_tokenizers(kind):
     text = "the value of the expression is an integer"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 2
-    with pytest.raises(ValueError, match="at least|positive"):
-        tokenize.train(kind, texts, 0 if kind == "unigram" else 20)
+    with pytest.raises(ValueError, match="at least|positive|no vocabulary"):
+        tokenize.train(kind, texts, 20)
 
 
 def test_word_piece_trainer_takes_the_most_frequent_pair():

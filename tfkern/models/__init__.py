@@ -2,6 +2,14 @@
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.presets import preset, presets
+from tfkern.models.report import LayerReport, report_layers
 from tfkern.models.transformer import Transformer
 
-__all__ = ["Transformer", "TransformerConfig", "preset", "presets"]
+__all__ = [
+    "LayerReport",
+    "Transformer",
+    "TransformerConfig",
+    "preset",
+    "presets",
+    "report_layers",
+]

@@ -74,12 +74,13 @@ class Tokenizer:
         """That of a tokenizer.json, or of a directory with one.
 
         A directory may have tokenizer_config.json or special_tokens_map.json, which tell the roles,
-        or instead of tokenizer.json vocab.json and merges.txt (GPT-2's), or vocab.txt (BERT's).
+        or instead of tokenizer.json vocab.json and merges.txt (GPT-2's), vocab.txt (BERT's) or
+        spiece.model (T5's).
 
         Raises:
             ValueError: nothing of this kind is there, or the file is none.
         """
-        from tfkern.tokenize.vocabularies import bert, gpt2
+        from tfkern.tokenize.vocabularies import bert, gpt2, t5
 
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -88,8 +89,11 @@ class Tokenizer:
                 return gpt2(path / "vocab.json", path / "merges.txt")
             if (path / "vocab.txt").is_file():
                 return bert(path / "vocab.txt")
+            if (path / "spiece.model").is_file():
+                return t5(path / "spiece.model")
             raise ValueError(
-                f"{path} has neither tokenizer.json nor vocab.json and merges.txt nor vocab.txt"
+                f"{path} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt or "
+                "spiece.model"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))

@@ -1,5 +1,6 @@
 """Vocabularies from texts."""
 
+import io
 from collections.abc import Iterable, Sequence
 
 import tokenizers
@@ -34,14 +35,13 @@ def train(
 ) -> Tokenizer:
     """A tokenizer whose vocabulary comes from texts.
 
-    The same texts give the same vocabulary, except for "unigram": its trainer adds numbers in the
-    order of a hash table, and differs between processes. Save what it makes.
+    The same texts give the same vocabulary, in every process.
 
     Args:
         kind: "words" between white space and punctuation, others are [UNK]; "bpe" of bytes, as
             GPT-2's (Sennrich et al. 2016); "wordpiece", as BERT's (Schuster, Nakajima 2012; merges
             by frequency, and among equals in the order of the vocabulary); "unigram", as T5's
-            (Kudo 2018).
+            (Kudo 2018), of lines.
         texts: to learn from.
         vocab_size: at most this many tokens, special ones included.
         min_frequency: what is rarer becomes no token of its own.
@@ -114,16 +114,31 @@ def _train_word_piece(
 
 
 def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    special = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
-    backend = unigram(models.Unigram())
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        unk_token="<unk>",
-        special_tokens=list(special.values()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, special)
+    """By SentencePiece: the trainer of the other library adds numbers in the order of a hash
+    table."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = [line for text in texts for line in text.splitlines() if line]
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            max_sentence_length=1 << 30,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no vocabulary of {vocab_size} from these texts: {error}") from None
+    return unigram(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
 
 
 def _check_room(vocab_size: int, needed: int) -> None:

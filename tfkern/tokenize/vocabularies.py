@@ -1,7 +1,7 @@
 """Tokenizers of published models, from the files of their vocabularies."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -51,20 +51,22 @@ def bert(vocabulary: _Path, *, lowercase: bool = True) -> Tokenizer:
     return word_piece(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"), lowercase)
 
 
-def t5(vocabulary: _Path, sentinels: int = 100) -> Tokenizer:
+def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
     """T5's Unigram: text </s> (Raffel et al. 2020; Kudo 2018).
 
     Args:
-        vocabulary: JSON, a list of [piece, log probability], beginning with <pad>, </s>, <unk>.
+        model: spiece.model, a file of SentencePiece, which has to be installed to read it.
         sentinels: how many tokens <extra_id_...> follow the vocabulary, the one of number 0 last.
     """
-    pieces = [(piece, float(score)) for piece, score in json.loads(Path(vocabulary).read_text())]
-    backend = unigram(models.Unigram(pieces, unk_id=2, byte_fallback=False))
-    tokenizer = Tokenizer(backend, {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"})
+    import sentencepiece
+
+    tokenizer = unigram(sentencepiece.SentencePieceProcessor(model_file=str(model)))
+    backend = tokenizer.backend
     backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
-    end = backend.token_to_id("</s>")
     backend.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", end)]
+        single="$A </s>",
+        pair="$A </s> $B </s>",
+        special_tokens=[("</s>", tokenizer.special_id("eos"))],
     )
     return tokenizer
 
@@ -93,12 +95,15 @@ def word_piece(model: models.WordPiece, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def unigram(model: models.Unigram) -> tokenizers.Tokenizer:
-    """Around a Unigram: one form of each character and space, and spaces written as U+2581."""
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    )
+def unigram(processor: Any) -> Tokenizer:
+    """A Unigram with the pieces of a SentencePieceProcessor, and its normalisation: one form of
+    each character, one space between words, written as U+2581."""
+    ids = range(processor.get_piece_size())
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in ids]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id()))
+    space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), space, normalizers.Strip()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    return backend
+    special = {"pad": processor.pad_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
+    return Tokenizer(backend, {role: pieces[i][0] for role, i in special.items() if i >= 0})
