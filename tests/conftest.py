@@ -54,9 +54,8 @@ def pytest_generate_tests(metafunc):
         for dtype in DTYPES if "dtype" in names else (None,):
             if backend == "triton" and dtype == torch.float64:
                 continue  # not among the dtypes of the Triton kernels
-            if backend == "native" and DEVICE == "cuda":
-                if dtype == torch.float64 or op == "attention":
-                    continue  # nor of the CUDA kernels, of which there are not all
+            if backend == "native" and DEVICE == "cuda" and dtype == torch.float64:
+                continue  # nor of the CUDA kernels
             marks = [pytest.mark.skip(reason=reason)] if reason else []
             values = (backend, dtype) if "dtype" in names else (backend,)
             label = backend if dtype is None else f"{backend}-{str(dtype).removeprefix('torch.')}"

@@ -100,6 +100,22 @@ def test_lengths(backend, dtype, device, causal):
     validate(poisoned, reference, inputs, floor_scale=scale_of(inputs)).check()
 
 
+def test_rows_that_see_nothing_may_hold_nan(backend, dtype, device):
+    """Neither their queries nor their incoming gradients reach a gradient."""
+    q, k, v = make((2, 2, 1, 70, 50, 16, 16, True), dtype, device).values()
+    do = torch.randn_like(q)
+    grads = []
+    for hidden in (0.0, torch.nan):
+        q[:, :, :20] = hidden
+        do[:, :, :20] = hidden
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o = tfkern.attention(*leaves, causal=True, backend=backend)
+        grads.append(torch.autograd.grad(o, leaves, do))
+    for zero, nan in zip(*grads, strict=True):
+        assert torch.equal(zero, nan)
+    assert not grads[1][0][:, :, :20].any()
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
 def test_empty(backend, dtype, device, shape):
     B, H, T, S = shape

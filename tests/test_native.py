@@ -73,3 +73,30 @@ def test_what_is_said_of_cuda(monkeypatch, built, capability, dtypes, told):
         args = (x, weight, None, None, None, 0.0, 1e-5, False)
         reason = layer_norm.why_not(*args, needs_grad=True)
     assert reason is None if told is None else re.search(told, reason)
+
+
+@pytest.mark.parametrize(
+    "dtype, size, needs_grad, shared, told",
+    [
+        ("bfloat16", 256, True, 99, None),
+        ("float32", 64, True, 99, None),
+        ("float32", 128, False, 99, None),
+        ("float32", 128, True, 99, "needs 122880 bytes of shared memory for float32"),
+        ("float32", 256, False, 99, "needs 147456 bytes of shared memory for float32"),
+        ("float32", 256, True, 163, None),
+        ("float16", 257, False, 227, "head sizes up to 256 on CUDA, got 257"),
+        ("float64", 64, False, 227, "takes float32, bfloat16 and float16 on CUDA"),
+    ],
+)
+def test_what_is_said_of_attention_on_cuda(monkeypatch, dtype, size, needs_grad, shared, told):
+    from tfkern import native
+    from tfkern.native import attention
+
+    monkeypatch.setattr(native._C, "has_cuda", True)
+    monkeypatch.setattr(native, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_shared_memory", lambda device: shared << 10)
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 8, size, device="cuda", dtype=getattr(torch, dtype))
+        args = (q, q, q, *[None] * 12, 1.0, 0.0, 0.0)
+        reason = attention.why_not(*args, needs_grad=needs_grad)
+    assert reason is None if told is None else told in reason

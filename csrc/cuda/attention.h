@@ -181,14 +181,15 @@ struct Tile {
   }
 
   // Rows first to first + ROWS of a head, as far as they are before `end`; others are 0. With
-  // `per_head`, rows of one head after the other. Complete after copy_commit, copy_wait and
-  // __syncthreads.
+  // `per_head`, rows of one head after the other; with `lse`, that of row 0, rows where it is -inf
+  // are 0 as well. Complete after copy_commit, copy_wait and __syncthreads.
   __device__ void load(const Heads& x, int batch, int head, int row0, int first, int end,
-                       int per_head = 0) const {
+                       int per_head = 0, const float* lse = nullptr) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
     for (int i = threadIdx.x; i < ROWS * kPieces; i += blockDim.x) {
       const int row = i / kPieces, feature = i % kPieces * 8;
-      const bool valid = first + row < end && feature < x.features;
+      const bool valid = first + row < end && feature < x.features &&
+                         (lse == nullptr || lse[first + row] > -kInfinity);
       const char* from = x.data;
       if (valid && x.pages.data) {
         const int page =

@@ -1,4 +1,4 @@
-"""Attention by csrc/attention.cpp and csrc/cuda/attention.cu."""
+"""Attention by csrc/attention.cpp and csrc/cuda/attention*.cu."""
 
 import functools
 from typing import Any
@@ -23,17 +23,14 @@ def _unavailable_on_cuda(args: tuple, needs_grad: bool) -> str | None:
     for tensor in (q, bias, alibi_slopes, sink):
         if tensor is not None and (reason := unavailable(tensor)):
             return reason
-    if needs_grad:
-        return "has no CUDA kernel for the backward of attention"
     size = max(q.shape[-1], v.shape[-1])
     if size > 256:
         return f"takes head sizes up to 256 on CUDA, got {size}"
-    if q.dtype == torch.float32 and size > 128 and _shared_memory(q.device) < _LARGEST_TILES:
-        return f"needs a GPU with 144 KiB of shared memory for float32 and head size {size}"
+    if q.dtype == torch.float32 and size > (64 if needs_grad else 128):
+        tiles = (144 if size > 128 else 120) << 10
+        if _shared_memory(q.device) < tiles:
+            return f"needs {tiles} bytes of shared memory for float32 and head size {size}"
     return None
-
-
-_LARGEST_TILES = 144 << 10
 
 
 @functools.cache

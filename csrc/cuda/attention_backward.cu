@@ -1,0 +1,402 @@
+// Softmax attention, backward: p = exp(s - lse) again, in two kernels. One owns a tile of keys and
+// sums dk and dv over the queries of all heads that share it; the other owns a tile of queries and
+// sums dq over the keys. A third owns a tile of dbias and sums over what bias is broadcast along.
+// There are no atomics, so every run gives the same bits, and the only workspace is one float per
+// query.
+//
+//   dv = (p keep)^T do,  ds = p (dp keep - delta),  dq = scale ds k,  dk = scale ds^T q
+//   dp = do v^T,  delta = rowsum(do o) - dlse
+#include "attention.h"
+
+namespace tfkern::cuda {
+namespace {
+
+// Queries, or keys, that a block owns, 16 to a warp; and rows of the other side that come by at a
+// time.
+template <class T, int D>
+constexpr int kRows = kPlanes<T> == 3 && D == 256 ? 32 : 64;
+template <class T, int D>
+constexpr int kStep = kPlanes<T> == 1 && D <= 128 ? 32 : 16;
+template <class T, int D>
+constexpr int64_t kShared = 2 * (Tile<T, kRows<T, D>, D>::kBytes + Tile<T, kStep<T, D>, D>::kBytes);
+constexpr int kThreads = 128;  // of the smaller kernels
+
+struct Backward {
+  Attention in;
+  int64_t tiles;  // of all documents
+  Heads d_o, o;
+  const float *lse, *dlse;  // (B, H, T); dlse may be null
+  float *delta, *sink_terms;
+  void *dq, *dk, *dv;
+  void* dbias;
+  Dtype dbias_dtype;
+  int bias_B, bias_H, bias_T, bias_S;  // its sizes: 1 where bias is broadcast
+
+  __device__ int64_t row(const Document& d, int h, int t) const {
+    return (static_cast<int64_t>(d.batch) * in.H + h) * in.T + d.query0 + t;
+  }
+};
+
+// delta, and for the sink p_sink delta. A warp has a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
+  const Attention& in = a.in;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= static_cast<int64_t>(in.B) * in.H * in.T) return;
+  const int64_t t = row % in.T, h = row / in.T % in.H, b = row / in.T / in.H;
+  const auto* d_o =
+      reinterpret_cast<const T*>(a.d_o.data + b * a.d_o.batch + h * a.d_o.head + t * a.d_o.row);
+  const auto* o = reinterpret_cast<const T*>(a.o.data + b * a.o.batch + h * a.o.head + t * a.o.row);
+  float sum = 0;
+  // Rows that see nothing may hold anything, NaN included.
+  const bool seen = a.lse[row] > -kInfinity;
+  for (int n = threadIdx.x % 32; seen && n < in.Dv; n += 32)
+    sum += to_float(d_o[n]) * to_float(o[n]);
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+  if (threadIdx.x % 32 != 0) return;
+  if (seen && a.dlse) sum -= a.dlse[row];
+  a.delta[row] = sum;
+  if (a.sink_terms == nullptr) return;
+  const float sink = in.sink.number(0, h);
+  a.sink_terms[row] = seen ? -expf(sink - a.lse[row]) * sum : 0.0f;
+}
+
+__device__ inline void store_number(void* out, Dtype type, int64_t at, float x) {
+  TFKERN_CUDA_DTYPE(type, static_cast<T*>(out)[at] = from_float<T>(x));
+}
+
+// dsink: a block sums the terms of a head.
+__global__ void __launch_bounds__(kThreads) sink_kernel(Backward a, void* dsink, Dtype type) {
+  auto* shared = shared_memory<double>();
+  const Attention& in = a.in;
+  const int64_t h = blockIdx.x;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(in.B) * in.T; i += kThreads) {
+    sum += a.sink_terms[(i / in.T * in.H + h) * in.T + i % in.T];
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < kThreads; ++i) sum += shared[i];
+  store_number(dsink, type, h, static_cast<float>(sum));
+}
+
+// From x = q k and dp = do v to p keep and ds (without the scale, with the softcap's slope unless
+// `of_bias`), of a tile. The rows are queries or, transposed, keys.
+template <int N>
+__device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Backward& a,
+                                 const Document& d, const Window& window, bool limits,
+                                 bool of_bias) {
+  const Attention& in = a.in;
+  float slopes[N][4];
+  scores<N>(x, slopes, in, d, window, limits);
+  each<N>([&](int n, int i, int row, int column) {
+    const Place p = window.at(row, column);
+    const float lse = p.t < d.queries ? a.lse[a.row(d, p.h, p.t)] : -kInfinity;
+    x[n][i] = lse > -kInfinity ? exp2_approx(x[n][i] - lse * kLog2E) : 0.0f;
+  });
+  if (in.seed) drop(dp, in, d, window);
+  each<N>([&](int n, int i, int row, int column) {
+    const Place p = window.at(row, column);
+    const float delta = p.t < d.queries ? a.delta[a.row(d, p.h, p.t)] : 0.0f;
+    // What is not seen may hold anything, NaN included.
+    const float ds = x[n][i] == 0 ? 0.0f : x[n][i] * (dp[n][i] - delta);
+    dp[n][i] = of_bias ? ds : ds * slopes[n][i];
+  });
+  if (in.seed) drop(x, in, d, window);
+}
+
+__device__ inline bool cuts(const Attention& a, const Document& d, int t0, int t1, int s0, int s1) {
+  return t1 >= d.queries || s1 >= d.keys || t1 + d.offset() - s0 > a.left ||
+         s1 - t0 - d.offset() > a.right;
+}
+
+// The accumulators of 16 rows as rows of a contiguous (batch, head, row, feature) tensor.
+template <class T, int N>
+__device__ inline void store_rows(void* out, const float (&acc)[N][4], int64_t first, int rows,
+                                  int features, float scale) {
+  each<N>([&](int n, int i, int row, int feature) {
+    if (row < rows && feature < features) {
+      static_cast<T*>(out)[(first + row) * features + feature] = from_float<T>(acc[n][i] * scale);
+    }
+  });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
+  constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
+  using Own = Tile<T, kOwn, D>;
+  using Step = Tile<T, kSize, D>;
+  const Attention& in = a.in;
+  const int warp = threadIdx.x / 32;
+  Document d;
+  int tile;
+  if (!find_tile(in, blockIdx.x % a.tiles, false, kOwn, d, tile)) return;
+  const int h = static_cast<int>(blockIdx.x / a.tiles), t0 = tile * kOwn;
+  if (t0 >= d.queries) return;
+  const int t1 = min(t0 + kOwn, d.queries) - 1;
+  auto* shared = shared_memory<uint4>();
+  const Own q{shared}, d_o{shared + Own::kBytes / 16};
+  const Step k{shared + 2 * Own::kBytes / 16}, v{k.data + Step::kBytes / 16};
+  q.load(in.q, d.batch, h, d.query0, t0, d.queries);
+  d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries);
+  const Range keys = keys_of(in, d, t0, t1);
+  float dq[D / 8][4] = {};
+  for (int s0 = keys.begin / kSize * kSize; s0 < keys.end; s0 += kSize) {
+    k.load(in.k, d.batch, h / in.group(), d.key0, s0, d.keys);
+    v.load(in.v, d.batch, h / in.group(), d.key0, s0, d.keys);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    float x[N][4] = {}, dp[N][4] = {};
+    multiply_rows<T>(x, q, 16 * warp, k);
+    multiply_rows<T>(dp, d_o, 16 * warp, v);
+    const Window window{h, t0 + 16 * warp, s0, 0, false, 0};
+    gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), false);
+    multiply_columns<T>(dq, dp, k);
+    __syncthreads();
+  }
+  copy_wait<0>();
+  const int first = t0 + 16 * warp;
+  store_rows<T>(a.dq, dq, a.row(d, h, first), d.queries - first, in.D, in.scale);
+}
+
+// dk and dv, by a block each: registers hold one of them whatever the head size, and only one
+// product is formed twice.
+template <class T, int D>
+__global__ void __launch_bounds__(2 * kRows<T, D>) dkv_kernel(Backward a) {
+  constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
+  using Own = Tile<T, kOwn, D>;
+  using Step = Tile<T, kSize, D>;
+  const Attention& in = a.in;
+  const int warp = threadIdx.x / 32;
+  const int part = static_cast<int>(blockIdx.x % 2);  // 0 is dk, 1 is dv
+  const int64_t index = blockIdx.x / 2;
+  Document d;
+  int tile;
+  if (!find_tile(in, index % a.tiles, true, kOwn, d, tile)) return;
+  const int hk = static_cast<int>(index / a.tiles), s0 = tile * kOwn;
+  if (s0 >= d.keys) return;
+  const int s1 = min(s0 + kOwn, d.keys) - 1;
+  auto* shared = shared_memory<uint4>();
+  const Own k{shared}, v{shared + Own::kBytes / 16};
+  const Step q{shared + 2 * Own::kBytes / 16}, d_o{q.data + Step::kBytes / 16};
+  k.load(in.k, d.batch, hk, d.key0, s0, d.keys);
+  v.load(in.v, d.batch, hk, d.key0, s0, d.keys);
+  const Range queries = queries_of(in, d, s0, s1);
+  float sum[D / 8][4] = {};
+  for (int h = hk * in.group(); h < (hk + 1) * in.group(); ++h) {
+    for (int t0 = queries.begin / kSize * kSize; t0 < queries.end; t0 += kSize) {
+      const float* lse = a.lse + a.row(d, h, 0);
+      q.load(in.q, d.batch, h, d.query0, t0, d.queries, 0, lse);
+      d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries, 0, lse);
+      copy_commit();
+      copy_wait<0>();
+      __syncthreads();
+      float x[N][4] = {}, dp[N][4] = {};
+      multiply_rows<T>(x, k, 16 * warp, q);
+      if (part == 0) multiply_rows<T>(dp, v, 16 * warp, d_o);
+      const Window window{h, t0, s0 + 16 * warp, 0, true, 0};
+      gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kSize - 1, s0, s0 + kOwn - 1), false);
+      if (part == 0) {
+        multiply_columns<T>(sum, dp, q);
+      } else {
+        multiply_columns<T>(sum, x, d_o);
+      }
+      __syncthreads();
+    }
+  }
+  copy_wait<0>();
+  const int first = s0 + 16 * warp;
+  const int64_t row = (static_cast<int64_t>(d.batch) * in.Hk + hk) * in.S + d.key0 + first;
+  store_rows<T>(part == 0 ? a.dk : a.dv, sum, row, d.keys - first, part == 0 ? in.D : in.Dv,
+                part == 0 ? in.scale : 1.0f);
+}
+
+// A tile of dbias, which sums over the batches, heads, queries and keys that bias is broadcast
+// along.
+template <class T, int D>
+__global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
+  constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
+  using Own = Tile<T, kOwn, D>;
+  using Step = Tile<T, kSize, D>;
+  const Attention& in = a.in;
+  const int warp = threadIdx.x / 32;
+  const int query_tiles = tiles_of(in.T, kOwn), key_tiles = tiles_of(in.S, kSize);
+  const int tiles_t = a.bias_T == 1 ? 1 : query_tiles, tiles_s = a.bias_S == 1 ? 1 : key_tiles;
+  int64_t index = blockIdx.x;
+  const int bias_s = static_cast<int>(index % tiles_s),
+            bias_t = static_cast<int>(index / tiles_s % tiles_t);
+  index /= static_cast<int64_t>(tiles_s) * tiles_t;
+  const int bias_h = static_cast<int>(index % a.bias_H),
+            bias_b = static_cast<int>(index / a.bias_H);
+  auto* shared = shared_memory<uint4>();
+  const Own q{shared}, d_o{shared + Own::kBytes / 16};
+  const Step k{shared + 2 * Own::kBytes / 16}, v{k.data + Step::kBytes / 16};
+  float sum[N][4] = {};
+  const int B = a.bias_B == 1 ? in.B : 1, H = a.bias_H == 1 ? in.H : 1;
+  const int tiles = (a.bias_T == 1 ? query_tiles : 1) * (a.bias_S == 1 ? key_tiles : 1);
+  for (int i = 0; i < B * H; ++i) {
+    const Document d = document_of(in, bias_b + i / H);
+    const int h = bias_h + i % H;
+    for (int j = 0; j < tiles; ++j) {
+      const int t0 = (a.bias_T == 1 ? j % query_tiles : bias_t) * kOwn;
+      const int s0 = (a.bias_S == 1 ? j / (a.bias_T == 1 ? query_tiles : 1) : bias_s) * kSize;
+      const Range keys = keys_of(in, d, t0, t0 + kOwn - 1);
+      if (t0 >= d.queries || s0 >= keys.end || s0 + kSize <= keys.begin) continue;
+      q.load(in.q, d.batch, h, 0, t0, d.queries);
+      d_o.load(a.d_o, d.batch, h, 0, t0, d.queries);
+      k.load(in.k, d.batch, h / in.group(), 0, s0, d.keys);
+      v.load(in.v, d.batch, h / in.group(), 0, s0, d.keys);
+      copy_commit();
+      copy_wait<0>();
+      __syncthreads();
+      float x[N][4] = {}, dp[N][4] = {};
+      multiply_rows<T>(x, q, 16 * warp, k);
+      multiply_rows<T>(dp, d_o, 16 * warp, v);
+      const Window window{h, t0 + 16 * warp, s0, 0, false, 0};
+      gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), true);
+      each<N>([&](int n, int i, int, int) { sum[n][i] += dp[n][i]; });
+      __syncthreads();
+    }
+  }
+  auto* sums = reinterpret_cast<float*>(shared);  // (kOwn, kSize)
+  each<N>([&](int n, int i, int row, int column) {
+    sums[(16 * warp + row) * kSize + column] = sum[n][i];
+  });
+  __syncthreads();
+  const int rows = a.bias_T == 1 ? 1 : kOwn, columns = a.bias_S == 1 ? 1 : kSize;
+  for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
+    const int row = i / columns, column = i % columns;
+    float total = 0;
+    for (int t = row; t < (a.bias_T == 1 ? kOwn : row + 1); ++t) {
+      for (int s = column; s < (a.bias_S == 1 ? kSize : column + 1); ++s) {
+        total += sums[t * kSize + s];
+      }
+    }
+    const int t = bias_t * kOwn + row, s = bias_s * kSize + column;
+    if (t >= a.bias_T || s >= a.bias_S) continue;
+    const int64_t at =
+        ((static_cast<int64_t>(bias_b) * a.bias_H + bias_h) * a.bias_T + t) * a.bias_S + s;
+    store_number(a.dbias, a.dbias_dtype, at, total);
+  }
+}
+
+template <class T, int D>
+void run(const Device& device, Backward& a) {
+  const Attention& in = a.in;
+  constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>;
+  a.tiles = most_tiles(in, false, kOwn);
+  launch(device, dq_kernel<T, D>, a.tiles * in.H, 2 * kOwn, kShared<T, D>, a);
+  a.tiles = most_tiles(in, true, kOwn);
+  launch(device, dkv_kernel<T, D>, 2 * a.tiles * in.Hk, 2 * kOwn, kShared<T, D>, a);
+  if (a.dbias == nullptr) return;
+  const int64_t tiles = int64_t{a.bias_T == 1 ? 1 : tiles_of(in.T, kOwn)} *
+                        (a.bias_S == 1 ? 1 : tiles_of(in.S, kSize));
+  launch(device, dbias_kernel<T, D>, tiles * a.bias_B * a.bias_H, 2 * kOwn, kShared<T, D>, a);
+}
+
+template <class T>
+void run(const Device& device, Backward& a) {
+  const int D = std::max(a.in.D, a.in.Dv);
+  const int64_t rows = int64_t{a.in.B} * a.in.H * a.in.T;
+  launch(device, delta_kernel<T>, (rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, a);
+  if (D <= 64) return run<T, 64>(device, a);
+  if (D <= 128) return run<T, 128>(device, a);
+  run<T, 256>(device, a);
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v, Tensor o,
+                        Tensor lse, Optional bias, Optional mask, Optional alibi_slopes,
+                        Optional sink, Optional query_lengths, Optional key_lengths,
+                        Optional cu_seqlens_q, Optional cu_seqlens_k, Optional seed,
+                        std::optional<int64_t> left, std::optional<int64_t> right, double scale,
+                        double softcap, double dropout_p, bool bias_grad) {
+  Arguments in{q,
+               k,
+               v,
+               bias,
+               mask,
+               alibi_slopes,
+               sink,
+               query_lengths,
+               key_lengths,
+               cu_seqlens_q,
+               cu_seqlens_k,
+               std::nullopt,
+               seed,
+               left,
+               right,
+               scale,
+               softcap,
+               dropout_p};
+  Backward a{attention(in)};
+  const Attention& sizes = a.in;
+  const auto fits = [&](const Tensor& t) {
+    return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
+           t.size(3) == sizes.Dv && t.scalar_type() == q.scalar_type();
+  };
+  const auto saved = [&](const Tensor& t) {
+    return t.numel() == int64_t{sizes.B} * sizes.H * sizes.T &&
+           t.scalar_type() == ScalarType::Float;
+  };
+  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse) && (!dlse || saved(*dlse)),
+                  "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
+  d_o = with_contiguous_rows(d_o);
+  o = with_contiguous_rows(o);
+  lse = torch::stable::contiguous(lse);
+  if (dlse) dlse = torch::stable::contiguous(*dlse);
+  const ScalarType type = q.scalar_type();
+  Tensor dq = empty(q, {sizes.B, sizes.H, sizes.T, sizes.D}, type);
+  Tensor dk = empty(q, {sizes.B, sizes.Hk, sizes.S, sizes.D}, type);
+  Tensor dv = empty(q, {sizes.B, sizes.Hk, sizes.S, sizes.Dv}, type);
+  Tensor dbias = absent(q, type), dsink = absent(q, type);
+  if (bias && bias_grad) {
+    a.bias_B = static_cast<int>(bias->size(0));
+    a.bias_H = static_cast<int>(bias->size(1));
+    a.bias_T = static_cast<int>(bias->size(2));
+    a.bias_S = static_cast<int>(bias->size(3));
+    dbias = empty(q, {a.bias_B, a.bias_H, a.bias_T, a.bias_S}, bias->scalar_type());
+    a.dbias = dbias.data_ptr();
+    a.dbias_dtype = dtype(dbias);
+  }
+  if (sink) dsink = empty(q, {sizes.H}, sink->scalar_type());
+  const Device device(q);
+  const bool nothing = q.numel() == 0 || sizes.S == 0 || sizes.documents == 0;
+  if (query_lengths || key_lengths || cu_seqlens_q || nothing) {  // rows of no document
+    for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
+  }
+  if (nothing) {
+    torch::stable::zero_(dbias);
+    if (q.numel() == 0 || sizes.documents == 0) {
+      torch::stable::zero_(dsink);
+      return {dq, dk, dv, dbias, dsink};
+    }
+  }
+  Tensor delta = empty(q, {sizes.B, sizes.H, sizes.T}, ScalarType::Float);
+  Tensor terms = empty(q, {sink ? int64_t{sizes.B} * sizes.H * sizes.T : 0}, ScalarType::Float);
+  a.d_o = heads(d_o);
+  a.o = heads(o);
+  a.lse = static_cast<const float*>(lse.data_ptr());
+  a.dlse = dlse ? static_cast<const float*>(dlse->data_ptr()) : nullptr;
+  a.delta = static_cast<float*>(delta.data_ptr());
+  a.sink_terms = sink ? static_cast<float*>(terms.data_ptr()) : nullptr;
+  a.dq = dq.data_ptr();
+  a.dk = dk.data_ptr();
+  a.dv = dv.data_ptr();
+  TFKERN_CUDA_DTYPE(sizes.q_dtype, run<T>(device, a));
+  if (sink) {
+    launch(device, sink_kernel, sizes.H, kThreads, kThreads * sizeof(double), a, dsink.data_ptr(),
+           dtype(dsink));
+  }
+  return {dq, dk, dv, dbias, dsink};
+}
+
+}  // namespace
+}  // namespace tfkern::cuda
+
+TFKERN_CUDA_LIBRARY(m) {
+  m.impl("attention_backward", TORCH_BOX(&tfkern::cuda::attention_backward));
+}
