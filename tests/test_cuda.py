@@ -16,15 +16,25 @@ _C = pytest.importorskip("tfkern._C", reason="no native build")
 CHOSEN = "native and not (compile or opcheck or vmap or float64 or threads or products_of_native)"
 
 
+# Sanitizers make it several times slower: a case of each kind always, all of them as slow tests.
+SOME = (
+    f"{CHOSEN} and (each_value or activations or long_rows or (bfloat16 and (matches or residual)))"
+)
+
+
 @pytest.mark.parametrize(
-    "flavour, order",
-    [("plain", 1), ("sanitized", 7)],
-    ids=["plain", "sanitized"],
+    "flavour, order, chosen",
+    [
+        ("plain", 1, CHOSEN),
+        ("sanitized", 7, SOME),
+        pytest.param("sanitized", 0, CHOSEN, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "sanitized", "all sanitized"],
 )
 @pytest.mark.parametrize("op", emulation.OPS)
-def test_op_tests_pass_on_the_host(op, flavour, order):
+def test_op_tests_pass_on_the_host(op, flavour, order, chosen):
     tests = (emulation.ROOT / "tests").glob(f"test_{op}*.py")
-    result = emulation.pytest("-k", CHOSEN, *tests, flavour=flavour, order=order)
+    result = emulation.pytest("-k", chosen, *tests, flavour=flavour, order=order)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout
 

@@ -91,13 +91,36 @@ def test_pure_python_wheel(tree, tmp_path):
 
 @pytest.mark.slow
 def test_native_wheel(tree, tmp_path):
-    names, path = wheel(tree, tmp_path / "wheel")
+    names, path = wheel(tree, tmp_path / "wheel", TFKERN_CUDA="0")
     assert names >= PYTHON_FILES | {"tfkern/py.typed"}
     assert "tfkern/_operators.abi3.so" in names
     assert [n for n in names if n.startswith("tfkern/_C.") and n.endswith(".so")]
     install(path, tmp_path / "site")
     where, backend = python(LAYER_NORM, tmp_path / "site").split()
     assert where.startswith(str(tmp_path)) and backend == "native"
+    assert python("from tfkern import _C; print(_C.has_cuda)", tmp_path / "site") == "False"
+
+
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        (
+            {"CUDA_HOME": "/nowhere", "TFKERN_CUDA": "1"},
+            "no nvcc with libcudart_static.a in /nowhere",
+        ),
+        ({"CUDA_HOME": "/nowhere"}, ""),
+    ],
+)
+def test_cuda_kernels_are_left_out_or_insisted_on(tree, environment, told):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=tree,
+        env=os.environ | environment,
+    )
+    assert (run.returncode != 0) == bool(told) and told in run.stderr
+    assert told or "no CUDA kernels in this build" in run.stdout
 
 
 @pytest.mark.slow
