@@ -32,8 +32,19 @@ format: .venv/ready
 # triton, pytest, hypothesis, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
 GPU := PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
 
+# compute-sanitizer, if it is there, watches a case of each kind. Without a cache every allocation of
+# torch has bounds of its own.
+SANITIZER := $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+SANITIZED := (native or triton) and bfloat16 and (test_matches_torch or test_activations or test_residual_and_dropout)
+
 test-gpu: .gpu/ready
 	$(GPU) -m pytest
+ifdef SANITIZER
+	for tool in memcheck racecheck; do \
+		env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR)/.gpu $(SANITIZER) --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -P -m pytest -q -k "$(SANITIZED)" tests/test_attention.py tests/test_layer_norm.py tests/test_mlp.py || exit 1; \
+	done
+endif
 
 bench-gpu: .gpu/ready
 	$(GPU) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu
