@@ -6,11 +6,6 @@
 
 // ---- memory ----
 
-template <class C>
-inline int64_t padded(int64_t n) {
-  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
-}
-
 // Rows of one head of a tensor, on pages if there is a table.
 struct HeadRows {
   char* data;

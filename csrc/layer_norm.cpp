@@ -65,7 +65,7 @@ void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C*
   TFKERN_ISA_CALL(layer_norm_backward, a, begin, end, dweight, dbias);
 }
 
-// N, rounded up to whole vectors of any instruction set.
+// N, rounded up to whole vectors of every instruction set.
 int64_t padded(int64_t N) { return (N + 15) / 16 * 16; }
 
 Rows rows(const Tensor& t) {

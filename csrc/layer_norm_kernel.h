@@ -3,8 +3,6 @@
 // A row that has the computing type and consists of whole vectors is read and written where it
 // lies. Any other passes through a buffer, whose elements past N are 0.
 
-inline int64_t padded(int64_t N, int lanes) { return (N + lanes - 1) / lanes * lanes; }
-
 template <class C>
 inline bool in_place(const Rows& rows, int64_t N) {
   return rows.dtype == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32) && N % kLanes<C> == 0;
@@ -110,7 +108,7 @@ inline void normalise(T* y, const C* h, C mean, C rstd, const C* weight, const C
 template <class C>
 void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end) {
   constexpr int L = kLanes<C>;
-  const int64_t N = a.N, P = padded(N, L);
+  const int64_t N = a.N, P = padded<C>(N);
   std::vector<C> buffers(3 * P);
   C* x_row = buffers.data();
   C* residual_row = x_row + P;
@@ -186,7 +184,7 @@ template <class C>
 void layer_norm_backward(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight,
                          C* dbias) {
   constexpr int L = kLanes<C>;
-  const int64_t N = a.N, P = padded(N, L);
+  const int64_t N = a.N, P = padded<C>(N);
   std::vector<C> buffers(4 * P);
   C* dy_row = buffers.data();
   C* h_row = dy_row + P;

@@ -5,7 +5,7 @@
 // in the registers' precision while dpre goes by.
 //
 // Products may be float32 where tensors are bfloat16 or float16. Then their results and factors
-// (the sum that pre is the rounding of, h, dh, dpre) are float32, and the passes convert as they
+// (the total that pre is the rounding of, h, dh, dpre) are float32, and the passes convert as they
 // go.
 #include <torch/csrc/stable/ops.h>
 
@@ -25,8 +25,8 @@ struct MlpForward {
   Dtype dtype;  // of pre
   bool wide;    // all else is in the computing type, not in that of pre
   int64_t F;
-  const void* sum;
-  void* pre;  // null if it is sum
+  const void* total;  // x w1^T + b1
+  void* pre;          // null if it is total
   void* h;
 };
 
@@ -73,21 +73,21 @@ bool is_wide(const Tensor& product, ScalarType dtype) {
   return true;
 }
 
-std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor sum, std::string activation, bool gated,
+std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, std::string activation, bool gated,
                                                   ScalarType type) {
-  STD_TORCH_CHECK(sum.dim() == 2 && !(gated && sum.size(1) % 2),
-                  "tfkern::mlp_activation_forward: sum must be (M, F), gated (M, 2F)");
-  sum = torch::stable::contiguous(sum);
-  const bool wide = is_wide(sum, type);
-  const int64_t M = sum.size(0), W = sum.size(1), F = gated ? W / 2 : W;
-  Tensor h = empty(sum, {M, F}, sum.scalar_type());
-  Tensor pre = wide ? empty(sum, {M, W}, type) : absent(sum, type);
+  STD_TORCH_CHECK(total.dim() == 2 && !(gated && total.size(1) % 2),
+                  "tfkern::mlp_activation_forward: total must be (M, F), gated (M, 2F)");
+  total = torch::stable::contiguous(total);
+  const bool wide = is_wide(total, type);
+  const int64_t M = total.size(0), W = total.size(1), F = gated ? W / 2 : W;
+  Tensor h = empty(total, {M, F}, total.scalar_type());
+  Tensor pre = wide ? empty(total, {M, W}, type) : absent(total, type);
   const MlpForward a{parse(activation),
                      gated,
                      dtype(type),
                      wide,
                      F,
-                     sum.data_ptr(),
+                     total.data_ptr(),
                      wide ? pre.data_ptr() : nullptr,
                      h.data_ptr()};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));

@@ -63,16 +63,16 @@ void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   using V = Vec<Compute<T>>;
   const int64_t F = a.F, W = a.gated ? 2 * F : F;
   for (int64_t m = begin; m < end; ++m) {
-    const P* sum = static_cast<const P*>(a.sum) + m * W;
+    const P* total = static_cast<const P*>(a.total) + m * W;
     T* pre = a.pre ? static_cast<T*>(a.pre) + m * W : nullptr;
     P* h = static_cast<P*>(a.h) + m * F;
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
-      const V x = load_left(sum + n, left);
+      const V x = load_left(total + n, left);
       V slope, value = Act::value(x, slope);
       if (pre) store_left(pre + n, x, left);
       if (a.gated) {
-        const V up = load_left(sum + F + n, left);
+        const V up = load_left(total + F + n, left);
         if (pre) store_left(pre + F + n, up, left);
         value = value * up;
       }

@@ -32,6 +32,12 @@ using VecIndex = typename VecOf<C>::index;  // of lanes, for __builtin_shuffle
 template <class C>
 constexpr int kLanes = TFKERN_VEC_BYTES / sizeof(C);
 
+// n, rounded up to whole vectors.
+template <class C>
+inline int64_t padded(int64_t n) {
+  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
 template <class C>
 inline Vec<C> broadcast(C value) {
   return Vec<C>{} + value;
