@@ -60,6 +60,12 @@ struct AttentionShape {
     return shared(d) ? 1 : group() * ((d.queries + kBlock - 1) / kBlock);
   }
   int64_t tiles(const Document& d) const { return (d.keys + kKeys - 1) / kKeys; }
+  // Keys of the longest document.
+  int64_t longest() const {
+    int64_t keys = 0;
+    for (const Document& d : documents) keys = std::max(keys, d.keys);
+    return keys;
+  }
   // Of lse and its like, (B, H, T).
   int64_t row_index(const Document& d, int64_t h, int64_t t) const {
     return (d.batch * H + h) * T + d.query0 + t;
@@ -127,12 +133,6 @@ struct AttentionBackward : AttentionScores<C> {
     const int64_t key_heads = static_cast<int64_t>(this->documents.size()) * this->Hk;
     return std::clamp<int64_t>(8 / std::max<int64_t>(key_heads, 1), 1,
                                std::max<int64_t>(this->blocks(d) / 2, 1));
-  }
-  // Keys of the longest document.
-  int64_t longest() const {
-    int64_t keys = 0;
-    for (const Document& d : this->documents) keys = std::max(keys, d.keys);
-    return keys;
   }
   // Of the sums for the first key of a document.
   int64_t partial_row(const Document& d, int64_t hk, int64_t chunk) const {

@@ -33,14 +33,15 @@ template <class C>
 struct WideBackward {
   struct Registers {};
   static constexpr int64_t kFirst = 4;
-  C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot, *k_buffer, *v_buffer;
+  C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot;
+  std::shared_ptr<WidenedRows<C>> k_rows, v_rows;
   C *s, *dp;  // which become p and ds in place
 
   WideBackward(Scratch& scratch, const AttentionBackward<C>& a) {
     for (C** x : {&o_rows, &ot}) *x = scratch.get<C>(padded<C>(a.Dv) * kBlock);
     for (C** x : {&s, &dp}) *x = scratch.get<C>(kKeys * kBlock);
-    k_buffer = scratch.get<C>(kKeys * a.D);
-    v_buffer = scratch.get<C>(kKeys * a.Dv);
+    k_rows = std::make_shared<WidenedRows<C>>(scratch, a.longest(), a.D);
+    v_rows = std::make_shared<WidenedRows<C>>(scratch, a.longest(), a.Dv);
   }
   void allocate_rows(Scratch& scratch, const AttentionBackward<C>& a) {
     for (C** x : {&q_rows, &qt}) *x = scratch.get<C>(padded<C>(a.D) * kBlock);
@@ -60,10 +61,9 @@ struct WideBackward {
              int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows());
-    product(keys, width, a.D, load_rows(k_buffer, k, s0, keys, a.D, a.D), qt, kBlock, s, kBlock,
-            false, product_scale(a));
-    product(keys, width, a.Dv, load_rows(v_buffer, v, s0, keys, a.Dv, a.Dv), dot, kBlock, dp,
-            kBlock, false);
+    product(keys, width, a.D, k_rows->get(k, s0, s0 + keys), qt, kBlock, s, kBlock, false,
+            product_scale(a));
+    product(keys, width, a.Dv, v_rows->get(v, s0, s0 + keys), dot, kBlock, dp, kBlock, false);
     return 1;
   }
   void take(int64_t i, int64_t t, Vec<C> p0, Vec<C> p1, Vec<C> ds0, Vec<C> ds1) {
@@ -78,7 +78,7 @@ struct WideBackward {
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
     product(keys, Dvp, width, Left<C>{s, kBlock, 1}, do_rows, Dvp, dv, stride, true);
     product(keys, Dp, width, Left<C>{dp, kBlock, 1}, q_rows, Dp, dk, stride, true);
-    const Left<C> tile = load_rows(k_buffer, k, s0, keys, a.D, a.D);
+    const Left<C> tile = k_rows->get(k, s0, s0 + keys);
     product(a.D, width, keys, transposed(tile), dp, kBlock, dqt, kBlock, true);
   }
 };

@@ -195,13 +195,13 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
 template <class C>
 struct WideForward {
   static constexpr int64_t kFirst = 4;
-  C *q_rows, *qt, *k_buffer, *v_buffer, *scores;  // which become p in place
+  C *q_rows, *qt, *scores;  // which become p in place
+  WidenedRows<C> k_rows, v_rows;
 
-  WideForward(Scratch& scratch, const AttentionForward<C>& a) {
+  WideForward(Scratch& scratch, const AttentionForward<C>& a)
+      : k_rows(scratch, a.longest(), a.D), v_rows(scratch, a.longest(), a.Dv) {
     q_rows = scratch.get<C>(kBlock * padded<C>(a.D));
     qt = scratch.get<C>(kBlock * padded<C>(a.D));
-    k_buffer = scratch.get<C>(kKeys * a.D);
-    v_buffer = scratch.get<C>(kKeys * a.Dv);
     scores = scratch.get<C>(kKeys * kBlock);
   }
   void load(const AttentionForward<C>& a, const Block& block) {
@@ -211,9 +211,9 @@ struct WideForward {
   }
   C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
              int64_t keys) {
-    const HeadRows k = key_rows(a.k, block.document, hk);
-    product(keys, padded<C>(block.rows()), a.D, load_rows(k_buffer, k, s0, keys, a.D, a.D), qt,
-            kBlock, scores, kBlock, false, product_scale(a));
+    const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
+    product(keys, padded<C>(block.rows()), a.D, k_rows.get(k, s0, s0 + keys), qt, kBlock, scores,
+            kBlock, false, product_scale(a), v_rows.at(v, s0));
     return 1;
   }
   void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
@@ -222,9 +222,9 @@ struct WideForward {
   }
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                   int64_t keys, C* o) {
-    const HeadRows v = key_rows(a.v, block.document, hk);
-    const Left<C> tile = load_rows(v_buffer, v, s0, keys, a.Dv, a.Dv);
-    product(a.Dv, padded<C>(block.rows()), keys, transposed(tile), scores, kBlock, o, kBlock, true);
+    const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
+    product(a.Dv, padded<C>(block.rows()), keys, transposed(v_rows.get(v, s0, s0 + keys)), scores,
+            kBlock, o, kBlock, true, C{1}, k_rows.at(k, s0 + keys));
   }
 };
 

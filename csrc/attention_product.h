@@ -18,10 +18,11 @@ struct Left {
   int64_t row, column;
 };
 
-// The part of `product` whose accumulators are R rows of NV vectors.
+// The part of `product` whose accumulators are R rows of NV vectors. Beside each of its terms it
+// fetches `step` elements of what lies at `ahead`.
 template <int R, int NV, class C, class T>
 inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_stride, C* out,
-                         int64_t out_stride, bool add, C alpha) {
+                         int64_t out_stride, bool add, C alpha, const C* ahead, int64_t step) {
   constexpr int L = kLanes<C>;
   int64_t k = 0;
   do {
@@ -32,7 +33,9 @@ inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) sum[r][j] = Vec<C>{};
     }
+#pragma GCC unroll 2
     for (; k < end; ++k) {
+      __builtin_prefetch(ahead + k * step, 0, 2);
       Vec<C> row[NV];
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) row[j] = load(right + k * right_stride + j * L);
@@ -58,47 +61,63 @@ inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_
 
 template <int NV, class C, class T>
 inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, int64_t right_stride,
-                          C* out, int64_t out_stride, bool add, C alpha) {
+                          C* out, int64_t out_stride, bool add, C alpha, const C* ahead,
+                          int64_t step) {
   constexpr int R = kRows<C>;
   int64_t m = 0;
-  for (; m + R <= M; m += R) {
+  for (; m + R <= M; m += R, ahead += K * step) {
     const Left<C> rows{left.data + m * left.row, left.row, left.column};
-    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, alpha);
+    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, alpha,
+                        ahead, step);
   }
   const Left<C> rows{left.data + m * left.row, left.row, left.column};
   out += m * out_stride;
   switch (M - m) {
     case 5:
-      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
+                                 step);
     case 4:
-      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
+                                 step);
     case 3:
-      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
+                                 step);
     case 2:
-      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
+                                 step);
     case 1:
-      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, alpha);
+      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
+                                 step);
   }
 }
 
 // out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
+// Meanwhile what lies at `ahead`, a matrix of 64 rows if left or out is one of equal length, is
+// fetched from outer caches, whose delay strided reads would feel.
 template <class C, class T>
 void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int64_t right_stride,
-             C* out, int64_t out_stride, bool add, C alpha = 1) {
+             C* out, int64_t out_stride, bool add, C alpha = 1, const C* ahead = nullptr) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
+  // Each of M / kRows tiles fetches a little more than its part, kRows for each of its terms.
+  const int64_t step = ahead ? kRows<C> + 2 : 0;
+  if (!ahead) ahead = out;
   int64_t n = 0;
   for (; n + NV * L <= N; n += NV * L) {
-    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, alpha);
+    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, alpha, ahead,
+                      step);
   }
   right += n;
   out += n;
   switch ((N - n) / L) {
     case 3:
-      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, alpha, ahead,
+                              step);
     case 2:
-      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, alpha, ahead,
+                              step);
     case 1:
-      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, alpha);
+      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, alpha, ahead,
+                              step);
   }
 }
 

@@ -47,31 +47,78 @@ inline void store_row(const HeadRows& rows, int64_t i, const C* src, int64_t N) 
 template <class C>
 constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
 
-// Rows [begin, begin + count) in the computing type, `width` >= N elements each with zeros past N:
-// in place if they are so in memory and side by side (rows a power of two apart would fight for the
-// same cache sets when they are read again), else copied to `buffer`.
+// Rows of one head of k or v in the computing type, for products that read them by scalars, again
+// and again: in place if they are so in memory and side by side (rows a power of two apart would
+// fight for the same cache sets), else copied. Copies among the first `kept_` rows serve all blocks
+// of queries that follow one another.
 template <class C>
-inline Left<C> load_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count, int64_t N,
-                         int64_t width) {
-  constexpr int64_t kSize = sizeof(C);
-  if (rows.dtype == kDtype<C> && !rows.pages && width == N && rows.stride == N * kSize) {
-    return {reinterpret_cast<const C*>(rows.at(begin)), N, 1};
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    load_row(buffer + i * width, rows, begin + i, N);
-    std::fill(buffer + i * width + N, buffer + (i + 1) * width, C{0});
-  }
-  return {buffer, width, 1};
-}
+class WidenedRows {
+ public:
+  WidenedRows(Scratch& scratch, int64_t longest, int64_t N)
+      : scratch_(&scratch), kept_(std::min(longest, kKept / std::max<int64_t>(N, 1))), N_(N) {}
 
-// The same for products that read them once or twice: in place in any type and at any distance if
-// they fill whole vectors. `matrix` makes them an operand.
+  // Rows [begin, end), at most kKeys.
+  Left<C> get(const HeadRows& rows, int64_t begin, int64_t end) {
+    if (in_place(rows)) return {at(rows, begin), N_, 1};
+    if (!copies_) copies_ = scratch_->get<C>((kept_ + kKeys) * N_);
+    const int64_t place = end <= kept_ ? begin : kept_;
+    place == kept_ ? copy(rows, begin, end, place) : keep(rows, begin, end);
+    return {copies_ + place * N_, N_, 1};
+  }
+  // Where `get` will find the rows from `begin` on; null before the first copy.
+  const C* at(const HeadRows& rows, int64_t begin) const {
+    if (in_place(rows)) return reinterpret_cast<const C*>(rows.at(begin));
+    return copies_ ? copies_ + std::min(begin, kept_) * N_ : nullptr;
+  }
+
+ private:
+  static constexpr int64_t kKept = 1 << 20;  // elements: of the order of a cache
+
+  bool in_place(const HeadRows& rows) const {
+    return rows.dtype == kDtype<C> && !rows.pages && rows.stride == N_ * size(rows.dtype);
+  }
+
+  // Adds to what is kept, which always is one stretch of one head.
+  void keep(const HeadRows& rows, int64_t begin, int64_t end) {
+    if (rows.data != data_ || rows.pages != pages_ || begin > end_ || end < begin_) {
+      data_ = rows.data;
+      pages_ = rows.pages;
+      begin_ = end_ = begin;
+    }
+    if (begin < begin_) copy(rows, begin, begin_, begin);
+    if (end > end_) copy(rows, end_, end, end_);
+    begin_ = std::min(begin, begin_);
+    end_ = std::max(end, end_);
+  }
+
+  void copy(const HeadRows& rows, int64_t begin, int64_t end, int64_t place) {
+    C* to = copies_ + place * N_;
+    if (!rows.pages && rows.stride == N_ * size(rows.dtype)) {
+      TFKERN_DTYPE(rows.dtype, return convert(to, reinterpret_cast<const T*>(rows.at(begin)),
+                                              (end - begin) * N_));
+    }
+    for (int64_t i = begin; i < end; ++i, to += N_) load_row(to, rows, i, N_);
+  }
+
+  Scratch* scratch_;
+  int64_t kept_, N_;
+  C* copies_ = nullptr;
+  const char* data_ = nullptr;  // of the head whose rows [begin_, end_) are kept
+  const int64_t* pages_ = nullptr;
+  int64_t begin_ = 0, end_ = 0;
+};
+
+// Rows for products that read them once or twice: in place in any type and at any distance if they
+// fill whole vectors, else copied, with zeros past N. `matrix` makes them an operand.
 template <class C>
 inline HeadRows narrow_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count,
                             int64_t N) {
   const int64_t width = padded<C>(N);
   if (!rows.pages && width == N) return {rows.at(begin), rows.stride, rows.dtype};
-  load_rows(buffer, rows, begin, count, N, width);
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(buffer + i * width, rows, begin + i, N);
+    std::fill(buffer + i * width + N, buffer + (i + 1) * width, C{0});
+  }
   return {reinterpret_cast<char*>(buffer), width * static_cast<int64_t>(sizeof(C)), kDtype<C>};
 }
 

@@ -168,6 +168,22 @@ def test_strides(backend, device, layout):
     check({"q": q, "k": k, "v": v}, backend, causal=True)
 
 
+@pytest.mark.parametrize("window", [None, (150, 0)], ids=["full", "window"])
+def test_more_keys_than_are_kept_in_cache(window):
+    """Rows that do not lie side by side are copied, the first 4096 of this size for all queries."""
+    if tfkern.backends("attention")["native"]:
+        pytest.skip("no native build")
+    q, do = torch.randn(2, 1, 4, 130, 256)
+    k, v = torch.randn(2, 1, 2, 4200, 512)[..., :256]
+    results = []
+    for copy in (False, True):
+        leaves = [(x.contiguous() if copy else x).detach().requires_grad_() for x in (q, k, v)]
+        o = tfkern.attention(*leaves, window=window, backend="native")
+        results.append((o, *torch.autograd.grad(o, leaves, do)))
+    for strided, contiguous in zip(*results, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
 def test_same_tensor_three_times(backend, device):
     x = torch.randn(1, 2, 40, 16, device=device)
 
