@@ -60,10 +60,11 @@ inline void check(cudaError_t error) {
 class Device {
  public:
   explicit Device(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
-    // Only CUDA builds of torch export it.
+    // Of a library that only CUDA builds of torch have, and have loaded: this one does not link to
+    // it, and Python loads it without adding its symbols to those that RTLD_DEFAULT looks through.
     using Lookup = int32_t (*)(int32_t, void**);
-    static const auto stream =
-        reinterpret_cast<Lookup>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    static const auto stream = reinterpret_cast<Lookup>(dlsym(
+        dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream"));
     STD_TORCH_CHECK(stream && stream(index_, &stream_) == 0,
                     "tfkern: this torch does not tell its current CUDA stream");
     check(cudaSetDevice(index_));  // of this library's own runtime
@@ -97,7 +98,6 @@ void launch(const Device& device, void (*kernel)(P...), int64_t blocks, int thre
   void* pointers[] = {&args...};
   check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
                          static_cast<size_t>(shared_bytes), device.stream()));
-  check(cudaGetLastError());
 }
 
 #endif
