@@ -127,8 +127,8 @@ def pytest(*arguments, flavour: str, order: int = 0) -> subprocess.CompletedProc
 
 
 def python(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
-    """Runs python so that it can load a library of this flavour."""
-    environment = os.environ | environment
+    """Runs python so that it can load a library of this flavour, and without a GPU."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     if flavour == "sanitized":
         # The second, which a C++ exception out of torch needs, would be found too late otherwise.
         environment["LD_PRELOAD"] = ":".join(map(_library, ("libasan.so", "libstdc++.so.6")))
