@@ -57,10 +57,17 @@ def cuda_home(torch_cuda):
     return None
 
 
-def cuda_flags(flags):
+def cuda_architectures(home):
+    """Those of CUDA_ARCHITECTURES that its nvcc knows: before CUDA 12.8, there is no sm_100."""
+    command = [Path(home) / "bin" / "nvcc", "--list-gpu-code"]
+    known = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return [a for a in CUDA_ARCHITECTURES if a.removesuffix("a") in known]
+
+
+def cuda_flags(flags, architectures):
     """Arguments of nvcc. The headers' hash is among them, so that ninja sees when one changes."""
-    targets = []
-    for architecture in CUDA_ARCHITECTURES:
+    targets = ["--threads=0"]  # one for each architecture
+    for architecture in architectures:
         number = architecture.removeprefix("sm_")
         code = f"[{architecture},compute_{number}]" if number == "80" else architecture
         targets.append(f"-gencode=arch=compute_{number},code={code}")
@@ -114,7 +121,7 @@ def native():
         "-Wno-psabi",
     ]
     home = cuda_home(torch.version.cuda)
-    architectures = ",".join(f'"{a}"' for a in CUDA_ARCHITECTURES) if home else ""
+    architectures = cuda_architectures(home) if home else []
     headers = glob("csrc/*.h") + glob("csrc/cuda/*.h")
     module = CppExtension(
         "tfkern._C",
@@ -123,7 +130,7 @@ def native():
         extra_compile_args=[
             *flags,
             f"-DTFKERN_TORCH_VERSION={torch.__version__}",
-            f"-DTFKERN_CUDA_ARCHITECTURES={architectures}",
+            "-DTFKERN_CUDA_ARCHITECTURES=" + ",".join(f'"{a}"' for a in architectures),
             f"-DTFKERN_CUDA_KERNELS={cuda_kernels() if home else ''}",
         ],
     )
@@ -141,7 +148,7 @@ def native():
         "tfkern._operators",
         sources,
         depends=headers,
-        extra_compile_args={"cxx": flags, "nvcc": cuda_flags(flags)},
+        extra_compile_args={"cxx": flags, "nvcc": cuda_flags(flags, architectures)},
         extra_link_args=[*link, "-Wl,--exclude-libs,ALL"],
         py_limited_api=True,
     )
