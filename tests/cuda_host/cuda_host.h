@@ -21,7 +21,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 struct uint4 {
@@ -63,29 +62,6 @@ void sync_block();
 // gave; each must give the same op.
 void sync_warp(uint32_t mask, void* slot, void (*op)(void* const* slots, uint32_t mask));
 
-template <class T>
-struct Exchange {
-  T value;
-  int from;
-  T result;
-};
-
-template <class T>
-T exchange(uint32_t mask, T value, int from) {
-  Exchange<T> slot{value, from, value};
-  sync_warp(mask, &slot, [](void* const* slots, uint32_t mask) {
-    for (int i = 0; i < 32; ++i) {
-      if (!(mask >> i & 1)) continue;
-      auto* mine = static_cast<Exchange<T>*>(slots[i]);
-      if (!(mask >> mine->from & 1)) fail("a shuffle reads a lane outside of its mask");
-      mine->result = static_cast<Exchange<T>*>(slots[mine->from])->value;
-    }
-  });
-  return slot.result;
-}
-
-inline int lane() { return thread.x % 32; }
-
 }  // namespace cuda_host
 
 #define threadIdx ::cuda_host::thread
@@ -99,42 +75,24 @@ inline void __syncwarp(uint32_t mask = 0xffffffff) {
 }
 
 template <class T>
-T __shfl_sync(uint32_t mask, T x, int from) {
-  return cuda_host::exchange(mask, x, from % 32);
-}
-template <class T>
 T __shfl_xor_sync(uint32_t mask, T x, int lanes) {
-  return cuda_host::exchange(mask, x, cuda_host::lane() ^ lanes);
-}
-template <class T>
-T __shfl_up_sync(uint32_t mask, T x, int lanes) {
-  const int lane = cuda_host::lane();
-  return cuda_host::exchange(mask, x, lane < lanes ? lane : lane - lanes);
-}
-
-inline uint32_t __ballot_sync(uint32_t mask, bool x) {
   struct Slot {
-    bool vote;
-    uint32_t bits;
-  } slot{x, 0};
+    T given;
+    int from;
+    T got;
+  } slot{x, static_cast<int>(threadIdx.x % 32) ^ lanes, x};
   cuda_host::sync_warp(mask, &slot, [](void* const* slots, uint32_t mask) {
-    uint32_t bits = 0;
     for (int i = 0; i < 32; ++i) {
-      if (mask >> i & 1) bits |= uint32_t{static_cast<Slot*>(slots[i])->vote} << i;
-    }
-    for (int i = 0; i < 32; ++i) {
-      if (mask >> i & 1) static_cast<Slot*>(slots[i])->bits = bits;
+      if (!(mask >> i & 1)) continue;
+      auto* mine = static_cast<Slot*>(slots[i]);
+      if (!(mask >> mine->from & 1)) cuda_host::fail("a shuffle reads a lane outside of its mask");
+      mine->got = static_cast<Slot*>(slots[mine->from])->given;
     }
   });
-  return slot.bits;
+  return slot.got;
 }
-inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
-inline bool __all_sync(uint32_t mask, bool x) { return __ballot_sync(mask, !x) == 0; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 using std::max;
 using std::min;

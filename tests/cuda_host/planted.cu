@@ -66,21 +66,14 @@ Tensor product(Tensor a, Tensor b) {
   return c;
 }
 
-// What the shuffles and votes give each lane of a warp.
-__global__ void warp_kernel(const int64_t* x, int64_t* out) {
-  const int i = threadIdx.x;
-  const int64_t mine = x[i];
-  const int64_t results[] = {
-      __shfl_sync(0xffffffff, mine, 5),    __shfl_xor_sync(0xffffffff, mine, 3),
-      __shfl_up_sync(0xffffffff, mine, 4), __ballot_sync(0xffffffff, mine % 3 == 0),
-      __any_sync(0xffffffff, mine == 7),   __all_sync(0xffffffff, mine > 0),
-  };
-  for (int j = 0; j < 6; ++j) out[j * 32 + i] = results[j];
+// What a shuffle gives each lane of a warp.
+__global__ void shuffle_kernel(const int64_t* x, int64_t* out) {
+  out[threadIdx.x] = __shfl_xor_sync(0xffffffff, x[threadIdx.x], 3);
 }
 
-Tensor warp(Tensor x) {
-  Tensor out = empty(x, {6, 32}, ScalarType::Long);
-  launch(Device(x), warp_kernel, 1, 32, 0, static_cast<const int64_t*>(x.data_ptr()),
+Tensor shuffle(Tensor x) {
+  Tensor out = empty(x, {32}, ScalarType::Long);
+  launch(Device(x), shuffle_kernel, 1, 32, 0, static_cast<const int64_t*>(x.data_ptr()),
          static_cast<int64_t*>(out.data_ptr()));
   return out;
 }
@@ -91,11 +84,11 @@ Tensor warp(Tensor x) {
 STABLE_TORCH_LIBRARY(tfkern_planted, m) {
   m.def("reverse(Tensor x, int fault) -> Tensor");
   m.def("product(Tensor a, Tensor b) -> Tensor");
-  m.def("warp(Tensor x) -> Tensor");
+  m.def("shuffle(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern_planted, CPU, m) {
   m.impl("reverse", TORCH_BOX(&tfkern::cuda::reverse));
   m.impl("product", TORCH_BOX(&tfkern::cuda::product));
-  m.impl("warp", TORCH_BOX(&tfkern::cuda::warp));
+  m.impl("shuffle", TORCH_BOX(&tfkern::cuda::shuffle));
 }
