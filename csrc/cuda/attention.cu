@@ -65,15 +65,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   if (row0 >= rows) return;
   const int t0 = a.packed ? 0 : row0, t1 = a.packed ? d.queries - 1 : min(row0 + kRows, rows) - 1;
 
-  auto* shared = shared_memory<uint4>();
-  const Tile<T, kRows, D> q{shared};
+  const Tile<T, kRows, D> q{shared_memory<uint4>()};
   using KeyTile = Tile<T, K::kSize, D>;
   const auto keys_at = [&](int stage) {
-    return KeyTile{shared + (Tile<T, kRows, D>::kBytes + 2 * stage * KeyTile::kBytes) / 16};
+    return KeyTile{q.end() + 2 * stage * KeyTile::kBytes / 16};
   };
-  const auto values_at = [&](int stage) {
-    return KeyTile{keys_at(stage).data + KeyTile::kBytes / 16};
-  };
+  const auto values_at = [&](int stage) { return KeyTile{keys_at(stage).end()}; };
   Range keys = keys_of(in, d, t0, t1);
   keys.begin = keys.begin / K::kSize * K::kSize;
   const int part = tiles_of(max(keys.end - keys.begin, 0), K::kSize * a.splits) * K::kSize;

@@ -175,6 +175,8 @@ struct Tile {
 
   uint4* data;
 
+  __device__ uint4* end() const { return data + kBytes / 16; }
+
   __device__ uint4* piece(int plane, int row, int i) const {
     const int swizzled = D % 64 == 0 ? i ^ (row & 7) : i ^ (row >> 1 & 3);
     return data + (plane * ROWS + row) * kPieces + swizzled;

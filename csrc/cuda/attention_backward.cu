@@ -135,9 +135,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   const int h = static_cast<int>(blockIdx.x / a.tiles), t0 = tile * kOwn;
   if (t0 >= d.queries) return;
   const int t1 = min(t0 + kOwn, d.queries) - 1;
-  auto* shared = shared_memory<uint4>();
-  const Own q{shared}, d_o{shared + Own::kBytes / 16};
-  const Step k{shared + 2 * Own::kBytes / 16}, v{k.data + Step::kBytes / 16};
+  const Own q{shared_memory<uint4>()}, d_o{q.end()};
+  const Step k{d_o.end()}, v{k.end()};
   q.load(in.q, d.batch, h, d.query0, t0, d.queries);
   d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries);
   const Range keys = keys_of(in, d, t0, t1);
@@ -178,9 +177,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dkv_kernel(Backward a) {
   const int hk = static_cast<int>(index / a.tiles), s0 = tile * kOwn;
   if (s0 >= d.keys) return;
   const int s1 = min(s0 + kOwn, d.keys) - 1;
-  auto* shared = shared_memory<uint4>();
-  const Own k{shared}, v{shared + Own::kBytes / 16};
-  const Step q{shared + 2 * Own::kBytes / 16}, d_o{q.data + Step::kBytes / 16};
+  const Own k{shared_memory<uint4>()}, v{k.end()};
+  const Step q{v.end()}, d_o{q.end()};
   k.load(in.k, d.batch, hk, d.key0, s0, d.keys);
   v.load(in.v, d.batch, hk, d.key0, s0, d.keys);
   const Range queries = queries_of(in, d, s0, s1);
@@ -230,9 +228,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
   index /= static_cast<int64_t>(tiles_s) * tiles_t;
   const int bias_h = static_cast<int>(index % a.bias_H),
             bias_b = static_cast<int>(index / a.bias_H);
-  auto* shared = shared_memory<uint4>();
-  const Own q{shared}, d_o{shared + Own::kBytes / 16};
-  const Step k{shared + 2 * Own::kBytes / 16}, v{k.data + Step::kBytes / 16};
+  const Own q{shared_memory<uint4>()}, d_o{q.end()};
+  const Step k{d_o.end()}, v{k.end()};
   float sum[N][4] = {};
   const int B = a.bias_B == 1 ? in.B : 1, H = a.bias_H == 1 ? in.H : 1;
   const int tiles = (a.bias_T == 1 ? query_tiles : 1) * (a.bias_S == 1 ? key_tiles : 1);
@@ -260,7 +257,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
       __syncthreads();
     }
   }
-  auto* sums = reinterpret_cast<float*>(shared);  // (kOwn, kSize)
+  auto* sums = shared_memory<float>();  // (kOwn, kSize)
   each<N>([&](int n, int i, int row, int column) {
     sums[(16 * warp + row) * kSize + column] = sum[n][i];
   });
