@@ -136,6 +136,15 @@ def test_doctor_lists_the_cuda_kernels():
         assert listed["mlp_forward_kernel"] == listed["layer_norm_row_sums_kernel"]
 
 
+def test_doctor_knows_that_two_ops_share_a_kernel(monkeypatch):
+    _C = pytest.importorskip("tfkern._C", reason="no native build")
+    names = ("attention_combine_kernel", "mlp_forward_kernel", "sum_partials_kernel")
+    monkeypatch.setattr(_C, "cuda_kernels", names)
+    monkeypatch.setattr(cli, "_gpus", lambda: {("mlp", "native"): {"NVIDIA H100"}})
+    ran_on = {name: gpus for name, _, _, gpus in cli._kernels()}
+    assert [ran_on[name] for name in names] == ["no GPU yet", "NVIDIA H100", "NVIDIA H100"]
+
+
 def test_bench_writes_its_files(quick, capsys, tmp_path):
     out = tmp_path / "results"
     call = ["bench", "attention", "--lengths", "16,32", "--heads", "1", "--device", "cpu"]

@@ -9,7 +9,7 @@ import torch
 pytestmark = pytest.mark.xdist_group("emulation")
 FAULTS = (
     "none", "no_sync", "shared_store", "global_store", "unwritten", "some_sync", "half_warp",
-    "no_wait",
+    "no_wait", "early_copy",
 )  # fmt: skip
 
 
@@ -42,6 +42,10 @@ def test_a_kernel_without_fault(order):
 def test_a_missing_sync_is_seen(order):
     assert not torch.equal(reverse(X, "no_sync"), EXPECTED)
     assert reverse(X, "no_sync").isnan().any(), "shared memory is NaN at first"
+
+
+def test_a_copy_over_what_others_still_read_is_seen(order):
+    assert reverse(X, "early_copy").isnan().any()
 
 
 def test_an_unwritten_element_is_seen(order):

@@ -245,9 +245,11 @@ def _kernels() -> list[tuple[str, str, str, str]]:
         from tfkern import _C
 
         for name in _C.cuda_kernels:
-            op = next((op for op in _OPS if name.startswith(op)), "")
-            gpus = ", ".join(sorted(run.get((op, "native"), ()))) or "no GPU yet"
-            rows.append((name, "native", f"{', '.join(_C.cuda_architectures)} and PTX", gpus))
+            # One that is no op's own sums gradients of these two.
+            ops = [op for op in _OPS if name.startswith(op)] or ["layer_norm", "mlp"]
+            gpus = ", ".join(sorted({g for op in ops for g in run.get((op, "native"), ())}))
+            built_for = f"{', '.join(_C.cuda_architectures)} and PTX"
+            rows.append((name, "native", built_for, gpus or "no GPU yet"))
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith("tfkern::"):
             rows.append((name.removeprefix("tfkern::"), "native", "CPU", ""))

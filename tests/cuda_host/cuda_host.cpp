@@ -153,6 +153,7 @@ void enter() {
   for (const auto& group : fibers[thread.x].groups) {
     if (!group.empty()) fail("a thread ends before a copy of its own");
   }
+  if (!fibers[thread.x].copies.empty()) fail("a thread ends before a copy of its own");
   fibers[thread.x].state = State::done;
   pause();
 }
@@ -276,6 +277,7 @@ void check_shared(const void* p) {
 void copy_async(void* shared, const void* global, bool valid) {
   check_shared(shared);
   if (reinterpret_cast<uintptr_t>(global) % 16) fail("a copy from an odd address");
+  std::memset(shared, kPoison, 16);
   fibers[thread.x].copies.push_back({shared, global, valid});
 }
 

@@ -50,8 +50,8 @@ void* shared_memory();
 // Fails unless a 16-byte access to shared memory is inside of it and aligned.
 void check_shared(const void* p);
 
-// Copies of 16 bytes to shared memory, or of zeros. One is made when its group is waited for, so
-// that a missing wait is seen.
+// Copies of 16 bytes to shared memory, or of zeros. From the call until its group is waited for,
+// NaN is there, so that a missing wait is seen, and a reader of what the copy overwrites.
 void copy_async(void* shared, const void* global, bool valid);
 void copy_commit();
 void copy_wait(size_t groups);

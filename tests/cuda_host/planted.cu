@@ -8,7 +8,17 @@
 namespace tfkern::cuda {
 namespace {
 
-enum Fault { none, no_sync, shared_store, global_store, unwritten, some_sync, half_warp, no_wait };
+enum Fault {
+  none,
+  no_sync,
+  shared_store,
+  global_store,
+  unwritten,
+  some_sync,
+  half_warp,
+  no_wait,
+  early_copy
+};
 
 // y = x in reverse order, block by block, through shared memory.
 __global__ void reverse_kernel(const float* x, float* y, int n, int fault) {
@@ -24,7 +34,13 @@ __global__ void reverse_kernel(const float* x, float* y, int n, int fault) {
   }
   if (fault == some_sync ? i < 32 : fault != no_sync) __syncthreads();
   if (fault == unwritten && i == last) return;
+  if (fault == early_copy && i % 4 == 0) copy_async(shared + i, x + first + i, true);
   y[first + i + (fault == global_store && first + i == n - 1)] = shared[last - i];
+  if (fault == early_copy) {
+    copy_commit();
+    __syncthreads();
+    copy_wait<0>();
+  }
 }
 
 Tensor reverse(Tensor x, int64_t fault) {
