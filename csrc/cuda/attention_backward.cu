@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   const Step k{d_o.end()}, v{k.end()};
   q.load(in.q, d.batch, h, d.query0, t0, d.queries);
   d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries);
+  copy_commit();  // the loop may be empty
   const Range keys = keys_of(in, d, t0, t1);
   float dq[D / 8][4] = {};
   for (int s0 = keys.begin / kSize * kSize; s0 < keys.end; s0 += kSize) {
@@ -181,6 +182,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dkv_kernel(Backward a) {
   const Step q{v.end()}, d_o{q.end()};
   k.load(in.k, d.batch, hk, d.key0, s0, d.keys);
   v.load(in.v, d.batch, hk, d.key0, s0, d.keys);
+  copy_commit();  // the loop may be empty
   const Range queries = queries_of(in, d, s0, s1);
   float sum[D / 8][4] = {};
   for (int h = hk * in.group(); h < (hk + 1) * in.group(); ++h) {
