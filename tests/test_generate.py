@@ -258,6 +258,32 @@ def test_processors_are_those_of_transformers(options, theirs):
     torch.testing.assert_close(result, expected)
 
 
+def test_cuts_at_one_cut_nothing():
+    """Rounding in sums over a large vocabulary takes no token."""
+    logits = 3 * torch.randn(4, 50257)
+    for options in ({"top_p": 1.0}, {"typical_p": 1.0}):
+        assert Sampling(**options).logits(logits, [[]] * 4).isfinite().all()
+
+
+def test_nothing_to_draw(models):
+    """An error, and not a token that is excluded; what has ended excludes nothing for the rest."""
+    ours, _ = models["gpt2"]
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(no_repeat_ngram=1, temperature=temperature)
+        assert set(generate(ours, [[1]], V - 1, sampling=sampling)[0].tolist()) == {*range(V)} - {1}
+        with pytest.raises(ValueError, match="every token is excluded"):
+            generate(ours, [[1]], V, sampling=sampling)
+        full = [t for t in range(V) if t != 9]
+        short, long = generate(ours, [full, [1]], 5, sampling=sampling, end_tokens=[9])
+        assert short.tolist() == [9] and len(long) > 1
+    broken = copy.deepcopy(ours)
+    torch.nn.init.constant_(broken.decoder.norm.bias, torch.nan)
+    with pytest.raises(ValueError, match="the largest logit is nan"):
+        generate(broken, [[1]], 3)
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        beam_search(broken, [[1]], 3)
+
+
 def test_draws_follow_the_softmax():
     """Chi-square of 20 000 draws, with and without a cut; nothing of probability 0."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
@@ -327,6 +353,18 @@ def test_beams_end_and_are_ordered(models):
         logp = ours(text[None, :-1])[0].log_softmax(-1)[1:]
         total = logp[torch.arange(len(beam.tokens)), beam.tokens].sum().item()
         assert beam.score == pytest.approx(total / len(beam.tokens), rel=1e-4)
+
+
+def test_beams_of_few_texts(models):
+    """All that there are, once each, and no more; what shapes a draw changes no score."""
+    ours, _ = models["gpt2"]
+    sampling = Sampling(banned=[[t] for t in range(3, V)], temperature=0.1, top_k=1, top_p=0.1)
+    (beams,) = beam_search(ours, [[5]], 2, beams=12, best=12, sampling=sampling, end_tokens=[])
+    assert sorted(b.tokens.tolist() for b in beams) == [[i, j] for i in range(3) for j in range(3)]
+    for beam in beams:
+        logp = ours(torch.tensor([[5, beam.tokens[0]]]))[0].log_softmax(-1)
+        total = logp[[0, 1], beam.tokens].sum().item()
+        assert beam.score == pytest.approx(total / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -530,18 +568,28 @@ def test_errors(models):
     with pytest.raises(ValueError, match="needs head 'lm', this one has 'none'"):
         generate(Transformer(replace(ours.config, head="none")), [[1]])
     for options, message in (
-        ({"prompts": [[1] * 600], "max_tokens": 60}, "660 together, more than the context of 640"),
+        (
+            {"prompts": [[1] * 600], "max_tokens": 60},
+            "660 tokens, .* than the context of 640",
+        ),
         ({"prompts": [[1], []]}, "at least one sequence of at least one token"),
-        ({"prompts": [[1, 61]]}, "prompts have the token 61, expected 0 to 60"),
+        ({"prompts": [[1, 61]]}, "prompts must have tokens from 0 to 60, got 61"),
+        ({"prompts": [1, 2]}, "prompts must be sequences of tokens, which are integers"),
+        ({"prompts": torch.tensor([1, 2])}, "prompts must be sequences of tokens"),
+        ({"prompts": ["ab"]}, "prompts must be sequences of tokens"),
+        ({"prompts": [[1]], "end_tokens": [-1]}, "end_tokens must have tokens from 0 to 60"),
+        ({"prompts": [[1]], "sampling": Sampling(bias={61: 1.0})}, "bias must have tokens"),
+        ({"prompts": [[1]], "sampling": Sampling(banned=[[1], [2, 70]])}, "banned .* got 70"),
         ({}, "no prompt, and the model has no start_token"),
         ({"prompts": [[1]], "source": [[1]]}, "encoder-decoders need source"),
         ({"prompts": [[1]], "max_tokens": 0}, "max_tokens must be positive"),
         ({"prompts": [[1]], "samples": 0}, "samples must be positive"),
         ({"prompts": [[1]], "seeds": [1, 2]}, "2 seeds for 1 rows"),
-        ({"prompts": [[1]], "cache": "ring"}, "cache must be static, growing or none"),
+        ({"prompts": [[1]], "cache": "ring"}, "cache must be one of static, growing, none"),
     ):
-        with pytest.raises(ValueError, match=message):
-            generate(ours, **options)
+        for function in (generate, stream):  # at the call, not at the first step
+            with pytest.raises(ValueError, match=message):
+                function(ours, **options)
     with pytest.raises(ValueError, match="encoder-decoders need source"):
         generate(both)
     with pytest.raises(ValueError, match="there are 1 prompts and 2 sources"):
@@ -559,8 +607,19 @@ def test_errors(models):
         beam_search(ours, [[1]], best=5)
     with pytest.raises(ValueError, match="early_stopping must be"):
         beam_search(ours, [[1]], early_stopping="soon")
-    with pytest.raises(ValueError, match="have 61 and 9 tokens"):
+    with pytest.raises(ValueError, match="the model's vocab_size, 61, got 9"):
         small = Transformer(replace(encoder, architecture="decoder", head="lm"))
         speculative(ours, small, [[1]])
+    short = Transformer(replace(ours.config, max_length=20))
+    calls = []
+    handle = ours.decoder.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="22 tokens, .* more than the context of 20"):
+        speculative(ours, short, [[1], [1] * 12], 10)
+    handle.remove()
+    assert not calls  # not even for the first prompt
     with pytest.raises(ValueError, match="1 <= stride < window, got 8 and 8"):
         perplexity(ours, [1, 2, 3], window=8, stride=8)
+    with pytest.raises(ValueError, match="the model's context of 640, got 641"):
+        perplexity(ours, [1, 2, 3], window=641)
+    with pytest.raises(ValueError, match="tokens must have tokens from 0 to 60, got 61"):
+        perplexity(ours, [1, 61], window=8)

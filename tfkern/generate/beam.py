@@ -1,17 +1,16 @@
 """Beam search: the likeliest continuations, as far as a few at a time can tell."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tfkern.generate.decode import ends_of, inputs
+from tfkern.generate.request import Rows, request
 from tfkern.generate.sampling import Sampling
-from tfkern.generate.session import Rows, Session, pad
+from tfkern.generate.session import Session, pad
 from tfkern.models import Transformer
-
-_NEVER = -1e9  # a score that none has
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def beam_search(
     Args:
         model, prompts, max_tokens, source, end_tokens, cache: as in `generate`.
         beams: how many continuations are followed; 1 is greedy decoding.
-        best: how many are returned of each prompt, at most beams.
+        best: how many are returned of each prompt, at most beams; fewer if there are no more.
         length_penalty: power of the length that the log probability is divided by: more than 0
             favours longer ones.
         early_stopping: True ends when as many as beams have ended; False also when the best running
@@ -65,34 +64,30 @@ def beam_search(
         raise ValueError(f"beams and best must fit 1 <= best <= beams, got {best} and {beams}")
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-    sampling = sampling or Sampling()
+    asked = request(model, prompts, max_tokens, source, sampling, end_tokens, copies=beams)
     if beams == 1:
         early_stopping = True
-    prompt_rows, sources = inputs(model, prompts, source, beams)
-    B, device = len(prompt_rows) // beams, next(model.parameters()).device
-    ends = torch.tensor(ends_of(model, end_tokens), dtype=torch.int64, device=device)
-    source_tokens, source_lengths = (None, None) if sources is None else pad(sources, device)
-    capacity = max(map(len, prompt_rows)) + max_tokens
-    session = Session(model, B * beams, capacity, source_tokens, source_lengths, cache)
-    logits = session.feed(*pad(prompt_rows, device))
+    B = len(asked.prompts) // beams
+    session = Session(model, B * beams, asked.capacity, asked.sources, cache)
+    device = session.device
+    ends = torch.tensor(asked.ends, dtype=torch.int64, device=device)
+    logits = session.feed(*pad(asked.prompts, device))
+    # of the model's distribution nothing is cut off
+    rules = replace(
+        asked.sampling, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None
+    )
 
     kept = max(2, 1 + len(ends)) * beams  # enough that as many as beams have not ended
-    within = torch.arange(kept, device=device) < beams
-    running = torch.full((B, beams), _NEVER, device=device)
+    running = torch.full((B, beams), -torch.inf, device=device)
     running[:, 0] = 0.0  # the others are the same text
     tokens = torch.zeros(B, beams, 0, dtype=torch.int64, device=device)
-    finished = torch.full((B, beams), _NEVER, device=device)
-    finished_tokens = torch.zeros(B, beams, max_tokens, dtype=torch.int64, device=device)
-    lengths = torch.zeros(B, beams, dtype=torch.int64, device=device)
+    finished = _Finished(B, beams, max_tokens, device)
     hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)
+    first = torch.arange(B, device=device)[:, None] * beams
     for n in range(1, max_tokens + 1):
-        history = [
-            [*prompt, *row.tolist()]
-            for prompt, row in zip(prompt_rows, tokens.flatten(0, 1), strict=True)
-        ]
-        logp = sampling.logits(logits.float().log_softmax(-1), history, n - 1, ends.tolist())
+        written = tokens.flatten(0, 1).tolist()
+        texts = [[*prompt, *new] for prompt, new in zip(asked.prompts, written, strict=True)]
+        logp = rules.logits(logits.float().log_softmax(-1), texts, n - 1, asked.ends)
         V = logp.shape[-1]
         total = (running[..., None] + logp.view(B, beams, V)).flatten(1)
         top, index = total.topk(min(kept, total.shape[1]))
@@ -100,37 +95,60 @@ def beam_search(
         ended = torch.isin(token, ends) | (n == max_tokens)
         candidates = torch.cat([_rows(tokens, parent), token[..., None]], -1)
 
-        # those that end now, against those that ended before
-        full = (finished > _NEVER).all(1, keepdim=True) & (early_stopping is True)
-        counts = ended & within[: top.shape[1]] & hopeful & ~full
-        score = torch.where(counts, top / n**length_penalty, _NEVER)
-        padded = finished_tokens.new_zeros(*candidates.shape[:2], max_tokens)
-        padded[..., :n] = candidates
-        finished, order = torch.cat([finished, score], 1).topk(beams)
-        finished_tokens = _rows(torch.cat([finished_tokens, padded], 1), order)
-        new_lengths = torch.full_like(token, n)
-        lengths = torch.cat([lengths, new_lengths], 1).gather(1, order)
-
-        # the best that go on
-        running, order = (top + ended * _NEVER).topk(beams)
+        counts = ended & hopeful & ~(finished.full & (early_stopping is True))
+        counts[:, beams:] = False  # behind as many better ones, none that ends counts
+        finished.add(candidates, torch.where(counts, top / n**length_penalty, -torch.inf))
+        running, order = top.masked_fill(ended, -torch.inf).topk(beams)
         tokens, parent = _rows(candidates, order), parent.gather(1, order)
         reach = max_tokens if early_stopping == "never" and length_penalty > 0 else n
-        worst = torch.where(finished > _NEVER, finished.amin(1, keepdim=True), _NEVER)
-        possible = running[:, :1] / reach**length_penalty
-        hopeful = hopeful & (possible > worst).any(1, keepdim=True)
-        done = (finished > _NEVER).all() and early_stopping is True
+        hopeful = hopeful & (running[:, :1] / reach**length_penalty > finished.worst)
+        done = early_stopping is True and finished.full.all()
         if ended.all() or done or not hopeful.any():
             break
-        first = torch.arange(B, device=device)[:, None] * beams
         session.reorder((first + parent).flatten())
         logits = session.feed(tokens[..., -1].flatten()[:, None])
-    return [
-        [
-            Beam(finished_tokens[b, i, : lengths[b, i]].cpu(), finished[b, i].item())
-            for i in range(best)
+    results = [row[:best] for row in finished.beams()]
+    if not all(results):
+        raise ValueError("every continuation is excluded, or the logits are not finite")
+    return results
+
+
+class _Finished:
+    """The best continuations of each prompt that have ended, the best first."""
+
+    def __init__(self, B: int, beams: int, max_tokens: int, device: torch.device) -> None:
+        self.scores = torch.full((B, beams), -torch.inf, device=device)
+        self.lengths = torch.zeros(B, beams, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(B, beams, max_tokens, dtype=torch.int64, device=device)
+
+    @property
+    def full(self) -> Tensor:
+        """Whether there are as many as beams, (B, 1)."""
+        return (self.scores > -torch.inf).all(1, keepdim=True)
+
+    @property
+    def worst(self) -> Tensor:
+        """The least score, (B, 1); where there are fewer than beams, one that all exceed."""
+        return self.scores[:, -1:]
+
+    def add(self, candidates: Tensor, scores: Tensor) -> None:
+        """Takes the best of these (B, K, n) and those that are there."""
+        n = candidates.shape[-1]
+        padded = F.pad(candidates, (0, self.tokens.shape[-1] - n))
+        lengths = torch.full_like(candidates[..., 0], n)
+        self.scores, order = torch.cat([self.scores, scores], 1).topk(self.scores.shape[1])
+        self.tokens = _rows(torch.cat([self.tokens, padded], 1), order)
+        self.lengths = torch.cat([self.lengths, lengths], 1).gather(1, order)
+
+    def beams(self) -> list[list[Beam]]:
+        return [
+            [
+                Beam(row[:n].cpu(), score)
+                for row, n, score in zip(*texts, strict=True)
+                if score > -torch.inf
+            ]
+            for texts in zip(self.tokens, self.lengths.tolist(), self.scores.tolist(), strict=True)
         ]
-        for b in range(B)
-    ]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

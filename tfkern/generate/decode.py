@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tfkern.generate.request import Request, Rows, Seeds, request, seeds_of
 from tfkern.generate.sampling import Sampling, draw
-from tfkern.generate.session import Rows, Session, pad, rows
+from tfkern.generate.session import Session, pad
 from tfkern.models import Transformer
-
-Seeds = int | Sequence[int]
 
 
 def generate(
@@ -78,72 +77,45 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """The tokens of `generate` as they come: at each step one for each row, None where a row has
     ended. To stop early, stop asking."""
-    sampling = sampling or Sampling()
-    history, sources = inputs(model, prompts, source, samples)
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-    B, device = len(history), next(model.parameters()).device
-    ends = ends_of(model, end_tokens)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds_of(seeds, B)]
-    source_tokens, lengths = (None, None) if sources is None else pad(sources, device)
-    capacity = max(map(len, history)) + max_tokens
-    session = Session(model, B, capacity, source_tokens, lengths, cache)
-    logits = session.feed(*pad(history, device))
-    alive = [True] * B
-    for written in range(max_tokens):
-        p = sampling.probabilities(sampling.logits(logits, history, written, ends))
-        tokens = draw(p, generators).tolist()
-        step = [token if a else None for token, a in zip(tokens, alive, strict=True)]
-        for i, token in enumerate(step):
-            if token is not None:
-                history[i].append(token)
-                ended = stop is not None and stop(i, token)
-                alive[i] = not (token in ends or ended)
-        yield step
-        if not any(alive) or written == max_tokens - 1:
-            return
-        # rows that ended read nothing more
-        new = None if all(alive) else torch.tensor(alive, device=device).long()
-        logits = session.feed(torch.tensor(tokens, device=device)[:, None], new)
-
-
-def inputs(
-    model: Transformer, prompts: Rows | None, source: Rows | None, samples: int = 1
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    """Prompts and sources as lists, each as often as samples says."""
     if samples < 1:
         raise ValueError(f"samples must be positive, got {samples}")
-    sources = None if source is None else rows(source, "source")
-    if prompts is None:
-        start = model.config.start_token
-        if start is None:
-            raise ValueError("there is no prompt, and the model has no start_token")
-        prompts = [[start]] * (1 if sources is None else len(sources))
-    history = rows(prompts, "prompts")
-    if sources is not None and len(sources) != len(history):
-        raise ValueError(f"there are {len(history)} prompts and {len(sources)} sources")
-    size = model.config.vocab_size or 0
-    for name, lists in (("prompts", history), ("source", sources or [])):
-        worst = max((t for row in lists for t in row if not 0 <= t < size), default=None)
-        if worst is not None:
-            raise ValueError(f"{name} have the token {worst}, expected 0 to {size - 1}")
-    history = [list(row) for row in history for _ in range(samples)]
-    if sources is not None:
-        sources = [row for row in sources for _ in range(samples)]
-    return history, sources
+    asked = request(model, prompts, max_tokens, source, sampling, end_tokens, copies=samples)
+    generators = [
+        torch.Generator().manual_seed(seed) for seed in seeds_of(seeds, len(asked.prompts))
+    ]
+    session = Session(model, len(asked.prompts), asked.capacity, asked.sources, cache)
+    return _steps(session, asked, max_tokens, generators, stop)
 
 
-def ends_of(model: Transformer, end_tokens: Sequence[int] | None) -> list[int]:
-    """The tokens that end a text."""
-    if end_tokens is not None:
-        return list(end_tokens)
-    return [] if model.config.end_token is None else [model.config.end_token]
-
-
-def seeds_of(seeds: Seeds, B: int) -> list[int]:
-    """A seed for each row."""
-    if isinstance(seeds, int):
-        return [seeds + i for i in range(B)]
-    if len(seeds) != B:
-        raise ValueError(f"there are {len(seeds)} seeds for {B} rows")
-    return list(seeds)
+@torch.no_grad()
+def _steps(
+    session: Session,
+    asked: Request,
+    max_tokens: int,
+    generators: list[torch.Generator],
+    stop: Callable[[int, int], bool] | None,
+) -> Iterator[list[int | None]]:
+    sampling, device = asked.sampling, session.device
+    history = [list(row) for row in asked.prompts]
+    alive = list(range(len(history)))
+    logits = session.feed(*pad(history, device))
+    for written in range(max_tokens):
+        texts = [history[i] for i in alive]
+        p = sampling.probabilities(sampling.logits(logits[alive], texts, written, asked.ends))
+        step: list[int | None] = [None] * len(history)
+        going = []
+        for i, token in zip(alive, draw(p, [generators[i] for i in alive]).tolist(), strict=True):
+            step[i] = token
+            history[i].append(token)
+            stopped = stop is not None and stop(i, token)
+            if not stopped and token not in asked.ends:
+                going.append(i)
+        yield step
+        alive = going
+        if not alive or written == max_tokens - 1:
+            return
+        tokens = torch.tensor([[token or 0] for token in step], device=device)
+        new = None  # rows that ended read nothing more
+        if len(alive) < len(history):
+            new = torch.tensor([int(i in alive) for i in range(len(history))], device=device)
+        logits = session.feed(tokens, new)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tfkern.generate.decode import Seeds, ends_of, inputs, seeds_of
+from tfkern.generate.request import Rows, Seeds, check_context, check_writer, request, seeds_of
 from tfkern.generate.sampling import Sampling, draw
-from tfkern.generate.session import Rows, Session, pad
+from tfkern.generate.session import Session
 from tfkern.models import Transformer
 
 
@@ -41,26 +41,25 @@ def speculative(
         For each prompt the new tokens, 1-d int64.
 
     Raises:
-        ValueError: as `generate`, or models of different vocabularies.
+        ValueError: as `generate`, or models of different vocabularies or architectures.
     """
-    if lookahead < 1 or max_tokens < 1:
-        raise ValueError(
-            f"lookahead and max_tokens must be positive, got {lookahead} and {max_tokens}"
-        )
-    if model.config.vocab_size != draft.config.vocab_size:
-        raise ValueError(
-            f"the models have {model.config.vocab_size} and {draft.config.vocab_size} tokens"
-        )
-    sampling = sampling or Sampling()
-    history, sources = inputs(model, prompts, source)
-    device, ends = next(model.parameters()).device, ends_of(model, end_tokens)
+    if lookahead < 1:
+        raise ValueError(f"lookahead must be positive, got {lookahead}")
+    asked = request(model, prompts, max_tokens, source, sampling, end_tokens)
+    check_writer(draft)
+    for name in ("vocab_size", "architecture"):
+        a, b = getattr(model.config, name), getattr(draft.config, name)
+        if a != b:
+            raise ValueError(f"the draft must have the model's {name}, {a}, got {b}")
+    check_context(draft, asked.capacity)
     results = []
-    for i, seed in enumerate(seeds_of(seeds, len(history))):
-        read = (None, None) if sources is None else pad([sources[i]], device)
-        capacity = len(history[i]) + max_tokens
-        pair = [Session(m, 1, capacity, *read) for m in (model, draft)]
+    for i, seed in enumerate(seeds_of(seeds, len(asked.prompts))):
+        sources = None if asked.sources is None else [asked.sources[i]]
+        pair = [Session(m, 1, asked.capacity, sources) for m in (model, draft)]
         generator = torch.Generator().manual_seed(seed)
-        new = _one(pair, history[i], max_tokens, lookahead, sampling, generator, ends)
+        new = _one(
+            pair, asked.prompts[i], max_tokens, lookahead, asked.sampling, generator, asked.ends
+        )
         results.append(torch.tensor(new, dtype=torch.int64))
     return results
 
@@ -77,7 +76,7 @@ def _one(
     """The new tokens. The large session has read all but the last, the small one up to
     drafted_to."""
     large, small = pair
-    prompt, drafted_to = len(tokens), 0
+    tokens, prompt, drafted_to = list(tokens), len(tokens), 0
     device = large.device
     if prompt > 1:
         large.feed(torch.tensor([tokens[:-1]], device=device))

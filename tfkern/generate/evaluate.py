@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tfkern.generate.session import check
+from tfkern.generate.request import check_tokens, check_writer
 from tfkern.models import Transformer
 
 
@@ -31,15 +31,20 @@ def perplexity(
     Raises:
         ValueError: numbers that do not fit, or a model that is no decoder.
     """
-    check(model, window)
+    check_writer(model)
     if model.encoder is not None:
         raise ValueError("perplexity needs a decoder-only model")
-    text = torch.as_tensor(tokens, device=next(model.parameters()).device)
+    text = torch.as_tensor(tokens)
     stride = window - 1 if stride is None else stride
     if text.dim() != 1 or len(text) < 2:
         raise ValueError(f"tokens must be (n,) with n >= 2, got {tuple(text.shape)}")
     if window < 2 or not 1 <= stride < window:
         raise ValueError(f"need 1 <= stride < window, got {stride} and {window}")
+    context = model.config.max_length
+    if context is not None and window > context:
+        raise ValueError(f"window must be at most the model's context of {context}, got {window}")
+    check_tokens(model, "tokens", text.tolist())
+    text = text.to(next(model.parameters()).device)
     total, predicted = 0.0, 1  # the first token has no prediction
     for start in range(0, len(text), stride):
         part = text[start : start + window]

@@ -95,7 +95,17 @@ class Sampling:
         return x
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of logits that `logits` gave, float64; with temperature 0 all is on one token."""
+        """Of logits that `logits` gave, float64; with temperature 0 all is on one token.
+
+        Raises:
+            ValueError: a row of which every token is excluded, or whose logits are not finite.
+        """
+        best = logits.amax(-1)
+        if not best.isfinite().all():
+            raise ValueError(
+                f"no token can be drawn: the largest logit is {best[~best.isfinite()][0].item()} "
+                "(-inf: every token is excluded)"
+            )
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, best, 1.0)
@@ -148,9 +158,7 @@ def top_k(x: Tensor, k: int) -> Tensor:
 
 
 def top_p(x: Tensor, p: float) -> Tensor:
-    values, order = x.sort(descending=True, stable=True)
-    before = values.softmax(-1).cumsum(-1) - values.softmax(-1)
-    return _without(x, order, before >= p)
+    return _likely(x, x.sort(descending=True, stable=True).indices, p)
 
 
 def min_p(x: Tensor, p: float) -> Tensor:
@@ -162,11 +170,15 @@ def typical_p(x: Tensor, p: float) -> Tensor:
     information = -x.log_softmax(-1)
     expected = (information * x.softmax(-1)).nansum(-1, keepdim=True)
     order = (information - expected).abs().sort(stable=True).indices
-    sums = x.gather(-1, order).softmax(-1)
-    return _without(x, order, sums.cumsum(-1) - sums >= p)
+    return _likely(x, order, p)
 
 
-def _without(x: Tensor, order: Tensor, dropped: Tensor) -> Tensor:
-    """x without the tokens at the dropped places of an order; the first stays in any case."""
+def _likely(x: Tensor, order: Tensor, p: float) -> Tensor:
+    """x with the fewest tokens of an order (B, V) whose probabilities add up to p; at least one.
+
+    What is summed up are those that go: for p = 1 no rounding may take any.
+    """
+    after = x.gather(-1, order).softmax(-1).flip(-1).cumsum(-1).flip(-1)
+    dropped = after <= 1 - p
     dropped[:, 0] = False
     return x.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)

@@ -8,8 +8,9 @@ from torch import Tensor
 from tfkern.models import Transformer
 from tfkern.models.blocks import Block, KeysValues
 from tfkern.nn import KVCache
+from tfkern.ops import checks
 
-Rows = Tensor | Sequence[Sequence[int] | Tensor]
+_CACHES = ("static", "growing", "none")
 
 
 class Session:
@@ -19,13 +20,13 @@ class Session:
         model: a decoder or an encoder-decoder with head "lm".
         batch: how many texts.
         capacity: the most tokens of a text.
-        source: (B, S) and source_lengths: (B,), what the encoder reads: once, as are the keys and
-            values that cross-attention takes from it.
+        sources: of each text what the encoder reads: once, as are the keys and values that
+            cross-attention takes from it. None for a decoder.
         cache: "static", "growing" (see `tfkern.nn.KVCache`), or "none", which reads everything
             again at every step.
 
     Raises:
-        ValueError: a model that does not continue texts, or a capacity beyond its context.
+        ValueError: another cache.
     """
 
     def __init__(
@@ -33,16 +34,10 @@ class Session:
         model: Transformer,
         batch: int,
         capacity: int,
-        source: Tensor | None = None,
-        source_lengths: Tensor | None = None,
+        sources: Sequence[Sequence[int]] | None = None,
         cache: str = "static",
     ) -> None:
-        check(model, capacity)
-        if cache not in ("static", "growing", "none"):
-            raise ValueError(f"cache must be static, growing or none, got {cache!r}")
-        both = model.encoder is not None
-        if both != (source is not None):
-            raise ValueError("encoder-decoders need source, and other models do not take one")
+        checks.choice("cache", cache, _CACHES)
         self.model = model
         self._rows: list[list[int]] = [[] for _ in range(batch)]
         config, stack = model.config, model.decoder
@@ -51,9 +46,10 @@ class Session:
         assert isinstance(weight, Tensor)
         self.device = weight.device
         self._memory: list[KeysValues] | None = None
-        self._memory_mask = source_lengths
-        if source is not None:
-            hidden = model.encode(source, source_lengths)
+        self._memory_mask: Tensor | None = None
+        if sources is not None:
+            source, self._memory_mask = pad(sources, self.device)
+            hidden = model.encode(source, self._memory_mask)
             blocks = (b for b in stack.blocks if isinstance(b, Block))
             self._memory = [block.cross.keys_values(hidden) for block in blocks]
         self._caches: list[KVCache] | None = None
@@ -112,30 +108,6 @@ class Session:
             max=hidden.shape[1] - 1
         )
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def check(model: Transformer, capacity: int) -> None:
-    """Raises ValueError if a model cannot write texts, or none of `capacity` tokens."""
-    config = model.config
-    if config.architecture == "encoder":
-        raise ValueError(
-            "an encoder-only model does not continue a text: `fill_mask` predicts masked tokens"
-        )
-    if config.head != "lm":
-        raise ValueError(f"a model that writes needs head 'lm', this one has {config.head!r}")
-    if config.max_length is not None and capacity > config.max_length:
-        raise ValueError(
-            f"prompt and new tokens are {capacity} together, more than the context of "
-            f"{config.max_length}"
-        )
-
-
-def rows(given: Rows, name: str) -> list[list[int]]:
-    """Lists of ids from a tensor (B, T) or a sequence of sequences."""
-    lists = [list(map(int, row)) for row in given]
-    if not lists or not all(lists):
-        raise ValueError(f"{name} must be at least one sequence of at least one token")
-    return lists
 
 
 def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
