@@ -490,6 +490,12 @@ def test_complete(writer):
     assert rows == [text[9:].partition("sat")[0], text[13:].partition("sat")[0]]
     with pytest.raises(ValueError, match="must not be empty"):
         complete(model, tokenizer, [start], stop=[""])
+    with pytest.raises(ValueError, match="stop must be a sequence of strings, got 'END'"):
+        complete(model, tokenizer, [start], stop="END")
+    with pytest.raises(ValueError, match="prompts must be a sequence of strings, got 'the"):
+        complete(model, tokenizer, start)
+    with pytest.raises(ValueError, match="a stream has one text, got samples = 2"):
+        next(stream_text(model, tokenizer, start, samples=2))
 
 
 def test_fill_mask():
@@ -512,6 +518,8 @@ def test_fill_mask():
         assert [value for _, value in row] == pytest.approx(best.values.tolist(), rel=1e-4)
     with pytest.raises(ValueError, match="the text has no"):
         fill_mask(model, tokenizer, "nothing")
+    with pytest.raises(ValueError, match="count must lie in 1 to 30522, got 40000"):
+        fill_mask(model, tokenizer, text, count=40000)
     with pytest.raises(ValueError, match="needs head 'mlm', the model has 'none'"):
         fill_mask(load(directory), tokenizer, text)
 

@@ -31,8 +31,10 @@ def complete(
         As many texts as prompts, times samples.
 
     Raises:
-        ValueError: as `generate`, or an empty string to stop at.
+        ValueError: as `generate`, a string in place of several, or an empty one to stop at.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a sequence of strings, got {prompts!r}")
     texts = [_Text(tokenizer, stop) for _ in range(len(prompts) * options.get("samples", 1))]
 
     def ends(row: int, token: int) -> bool:
@@ -60,6 +62,8 @@ def stream_text(
 ) -> Iterator[str]:
     """The text of `complete` in pieces, as soon as it is certain that no string to stop at begins
     there. Without a prompt it begins with the model's start token."""
+    if options.get("samples", 1) != 1:
+        raise ValueError(f"a stream has one text, got samples = {options['samples']}")
     text = _Text(tokenizer, stop)
     shown = 0
     inputs = {} if prompt is None else encode_prompts(model, tokenizer, [prompt])
@@ -82,13 +86,15 @@ def fill_mask(
     Args:
         model: an encoder with head "mlm" or "pretraining".
         text: with the tokenizer's mask token, such as "[MASK]".
-        count: how many for each mask.
+        count: how many for each mask, at most the vocabulary.
 
     Raises:
-        ValueError: a model without such a head, or a text without a mask.
+        ValueError: a model without such a head, a text without a mask, or count out of range.
     """
     if model.config.head not in ("mlm", "pretraining"):
         raise ValueError(f"fill_mask needs head 'mlm', the model has {model.config.head!r}")
+    if not 1 <= count <= (model.config.vocab_size or 0):
+        raise ValueError(f"count must lie in 1 to {model.config.vocab_size}, got {count}")
     batch = tokenizer.batch([text], allow_special=True)
     places = (batch.tokens[0] == tokenizer.special_id("mask")).nonzero()[:, 0]
     if not len(places):
@@ -121,6 +127,8 @@ class _Text:
     """A text that grows by tokens until a string to stop at is in it."""
 
     def __init__(self, tokenizer: "Tokenizer", stop: Sequence[str]) -> None:
+        if isinstance(stop, str):
+            raise ValueError(f"stop must be a sequence of strings, got {stop!r}")
         if not all(stop):
             raise ValueError("a string to stop at must not be empty")
         self._stream, self._stop = tokenizer.stream(), stop
