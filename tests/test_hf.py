@@ -181,6 +181,62 @@ def test_patch(name):
         assert torch.equal(x, y)
 
 
+SMALL = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 40}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "count"),
+    [
+        ("GPTNeoModel", {"attention_types": [[["global"], 1]], "num_layers": 1, "num_heads": 3}, 4),
+        ("GPTBigCodeModel", {"n_layer": 1, "n_head": 3, "n_embd": 24}, 4),
+        ("CohereModel", {"num_attention_heads": 3}, 1),  # a layer norm of its own
+        ("Mamba2Model", {"num_heads": 4, "head_dim": 12, "n_groups": 1, "state_size": 8}, 2),
+        ("MobileBertModel", {"normalization_type": "layer_norm"}, None),
+    ],
+)
+def test_patch_leaves_alone_what_it_does_not_know(kind, config, count):
+    """Linear layers in the place of Conv1D, norms that subtract a mean, norms and outputs with
+    further inputs."""
+    kind = getattr(transformers, kind)
+    names = SMALL if "n_embd" not in config else {"vocab_size": V}
+    model = huggingface.perturb(kind(kind.config_class(**names | config))).eval()
+    tokens = torch.randint(3, V, (2, 9))
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        with hf.patch(model) as patched:
+            assert count is None or len(patched.names) == count, patched.names
+            result = model(tokens)[0]
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_patch_leaves_replaced_layers_alone():
+    """An adapter, say, whose product has more than the weight in it, and weights of two dtypes."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.sum(-1, keepdim=True)
+
+    for name, path in (
+        ("llama", "model.layers.0.mlp.gate_proj"),
+        ("t5", "encoder.block.0.layer.1.DenseReluDense.wi"),
+        ("bart", "model.encoder.layers.0.fc2"),
+        ("bert", "bert.encoder.layer.0.output.dense"),
+    ):
+        model = llama() if name == "llama" else CASES[name].model()
+        layer = model.get_submodule(path)
+        layer.__class__ = Adapted
+        expected = outputs(name, model)
+        with hf.patch(model):
+            close(name, outputs(name, model), expected)
+    mixed = CASES["t5-encoder"].model(dtype=torch.bfloat16)
+    for block in mixed.encoder.block:
+        block.layer[1].DenseReluDense.wo.float()
+    tokens = torch.randint(3, V, (2, 9))
+    expected = mixed(tokens)[0]
+    with hf.patch(mixed):
+        torch.testing.assert_close(mixed(tokens)[0], expected, rtol=0.05, atol=0.1)
+
+
 def test_patch_really_computes(monkeypatch):
     """Each norm and MLP goes through tfkern's functions."""
     model = CASES["bert"].model()

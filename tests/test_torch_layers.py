@@ -125,6 +125,12 @@ def test_the_model_of_2017():
 def test_errors():
     with pytest.raises(ValueError, match="activation must be ReLU, GELU or SiLU, got"):
         from_torch(encoder_layer(activation=torch.tanh))
+    for options in ({"kdim": 5}, {"add_zero_attn": True}, {"add_bias_kv": True}):
+        for make, name in ((encoder_layer, "self_attn"), (decoder_layer, "multihead_attn")):
+            layer = make()
+            setattr(layer, name, nn.MultiheadAttention(C, H, **options))
+            with pytest.raises(ValueError, match="no key and value sizes of their own"):
+                from_torch(layer)
     small = {"dim": C, "layers": 1, "heads": H, "vocab_size": 3, "positions": "none"}
     for changes, message in (
         ({"norm": "rms_norm"}, "layer norm, no gate and equal heads"),

@@ -125,10 +125,13 @@ def patch(model: nn.Module) -> Patch:
     """Lets the norms and MLPs of a model compute with tfkern's kernels. Parameters stay where they
     are.
 
-    Known are layer norms, RMS norms by their form (a weight and variance_epsilon), and MLPs of
-    these forms: c_fc and c_proj (the GPTs), fc1 and fc2 (ViT, BART), wi and wo, wi_0 and wi_1 (T5),
-    gate_proj, up_proj and down_proj (Llama), intermediate and output (BERT). What has another form
-    or activation stays as it is, and what has dropout inside its MLP does so in training.
+    Known are torch's layer norm, RMS norms by their name and form (a weight and variance_epsilon),
+    and MLPs of these forms, on torch's linear layers: c_fc and c_proj (the GPTs), fc1 and fc2 (ViT,
+    BART), wi and wo, wi_0 and wi_1 (T5), gate_proj, up_proj and down_proj (Llama), intermediate and
+    output (BERT). What has another form or activation stays as it is, as do layers that an adapter
+    or a quantiser has replaced, and what has dropout inside its MLP does so in training.
+
+    A copy of a patched model would compute with the weights of the original: undo it first.
 
         with hf.patch(model) as patched:
             print(patched.names)
@@ -163,13 +166,28 @@ def _has(module: Any, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
+def _linear(module: Any, *names: str) -> bool:
+    """Whether these are linear layers and no more: subclasses may add to the product."""
+    return all(type(getattr(module, name, None)) is nn.Linear for name in names)
+
+
 def _norm(done: Patch, module: Any) -> bool:
+    named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         done._replace(module, lambda x: layer_norm(x, module.weight, module.bias, eps=module.eps))
-    elif hasattr(module, "variance_epsilon") and {n for n, _ in module.named_parameters()} == {
-        "weight"
-    }:
-        done._replace(module, lambda x: rms_norm(x, module.weight, eps=module.variance_epsilon))
+    elif (
+        named
+        and hasattr(module, "variance_epsilon")
+        and [n for n, _ in module.named_parameters()] == ["weight"]
+    ):
+        plain = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if x.dtype != module.weight.dtype:
+                return plain(x)  # each has rules of its own for the dtype of the result
+            return rms_norm(x, module.weight, eps=module.variance_epsilon)
+
+        done._replace(module, forward)
     else:
         return False
     return True
@@ -178,13 +196,16 @@ def _norm(done: Patch, module: Any) -> bool:
 def _gpt(done: Patch, module: Any) -> bool:
     if not _has(module, "c_fc", "c_proj", "act", "dropout"):
         return False
-    act = _activation(module.act)
-    if act is None:
-        return False
     fc, proj, dropout = module.c_fc, module.c_proj, module.dropout
+    # Conv1D, the linear layer of some, holds weights (in, out)
+    turned = type(fc).__name__ == type(proj).__name__ == "Conv1D"
+    act = _activation(module.act)
+    if act is None or not (turned or _linear(module, "c_fc", "c_proj")):
+        return False
 
-    def forward(x: Tensor) -> Tensor:  # Conv1D holds weights (in, out)
-        return dropout(mlp(x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, activation=act))
+    def forward(x: Tensor) -> Tensor:
+        w1, w2 = (y.weight.t() if turned else y.weight for y in (fc, proj))
+        return dropout(mlp(x, w1, fc.bias, w2, proj.bias, activation=act))
 
     done._replace(module, forward)
     return True
@@ -192,7 +213,7 @@ def _gpt(done: Patch, module: Any) -> bool:
 
 def _fc(done: Patch, module: Any) -> bool:
     """The activation and fc1 hand on what they get, and fc2 does it all: BART calls them singly."""
-    if not _has(module, "fc1", "fc2", "activation_fn"):
+    if not _linear(module, "fc1", "fc2") or not _has(module, "activation_fn"):
         return False
     fc1, fc2, act = module.fc1, module.fc2, _activation(module.activation_fn)
     if act is None or vars(module).get("activation_dropout"):
@@ -204,14 +225,17 @@ def _fc(done: Patch, module: Any) -> bool:
 
 
 def _t5(done: Patch, module: Any) -> bool:
-    gated = _has(module, "wi_0", "wi_1", "wo", "act")
-    if not (gated or _has(module, "wi", "wo", "act")) or (act := _activation(module.act)) is None:
+    gated = _linear(module, "wi_0", "wi_1", "wo")
+    if not (gated or _linear(module, "wi", "wo")) or not _has(module, "act", "dropout"):
+        return False
+    act = _activation(module.act)
+    if act is None:
         return False
     dropout, plain = module.dropout, module.forward
 
     def forward(x: Tensor) -> Tensor:
-        if module.training and dropout.p:
-            return plain(x)
+        if module.training and dropout.p or x.dtype != module.wo.weight.dtype:
+            return plain(x)  # wo may be kept in float32
         if gated:
             both = torch.cat([module.wi_0.weight, module.wi_1.weight])
             return gated_mlp(x, both, None, module.wo.weight, None, activation=act)
@@ -222,7 +246,7 @@ def _t5(done: Patch, module: Any) -> bool:
 
 
 def _llama(done: Patch, module: Any) -> bool:
-    if not _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
+    if not _linear(module, "gate_proj", "up_proj", "down_proj") or not _has(module, "act_fn"):
         return False
     gate, up, down = module.gate_proj, module.up_proj, module.down_proj
     act = _activation(module.act_fn)
@@ -240,11 +264,12 @@ def _llama(done: Patch, module: Any) -> bool:
 
 def _bert(done: Patch, module: Any) -> bool:
     """intermediate hands on what it gets, and output computes the MLP, adds and normalises."""
-    if not _has(module, "intermediate", "output") or not _has(module.output, "dense", "LayerNorm"):
+    if not _has(module, "intermediate", "output") or not _has(module.output, "dropout"):
         return False
     inner, output = module.intermediate, module.output
     act = _activation(getattr(inner, "intermediate_act_fn", None))
-    if act is None:
+    plain = _linear(inner, "dense") and _linear(output, "dense")
+    if act is None or not plain or type(getattr(output, "LayerNorm", None)) is not nn.LayerNorm:
         return False
     fc1, fc2, norm = inner.dense, output.dense, output.LayerNorm
 

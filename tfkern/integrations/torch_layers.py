@@ -31,10 +31,17 @@ def from_torch(layer: Layer, causal: bool | None = None) -> Block:
         A copy, in the layer's dtype, device and mode. Tensors are (B, T, dim) whatever batch_first.
 
     Raises:
-        ValueError: another activation, or key and value sizes of their own.
+        ValueError: another activation, key and value sizes of their own, or added keys.
     """
     decoder = isinstance(layer, nn.TransformerDecoderLayer)
     attention, weight = layer.self_attn, layer.linear1.weight
+    parts: list[Any] = [attention, layer.multihead_attn] if decoder else [attention]
+    for module in parts:
+        if module.in_proj_weight is None or module.add_zero_attn or module.bias_k is not None:
+            raise ValueError(
+                "a block has no key and value sizes of their own (kdim, vdim) and no added keys "
+                "(add_bias_kv, add_zero_attn)"
+            )
     config = TransformerConfig(
         vocab_size=1,
         positions="none",
@@ -55,8 +62,6 @@ def from_torch(layer: Layer, causal: bool | None = None) -> Block:
     ours: dict[str, Tensor] = {}
     for r in _rules(config.bias, decoder):
         ours |= r.load(state, shapes)
-    if state:
-        raise ValueError(f"the layer has weights that a block lacks: {', '.join(state)}")
     block.load_state_dict(ours)
     return block.train(layer.training)
 
