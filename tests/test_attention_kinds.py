@@ -92,11 +92,12 @@ def loop(module, query, memory, lengths, first=0):
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat", "location"])
 @pytest.mark.parametrize("reach", ["global", "local-m", "local-p"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [False, True, "empty"])
 def test_luong(score, reach, padded):
     """Outputs, weights and the gradients of everything, for T unlike S and for T = S."""
     module = LuongAttention(C, score, reach, window=2, max_length=S).double()
-    lengths = torch.tensor([S, 4]) if padded else None
+    lengths = torch.tensor([S, 0]) if padded == "empty" else torch.tensor([S, 4])
+    lengths = lengths if padded else None
     for sizes in ((T, S), (S, S)):
         query, memory = inputs(*sizes)
         y, weights = module(query, memory, lengths)
@@ -369,6 +370,8 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             LuongAttention(C, *arguments)
+    with pytest.raises(ValueError, match="memory has length 7, more than max_length, 3"):
+        LuongAttention(C, "location", max_length=3).double()(*inputs())
     with pytest.raises(ValueError, match=r"soft_share must lie in \[0, 1\]"):
         HardAttention(C, soft_share=2.0)
     with pytest.raises(ValueError, match="cell must be gru or lstm, got 'rnn'"):

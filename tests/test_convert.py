@@ -419,6 +419,8 @@ def test_dtype(tmp_path):
     made("gpt2", tmp_path)
     assert load(tmp_path, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
     assert load(tmp_path).embedding.weight.dtype == torch.float64
+    with pytest.raises(ValueError, match="dtype must be floating, got torch.int8"):
+        load(tmp_path, dtype=torch.int8)
 
 
 def break_config(directory, **changes):
@@ -438,10 +440,9 @@ def add(directory, name):
     safetensors.save_file(safetensors.load_file(file) | {name: torch.zeros(1)}, file)
 
 
-def lead_outside(directory):
+def index(directory, content):
     (directory / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors.index.json").write_text(content)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +461,18 @@ def lead_outside(directory):
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: "),
         (lambda d: drop(d, "transformer.ln_f.bias"), "the weights lack transformer.ln_f.bias"),
         (lambda d: add(d, "transformer.h.0.extra"), "unexpected weights transformer.h.0.extra"),
-        (lead_outside, "which is not a file of that directory"),
+        (
+            lambda d: index(d, '{"weight_map": {"a": "../elsewhere.safetensors"}}'),
+            "which is not a file of that directory",
+        ),
+        (lambda d: index(d, "{"), "index.json is no JSON with a weight_map"),
+        (lambda d: index(d, "[]"), "index.json is no JSON with a weight_map"),
+        (lambda d: break_config(d, n_embd="24"), "dim must be int, got '24'"),
+        (lambda d: break_config(d, n_embd=None), "dim must be int, got None"),
+        (
+            lambda d: break_config(d, eos_token_id=[1, 2]),
+            "end_token must be int | None, got",
+        ),
     ],
 )
 def test_bad_directories(spoil, message, tmp_path):
@@ -487,11 +499,13 @@ def test_shards_of_transformers(tmp_path):
 
 
 def test_a_directory_is_replaced_whole(tmp_path):
-    """No shard of an earlier save is left to be read."""
+    """No shard of an earlier save is left to be read, and nothing else is touched."""
     _, _, ours, _ = made("gpt2", tmp_path / "hf")
+    (tmp_path / "model_before.safetensors").write_bytes(b"mine")
     save(ours, tmp_path, shard_bytes=3000)
     save(ours, tmp_path)
-    assert [f.name for f in tmp_path.glob("model*")] == ["model.safetensors"]
+    names = sorted(f.name for f in tmp_path.glob("model*"))
+    assert names == ["model.safetensors", "model_before.safetensors"]
 
 
 @pytest.mark.slow

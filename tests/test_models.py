@@ -603,6 +603,9 @@ def test_config_errors():
         ({"vocab_multiple": 0}, "vocab_multiple must be positive"),
         ({"attention_dropout": 1.0}, "attention_dropout must lie in"),
         ({"init": "zeros"}, "init must be one of"),
+        ({"dim": 24.0}, "dim must be int, got 24.0"),
+        ({"layers": None}, "layers must be int, got None"),
+        ({"attention_scale": "1"}, r"attention_scale must be float \| None, got '1'"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(DECODER, **change)
@@ -619,6 +622,14 @@ def test_call_errors():
         decoder.encode(tokens)
     with pytest.raises(ValueError, match="an encoder-only model has no decoder"):
         encoder.decode(tokens)
+    memory = torch.zeros(2, 3, C)
+    for model, arguments in ((both, ()), (decoder, (memory,))):
+        with pytest.raises(ValueError, match="behind an encoder needs memory, and others do not"):
+            model.decode(tokens, *arguments)
+    with pytest.raises(ValueError, match="source_mask needs source"):
+        decoder(tokens, source_mask=torch.tensor([5, 5]))
+    with pytest.raises(ValueError, match="takes no token_types"):
+        encoder(tokens, token_types=torch.zeros_like(tokens))
     with pytest.raises(ValueError, match=r"mask has shape \(2, 4\), expected \(2, 5\) or \(2,\)"):
         decoder(tokens, mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"multiples of 4, got \(1, 3, 10, 12\)"):

@@ -1,11 +1,15 @@
 """The configuration of a transformer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import get_args
+
+from tfkern.ops import checks
+from tfkern.ops.mlp import ACTIVATIONS
 
 _CHOICES = {
     "architecture": ("decoder", "encoder", "encoder_decoder"),
     "norm": ("layer_norm", "rms_norm", "batch_norm", "weight_norm", "none"),
-    "activation": ("relu", "gelu", "gelu_tanh", "silu"),
+    "activation": ACTIVATIONS,
     "positions": (
         "learned",
         "sinusoidal",
@@ -97,7 +101,8 @@ class TransformerConfig:
             (ViT); "t5": by fan in; "xavier": uniform by both fans (Vaswani et al. 2017).
 
     Raises:
-        ValueError: a number or name out of range, or values that do not fit together.
+        ValueError: a value of another type, a number or name out of range, or values that do not
+            fit together.
     """
 
     dim: int
@@ -143,12 +148,15 @@ class TransformerConfig:
     init: str = "gpt2"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, value = field.type, getattr(self, field.name)
+            whole = isinstance(value, int) and float in (kind, *get_args(kind))
+            if not isinstance(value, kind) and not whole:  # type: ignore[arg-type]
+                named = kind.__name__ if isinstance(kind, type) else kind
+                raise ValueError(f"{field.name} must be {named}, got {value!r}")
         self._check_numbers()
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+            checks.choice(name, getattr(self, name), choices)
         self._check_input()
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")

@@ -38,7 +38,8 @@ class Transformer(nn.Module):
 
     Attributes:
         recompute: whether a training step keeps only the inputs of the blocks, and computes what is
-            inside them again in backward (Chen et al. 2016). False at first.
+            inside them again in backward (Chen et al. 2016). False at first. The running statistics
+            of batch norms take in each batch twice then.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -104,6 +105,8 @@ class Transformer(nn.Module):
         both = self.encoder is not None and self.decoder is not None
         if both != (source is not None):
             raise ValueError("encoder-decoders need source, and other models do not take one")
+        if source is None and source_mask is not None:
+            raise ValueError("source_mask needs source")
         if self.decoder is None:
             y = self.encode(tokens, mask, token_types)
         else:
@@ -135,9 +138,14 @@ class Transformer(nn.Module):
             memory: what `encode` returned, or for each block the `keys_values` of it.
             caches: for each block what earlier tokens left; these are appended. A mask must be
                 lengths then.
+
+        Raises:
+            ValueError: as `forward`.
         """
         if self.decoder is None:
             raise ValueError("an encoder-only model has no decoder: use encode")
+        if (memory is None) != (self.encoder is None):
+            raise ValueError("a decoder behind an encoder needs memory, and others do not take one")
         x = self._embed(tokens)
         return self.decoder(x, mask, token_types, memory, memory_mask, caches, self.recompute)
 
@@ -258,6 +266,8 @@ class Stack(nn.Module):
         B, T, config = *x.shape[:2], self.config
         if mask is not None and tuple(mask.shape) not in ((B, T), (B,)):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
+        if token_types is not None and self.token_types is None:
+            raise ValueError("this model has no segments to tell apart, and takes no token_types")
         if mask is not None and mask.dim() == 2 and caches is not None:
             raise ValueError("with caches a mask must be lengths (B,)")
         places = self._places(x, mask, caches)

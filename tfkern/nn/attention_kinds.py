@@ -55,9 +55,10 @@ class AdditiveAttention(nn.Module):
             lengths: (B,), how much of the memory exists; all if None.
 
         Returns:
-            (B, T, memory_dim) and (B, T, S), of which each row adds up to 1.
+            (B, T, memory_dim) and (B, T, S), of which each row adds up to 1, or to 0 for a memory
+            of length 0.
         """
-        weights = self.scores(query, memory, lengths).softmax(-1)
+        weights = _softmax(self.scores(query, memory, lengths))
         return weights @ memory, weights
 
     def scores(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -125,8 +126,17 @@ class LuongAttention(nn.Module):
             first: number of the first query, for local-m.
 
         Returns:
-            (B, T, dim) and (B, T, S). With "local-p" a row of weights adds up to less than 1.
+            (B, T, dim) and (B, T, S). A row of weights adds up to 1, to less with "local-p", and to
+            0 where there is nothing to see.
+
+        Raises:
+            ValueError: with the score "location", a memory longer than max_length.
         """
+        if self.kind == "location" and memory.shape[1] > self.location.out_features:
+            raise ValueError(
+                f"memory has length {memory.shape[1]}, more than max_length, "
+                f"{self.location.out_features}"
+            )
         mask, fall = self._band(query, memory, lengths, first)
         if self.kind in ("dot", "general"):
             q = self.general(query) if self.kind == "general" else query
@@ -136,10 +146,9 @@ class LuongAttention(nn.Module):
                 scores = self.additive.scores(query, memory, lengths)
             else:
                 scores = _within(self.location(query)[..., : memory.shape[1]], lengths)
-            if mask is not None:  # where nothing is within the window, nothing is seen
-                scores = scores.masked_fill(~mask[:, 0], torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1)
-            weights = weights if mask is None else weights * mask[:, 0]
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, 0], -torch.inf)
+            weights = _softmax(scores)
             weights = weights if fall is None else weights * fall.exp()
             context = weights @ memory
         return self.combine(torch.cat([context, query], -1)).tanh(), weights
@@ -319,6 +328,12 @@ def coverage_penalty(weights: Tensor) -> Tensor:
     """`sum_s (1 - sum_t weights)^2`, the mean over the batch: that every place of (B, T, S) weights
     be looked at equally in the course of T steps (the doubly stochastic attention of Xu et al.)."""
     return (1 - weights.sum(1)).square().sum(-1).mean()
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Of the last axis; where all is -inf it is 0, with gradients of 0."""
+    hidden = scores == -torch.inf
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) * ~hidden
 
 
 def _within(scores: Tensor, lengths: Tensor | None) -> Tensor:

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfkern.ops import gated_mlp, mlp
+from tfkern.ops import checks, gated_mlp, mlp
+from tfkern.ops.mlp import ACTIVATIONS
 
 
 class MLP(nn.Module):
@@ -18,6 +19,9 @@ class MLP(nn.Module):
         bias: whether fc1 and fc2 have one.
         activation: "gelu_tanh", "gelu" (exact), "relu" or "silu", as in `tfkern.mlp`.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation.
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class MLP(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.choice("activation", activation, ACTIVATIONS)
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         self.fc1 = nn.Linear(dim, hidden_dim, bias, device, dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, bias, device, dtype)
@@ -58,6 +63,9 @@ class GatedMLP(nn.Module):
         bias: whether gate_up and down have one.
         activation: "silu", "gelu_tanh", "gelu" (exact) or "relu", as in `tfkern.gated_mlp`.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class GatedMLP(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.choice("activation", activation, ACTIVATIONS)
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias, device, dtype)
         self.down = nn.Linear(hidden_dim, dim, bias, device, dtype)
         self.activation = activation

@@ -8,7 +8,7 @@ from tfkern.ops import autograd, checks
 
 dispatch.register("mlp")
 
-_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
 def mlp(
@@ -108,7 +108,7 @@ def bind(x, w1, b1, w2, b2, *, activation="gelu_tanh", gated=False):
         checks.shape("b1", b1, (W,), "the rows of w1")
     if b2 is not None:
         checks.shape("b2", b2, (w2.shape[0],), "the rows of w2")
-    checks.choice("activation", activation, _ACTIVATIONS)
+    checks.choice("activation", activation, ACTIVATIONS)
     return _matrix(x), w1, b1, w2, b2, activation, gated
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.bart import BART
@@ -48,8 +50,10 @@ def load(
 
     Raises:
         ValueError: a directory without weights or in an unknown form, weights that lack, that are
-            too many or do not fit.
+            too many or do not fit, a dtype that is not floating, or changes that do not fit.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating, got {dtype}")
     directory = Path(directory)
     theirs = _read_config(directory)
     family = None
@@ -62,13 +66,13 @@ def load(
     else:
         family = _family(theirs, directory)
         config = family.config(theirs)
+    changed = replace(config, **changes)
     state = _read_weights(directory)
     with torch.device("meta"):
         shapes = {name: x.shape for name, x in Transformer(config).state_dict().items()}
     if family is not None:
         state = family.load(state, config, shapes)
     _check(state, shapes, directory)
-    changed = replace(config, **changes)
     kind = dtype or next(x.dtype for x in state.values() if x.is_floating_point())
     model = Transformer(changed).to(kind)
     _adopt(model, state, new=_changed_heads(config, changed))
@@ -86,7 +90,7 @@ def save(
 
     Args:
         model: what is saved.
-        directory: where to; files of these names are overwritten.
+        directory: where to; files of these names, shards included, are replaced.
         form: "huggingface", which transformers reads, or "tfkern", which holds every model.
         shard_bytes: weights beyond this size are split into several files.
 
@@ -150,14 +154,14 @@ def _family(theirs: dict[str, Any], directory: Path) -> Family:
 
 
 def _read_weights(directory: Path) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     index = directory / f"{_WEIGHTS}.index.json"
     if (directory / _WEIGHTS).is_file():
         names = [_WEIGHTS]
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is no JSON with a weight_map of names to files") from None
     else:
         raise ValueError(f"{directory} has neither {_WEIGHTS} nor {index.name}")
     state: State = {}
@@ -172,14 +176,13 @@ def _read_weights(directory: Path) -> State:
 
 
 def _write_weights(directory: Path, state: State, shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
     shards = list(_shards(state, shard_bytes))
     names = [_WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     index = directory / f"{_WEIGHTS}.index.json"
-    for old in [*directory.glob("model*.safetensors"), index]:
+    shards_before = directory.glob("model-?????-of-?????.safetensors")
+    for old in [directory / _WEIGHTS, *shards_before, index]:
         old.unlink(missing_ok=True)  # what another save left would be read with these
     for name, shard in zip(names, shards, strict=True):
         contiguous = {k: x.detach().contiguous().cpu() for k, x in shard.items()}

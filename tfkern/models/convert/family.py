@@ -108,7 +108,8 @@ class Family:
         if fields.get("architecture") == "encoder" and "encoder_layers" in fields:
             fields["layers"] = fields.pop("encoder_layers")
         for token in ("pad_token", "start_token", "end_token"):
-            if (fields.get(token) or 0) >= (fields.get("vocab_size") or 0):
+            given = fields.get(token)
+            if isinstance(given, int) and given >= (fields.get("vocab_size") or 0):
                 fields[token] = None  # the defaults of transformers in a model of fewer tokens
         return TransformerConfig(**fields)
 
