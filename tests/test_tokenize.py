@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("tokenizers")
 
 from tokenizers import Tokenizer as Backend  # noqa: E402
-from tokenizers import models, normalizers  # noqa: E402
+from tokenizers import models  # noqa: E402
 
 from tfkern import tokenize  # noqa: E402
 from tfkern.tokenize import Tokenizer  # noqa: E402
@@ -210,6 +210,8 @@ def test_trained_tokenizers(kind):
     texts = list(pydoc_data.topics.topics.values())[:20]
     tokenizer = tokenize.train(kind, texts, 800)
     assert 700 < tokenizer.vocab_size <= 800
+    once = tokenize.train(kind, (text for text in texts), 800)
+    assert once.backend.get_vocab() == tokenizer.backend.get_vocab()
     text = "the value of the expression is an integer"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 2
@@ -294,9 +296,8 @@ def test_vocabulary_files(gpt2, tmp_path):
 
 
 def test_lossless_without_normaliser():
-    backend = Backend(models.BPE())
-    assert normalizers is not None and backend.normalizer is None
     tokenizer = tokenize.train("bpe", [TOPICS[:20000]], 400)
+    assert tokenizer.backend.normalizer is None
     text = unicode_text()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -309,12 +310,27 @@ def test_errors(gpt2, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: "):
         Tokenizer.load(tmp_path)
+    gpt2.save(tmp_path)
+    for content, message in (("{", "is not JSON"), ("[]", "must hold an object, got list")):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"tokenizer_config.json {message}"):
+            Tokenizer.load(tmp_path)
+    nothing = tmp_path / "nothing"
+    for read in (tokenize.bert, tokenize.t5, lambda f: tokenize.gpt2(f, f)):
+        with pytest.raises(ValueError, match="nothing: "):
+            read(nothing)
     with pytest.raises(ValueError, match="no token has the role 'mask', only bos, eos, pad"):
         gpt2.special_id("mask")
     with pytest.raises(ValueError, match="'<mask>' is no token"):
         gpt2.id("<mask>")
     with pytest.raises(ValueError, match="kind must be one of words, bpe"):
         tokenize.train("chars", ["a"], 5)
+    with pytest.raises(ValueError, match="texts must be a sequence of strings, got 'a b'"):
+        tokenize.train("words", "a b", 5)
+    with pytest.raises(ValueError, match="min_frequency must not be negative, got -1"):
+        tokenize.train("words", ["a b"], 5, min_frequency=-1)
+    with pytest.raises(ValueError, match="vocab_size must be at least 2, .* got 1"):
+        tokenize.train("words", ["a b"], 1)
     letters = tokenize.characters(["ab"])
     with pytest.raises(ValueError, match='need a token with the role "pad"'):
         letters.batch(["a", "ab"])
@@ -323,6 +339,8 @@ def test_errors(gpt2, tmp_path):
         ({"multiple": 0}, "multiple must be positive"),
         ({"pairs": ["a"]}, "2 texts and 1 pairs"),
         ({"truncate": True}, "truncate needs length"),
+        ({"stride": 1}, "stride needs truncate"),
+        ({"length": 0, "truncate": True}, "length = 0 leaves no room beside 0 tokens"),
         ({"length": 1}, "a text has 2 tokens, more than length = 1"),
         ({"length": 3, "truncate": True, "stride": 3}, r"stride must lie in \[0, 3\), got 3"),
     ):

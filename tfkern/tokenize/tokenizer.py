@@ -198,6 +198,8 @@ class Tokenizer:
             raise ValueError(f"there are {len(texts)} texts and {len(pairs)} pairs")
         if truncate and length is None:
             raise ValueError("truncate needs length")
+        if stride is not None and not truncate:
+            raise ValueError("stride needs truncate")
         limit = length if truncate else None
         found = self._encode(texts, pairs, template, allow_special, limit, stride or 0)
         rows = [[e, *(e.overflowing if stride is not None else ())] for e in found]
@@ -245,6 +247,8 @@ class Tokenizer:
             room = limit
             if template:
                 room -= backend.num_special_tokens_to_add(pairs is not None)
+            if room < 1:
+                raise ValueError(f"length = {limit} leaves no room beside {limit - room} tokens")
             if not 0 <= stride < room:
                 raise ValueError(f"stride must lie in [0, {room}), got {stride}")
             backend.enable_truncation(limit, stride=stride)
@@ -294,7 +298,12 @@ def _roles(directory: Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
             continue
-        told = json.loads((directory / name).read_text())
+        try:
+            told = json.loads((directory / name).read_text())
+        except ValueError as error:
+            raise ValueError(f"{directory / name} is not JSON: {error}") from None
+        if not isinstance(told, dict):
+            raise ValueError(f"{directory / name} must hold an object, got {type(told).__name__}")
         for role in ROLES:
             token = told.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tfkern.ops import checks
 from tfkern.tokenize.tokenizer import Tokenizer
 from tfkern.tokenize.vocabularies import byte_level, unigram, word_piece
 
@@ -44,26 +45,34 @@ def train(
             (Kudo 2018), of lines.
         texts: to learn from.
         vocab_size: at most this many tokens, special ones included.
-        min_frequency: what is rarer becomes no token of its own.
+        min_frequency: what is rarer becomes no token of its own; not of "unigram".
         lowercase: of "wordpiece": BERT's normalisation without case and accents.
 
     Raises:
-        ValueError: an unknown kind, or a vocabulary too small for the alphabet.
+        ValueError: an unknown kind, a vocabulary too small for the alphabet and special tokens, a
+            negative min_frequency, or a string in place of several.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size must be positive, got {vocab_size}")
+    checks.choice("kind", kind, KINDS)
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a sequence of strings, got {texts[:40]!r}")
+    if min_frequency < 0:
+        raise ValueError(f"min_frequency must not be negative, got {min_frequency}")
+    texts = list(texts)  # read more than once
     if kind == "bpe":
         return _train_bpe(texts, vocab_size, min_frequency)
     if kind == "wordpiece":
         return _train_word_piece(texts, vocab_size, min_frequency, lowercase)
     if kind == "unigram":
         return _train_unigram(texts, vocab_size)
+    return _train_words(texts, vocab_size, min_frequency)
+
+
+def _train_words(texts: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+    special = ["[PAD]", "[UNK]"]
+    _check_room(vocab_size, len(special))
     backend = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]"]
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
@@ -116,6 +125,7 @@ def _train_word_piece(
 def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """By SentencePiece: the trainer of the other library adds numbers in the order of a hash
     table."""
+    _check_room(vocab_size, 1)
     import sentencepiece
 
     model = io.BytesIO()
@@ -143,4 +153,7 @@ def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 def _check_room(vocab_size: int, needed: int) -> None:
     if vocab_size < needed:
-        raise ValueError(f"vocab_size must be at least {needed} for the alphabet, got {vocab_size}")
+        raise ValueError(
+            f"vocab_size must be at least {needed}, for the alphabet and special tokens, got "
+            f"{vocab_size}"
+        )

@@ -1,5 +1,6 @@
 """Tokenizers of published models, from the files of their vocabularies."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ def gpt2(vocabulary: _Path, merges: _Path) -> Tokenizer:
     Args:
         vocabulary: vocab.json (encoder.json), token to id.
         merges: merges.txt (vocab.bpe).
+
+    Raises:
+        ValueError: files that cannot be read, as with the others here.
     """
-    backend = byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    backend = byte_level(_read(models.BPE.from_file, vocabulary, merges))
     end = "<|endoftext|>"
     return Tokenizer(backend, {"bos": end, "eos": end, "pad": end})
 
 
 def bart(vocabulary: _Path, merges: _Path) -> Tokenizer:
     """BART's, which is GPT-2's with other special tokens and ids: <s> text </s>."""
-    backend = byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    backend = byte_level(_read(models.BPE.from_file, vocabulary, merges))
     special = {
         "bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"
     }  # fmt: skip
@@ -48,7 +52,8 @@ def bert(vocabulary: _Path, *, lowercase: bool = True) -> Tokenizer:
         vocabulary: vocab.txt, a token a line.
         lowercase: of the uncased models: lower case, no accents.
     """
-    return word_piece(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"), lowercase)
+    model = _read(lambda file: models.WordPiece.from_file(file, unk_token="[UNK]"), vocabulary)
+    return word_piece(model, lowercase)
 
 
 def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
@@ -60,7 +65,7 @@ def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
     """
     import sentencepiece
 
-    tokenizer = unigram(sentencepiece.SentencePieceProcessor(model_file=str(model)))
+    tokenizer = unigram(_read(sentencepiece.SentencePieceProcessor, model))
     backend = tokenizer.backend
     backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
     backend.post_processor = processors.TemplateProcessing(
@@ -69,6 +74,14 @@ def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
         special_tokens=[("</s>", tokenizer.special_id("eos"))],
     )
     return tokenizer
+
+
+def _read(read: Callable[..., Any], *files: _Path) -> Any:
+    names = [str(file) for file in files]
+    try:
+        return read(*names)
+    except Exception as error:  # the libraries raise nothing more precise
+        raise ValueError(f"{', '.join(names)}: {error}") from None
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
