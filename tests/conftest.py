@@ -38,6 +38,15 @@ def _strict():
 
 
 @pytest.fixture
+def one_thread():
+    """For small models: more would wait for each other longer than these take to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def device():
     return DEVICE
 

@@ -1,8 +1,4 @@
-"""Small models of transformers with weights that make every part matter, and how they are called.
-
-Fresh ones are of no use as a reference: biases are 0 and norms are the identity in them, so that
-exchanged norms or a dropped bias change nothing.
-"""
+"""Small models of transformers, with weights that make every part matter, and calls of them."""
 
 import os
 import sys
@@ -13,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from weights import perturb
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # `python -m pytest` has the root on the path, where transformers would take our folder kernels for
@@ -126,20 +123,6 @@ def _cut(x: Any, mask: torch.Tensor | None) -> list[torch.Tensor]:
             y = (y if y.shape[1] == T else y.transpose(1, 2))[mask.bool()]
         cut.append(y)
     return cut
-
-
-def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights of norms in [0.5, 1.5], all others of deviation 0.2."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        bias = [("bias", x) for n, x in model.named_buffers() if n == "final_logits_bias"]
-        for name, x in [*model.named_parameters(), *bias]:
-            norm = "ln" in name.lower() or "norm" in name.lower()
-            if x.dim() == 1 and norm and name.endswith("weight"):
-                x.uniform_(0.5, 1.5, generator=generator)
-            else:
-                x.normal_(0, 0.2, generator=generator)
-    return model
 
 
 def _logits(out):

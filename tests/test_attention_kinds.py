@@ -20,15 +20,9 @@ from tfkern.nn.attention_kinds import (
     running_mean,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, T, S, C = 2, 5, 7, 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(T=T, S=S):

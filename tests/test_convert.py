@@ -13,15 +13,9 @@ from tfkern.models import Transformer, TransformerConfig, preset  # noqa: E402
 from tfkern.models.convert import FAMILIES as FAMILY  # noqa: E402
 from tfkern.models.convert import load, save  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("gpt1", "gpt2", "bert", "bart", "t5", "t5-v1.1", "vit")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def errors(name, ours, theirs):

@@ -29,15 +29,9 @@ from tfkern.models import Transformer, TransformerConfig  # noqa: E402
 from tfkern.models.convert import load  # noqa: E402
 from tfkern.nn import KVCache  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WRITERS = ("gpt1", "gpt2", "bart", "t5")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,17 @@
 
 import copy
 
-import huggingface
 import pytest
 import torch
 from huggingface import CASES, V, transformers
+from weights import perturb
 
 from tfkern.integrations import hf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = ("gpt1", "gpt2", "bert", "bart", "t5", "t5-v1.1", "vit")
 hf.register()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama():
@@ -27,7 +21,7 @@ def llama():
         num_key_value_heads=2, intermediate_size=40, max_position_embeddings=24,
         attn_implementation="eager",
     )  # fmt: skip
-    return huggingface.perturb(transformers.LlamaForCausalLM(config)).double().eval()
+    return perturb(transformers.LlamaForCausalLM(config)).double().eval()
 
 
 def twins(name, attention="tfkern"):
@@ -199,7 +193,7 @@ def test_patch_leaves_alone_what_it_does_not_know(kind, config, count):
     further inputs."""
     kind = getattr(transformers, kind)
     names = SMALL if "n_embd" not in config else {"vocab_size": V}
-    model = huggingface.perturb(kind(kind.config_class(**names | config))).eval()
+    model = perturb(kind(kind.config_class(**names | config))).eval()
     tokens = torch.randint(3, V, (2, 9))
     with torch.no_grad():
         expected = model(tokens)[0]

@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from weights import perturb
 
 from tfkern.models import Transformer, TransformerConfig, preset, presets, report_layers
 from tfkern.models.heads import pool
 from tfkern.models.positions import alibi_slopes, relative_bucket, sinusoids
 from tfkern.nn import BatchNorm, KVCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 V, C, H, L = 13, 24, 3, 2
 TOKENS = {"dim": C, "heads": H, "layers": L, "vocab_size": V, "max_length": 20}
@@ -21,23 +24,8 @@ BOTH = TransformerConfig(**TOKENS, architecture="encoder_decoder", encoder_layer
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "relative", "rotary", "alibi", "none")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(config, **changes):
-    """A float64 model whose weights are large enough for every part to matter."""
-    model = Transformer(replace(config, **changes)).double().eval()
-    for name, p in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            nn.init.uniform_(p, 0.5, 1.5)
-        else:
-            nn.init.normal_(p, std=0.2)
-    return model
+    return perturb(Transformer(replace(config, **changes)).double().eval())
 
 
 # Published counts. GPT-3 and the sizes of v1.1 beside the base by the formulas below.

@@ -3,21 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from weights import perturb
 
 from tfkern.integrations.torch_layers import from_torch, to_torch
 from tfkern.models import Transformer, TransformerConfig, preset
 
 B, T, S, C, H = 2, 7, 9, 24, 3
 OPTIONS = {"batch_first": True, "dtype": torch.float64, "dropout": 0.0}
-
-
-def perturb(module):
-    for name, p in module.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            nn.init.uniform_(p, 0.5, 1.5)
-        else:
-            nn.init.normal_(p, std=0.2)
-    return module
 
 
 def encoder_layer(**options):

@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from weights import perturb
 
 import tfkern
 from tfkern.generate import GREEDY, generate
 from tfkern.models import Transformer, TransformerConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = TransformerConfig(vocab_size=11, dim=24, layers=2, heads=4, max_length=16)
 CONFIGS = {
@@ -40,26 +43,13 @@ def forced(request):
         yield
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More would wait for each other longer than these sizes take to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=CONFIGS)
 def config(request):
     return CONFIGS[request.param]
 
 
-def make(config, std=0.3):
-    """A float64 model whose weights are large enough for every part to matter."""
-    model = Transformer(config).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return model
+def make(config):
+    return perturb(Transformer(config).double())
 
 
 def batch(config, B=3, T=13):
