@@ -1,4 +1,4 @@
-"""Architectures, presets, positions, norms and heads, beside what the converters compare."""
+"""Architectures, positions, norms and heads, beside what the converters compare."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from weights import perturb
 
-from tfkern.models import Transformer, TransformerConfig, preset, presets, report_layers
+from tfkern.models import Transformer, TransformerConfig, report_layers
 from tfkern.models.heads import pool
 from tfkern.models.positions import alibi_slopes, relative_bucket, sinusoids
 from tfkern.nn import BatchNorm, KVCache
@@ -26,86 +26,6 @@ POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "relative", "rotary",
 
 def make(config, **changes):
     return perturb(Transformer(replace(config, **changes)).double().eval())
-
-
-# Published counts. GPT-3 and the sizes of v1.1 beside the base by the formulas below.
-COUNTS = {
-    "gpt1": 116_534_784,
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "bert-base-uncased": 110_106_428,
-    "bert-base-cased": 108_932_934,
-    "bert-large-uncased": 336_226_108,
-    "minilm-l6-h384": 22_713_216,
-    "bart-base": 139_420_416,
-    "bart-large": 406_291_456,
-    "t5-small": 60_506_624,
-    "t5-base": 222_903_552,
-    "t5-large": 737_668_096,
-    "t5-3b": 2_851_598_336,
-    "t5-11b": 11_307_321_344,
-    "t5-v1.1-base": 247_577_856,
-    "vit-b16": 86_567_656,
-    "vit-b32": 88_224_232,
-    "vit-l16": 304_326_632,
-    "vit-l32": 306_535_400,
-    "vit-h14": 632_045_800,
-}
-
-
-def count(name, **changes):
-    with torch.device("meta"):
-        model = Transformer(preset(name, **changes))
-    return sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts(name):
-    assert count(name) == COUNTS[name]
-
-
-def test_parameter_counts_of_other_heads():
-    assert count("bert-base-uncased", head="none") == 109_482_240
-    assert count("bert-base-cased", head="none") == 108_310_272
-    assert count("bert-large-uncased", head="none") == 335_141_888
-    assert count("bert-base-uncased", head="mlm", pooler=False) == 109_514_298
-    assert count("bert-large-uncased", head="mlm", pooler=False) == 335_174_458
-
-
-@pytest.mark.parametrize("name", [n for n in presets() if n not in COUNTS])
-def test_parameter_counts_by_formula(name):
-    """Of presets without a published integer: products, biases, norms and tables, added up."""
-    c = preset(name)
-    inner, hidden, d = c.heads * c.head_size, c.hidden_size, c.dim
-    attention, mlp = 4 * d * inner, (3 if c.gated else 2) * d * hidden
-    norm = d
-    if c.bias:
-        attention, mlp, norm = attention + 3 * inner + d, mlp + hidden + d, 2 * d
-    both = c.architecture == "encoder_decoder"
-    expected = c.vocab_size * d * (1 if c.tie_embeddings else 2)
-    expected += c.layers * (attention + mlp + 2 * norm)
-    if both:
-        expected += c.layers * (2 * attention + mlp + 3 * norm)
-    if not c.post_norm:
-        expected += norm * (2 if both else 1)
-    if c.positions == "learned":
-        expected += c.max_length * d
-    if c.positions == "relative":
-        expected += 2 * c.relative_buckets * c.heads
-    assert count(name) == expected
-
-
-def test_sizes_of_gpt3():
-    """The names say them; that of the smaller ones counts no positions."""
-    for name, size in (("125m", 125e6), ("2.7b", 2.65e9), ("13b", 12.9e9), ("175b", 174.6e9)):
-        assert count(f"gpt3-{name}") == pytest.approx(size, rel=0.01)
-
-
-def test_unknown_preset():
-    with pytest.raises(ValueError, match="unknown preset 'gpt5': expected one of transformer-base"):
-        preset("gpt5")
 
 
 def test_embedding_is_a_product_with_one_hot_rows():
@@ -422,44 +342,6 @@ def test_feed_forward_is_position_wise():
     )
 
 
-def test_initial_deviations():
-    """Of every tensor, by the published rules."""
-    big = {"dim": 256, "layers": 2, "heads": 4, "vocab_size": 1000, "max_length": 128}
-
-    def deviations(**changes):
-        state = Transformer(TransformerConfig(**(big | changes))).state_dict()
-        return {n: x.std().item() for n, x in state.items() if x.dim() > 1}
-
-    for init in ("gpt2", "normal", "truncated"):
-        for name, std in deviations(init=init, architecture="encoder", head="mlm").items():
-            # cut off at two deviations a normal distribution keeps 0.88 of its own
-            expected = 0.02 * (0.8796 if init == "truncated" else 1)
-            if init == "gpt2" and name.endswith(("attention.out.weight", "fc2.weight")):
-                expected /= math.sqrt(4)
-            assert std == pytest.approx(expected, rel=0.03), (init, name)
-    t5 = deviations(
-        init="t5", architecture="encoder_decoder", positions="relative", head_dim=32, bias=False,
-        gated=True, norm="rms_norm", hidden_dim=512, tie_embeddings=False,
-    )  # fmt: skip
-    block = "decoder.blocks.1"
-    for name, expected in {
-        "embedding": 1.0, "vocabulary": 1.0, f"{block}.cross.q": (256 * 32) ** -0.5,
-        f"{block}.cross.kv": 256**-0.5, f"{block}.attention.out": (4 * 32) ** -0.5,
-        f"{block}.mlp.gate_up": 256**-0.5, f"{block}.mlp.down": 512**-0.5,
-    }.items():  # fmt: skip
-        assert t5[f"{name}.weight"] == pytest.approx(expected, rel=0.03), name
-    assert t5["encoder.positions.weight"] == pytest.approx(256**-0.5, rel=0.3)
-    weight = Transformer(TransformerConfig(**big, init="t5")).decoder.blocks[0].attention.qkv.weight
-    q, k, v = weight.chunk(3)
-    assert q.std().item() == pytest.approx((256 * 64) ** -0.5, rel=0.03)
-    assert k.std().item() == pytest.approx(256**-0.5, rel=0.03)
-    xavier = deviations(init="xavier")
-    assert xavier["decoder.blocks.0.mlp.fc1.weight"] == pytest.approx(
-        math.sqrt(2 / (256 + 1024)), rel=0.03
-    )
-    assert xavier["embedding.weight"] == pytest.approx(256**-0.5, rel=0.03)
-
-
 def test_pooling():
     y = torch.arange(24.0).view(2, 4, 3)
     right = torch.tensor([[True, True, False, False], [True] * 4])
@@ -509,68 +391,6 @@ def test_pretraining_head_adds_its_losses():
         model(tokens, tokens)
 
 
-IMAGES = TransformerConfig(
-    dim=C, heads=H, layers=1, architecture="encoder", image_size=12, patch_size=4,
-    head="classification", classes=5,
-)  # fmt: skip
-
-
-def test_patches_are_products():
-    """A convolution whose stride is its size: every patch times one matrix."""
-    model = make(IMAGES)
-    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    patches = F.unfold(x, 4, stride=4).transpose(1, 2)
-    projection = model.embedding.projection
-    expected = patches @ projection.weight.flatten(1).T + projection.bias
-    y = model.embedding(x) - model.embedding.positions
-    torch.testing.assert_close(y[:, 1:], expected)
-    torch.testing.assert_close(y[:, 0], model.embedding.first[0].expand(2, -1))
-
-
-def test_other_image_sizes():
-    """The positions are those that transformers interpolates."""
-    huggingface = pytest.importorskip("huggingface")
-    theirs = huggingface.CASES["vit"].model()
-    model = make(IMAGES)
-    with torch.no_grad():
-        model.embedding.positions.copy_(theirs.vit.embeddings.position_embeddings)
-        for height, width in ((20, 20), (12, 24), (8, 4)):
-            x = torch.zeros(1, 3, height, width, dtype=torch.float64)
-            patches = torch.zeros(1, 1 + height * width // 16, C, dtype=torch.float64)
-            expected = theirs.vit.embeddings.interpolate_pos_encoding(patches, height, width)
-            y = model.embedding(x) - model.embedding.projection.bias
-            torch.testing.assert_close(y[:, 1:], expected[:, 1:], rtol=0, atol=1e-10)
-            assert model(x).shape == (1, 5)
-
-
-@pytest.mark.slow
-def test_handwritten_digits():
-    """A small ViT reads the digits that come with scikit-learn."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    torch.manual_seed(0)
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    targets, order = torch.tensor(digits.target), torch.randperm(len(images))
-    train, test = order[:1437], order[1437:]
-    config = TransformerConfig(
-        dim=64, layers=4, heads=4, architecture="encoder", image_size=8, patch_size=2, channels=1,
-        activation="gelu", head="classification", classes=10, init="truncated",
-    )  # fmt: skip
-    model = Transformer(config)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.2e6, rel=0.05)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
-    for _ in range(600):
-        batch = train[torch.randint(len(train), (64,))]
-        optimizer.zero_grad()
-        model(images[batch], targets[batch]).backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(images[test]).argmax(-1) == targets[test]).float().mean().item()
-    assert accuracy >= 0.94
-
-
 def test_config_errors():
     images = {"patch_size": 4, "image_size": 12, "vocab_size": None, "architecture": "encoder"}
     for change, message in (
@@ -591,6 +411,17 @@ def test_config_errors():
         ({"vocab_multiple": 0}, "vocab_multiple must be positive"),
         ({"attention_dropout": 1.0}, "attention_dropout must lie in"),
         ({"init": "zeros"}, "init must be one of"),
+        ({"layers": 0}, "layers must be positive, got 0"),
+        ({"kv_heads": 0}, "kv_heads must be positive"),
+        ({"heads": 5}, "dim must be a multiple of heads, got 24 and 5"),
+        ({"kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
+        ({"norm": "group_norm"}, "norm must be one of .*, got 'group_norm'"),
+        ({"positions": "absolute"}, "positions must be one of"),
+        ({"activation": "tanh"}, "activation must be one of relu, gelu, gelu_tanh, silu, got"),
+        ({"head": "next"}, "head must be one of"),
+        ({"positions": "rotary", "head_dim": 5}, "even head size, got 5"),
+        ({"rotary_base": 0.0}, "rotary_base must be positive"),
+        ({"norm_eps": -1.0}, "norm_eps must not be negative"),
         ({"dim": 24.0}, "dim must be int, got 24.0"),
         ({"layers": None}, "layers must be int, got None"),
         ({"attention_scale": "1"}, r"attention_scale must be float \| None, got '1'"),
@@ -620,8 +451,6 @@ def test_call_errors():
         encoder(tokens, token_types=torch.zeros_like(tokens))
     with pytest.raises(ValueError, match=r"mask has shape \(2, 4\), expected \(2, 5\) or \(2,\)"):
         decoder(tokens, mask=torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"multiples of 4, got \(1, 3, 10, 12\)"):
-        Transformer(IMAGES)(torch.zeros(1, 3, 10, 12))
     caches = [KVCache(2, H, C // H, 8) for _ in range(L)]
     with pytest.raises(ValueError, match="with caches a mask must be lengths"):
         decoder.decode(tokens, mask=tokens.bool(), caches=caches)

@@ -1,0 +1,137 @@
+"""Presets have the published sizes, and fresh models the published deviations."""
+
+import math
+
+import pytest
+import torch
+
+from tfkern.models import Transformer, TransformerConfig, preset, presets
+
+# Published counts. GPT-3 and the sizes of v1.1 beside the base by the formulas below.
+COUNTS = {
+    "gpt1": 116_534_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "bert-base-uncased": 110_106_428,
+    "bert-base-cased": 108_932_934,
+    "bert-large-uncased": 336_226_108,
+    "minilm-l6-h384": 22_713_216,
+    "bart-base": 139_420_416,
+    "bart-large": 406_291_456,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-base": 247_577_856,
+    "vit-b16": 86_567_656,
+    "vit-b32": 88_224_232,
+    "vit-l16": 304_326_632,
+    "vit-l32": 306_535_400,
+    "vit-h14": 632_045_800,
+}
+
+
+def count(name, **changes):
+    with torch.device("meta"):
+        model = Transformer(preset(name, **changes))
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    assert count(name) == COUNTS[name]
+
+
+def test_parameter_counts_of_other_heads():
+    assert count("bert-base-uncased", head="none") == 109_482_240
+    assert count("bert-base-cased", head="none") == 108_310_272
+    assert count("bert-large-uncased", head="none") == 335_141_888
+    assert count("bert-base-uncased", head="mlm", pooler=False) == 109_514_298
+    assert count("bert-large-uncased", head="mlm", pooler=False) == 335_174_458
+
+
+@pytest.mark.parametrize("name", [n for n in presets() if n not in COUNTS])
+def test_parameter_counts_by_formula(name):
+    """Of presets without a published integer: products, biases, norms and tables, added up."""
+    c = preset(name)
+    inner, hidden, d = c.heads * c.head_size, c.hidden_size, c.dim
+    attention, mlp = 4 * d * inner, (3 if c.gated else 2) * d * hidden
+    norm = d
+    if c.bias:
+        attention, mlp, norm = attention + 3 * inner + d, mlp + hidden + d, 2 * d
+    both = c.architecture == "encoder_decoder"
+    expected = c.vocab_size * d * (1 if c.tie_embeddings else 2)
+    expected += c.layers * (attention + mlp + 2 * norm)
+    if both:
+        expected += c.layers * (2 * attention + mlp + 3 * norm)
+    if not c.post_norm:
+        expected += norm * (2 if both else 1)
+    if c.positions == "learned":
+        expected += c.max_length * d
+    if c.positions == "relative":
+        expected += 2 * c.relative_buckets * c.heads
+    assert count(name) == expected
+
+
+def test_sizes_of_gpt3():
+    """The names say them; that of the smaller ones counts no positions."""
+    for name, size in (("125m", 125e6), ("2.7b", 2.65e9), ("13b", 12.9e9), ("175b", 174.6e9)):
+        assert count(f"gpt3-{name}") == pytest.approx(size, rel=0.01)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="unknown preset 'gpt5': expected one of transformer-base"):
+        preset("gpt5")
+
+
+def test_initial_deviations():
+    """Of every tensor, by the published rules."""
+    big = {"dim": 256, "layers": 2, "heads": 4, "vocab_size": 1000, "max_length": 128}
+
+    def deviations(**changes):
+        state = Transformer(TransformerConfig(**(big | changes))).state_dict()
+        return {n: x.std().item() for n, x in state.items() if x.dim() > 1}
+
+    for init in ("gpt2", "normal", "truncated"):
+        for name, std in deviations(init=init, architecture="encoder", head="mlm").items():
+            # cut off at two deviations a normal distribution keeps 0.88 of its own
+            expected = 0.02 * (0.8796 if init == "truncated" else 1)
+            if init == "gpt2" and name.endswith(("attention.out.weight", "fc2.weight")):
+                expected /= math.sqrt(4)
+            assert std == pytest.approx(expected, rel=0.03), (init, name)
+    t5 = deviations(
+        init="t5", architecture="encoder_decoder", positions="relative", head_dim=32, bias=False,
+        gated=True, norm="rms_norm", hidden_dim=512, tie_embeddings=False,
+    )  # fmt: skip
+    block = "decoder.blocks.1"
+    for name, expected in {
+        "embedding": 1.0, "vocabulary": 1.0, f"{block}.cross.q": (256 * 32) ** -0.5,
+        f"{block}.cross.kv": 256**-0.5, f"{block}.attention.out": (4 * 32) ** -0.5,
+        f"{block}.mlp.gate_up": 256**-0.5, f"{block}.mlp.down": 512**-0.5,
+    }.items():  # fmt: skip
+        assert t5[f"{name}.weight"] == pytest.approx(expected, rel=0.03), name
+    assert t5["encoder.positions.weight"] == pytest.approx(256**-0.5, rel=0.3)
+    weight = Transformer(TransformerConfig(**big, init="t5")).decoder.blocks[0].attention.qkv.weight
+    q, k, v = weight.chunk(3)
+    assert q.std().item() == pytest.approx((256 * 64) ** -0.5, rel=0.03)
+    assert k.std().item() == pytest.approx(256**-0.5, rel=0.03)
+    xavier = deviations(init="xavier")
+    assert xavier["decoder.blocks.0.mlp.fc1.weight"] == pytest.approx(
+        math.sqrt(2 / (256 + 1024)), rel=0.03
+    )
+    assert xavier["embedding.weight"] == pytest.approx(256**-0.5, rel=0.03)
+
+
+def test_fresh_models():
+    """Of a gated MLP the last weight is smaller, too; norms and biases change nothing."""
+    config = TransformerConfig(dim=96, layers=8, heads=4, vocab_size=11, max_length=16, gated=True)
+    state = Transformer(config).state_dict()
+    std = state["decoder.blocks.3.mlp.down.weight"].std().item()
+    assert std == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.1)
+    norms = {n: x for n, x in state.items() if "norm" in n and n.endswith("weight")}
+    biases = {n: x for n, x in state.items() if n.endswith("bias")}
+    assert len(norms) == 17 and all(torch.equal(x, torch.ones(96)) for x in norms.values())
+    assert len(biases) == 17 + 8 * 4 and not any(x.any() for x in biases.values())
