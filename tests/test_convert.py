@@ -295,6 +295,20 @@ def test_legacy_names(tmp_path):
         assert errors(name, load(directory), theirs) <= 1
 
 
+def test_weights_of_both_heads(tmp_path):
+    """As in the published files of BERT, whose config.json names one of them."""
+    _, theirs, ours, directory = made("bert", tmp_path)
+    break_config(directory, architectures=["BertForMaskedLM"])
+    assert load(directory).config == ours.config
+    assert errors("bert", load(directory), theirs) <= 1
+    other = load(directory, head="classification", classes=3)
+    assert torch.equal(other.pooler.dense.weight, ours.pooler.dense.weight)
+    assert load(directory, head="next_sentence").config.pooler
+    add(directory, "bert.extra")
+    with pytest.raises(ValueError, match="unexpected weights .* and 2 more"):
+        load(directory)
+
+
 def test_a_copy_that_differs_is_refused(tmp_path):
     _, _, _, directory = made("gpt2", tmp_path)
     file = directory / "model.safetensors"

@@ -66,8 +66,10 @@ def load(
     else:
         family = _family(theirs, directory)
         config = family.config(theirs)
-    changed = replace(config, **changes)
     state = _read_weights(directory)
+    if family is not None:
+        config = family.fit(theirs, state)
+    changed = replace(config, **changes)
     with torch.device("meta"):
         shapes = {name: x.shape for name, x in Transformer(config).state_dict().items()}
     if family is not None:

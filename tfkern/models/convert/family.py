@@ -113,6 +113,20 @@ class Family:
                 fields[token] = None  # the defaults of transformers in a model of fewer tokens
         return TransformerConfig(**fields)
 
+    def fit(self, theirs: dict[str, Any], state: State) -> TransformerConfig:
+        """`config`, but with the head of another class if that is the one whose weights are all
+        there and no more: the published files of BERT have those of both of its heads, and a
+        config.json that names one."""
+        stated = self.config(theirs)
+        needed, found = self._names(stated, state)
+        if needed < found:
+            for name in self.heads:
+                config = self.config(theirs | {"architectures": [name]})
+                needed, found = self._names(config, state)
+                if needed == found:
+                    return config
+        return stated
+
     def describe(self, config: TransformerConfig) -> dict[str, Any] | None:
         """config.json of a configuration, or None if this family cannot express it: if what it
         would write is not read as the same configuration."""
@@ -175,6 +189,13 @@ class Family:
         bare = config.head == "none"
         start = f"{self.prefix}."
         return {(n.removeprefix(start) if bare else n): x for n, x in theirs.items()}
+
+    def _names(self, config: TransformerConfig, state: State) -> tuple[set[str], set[str]]:
+        """Their weights that a configuration has, and those that there are, each tensor once."""
+        aliases = self.aliases(config)
+        needed = {name for r in self.rules(config) for name in r.theirs}
+        found = self._today(state, needed | set(aliases))
+        return needed, {aliases.get(name, name) for name in found}
 
     def _today(self, state: State, expected: set[str]) -> State:
         """The weights by the names of today, in the form of a model with a head."""
