@@ -25,6 +25,7 @@ from tfkern.generate import (  # noqa: E402
     stream_text,
 )
 from tfkern.generate import sampling as processors  # noqa: E402
+from tfkern.generate.session import Session  # noqa: E402
 from tfkern.models import Transformer, TransformerConfig  # noqa: E402
 from tfkern.models.convert import load  # noqa: E402
 from tfkern.nn import KVCache  # noqa: E402
@@ -122,6 +123,25 @@ def test_caches_change_nothing(models, name, cache):
     for a, b in zip(results, expected, strict=True):
         assert torch.equal(a, b)
     assert len(set(torch.cat(results).tolist())) >= 40
+
+
+@pytest.mark.parametrize("cache", ["static", "growing", "none"])
+def test_sessions_are_whole_texts(models, cache):
+    """Read in parts, exchanged and cut off: the logits of the texts read at once."""
+    ours, _ = models["gpt2"]
+    tokens = torch.randint(V, (3, 12))
+    with torch.no_grad():
+        session = Session(ours, 3, 12, cache=cache)
+        session.feed_all(tokens[:, :7])
+        session.crop(5)
+        turn = torch.tensor([2, 0, 0])
+        session.reorder(turn)
+        texts = torch.cat([tokens[turn, :5], tokens[:, 5:]], 1)
+        expected = ours(texts)
+        torch.testing.assert_close(session.feed_all(tokens[:, 5:9]), expected[:, 5:9])
+        lengths = torch.tensor([3, 1, 2])
+        result = session.feed(tokens[:, 9:], lengths)
+        torch.testing.assert_close(result, expected[torch.arange(3), 8 + lengths])
 
 
 @pytest.mark.slow
@@ -336,6 +356,33 @@ def test_beams_are_those_of_transformers(models, name, options):
         n = len(beam.tokens)
         assert torch.equal(beam.tokens, sequence[:n]) and not sequence[n:].any()
         assert beam.score == pytest.approx(score.item(), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("ends", [12, 40])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_beams_with_many_ends(models, ends, length_penalty):
+    """When most candidates end, and one prompt is done before another."""
+    ours, theirs = models["gpt2"]
+    ends = list(range(10, 10 + ends))
+    options = {"length_penalty": length_penalty}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(3, V, (3, 5), generator=generator)
+        expected = hf_generate(
+            theirs, tokens, torch.ones_like(tokens), max_new_tokens=16, num_beams=4,
+            num_return_sequences=3, eos_token_id=ends, return_dict_in_generate=True,
+            output_scores=True, **options,
+        )  # fmt: skip
+        found = beam_search(ours, tokens, 16, beams=4, best=3, end_tokens=ends, **options)
+        flat = [beam for row in found for beam in row]
+        scores = expected.sequences_scores
+        for beam, sequence, score in zip(flat, expected.sequences[:, 5:], scores, strict=True):
+            assert torch.equal(beam.tokens, sequence[: len(beam.tokens)])
+            assert beam.score == pytest.approx(score.item(), rel=1e-4, abs=1e-5)
+        for row, beams in zip(tokens, found, strict=True):
+            (alone,) = beam_search(ours, [row], 16, beams=4, best=3, end_tokens=ends, **options)
+            for a, b in zip(alone, beams, strict=True):
+                assert torch.equal(a.tokens, b.tokens)
 
 
 def test_beams_end_and_are_ordered(models):
