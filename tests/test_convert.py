@@ -304,7 +304,7 @@ def test_weights_of_both_heads(tmp_path):
     other = load(directory, head="classification", classes=3)
     assert torch.equal(other.pooler.dense.weight, ours.pooler.dense.weight)
     assert load(directory, head="next_sentence").config.pooler
-    add(directory, "bert.extra")
+    put(directory, "bert.extra", 1)
     with pytest.raises(ValueError, match="unexpected weights .* and 2 more"):
         load(directory)
 
@@ -443,9 +443,9 @@ def drop(directory, name):
     safetensors.save_file(state, file)
 
 
-def add(directory, name):
+def put(directory, name, *shape):
     file = directory / "model.safetensors"
-    safetensors.save_file(safetensors.load_file(file) | {name: torch.zeros(1)}, file)
+    safetensors.save_file(safetensors.load_file(file) | {name: torch.zeros(shape)}, file)
 
 
 def index(directory, content):
@@ -468,10 +468,14 @@ def index(directory, content):
         (lambda d: (d / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: "),
         (lambda d: drop(d, "transformer.ln_f.bias"), "the weights lack transformer.ln_f.bias"),
-        (lambda d: add(d, "transformer.h.0.extra"), "unexpected weights transformer.h.0.extra"),
+        (lambda d: put(d, "transformer.h.0.extra", 1), "unexpected weights transformer.h.0.extra"),
         (
             lambda d: index(d, '{"weight_map": {"a": "../elsewhere.safetensors"}}'),
             "which is not a file of that directory",
+        ),
+        (
+            lambda d: put(d, "transformer.h.0.mlp.c_proj.weight", 39, 24),
+            "decoder.blocks.0.mlp.fc2.weight has shape (24, 39), expected (24, 40)",
         ),
         (lambda d: index(d, "{"), "index.json is no JSON with a weight_map"),
         (lambda d: index(d, "[]"), "index.json is no JSON with a weight_map"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -151,6 +152,7 @@ def test_state_dict_round_trip(config):
     assert not any(other.load_state_dict(model.state_dict()))
     tokens, _ = batch(config)
     assert torch.equal(model(tokens), other(tokens))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), other(tokens))
     names = set(model.state_dict())
     assert ("vocabulary.weight" in names) == (not config.tie_embeddings)
     assert ("decoder.positions.weight" in names) == (config.positions == "learned")

@@ -1,6 +1,7 @@
 """What stands behind the last block: from hidden states to logits, and from logits to a loss."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,11 @@ from torch.nn import functional as F
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
 
+# a model is pickled with its functions, which lambdas cannot be
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
 
