@@ -46,8 +46,9 @@ def generate(
         For each row the new tokens, 1-d int64, the one that ended it included.
 
     Raises:
-        ValueError: a model that does not write, prompts beyond its context, or numbers out of
-            range.
+        ValueError: a model that does not write, prompts beyond its context, tokens that it lacks,
+            or numbers out of range; and in the course of the text, if every token is excluded or
+            the logits are not finite.
     """
     written: list[list[int]] = []
     for step in stream(
@@ -76,7 +77,7 @@ def stream(
     stop: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[int | None]]:
     """The tokens of `generate` as they come: at each step one for each row, None where a row has
-    ended. To stop early, stop asking."""
+    ended. To stop early, stop asking. Arguments are checked, and a source is read, at the call."""
     if samples < 1:
         raise ValueError(f"samples must be positive, got {samples}")
     asked = request(model, prompts, max_tokens, source, sampling, end_tokens, copies=samples)
