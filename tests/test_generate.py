@@ -435,12 +435,16 @@ def drafts(models):
 def test_speculative_greedy_is_greedy(models, lookahead):
     ours, others = drafts(models)
     rows = [[5, 6, 7], [8]]
-    expected = generate(ours, rows, 40, sampling=GREEDY, end_tokens=[17])
-    for draft in others.values():
-        results = speculative(
-            ours, draft, rows, 40, lookahead=lookahead, sampling=GREEDY, end_tokens=[17]
-        )
-        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    sampling = Sampling(temperature=0, no_repeat_ngram=2)  # a long text of many tokens
+    end = generate(ours, rows, 40, sampling=sampling)[0][21].item()
+    for ends in ([], [end]):
+        expected = generate(ours, rows, 40, sampling=sampling, end_tokens=ends)
+        assert (len(expected[0]) < 40) == bool(ends)
+        for draft in others.values():
+            results = speculative(
+                ours, draft, rows, 40, lookahead=lookahead, sampling=sampling, end_tokens=ends
+            )
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_speculative_calls_the_model_less(models):
@@ -528,6 +532,12 @@ def test_complete(writer):
         assert complete(model, tokenizer, [start], stop=[stop], **options) == [expected]
         pieces = list(stream_text(model, tokenizer, start, stop=[stop], **options))
         assert "".join(pieces) == expected
+    written = tokenizer.encode(text)[-n:]
+    for count in range(1, n):  # also cut off within a character
+        (cut,) = complete(model, tokenizer, [start], count, sampling=GREEDY)
+        assert cut == tokenizer.decode(written[:count])
+    both = complete(model, tokenizer, [start], stop=["ND", "END"], **options)  # the first of them
+    assert both == [text[9:].partition("END")[0]]
     # a row that stops does not disturb the others
     rows = complete(model, tokenizer, [start, text[:13]], stop=["sat"], **options)
     assert rows == [text[9:].partition("sat")[0], text[13:].partition("sat")[0]]
@@ -604,6 +614,10 @@ def test_crop():
         assert cache.lengths.tolist() == [2, 3]
         with pytest.raises(ValueError, match="lengths"):
             cache.crop(torch.tensor([1]))
+        with pytest.raises(ValueError, match="lengths must not be negative, got -1"):
+            cache.crop(torch.tensor([2, -1]))
+        with pytest.raises(ValueError, match="indices must lie in 0 to 1, got 2"):
+            cache.reorder(torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="a ring cannot be cropped"):
         KVCache(1, 1, 4, 3, kind="ring").crop(torch.tensor([1]))
 

@@ -273,6 +273,12 @@ def test_batch_norm_counts_no_padding():
         torch.testing.assert_close(ours.state_dict()[name], value)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x)[mask], theirs(x[mask]))
+    for wrong, hidden in ((x[..., :1], None), (x, mask[:, 1:]), (x, lengths)):
+        with pytest.raises(ValueError, match="has shape|must be a bool tensor"):
+            ours(wrong, mask=hidden)
+    before = ours.state_dict()["running_var"].clone()
+    ours.train()(x, mask=torch.zeros_like(mask))  # no token at all
+    assert torch.equal(ours.eval().state_dict()["running_var"], before)
     residual = torch.randn_like(x)
     y, h = ours(x, residual=residual, return_residual=True)
     torch.testing.assert_close(h, x + residual)

@@ -72,7 +72,7 @@ def stream_text(
         text.push(token)
         certain = text.certain()
         yield text.value[shown:certain]
-        shown = max(shown, certain)
+        shown = certain
         if text.ended:
             return
     yield text.finish()[shown:]
@@ -143,7 +143,7 @@ class _Text:
         return self.value
 
     def certain(self) -> int:
-        """How much of the value cannot become part of a string to stop at."""
+        """How much of the value cannot become part of a string to stop at; it never shrinks."""
         if self.ended:
             return len(self.value)
         longest = 0

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tfkern.ops import checks
+
 
 class BatchNorm(nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` over the tokens of a batch, of which padding is not counted.
@@ -35,7 +37,17 @@ class BatchNorm(nn.BatchNorm1d):
 
         Returns:
             y in the shape and dtype of input, or (y, h).
+
+        Raises:
+            ValueError: another number of features, or a mask of another shape.
         """
+        if input.shape[-1:] != (self.num_features,):
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}, expected (..., {self.num_features})"
+            )
+        if mask is not None:
+            checks.boolean("mask", mask)
+            checks.shape("mask", mask, input.shape[:-1], "that of input without features")
         h = _add(input, residual, dropout_p, self.training)
         if self.training or self.running_mean is None or self.running_var is None:
             mean, variance = self._statistics(h, mask)
@@ -51,7 +63,8 @@ class BatchNorm(nn.BatchNorm1d):
         """Mean and biased variance of the tokens that count, float32 or wider."""
         wide = h.to(torch.promote_types(h.dtype, torch.float32)).flatten(0, -2)
         counted = torch.ones_like(wide[:, :1]) if mask is None else mask.flatten()[:, None]
-        n = counted.sum()
+        total = counted.sum()
+        n = total.clamp(min=1)
         mean = (wide * counted).sum(0) / n
         variance = ((wide - mean).square() * counted).sum(0) / n
         if self.training and self.running_mean is not None and self.running_var is not None:
@@ -62,6 +75,7 @@ class BatchNorm(nn.BatchNorm1d):
                 weight = 1.0 / self.num_batches_tracked
             with torch.no_grad():
                 unbiased = variance * n / (n - 1).clamp(min=1)
+                weight = weight * (total > 0)  # nothing is learned from nothing
                 self.running_mean += weight * (mean - self.running_mean)
                 self.running_var += weight * (unbiased - self.running_var)
         return mean, variance

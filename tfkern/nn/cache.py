@@ -154,13 +154,15 @@ class KVCache:
             lengths: (B,) int32 or int64, on the device of the cache.
 
         Raises:
-            ValueError: another shape, dtype or device, or a ring, which has overwritten what would
-                be the last tokens then.
+            ValueError: another shape, dtype or device, negative lengths (on the CPU), or a ring,
+                which has overwritten what would be the last tokens then.
         """
         if self.kind == "ring":
             raise ValueError("a ring cannot be cropped")
         checks.integers("lengths", lengths, self._k)
         checks.shape("lengths", lengths, self._lengths.shape, "one length for each batch")
+        if checks.values_at_hand(lengths) and int(lengths.min()) < 0:
+            raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
         self._lengths.copy_(torch.minimum(self._lengths, lengths.to(self._lengths.dtype)))
 
     def reorder(self, indices: Tensor) -> None:
@@ -170,10 +172,11 @@ class KVCache:
             indices: (B,) int32 or int64, on the device of the cache.
 
         Raises:
-            ValueError: another shape, dtype or device.
+            ValueError: another shape, dtype or device, or on the CPU indices out of range.
         """
         checks.integers("indices", indices, self._k)
         checks.shape("indices", indices, self._lengths.shape, "one for each sequence")
+        checks.within("indices", indices, 0, len(self._lengths) - 1)
         for x in (self._k, self._v, self._lengths):
             x.copy_(x.index_select(0, indices))
 
