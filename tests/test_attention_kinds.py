@@ -340,6 +340,13 @@ def test_recurrent_models(cell, attention, input_feeding):
         module = LuongAttention(C, "general", attention, window=2)
     model = RecurrentSeq2Seq(9, C, cell, module, input_feeding).double()
     source, tokens = torch.randint(9, (2, 6)), torch.randint(9, (2, 4))
+    if attention == "local-m":  # query t looks at the places around t, also step by step
+        weights = []
+        handle = module.register_forward_hook(lambda m, args, out: weights.append(out[1]))
+        model(tokens, source=source)
+        handle.remove()
+        near = (torch.arange(6) - torch.arange(4)[:, None]).abs() <= 2
+        assert torch.equal(torch.cat(weights, 1) > 0, near.expand(2, -1, -1))
     alone = model(tokens[1:], source=source[1:, :4])
     padded = model(tokens, source=source, lengths=torch.tensor([6, 4]))
     torch.testing.assert_close(padded[1:], alone, rtol=0, atol=1e-12)

@@ -1,6 +1,7 @@
 """Presets have the published sizes, and fresh models the published deviations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,8 @@ def test_fresh_models():
     """Of a gated MLP the last weight is smaller, too; norms and biases change nothing."""
     config = TransformerConfig(dim=96, layers=8, heads=4, vocab_size=11, max_length=16, gated=True)
     state = Transformer(config).state_dict()
+    padded = Transformer(replace(config, pad_token=3)).embedding.weight
+    assert torch.equal(padded.any(1), torch.arange(11) != 3)
     std = state["decoder.blocks.3.mlp.down.weight"].std().item()
     assert std == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.1)
     norms = {n: x for n, x in state.items() if "norm" in n and n.endswith("weight")}
