@@ -203,6 +203,12 @@ def test_dropout_in_training_only():
     logits = model(tokens)
     expected = F.linear(model.decoder.norm.bias, model.embedding.weight).expand_as(logits)
     torch.testing.assert_close(logits, expected)
+    # of the weights of attention: what is left of it is a bias
+    model = make(dataclasses.replace(SMALL, attention_dropout=1 - 1e-9))
+    logits = model(tokens)
+    for block in model.decoder.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)
+    torch.testing.assert_close(logits, model.eval()(tokens))
 
 
 def test_ignored_targets():
