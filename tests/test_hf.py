@@ -143,6 +143,17 @@ def test_attention_maps_of_our_models(tmp_path):
         ours.attention_maps(0, tokens, side="encoder", cross=True, **options)
 
 
+def test_calls_that_models_make_seldom():
+    """A floating mask beside a bias, and room in a static cache behind the first tokens."""
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    mask, bias = torch.randn(1, 1, 3, 5), torch.randn(1, 2, 3, 5)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    o, _ = hf.attention_forward(torch.nn.Module(), q, k, k, mask, position_bias=bias)
+    torch.testing.assert_close(o.transpose(1, 2), sdpa(q, k, k, mask + bias))
+    o, _ = hf.attention_forward(torch.nn.Module(), q, k, k, None, is_causal=True)
+    torch.testing.assert_close(o.transpose(1, 2), sdpa(q, k, k, is_causal=True))
+
+
 def test_paged_caches_raise():
     q = torch.randn(1, 1, 2, 4)
     with pytest.raises(NotImplementedError, match="paged"):

@@ -251,6 +251,7 @@ def test_truncation_with_overlap(bert):
     assert rows == ["a b c d", "c d e f", "e f g h", "g h i j", "a"]
     assert batch.source.tolist() == [0, 0, 0, 0, 1]
     assert all(row[0] == 101 for row in batch.tokens.tolist())
+    assert len(bert.encode(" ".join(words))) == 12  # later texts are whole
 
 
 def test_offsets(bert):

@@ -68,7 +68,7 @@ def test_round_trip_is_bit_equal(kind, bias):
     assert state.keys() == layer.state_dict().keys()
     assert all(torch.equal(x, state[name]) for name, x in layer.state_dict().items())
     assert back.norm_first and back.norm1.eps == 1e-3 and not back.training
-    assert back.dropout1.p == back.self_attn.dropout == 0.25
+    assert back.dropout1.p == back.self_attn.dropout == 0.25 and back.dropout.p == 0
     x = torch.randn(B, T, C, dtype=torch.float64)
     args = (x,) if kind is encoder_layer else (x, x)
     assert torch.equal(back(*args), layer(*args))
