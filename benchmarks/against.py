@@ -6,8 +6,6 @@ stand in one file for each processor and instruction set of PyTorch, from which 
 table. Running an op replaces its rows.
 """
 
-import csv
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from . import attention, block, environment, layer_norm, mlp, sweep, timing
+from . import attention, block, environment, layer_norm, mlp, report, sweep, timing
 from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, compiled, prepared
 
 CHOICES = ("torch",)
@@ -129,26 +127,11 @@ def run(
 
 def write(rows: list[dict[str, Any]], folder: Path) -> Path:
     """Puts the rows of an op into the file of this processor, in place of its former ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(rows[0]["device"], rows[0]["torch_instructions"])
-    kept = [r for r in read(path) if r["op"] != rows[0]["op"]] if path.exists() else []
-    order = list(COMPARISONS)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=lambda r: order.index(r["op"])))
-    return path
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def file_name(device: str, instructions: str) -> str:
-    """Such as cpu-intel-xeon-processor-avx512-amx.csv."""
-    words = re.sub(r"\((R|TM)\)", "", f"cpu {device} {instructions}").lower()
-    return "-".join(re.findall(r"[a-z0-9]+", words)) + ".csv"
+    op, order = rows[0]["op"], list(COMPARISONS)
+    name = report.file_name("cpu", rows[0]["device"], rows[0]["torch_instructions"])
+    return report.update(
+        folder / name, rows, lambda r: r["op"] != op, lambda r: order.index(r["op"])
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -1,5 +1,6 @@
 """Softmax attention over context length: the cost of what is quadratic, and of what need not be."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import tfkern
 
-from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants
+from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled
 
 Band = tuple[int | None, int | None]  # keys before and after the query that it sees, None: all
 
@@ -44,9 +46,19 @@ class OpCase(Case):
     head_dim: int = 64
     causal: bool = False
     window: int | None = None  # keys before the query that it sees, and unless causal after it
+    key_heads: int | None = None  # a divisor of the heads; as many if None
 
     def small(self) -> "OpCase":
-        return replace(self, batch=1, heads=min(self.heads, 2), length=min(self.length, 197))
+        return replace(self.excerpt(), length=min(self.length, 197))
+
+    def excerpt(self) -> "OpCase":
+        keys = self.key_heads or self.heads
+        some = math.gcd(keys, 2)
+        return replace(self, batch=1, heads=some * (self.heads // keys), key_heads=some)
+
+    @property
+    def queries(self) -> int:
+        return self.length
 
     @property
     def band(self) -> Band:
@@ -54,8 +66,9 @@ class OpCase(Case):
         return self.window, 0 if self.causal else self.window
 
     def inputs(self) -> dict[str, Tensor]:
-        shape = (self.batch, self.heads, self.length, self.head_dim)
-        return {name: self.draw(*shape) for name in "qkv"}
+        keys = (self.batch, self.key_heads or self.heads, self.length, self.head_dim)
+        q = self.draw(self.batch, self.heads, self.queries, self.head_dim)
+        return {"q": q, "k": self.draw(*keys), "v": self.draw(*keys)}
 
     def floor_scale(self) -> dict[str, float]:
         # Their gradients are sums over all queries.
@@ -76,6 +89,7 @@ class OpCase(Case):
                 for name, backend in _SDPA[self.device.partition(":")[0]].items()
                 if self.window is None or name != "flash" or self.device == "cpu"  # takes no mask
             ),
+            *([self._flex()] if self.device.startswith("cuda") else []),  # no backward on a CPU
             *backend_variants(self, self._tfkern, backends, self._scores(3, 5, torch.float32)),
         ]
 
@@ -93,6 +107,24 @@ class OpCase(Case):
     def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
         return tfkern.attention(q, k, v, window=self.band, backend=backend)
 
+    def _flex(self) -> Variant:
+        """FlexAttention (Dong et al. 2024), compiled for each length."""
+        inner = compiled("flex", flex_attention)
+
+        @functools.cache
+        def mask() -> BlockMask | None:
+            if self.band == (None, None):
+                return None
+            sizes = None, None, self.queries, self.length
+            return create_block_mask(_seen(self.band), *sizes, device=self.device)
+
+        def run(call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            grouped = q.shape[1] != k.shape[1]
+            return call(query=q, key=k, value=v, block_mask=mask(), enable_gqa=grouped)
+
+        eager = functools.partial(run, flex_attention)
+        return replace(inner, call=functools.partial(run, inner.call), eager=eager)
+
     def _triton_tile(self) -> tuple[int, int]:
         if not self.device.startswith("cuda") or tfkern.backends(self.op)["triton"] is not None:
             return 128, 64  # asked for by nobody
@@ -106,7 +138,7 @@ class OpCase(Case):
     def _scores(self, forward: float, both: float, at_least: torch.dtype | None = None) -> int:
         """Bytes of so many matrices of scores, in the dtype of the inputs or a wider one."""
         dtype = torch.promote_types(self.torch_dtype, at_least or self.torch_dtype)
-        pairs = self.batch * self.heads * self.length**2
+        pairs = self.batch * self.heads * self.queries * self.length
         return round((both if self.backward else forward) * pairs * dtype.itemsize)
 
 
@@ -116,12 +148,13 @@ class Decode(OpCase):
 
     unit = "GB/s"
 
-    def inputs(self) -> dict[str, Tensor]:
-        return super().inputs() | {"q": self.draw(self.batch, self.heads, 1, self.head_dim)}
+    @property
+    def queries(self) -> int:
+        return 1
 
     def work(self, which: str) -> float:
         """The bytes of keys and values, forward."""
-        pairs = self.batch * self.heads * self.length
+        pairs = self.batch * (self.key_heads or self.heads) * self.length
         return 2 * pairs * self.head_dim * self.torch_dtype.itemsize
 
 
@@ -137,6 +170,8 @@ def visible(T: int, S: int, band: Band, device: torch.device | None = None) -> T
 
 def plain(q: Tensor, k: Tensor, v: Tensor, *, band: Band) -> Tensor:
     """Quadratic attention: the whole matrix of scores in memory."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if band != (None, None):
         s = s.masked_fill(~visible(*s.shape[-2:], band, s.device), -torch.inf)
@@ -149,7 +184,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, band: Band) -> Tensor:
     mask = None
     if band != (None, None) and not causal:  # torch has no window: a mask, at full cost
         mask = visible(q.shape[2], k.shape[2], band, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+
+
+def _seen(band: Band) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The band of as many queries as keys, as FlexAttention takes it."""
+    left, right = band
+    if left is None:
+        return lambda b, h, t, s: s - t <= right
+    return lambda b, h, t, s: (s - t <= right) & (t - s <= left)
 
 
 def _sdpa(name: str, backend: SDPBackend, band: Band, scratch: int) -> Variant:

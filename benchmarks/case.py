@@ -66,6 +66,13 @@ class Case:
         """The same case, small enough to compare with float64, and no multiple of a tile."""
         raise NotImplementedError
 
+    def excerpt(self) -> "Case":
+        """A part that float64 can compute: few of the rows, or of the heads, of the same length.
+
+        Repetitions of its inputs make the whole case, whose outputs are those of the parts.
+        """
+        raise NotImplementedError
+
     def inputs(self) -> dict[str, Tensor]:
         """Fresh inputs by name, on the device, that need gradients if there is a backward."""
         raise NotImplementedError

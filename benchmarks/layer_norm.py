@@ -1,5 +1,6 @@
 """Layer norm over the rows of a context: bound by memory, so its rate is in bytes."""
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ class OpCase(Case):
     def small(self) -> "OpCase":
         return replace(self, batch=1, length=min(self.length, 197))
 
+    def excerpt(self) -> "OpCase":
+        return replace(self, batch=1, length=math.gcd(self.length, 64))
+
     def inputs(self) -> dict[str, Tensor]:
         x = (self.batch, self.length, self.hidden)
         inputs = {
@@ -62,9 +66,11 @@ class OpCase(Case):
 
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
         rows = self.batch * self.length * self.hidden * self.torch_dtype.itemsize
+        cuda = self.device.startswith("cuda")
         return [
             Variant("torch", self.reference),
             compiled("torch.compile", self.reference),
+            *([Variant("liger", self._liger, unavailable=_liger_missing())] if cuda else []),
             *backend_variants(self, self._tfkern, backends, scratch=4 * rows),
         ]
 
@@ -77,6 +83,16 @@ class OpCase(Case):
         forward, backward = (4, 4) if self.residual else (2, 3)
         tensors = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
         return tensors * self.batch * self.length * self.hidden * self.torch_dtype.itemsize
+
+    def _liger(
+        self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+    ) -> Any:
+        """Of Liger-Kernel (Hsu et al. 2024), which has no layer norm with an addition."""
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        h = x if residual is None else x + residual
+        y = LigerLayerNormFunction.apply(h, weight, bias, 1e-5)
+        return y if residual is None else (y, h)
 
     def _tfkern(
         self,
@@ -94,3 +110,8 @@ class OpCase(Case):
             return_residual=residual is not None,
             backend=backend,
         )
+
+
+def _liger_missing() -> str | None:
+    found = importlib.util.find_spec("liger_kernel") is not None
+    return None if found else "liger-kernel is not installed"

@@ -52,7 +52,8 @@ def peak(case: Case, variant: Variant) -> int:
 def available(device: str) -> int:
     """Bytes that can still be allocated, for deciding what not to try."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     limits = [_free()]
     try:  # a container's limit, which the system's own count does not know
         group = Path("/sys/fs/cgroup")
@@ -84,12 +85,12 @@ def _run(case: Case, variant: Variant, inputs: dict) -> None:
 def _cuda_peak(case: Case, variant: Variant) -> int:
     inputs = case.inputs()
     _run(case, variant, inputs)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize(case.device)
+    before = torch.cuda.memory_allocated(case.device)
+    torch.cuda.reset_peak_memory_stats(case.device)
     _run(case, variant, inputs)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize(case.device)
+    return torch.cuda.max_memory_allocated(case.device) - before
 
 
 def _resident(field: str) -> int:

@@ -45,6 +45,9 @@ class OpCase(Case):
     def small(self) -> "OpCase":
         return replace(self, batch=1, length=min(self.length, 67))
 
+    def excerpt(self) -> "OpCase":
+        return replace(self, batch=1, length=math.gcd(self.length, 64))
+
     def inputs(self) -> dict[str, Tensor]:
         outer, inner = self.hidden, self.hidden * self.expansion
         return {

@@ -1,7 +1,9 @@
-"""Writes the results of a sweep: a table, CSV, JSON and a chart of time and memory over length."""
+"""Writes results: a table, CSV, JSON and charts of time, memory and rates over length."""
 
 import csv
 import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ _STYLES = {
     "sdpa math": ("#E69F00", "^"),
     "sdpa efficient": ("#000000", "X"),
     "sdpa cudnn": ("#999999", "*"),
+    "flex": ("#F0E442", "h"),
+    "liger": ("#F0E442", "h"),
 }
 _INK = "#333333"
 
@@ -45,6 +49,40 @@ def write(results: Results, folder: Path) -> list[Path]:
     paths[1].write_text(json.dumps(content, indent=1) + "\n")
     chart(results, paths[2])
     return paths
+
+
+def file_name(*facts: str) -> str:
+    """Such as cpu-intel-xeon-processor-avx512-amx.csv."""
+    words = re.sub(r"\((R|TM)\)", "", " ".join(facts)).lower()
+    return "-".join(re.findall(r"[a-z0-9]+", words)) + ".csv"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def update(
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    keep: Callable[[dict[str, str]], bool],
+    order: Callable[[dict[str, Any]], Any],
+) -> Path:
+    """Puts rows into a file beside those of its former rows that are to be kept.
+
+    The file is replaced as a whole, so that it is never half written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in read(path) if keep(row)] if path.exists() else []
+    every = sorted([*kept, *rows], key=order)
+    columns = list(dict.fromkeys(name for row in [*rows, *kept] for name in row))
+    written = path.with_suffix(".part")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(every)
+    written.replace(path)
+    return path
 
 
 def table(results: Results) -> Table:
@@ -126,7 +164,7 @@ def title(results: Results) -> str:
         value = row[name]
         if value is True:
             told.append(name)
-        elif value is not False and name not in ("length", "dtype"):
+        elif value not in (False, None) and name not in ("length", "dtype"):
             told.append(f"{name.replace('_', ' ')} {value}")
     return ", ".join(told)
 

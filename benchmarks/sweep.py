@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,7 +63,7 @@ def run(
         left_out = {}
         for variant in variants:
             seconds = _predicted_seconds(point, previous.get(variant.name))
-            left_out[variant.name] = _does_not_fit(point, variant) or (
+            left_out[variant.name] = does_not_fit(point, variant) or (
                 f"would take {_duration(seconds)} a call" if seconds > max_seconds else None
             )
         running = [v for v in variants if left_out[v.name] is None]
@@ -130,8 +131,9 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
         if unavailable is None:
             try:
                 problem = disagreement(small, variant)
-            except NotImplementedError as error:  # a backend that does not serve these options
-                unavailable = " ".join(str(error).split())
+            except RuntimeError as error:  # a backend or an operator that does not serve these
+                unavailable = timing.reason(error)
+                timing.synchronize(small.device)
         if unavailable is not None:
             note = f"{variant.name} left out: {unavailable}"
             if backends is not None and variant.name.startswith("tfkern "):
@@ -144,10 +146,14 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
     return usable
 
 
-def disagreement(case: Case, variant: Variant) -> str | None:
-    """How the variant differs from the reference in float64 on this case, None if it agrees."""
+def disagreement(case: Case, variant: Variant, whole: Case | None = None) -> str | None:
+    """How the variant differs from the reference in float64 on this case, None if it agrees.
+
+    With `whole`, of which the case is the excerpt, the variant computes all of that, on repetitions
+    of the excerpt's inputs, and the first is compared: the very kernels that are to be timed.
+    """
     report = validate(
-        variant.call,
+        variant.call if whole is None else _repeated(variant.call, whole),
         case.reference,
         case.inputs(),
         gradients=case.backward,
@@ -161,7 +167,31 @@ def disagreement(case: Case, variant: Variant) -> str | None:
     return None
 
 
-def _does_not_fit(case: Case, variant: Variant) -> str | None:
+def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
+    """The call on inputs repeated to the shapes of the whole case; the part of its outputs that
+    belongs to the inputs as they were."""
+    shapes = {name: x.shape for name, x in replace(whole, device="meta").inputs().items()}
+
+    def part(**inputs: Tensor) -> Any:
+        times = {
+            name: [n // m for n, m in zip(shapes[name], x.shape, strict=True)]
+            for name, x in inputs.items()
+        }
+        outputs = call(**{name: x.repeat(times[name]) for name, x in inputs.items()})
+        first = times[next(iter(inputs))]  # the outputs have the dimensions of the first input
+
+        def cut(output: Tensor) -> Tensor:
+            for dim, count in enumerate(first):
+                output = output.narrow(dim, 0, output.shape[dim] // count)
+            return output
+
+        return tuple(map(cut, outputs)) if isinstance(outputs, tuple) else cut(outputs)
+
+    return part
+
+
+def does_not_fit(case: Case, variant: Variant) -> str | None:
+    """Why there is too little memory for the variant now, by what it says that it needs."""
     # A tenth stays free: the prediction leaves out what allocators and libraries keep.
     if variant.scratch > 0.9 * memory.available(case.device):
         return f"would need {size(variant.scratch)}"
@@ -183,12 +213,15 @@ def _timed(case: Case, variants, protocol, progress):
         progress(f"{variant.name}, length {case.length}: warm-up")
         step = prepared(case, variant, inputs)
         try:
-            timing.warm_up(step, protocol or timing.Protocol.of(case.device))
+            timing.warm_up(step, protocol or timing.Protocol.of(case.device), case.device)
             steps[variant.name] = step
         except RuntimeError as error:  # out of memory on a GPU, or an operator that refuses
-            failures[variant.name] = str(error).partition("\n")[0]
+            failures[variant.name] = timing.reason(error)
+            timing.synchronize(case.device)
     progress(f"length {case.length}: timing")
-    return timing.interleaved(steps, case.device, protocol), failures
+    timings = timing.interleaved(steps, case.device, protocol)
+    failed = {name: t.failure for name, t in timings.items() if t.failure is not None}
+    return timings, failures | failed
 
 
 def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str | None) -> None:
@@ -200,38 +233,59 @@ def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str
             results.note(str(error))
     # "device" is the model among the facts, and the pass says whether there was a backward
     sizes = {k: v for k, v in asdict(case).items() if k not in ("device", "backward")}
-    scale = 1e12 if case.unit == "TFLOP/s" else 1e9
+    time = time if failure is None else None
     for which in case.passes:
         main = which == results.main_pass
-        row: dict[str, Any] = {
+        row = {
             "op": case.op,
             **sizes,
             "variant": variant.name,
             "pass": which,
             "status": failure or MEASURED,
-            "p20_ms": None,
-            "p50_ms": None,
-            "p80_ms": None,
-            "samples": None,
-            "host_ms": None,
-            "graph_ms": None,
-            "rate": None,
-            "unit": case.unit,
-            "ceiling": results.ceiling / scale,
-            "fraction_of_ceiling": None,
-            "counted_flops": count_flops(case, variant) if main else None,
+            **measurements(case, which, time, results.ceiling),
+            "counted_flops": _counted(results, case, variant) if main else None,
             "peak_bytes": peak if main else None,
             "predicted_bytes": variant.scratch if main else None,
         }
-        if failure is None:
-            p20, p50, p80 = time.quantiles(which)
-            rate = case.work(which) / p50
-            row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
-            row |= {"samples": len(time.samples), "rate": rate / scale}
-            row |= {"fraction_of_ceiling": rate / results.ceiling}
-            if main:
-                row |= {"host_ms": _ms(time.host), "graph_ms": _ms(time.graph)}
         results.rows.append(row | results.environment)
+
+
+def measurements(
+    case: Case, which: str, time: timing.Timing | None, ceiling: float
+) -> dict[str, Any]:
+    """The columns of a pass that hold what was measured, None where nothing was.
+
+    `ceiling` is in FLOP/s or bytes/s.
+    """
+    scale = 1e12 if case.unit == "TFLOP/s" else 1e9
+    row: dict[str, Any] = {
+        "p20_ms": None,
+        "p50_ms": None,
+        "p80_ms": None,
+        "samples": None,
+        "host_ms": None,
+        "graph_ms": None,
+        "rate": None,
+        "unit": case.unit,
+        "ceiling": ceiling / scale,
+        "fraction_of_ceiling": None,
+    }
+    if time is not None:
+        p20, p50, p80 = time.quantiles(which)
+        rate = case.work(which) / p50
+        row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
+        row |= {"samples": len(time.samples), "rate": rate / scale}
+        row |= {"fraction_of_ceiling": rate / ceiling}
+        row |= {"host_ms": _ms(time.host.get(which)), "graph_ms": _ms(time.graph.get(which))}
+    return row
+
+
+def _counted(results: Results, case: Case, variant: Variant) -> int | None:
+    try:
+        return count_flops(case, variant)
+    except Exception as error:  # an operator that cannot be traced on tensors without memory
+        results.note(f"FLOPs of {variant.name} are not counted: {timing.reason(error)}")
+        return None
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -4,10 +4,10 @@ Variants are interleaved, A B A B, so that what disturbs the machine disturbs al
 warm-up every sample is one call: its forward, and if there is one its backward, timed apart. A
 variant leaves the rotation once it has enough samples for quantiles and enough time for a slow
 clock or a noisy neighbour to even out. On a CPU the clock is `time.perf_counter`; on a GPU it is
-events, with the L2 cache overwritten before each sample, which also lets the host run ahead so that
-launches do not count. What they cost is reported apart: `host` is the time of a call that starts
-and ends with an idle GPU, `graph` that of a replay in a CUDA graph, where launches cost next to
-nothing.
+events, with the L2 cache overwritten before each sample, and the GPU held busy for a millisecond,
+in which the host runs ahead, so that launches do not count. What they cost is reported apart:
+`host` is the time of a call that starts and ends with an idle GPU, `graph` that of a replay of a
+CUDA graph.
 """
 
 import gc
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,16 @@ class Timing:
     """Samples of one variant in seconds: (forward, backward), with backward 0 if there is none."""
 
     samples: list[tuple[float, float]] = field(default_factory=list)
-    host: float | None = None
-    graph: float | None = None
+    # By pass, forward and forward+backward; empty on a CPU.
+    host: dict[str, float] = field(default_factory=dict)
+    graph: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None  # what it raised while it was timed
+    uncaptured: str | None = None  # why there is no graph of it
 
     def seconds(self, which: str) -> list[float]:
-        """The samples of a pass."""
+        """The samples of a pass. Raises RuntimeError if the step failed."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
         part = {
             "forward": lambda s: s[0],
             "backward": lambda s: s[1],
@@ -91,34 +95,69 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def interleaved(
-    steps: Mapping[str, Step], device: str, protocol: Protocol | None = None
+    steps: Mapping[str, Step],
+    device: str,
+    protocol: Protocol | None = None,
+    *,
+    graphs: bool = True,
 ) -> dict[str, Timing]:
-    """Times every step by the protocol above. The steps come warmed up."""
+    """Times every step by the protocol above. The steps come warmed up.
+
+    One that raises leaves the rotation, and has its failure instead of a time. Without `graphs` no
+    CUDA graph is captured, and after a capture that failed no other is: it may leave torch's
+    allocator in a state that only a new process is free of.
+    """
     protocol = protocol or Protocol.of(device)
-    sample = _cuda_sampler(device) if device.startswith("cuda") else _cpu_sample
+    cuda = device.startswith("cuda")
+    sample = _cuda_sampler(device) if cuda else _cpu_sample
     timings = {name: Timing() for name in steps}
     spent = dict.fromkeys(steps, 0.0)
     waiting = dict(steps)
     with _no_garbage_collection():
         while waiting:
             for name, step in list(waiting.items()):
-                seconds = sample(step)
-                timings[name].samples.append(seconds)
-                spent[name] += sum(seconds)
-                if protocol.enough(len(timings[name].samples), spent[name]):
+                timing = timings[name]
+                try:
+                    seconds = sample(step)
+                    timing.samples.append(seconds)
+                    spent[name] += sum(seconds)
+                    if protocol.enough(len(timing.samples), spent[name]):
+                        if cuda:
+                            timing.host = _host_times(step, device)
+                        del waiting[name]
+                except Exception as error:
+                    timing.failure = reason(error)
                     del waiting[name]
-    if device.startswith("cuda"):
+                    synchronize(device)
+    if cuda and graphs:
         for name, step in steps.items():
-            timings[name].host = _host_time(step)
-            timings[name].graph = _graph_time(step)
+            if timings[name].failure is None:
+                _add_graph_times(timings[name], step, device, sample)
+            if timings[name].uncaptured is not None:
+                break
     return timings
 
 
-def warm_up(step: Step, protocol: Protocol) -> None:
+def warm_up(step: Step, protocol: Protocol, device: str = "cpu") -> None:
     """Runs the step before it is timed; whatever it raises, it raises here."""
     for _ in range(protocol.warmup):
-        if sum(_cpu_sample(step)) > protocol.min_seconds:  # one call as long as this is enough
+        seconds = sum(_cpu_sample(step))
+        synchronize(device)  # a kernel that fails says so only now
+        if seconds > protocol.min_seconds:  # one call as long as this is enough
             return
+
+
+def synchronize(device: str) -> None:
+    """Waits for a GPU. Raises if the context of this process is lost to an earlier failure."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, and not a long one."""
+    ours = isinstance(error, NotImplementedError)  # a sentence for the user
+    text = " ".join((str(error) if ours else f"{type(error).__name__}: {error}").split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def product_ceiling(dtype: torch.dtype, device: str) -> float:
@@ -138,8 +177,9 @@ def copy_ceiling(device: str) -> float:
 
 def _fastest(step: Step, device: str) -> float:
     protocol = Protocol.of(device)
-    warm_up(step, protocol)
-    return interleaved({"": step}, device, protocol)[""].quantiles("forward")[0]
+    warm_up(step, protocol, device)
+    timings = interleaved({"": step}, device, protocol, graphs=False)
+    return timings[""].quantiles("forward")[0]
 
 
 def _cpu_sample(step: Step) -> tuple[float, float]:
@@ -152,13 +192,18 @@ def _cpu_sample(step: Step) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
+# Some 1 ms on any GPU: longer than the host takes to launch the steps that launches dominate.
+_SPIN_CYCLES = 2_000_000
+
+
 def _cuda_sampler(device: str) -> Callable[[Step], tuple[float, float]]:
-    # Twice the L2 cache of the largest parts, so that no sample finds its inputs there.
+    # Several times the L2 cache of the largest parts, so that no sample finds its inputs there.
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
     def sample(step: Step) -> tuple[float, float]:
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         flush.zero_()
+        torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         output = step.forward()
         middle.record()
@@ -172,41 +217,61 @@ def _cuda_sampler(device: str) -> Callable[[Step], tuple[float, float]]:
     return sample
 
 
-def _host_time(step: Step, samples: int = 20) -> float:
-    def sample() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        output = step.forward()
-        if step.backward is not None:
-            step.backward(output)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return statistics.median(sample() for _ in range(samples))
+def _calls(step: Step) -> dict[str, Callable[[], Any]]:
+    """By pass what host and graph times are of: a backward alone cannot be called."""
+    calls = {"forward": step.forward}
+    backward = step.backward
+    if backward is not None:
+        calls["forward+backward"] = lambda: backward(step.forward())
+    return calls
 
 
-def _graph_time(step: Step, replays: int = 20) -> float | None:
-    """Seconds of a replay; None if the step cannot be captured, as some cannot."""
+def _host_times(step: Step, device: str) -> dict[str, float]:
+    """Seconds by pass, from an idle GPU to an idle GPU, by the host's clock."""
+    times = {}
+    for which, call in _calls(step).items():
+        samples: list[float] = []
+        while len(samples) < 3 or (len(samples) < 20 and sum(samples) < 0.1):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize(device)
+            samples.append(time.perf_counter() - start)
+        times[which] = statistics.median(samples)
+    return times
 
-    def run() -> Tensor | None:
-        output = step.forward()
-        return output if step.backward is None else step.backward(output)
 
-    try:
+def _add_graph_times(
+    timing: Timing, step: Step, device: str, sample: Callable[[Step], tuple[float, float]]
+) -> None:
+    """Seconds of a replay by pass, with a cold cache as for any sample, or why there are none.
+
+    Calls of more than 10 ms go without: capturing takes as much memory again, and launches are
+    nothing beside them.
+    """
+    side = torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(device)
+    for which, call in _calls(step).items():
+        if timing.quantiles(which)[1] > 0.01:
+            continue
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / replays
+        try:
+            with torch.cuda.stream(current):  # torch.cuda.graph does not restore it if it fails
+                side.wait_stream(current)
+                with torch.cuda.stream(side):  # what the libraries keep for each stream
+                    call()
+                torch.cuda.synchronize(device)
+                with torch.cuda.graph(graph, stream=side):
+                    call()
+        except RuntimeError as error:
+            timing.uncaptured = reason(error)
+            torch.cuda.synchronize(device)
+            return
+        replay = Step(graph.replay)
+        sample(replay)
+        times = [sample(replay)[0] for _ in range(10)]
+        timing.graph[which] = statistics.median(times)
+        graph.reset()
 
 
 @contextmanager

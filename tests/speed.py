@@ -10,7 +10,7 @@ MKL_ENABLE_INSTRUCTIONS=AVX512_E3 says how it looks without: products go through
 
 from pathlib import Path
 
-from tfkern.benchmarks import against
+from tfkern.benchmarks import report
 
 _RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted(_RESULTS.glob("cpu-*.csv"), key=lambda path: path.stem)
@@ -21,7 +21,7 @@ def table() -> str:
     """Markdown: for each processor its ratios, and below them what they were measured with."""
     by_device: dict[str, list] = {}
     for path in FILES:
-        rows = against.read(path)
+        rows = report.read(path)
         by_device.setdefault(rows[0]["device"], []).append(rows)
     return "\n".join(_of_device(files) for files in by_device.values())
 

@@ -8,7 +8,7 @@ import torch
 
 import tfkern
 from tfkern import cli, validation
-from tfkern.benchmarks import against, attention, memory, timing
+from tfkern.benchmarks import against, attention, memory, report, timing
 from tfkern.benchmarks.case import Variant
 from tfkern.cli import main
 
@@ -168,7 +168,7 @@ def test_bench_against_torch(quick, monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     (path,) = (tmp_path / "benchmarks" / "results").iterdir()
     assert "tiny" in printed and path.name in printed
-    rows = against.read(path)
+    rows = report.read(path)
     assert [r["dtype"] for r in rows] == ["float32", "bfloat16", "float16"]
     assert {r["threads"] for r in rows} == {"1"} and all(int(r["pairs"]) >= 15 for r in rows)
 
