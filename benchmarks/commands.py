@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tfkern.dispatch import check_backend
 
-from . import against, report, sweep
+from . import against, environment, report, suite, sweep
 from .case import DTYPES, load
 
 app = typer.Typer(
@@ -22,11 +22,12 @@ app = typer.Typer(
     "Every variant is compared with float64 first, and a wrong one is not timed (exit status 1). "
     "Reports quantiles of the time, the rate as a fraction of what the machine can do, counted "
     "FLOPs, peak memory, and how each of them grows. Writes <op>.csv, <op>.json and <op>.png. "
-    "With --against torch: fixed cases on a CPU, and the ratio of PyTorch's time to ours.",
+    "With --against torch: fixed cases on a CPU, and the ratio of PyTorch's time to ours. "
+    "The command suite has fixed cases on a GPU.",
 )
 
 _OUT = Path("bench-results")
-_AGAINST_OUT = Path("benchmarks/results")
+_FIXED_OUT = Path("benchmarks/results")
 
 Lengths = Annotated[
     str,
@@ -70,7 +71,7 @@ Against = Annotated[
     str,
     typer.Option(
         help="Time fixed cases in pairs with PyTorch (torch) instead of a sweep, on a CPU with "
-        f"{against.THREADS} threads, and write them to cpu-<processor>.csv in {_AGAINST_OUT}. Of "
+        f"{against.THREADS} threads, and write them to cpu-<processor>.csv in {_FIXED_OUT}. Of "
         "the other options only --threads and --out apply.",
         show_default=False,
     ),
@@ -195,6 +196,53 @@ def model(
     _bench("model", sizes, lengths, dtype, backends, device, threads, max_seconds, out)
 
 
+@app.command("suite")
+def fixed(
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Of {', '.join(suite.OPS)}; all by default.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    budget: Annotated[
+        float, typer.Option(help="Seconds after which no further case is begun.", min=0)
+    ] = suite.BUDGET,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Leave out cases that the file has from this device and commit."
+        ),
+    ] = False,
+    out: Out = _FIXED_OUT,
+) -> None:
+    """Fixed cases on a GPU, next to everything that PyTorch has, into <gpu>.csv and plots."""
+    for op in ops or ():
+        if op not in suite.OPS:
+            raise ValueError(f"unknown op {op!r}: expected one of {', '.join(suite.OPS)}")
+    if not device.startswith("cuda"):
+        raise ValueError(
+            f"the suite's cases are for a GPU, got device {device!r}; those for a CPU run by "
+            "tfkern bench <op> --against torch"
+        )
+    device = check_device(device)
+    path = out / report.file_name(environment.device_name(device))
+    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    cases = [p for p in suite.points(device) if p.case.op in (ops or suite.OPS)]
+    results = _with_progress(
+        1 + len(cases),
+        lambda progress: suite.run(cases, path, budget=budget, resume=resume, progress=progress),
+    )
+    console = _console()
+    for table in suite.tables(results.rows):
+        console.print(table)
+    for line in suite.failures(results.rows):
+        console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
+    for written in (path, *suite.charts(path, suite.points(device))):
+        console.print(f"wrote {written}", soft_wrap=True, highlight=False)
+    for name in results.skipped:
+        print(f"tfkern: no time was left for {name}", file=sys.stderr)
+    _exit(results.wrong)
+
+
 def _bench(
     op: str,
     sizes: dict[str, Any],
@@ -243,7 +291,7 @@ def _against(context: typer.Context) -> None:
         option = "--" + name.replace("_", "-")
         raise ValueError(f"{option} does not apply to --against, whose cases are fixed, on a CPU")
     torch.set_num_threads(options["threads"] or against.THREADS)
-    out = options["out"] if "out" in given else _AGAINST_OUT
+    out = options["out"] if "out" in given else _FIXED_OUT
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
     total = len(against.dtypes(op)) * len(against.COMPARISONS[op])
     results = _with_progress(total, lambda progress: against.run(op, progress=progress))

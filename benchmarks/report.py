@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,20 @@ def table(results: Results) -> Table:
         cells += [row["pass"].replace(BOTH, "both")] if case.backward else []
         if row["status"] == MEASURED:
             rate = row["rate"] * (1e3 if small else 1)
-            cells += [_digits(row[q]) for q in ("p20_ms", "p50_ms", "p80_ms")]
-            cells += [_digits(rate), f"{row['fraction_of_ceiling']:.0%}"]
+            cells += [digits(row[q]) for q in ("p20_ms", "p50_ms", "p80_ms")]
+            cells += [digits(rate), f"{row['fraction_of_ceiling']:.0%}"]
             cells.append("" if row["peak_bytes"] is None else size(row["peak_bytes"]))
         else:
             cells += ["-"] * 6  # why, stands below the table
         if flops:
             count = row["counted_flops"]
-            cells.append("" if count is None else _digits(count / 1e9))
+            cells.append("" if count is None else digits(count / 1e9))
         made.add_row(*cells)
         previous = row
     return made
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, never as a power of ten."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
@@ -186,11 +187,7 @@ def chart(results: Results, path: Path) -> None:
         panel.set_xlabel("context length (tokens)", color=_INK, fontsize=9)
     for name in dict.fromkeys(r["variant"] for r in rows):
         own = [r for r in rows if r["variant"] == name]
-        colour, marker = _STYLES.get(name, ("#F0E442", "h"))
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
-        # Our own kernels lie on top, in a heavier line.
-        ours = name.startswith("tfkern") and name != "tfkern reference"
-        style |= {"linewidth": 2.4, "zorder": 3} if ours else {"linewidth": 1.4, "zorder": 2}
+        style = _style(name)
         _time_line(panels[0], own, name, style)
         _memory_line(panels[1], own, style)
     for panel in panels:
@@ -201,6 +198,62 @@ def chart(results: Results, path: Path) -> None:
     figure.text(0.0125, 0.905, _where(rows[0]), fontsize=8.5, color="#666666")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _style(variant: str) -> dict[str, Any]:
+    colour, marker = _STYLES.get(variant, ("#F0E442", "h"))
+    # Our own kernels lie on top, in a heavier line.
+    ours = variant.startswith("tfkern") and variant != "tfkern reference"
+    width = {"linewidth": 2.4, "zorder": 3} if ours else {"linewidth": 1.4, "zorder": 2}
+    return {"color": colour, "marker": marker, "markersize": 5, **width}
+
+
+@dataclass
+class Panel:
+    """Rates over a size, by variant."""
+
+    title: str
+    lines: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    ceiling: float = 0.0  # as measured, in the unit of the rates
+
+
+def rate_chart(
+    panels: Sequence[Panel], axes: tuple[str, str], title: str, row: dict[str, Any], path: Path
+) -> Path:
+    """Draws the panels in two lines, under the facts of `row`; `axes` are the names of x and y."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = -(-len(panels) // 2)
+    size = (3.6 * columns + 0.4, 7.4)
+    figure, grid = pyplot.subplots(2, columns, figsize=size, sharex=True, squeeze=False)
+    figure.subplots_adjust(left=0.075, right=0.985, top=0.86, bottom=0.14, wspace=0.17, hspace=0.16)
+    every = sorted({x for panel in panels for line in panel.lines.values() for x, _ in line})
+    for panel, place in zip(panels, grid.flat, strict=False):
+        place.set_title(panel.title, loc="left", color=_INK, fontsize=10)
+        for name, points in panel.lines.items():
+            place.plot(*zip(*sorted(points), strict=True), label=name, **_style(name))
+        if panel.ceiling:
+            place.axhline(panel.ceiling, color="#b0b0b0", linewidth=1, linestyle=(0, (4, 3)))
+        _frame(place, every)
+        place.set_ylim(bottom=0)
+    for place in grid[-1]:
+        place.set_xlabel(axes[0], color=_INK, fontsize=9)
+    for place in grid[:, 0]:
+        place.set_ylabel(axes[1], color=_INK, fontsize=9)
+    found = {}
+    for place in grid.flat:
+        handles, labels = place.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    legend: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": 9}
+    figure.legend(found.values(), found, ncols=max(4, 2 * columns), **legend)
+    figure.text(0.0125, 0.955, title, fontsize=12, fontweight="bold", color=_INK)
+    figure.text(0.0125, 0.925, _where(row), fontsize=8.5, color="#666666")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
 
 
 def _where(row: dict[str, Any]) -> str:
@@ -232,19 +285,24 @@ def _memory_line(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) 
             panel.annotate(row["status"], point, ha="right", va="center", fontsize=8, **offset)
 
 
-def _axes(panel: Any, lengths: list[int]) -> None:
-    from matplotlib.ticker import FuncFormatter
-
+def _frame(panel: Any, lengths: list[int]) -> None:
+    """What all panels have in common, over a logarithmic axis of lengths."""
     panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
     panel.set_xticks(lengths, [str(n) for n in lengths])
     panel.minorticks_off()
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     panel.tick_params(labelsize=8, labelcolor=_INK, color="#999999")
     panel.grid(True, color="#ececec", linewidth=0.8)
     panel.set_axisbelow(True)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def _axes(panel: Any, lengths: list[int]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    panel.set_yscale("log")
+    _frame(panel, lengths)
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     if len(lengths) < 2:
         return
     low, high = panel.get_ylim()

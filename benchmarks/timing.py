@@ -141,9 +141,10 @@ def interleaved(
 def warm_up(step: Step, protocol: Protocol, device: str = "cpu") -> None:
     """Runs the step before it is timed; whatever it raises, it raises here."""
     for _ in range(protocol.warmup):
-        seconds = sum(_cpu_sample(step))
+        start = time.perf_counter()
+        _cpu_sample(step)
         synchronize(device)  # a kernel that fails says so only now
-        if seconds > protocol.min_seconds:  # one call as long as this is enough
+        if time.perf_counter() - start > protocol.min_seconds:  # one call as long is enough
             return
 
 
@@ -231,7 +232,7 @@ def _host_times(step: Step, device: str) -> dict[str, float]:
     times = {}
     for which, call in _calls(step).items():
         samples: list[float] = []
-        while len(samples) < 3 or (len(samples) < 20 and sum(samples) < 0.1):
+        while not samples or (len(samples) < 20 and sum(samples) < 0.1):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
             call()

@@ -1,0 +1,91 @@
+"""A process in which functions are called that may ruin it.
+
+A kernel that touches memory that is not there leaves a CUDA context in which every later call
+fails, and one that waits for ever cannot be stopped. Either costs such a process, not the caller.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from . import timing
+
+# Seconds without a sign of life: above what the slowest compiler takes.
+PATIENCE = 90.0
+
+
+class Lost(Exception):
+    """The process of a worker is lost, while doing something that it had told."""
+
+    def __init__(self, doing: str, why: str):
+        super().__init__(why)
+        self.doing = doing
+
+
+class Worker:
+    """A process that calls functions of modules, and is replaced when it is lost.
+
+    The functions get the arguments, and one more to call with what they are doing.
+    """
+
+    def __init__(self, device: str, patience: float = PATIENCE):
+        self.device, self.patience = device, patience
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def ask(self, function: Callable, *arguments: Any) -> Any:
+        """What the function returns. Raises Lost if the process does not live to tell."""
+        if self._process is None or not self._process.is_alive():
+            self._start()
+        doing = ""
+        try:
+            self._connection.send((function, arguments))
+            while True:
+                if not self._connection.poll(self.patience):
+                    raise Lost(doing, f"no sign of life for {self.patience:.0f} s")
+                kind, told = self._connection.recv()
+                if kind == "answer":
+                    return told
+                if kind == "lost":
+                    raise Lost(doing, told)
+                doing = told
+        except (EOFError, OSError):
+            self._process.join(self.patience)
+            code = self._process.exitcode
+            self.stop()
+            raise Lost(doing, f"the process ended with status {code}") from None
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(self.patience)
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.device))
+        self._process.start()
+        theirs.close()
+
+
+def _serve(connection: Connection, device: str) -> None:
+    """The loop of the process."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:  # nobody is left to ask
+            return
+        try:
+            answer = function(*arguments, lambda doing: connection.send(("doing", doing)))
+        except Exception as error:
+            connection.send(("lost", timing.reason(error)))
+            return
+        connection.send(("answer", answer))
