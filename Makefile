@@ -30,7 +30,8 @@ format: .venv/ready
 
 # The GPU targets need no network. They take python3 (3.11 or later) as they find it, with torch,
 # triton, pytest, hypothesis, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
-GPU := PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
+COMMIT := $(shell git describe --always --exclude '*' --abbrev=12 --dirty=+changes 2>/dev/null)
+GPU := TFKERN_COMMIT="$${TFKERN_COMMIT-$(COMMIT)}" PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
 
 # compute-sanitizer, if it is there, watches a case of each kind. Without a cache every allocation of
 # torch has bounds of its own.
@@ -47,8 +48,12 @@ ifdef SANITIZER
 	done
 endif
 
-bench-gpu: .gpu/ready
-	$(GPU) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu
+# The suite ends after some six minutes, the sweep takes two more. Neither waits for the other's success.
+bench-gpu: .gpu/ready  ## fixed cases next to PyTorch's own kernels, and the sweep over context lengths
+	status=0; \
+	$(GPU) -m tfkern.cli bench suite || status=1; \
+	$(GPU) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu || status=1; \
+	exit $$status
 
 clean:
 	rm -rf .venv .gpu build dist *.egg-info tfkern/*.so
@@ -62,5 +67,5 @@ clean:
 
 .gpu/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
 	rm -rf .gpu build
-	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
+	TFKERN_CUDA_ARCHITECTURES=$${TFKERN_CUDA_ARCHITECTURES-native} $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

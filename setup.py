@@ -3,6 +3,8 @@
 TFKERN_NATIVE=0 leaves it out: the package is then pure Python. CUDA kernels are built where there
 is a CUDA compiler (in CUDA_HOME, on the path, or in /usr/local/cuda), with or without a GPU.
 TFKERN_CUDA=0 leaves them out, and TFKERN_CUDA=1 makes it an error if they cannot be built.
+TFKERN_CUDA_ARCHITECTURES builds them for some architectures, such as sm_80,sm_90a, or for the GPU
+that is here (native; for all if there is none), which takes a third of the time.
 """
 
 import hashlib
@@ -57,11 +59,24 @@ def cuda_home(torch_cuda):
     return None
 
 
-def cuda_architectures(home):
-    """Those of CUDA_ARCHITECTURES that its nvcc knows: before CUDA 12.8, there is no sm_100."""
+def cuda_architectures(home, torch):
+    """Those to build for: of the ones chosen, what the nvcc of `home` knows (12.6 has no sm_100)."""
     command = [Path(home) / "bin" / "nvcc", "--list-gpu-code"]
-    known = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    return [a for a in CUDA_ARCHITECTURES if a.removesuffix("a") in known]
+    codes = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    known = [a for a in CUDA_ARCHITECTURES if a.removesuffix("a") in codes]
+    wanted = os.environ.get("TFKERN_CUDA_ARCHITECTURES", "")
+    if wanted == "native" and torch.cuda.is_available():
+        major, _ = torch.cuda.get_device_capability()
+        return [a for a in known if int(re.findall(r"\d+", a)[0]) // 10 == major] or known[:1]
+    if wanted in ("", "native"):
+        return known
+    for architecture in wanted.split(","):
+        if architecture not in known:
+            raise SystemExit(
+                f"TFKERN_CUDA_ARCHITECTURES names {architecture!r}: expected some of "
+                f"{', '.join((*known, 'native'))}"
+            )
+    return wanted.split(",")
 
 
 def cuda_flags(flags, architectures):
@@ -121,7 +136,7 @@ def native():
         "-Wno-psabi",
     ]
     home = cuda_home(torch.version.cuda)
-    architectures = cuda_architectures(home) if home else []
+    architectures = cuda_architectures(home, torch) if home else []
     headers = glob("csrc/*.h") + glob("csrc/cuda/*.h")
     module = CppExtension(
         "tfkern._C",

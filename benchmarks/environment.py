@@ -83,7 +83,10 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that tfkern is imported from, marked if it is changed, or ""."""
+    """The commit of the checkout that tfkern is imported from, marked if it is changed, or "".
+
+    TFKERN_COMMIT says it for a copy that has no repository around it.
+    """
     root = Path(tfkern.__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -92,7 +95,7 @@ def commit() -> str:
 
     try:
         if not (root / ".git").exists():  # an installed copy that happens to lie in a checkout
-            return ""
+            return os.environ.get("TFKERN_COMMIT", "")
         name = git("rev-parse", "--short=12", "HEAD")
         # Results that the run before has written change no code.
         files = "--", ".", ":(exclude)benchmarks/results"

@@ -119,8 +119,10 @@ def test_doctor_lists_kernels_and_where_they_ran(capsys):
 
 
 def test_doctor_tells_which_gpus_ran_a_kernel(monkeypatch, tmp_path):
-    rows = ["op,variant,driver,device", "attention,tfkern triton,580.1,NVIDIA H100"]
-    rows += ["attention,tfkern native,,Xeon", "mlp,plain,580.1,NVIDIA H100"]
+    rows = ["op,variant,status,driver,device"]
+    rows += ["attention,tfkern triton,measured,580.1,NVIDIA H100"]
+    rows += ["attention,tfkern native,measured,,Xeon", "mlp,plain,measured,580.1,NVIDIA H100"]
+    rows += ["mlp,tfkern native,CUDA error,580.1,NVIDIA H100"]
     (tmp_path / "results" / "gpu").mkdir(parents=True)
     (tmp_path / "results" / "gpu" / "attention.csv").write_text("\n".join(rows))
     monkeypatch.setattr("tfkern.benchmarks.__path__", [str(tmp_path)])

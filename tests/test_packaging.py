@@ -123,6 +123,44 @@ def test_cuda_kernels_are_left_out_or_insisted_on(tree, environment, told):
     assert told or "no CUDA kernels in this build" in run.stdout
 
 
+ALL = "sm_80 sm_90a sm_100"
+
+
+@pytest.mark.parametrize(
+    "known, wanted, capability, told",
+    [
+        (ALL, "", None, ALL),
+        ("sm_80 sm_90a", "", None, "sm_80 sm_90a"),
+        (ALL, "sm_90a", None, "sm_90a"),
+        (ALL, "sm_80,sm_100", (9, 0), "sm_80 sm_100"),
+        (ALL, "native", (9, 0), "sm_90a"),
+        (ALL, "native", (8, 9), "sm_80"),
+        (ALL, "native", (10, 3), "sm_100"),
+        ("sm_80 sm_90a", "native", (10, 3), "sm_80"),  # the PTX
+        (ALL, "native", (12, 0), "sm_80"),
+        (ALL, "native", None, ALL),
+        (ALL, "sm_80,sm_12", None, "names 'sm_12': expected some of sm_80, sm_90a, sm_100, native"),
+        ("sm_80 sm_90a", "sm_100", None, "names 'sm_100': expected some of sm_80, sm_90a, native"),
+    ],
+)
+def test_architectures_to_build_for(tree, tmp_path, known, wanted, capability, told):
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho {known.replace('90a', '90')} sm_120")
+    nvcc.chmod(0o755)
+    code = (
+        "import sys, torch; sys.argv = ['setup.py', '--version']\n"
+        f"torch.cuda.is_available = lambda: {capability is not None}\n"
+        f"torch.cuda.get_device_capability = lambda: {capability}\n"
+        "exec(open('setup.py').read())\n"
+        f"print(*cuda_architectures({str(tmp_path)!r}, torch))"
+    )
+    environment = os.environ | {"TFKERN_CUDA": "0", "TFKERN_CUDA_ARCHITECTURES": wanted}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment)
+    assert told in (run.stdout.splitlines()[-1], run.stderr.partition("ARCHITECTURES ")[2].strip())
+
+
 @pytest.mark.slow
 def test_the_operator_library_needs_the_stable_abi_only():
     """No symbol of Python or of torch's C++ classes, so that one binary serves every version."""

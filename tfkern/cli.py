@@ -248,7 +248,8 @@ def _kernels() -> list[tuple[str, str, str, str]]:
             # One that is no op's own sums gradients of these two.
             ops = [op for op in _OPS if name.startswith(op)] or ["layer_norm", "mlp"]
             gpus = ", ".join(sorted({g for op in ops for g in run.get((op, "native"), ())}))
-            built_for = f"{', '.join(_C.cuda_architectures)} and PTX"
+            built_for = ", ".join(_C.cuda_architectures)
+            built_for += " and PTX" if "sm_80" in _C.cuda_architectures else ""
             rows.append((name, "native", built_for, gpus or "no GPU yet"))
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith("tfkern::"):
@@ -267,7 +268,8 @@ def _gpus() -> dict[tuple[str, str], set[str]]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 package, _, backend = row.get("variant", "").partition(" ")
-                if package == "tfkern" and row.get("driver"):  # noted on a GPU only
+                ran = row.get("driver") and row.get("status") == "measured"  # a driver: on a GPU
+                if package == "tfkern" and ran:
                     gpus.setdefault((row["op"], backend), set()).add(row["device"])
     return gpus
 
