@@ -49,9 +49,10 @@ ifdef SANITIZER
 endif
 
 # The suite ends after some six minutes, the sweep takes two more. Neither waits for the other's success.
+# SUITE="--budget 200 --resume" has options for the former.
 bench-gpu: .gpu/ready  ## fixed cases next to PyTorch's own kernels, and the sweep over context lengths
 	status=0; \
-	$(GPU) -m tfkern.cli bench suite || status=1; \
+	$(GPU) -m tfkern.cli bench suite $(SUITE) || status=1; \
 	$(GPU) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu || status=1; \
 	exit $$status
 

@@ -192,8 +192,8 @@ def _seen(band: Band) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The band of as many queries as keys, as FlexAttention takes it."""
     left, right = band
     if left is None:
-        return lambda b, h, t, s: s - t <= right
-    return lambda b, h, t, s: (s - t <= right) & (t - s <= left)
+        return lambda b, h, t, s: s <= t + right
+    return lambda b, h, t, s: (s <= t + right) & (t <= s + left)
 
 
 def _sdpa(name: str, backend: SDPBackend, band: Band, scratch: int) -> Variant:

@@ -236,7 +236,8 @@ def rate_chart(
         for name, points in panel.lines.items():
             place.plot(*zip(*sorted(points), strict=True), label=name, **_style(name))
         if panel.ceiling:
-            place.axhline(panel.ceiling, color="#b0b0b0", linewidth=1, linestyle=(0, (4, 3)))
+            line: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 1, "linestyle": (0, (4, 3))}
+            place.axhline(panel.ceiling, label="measured ceiling", **line)
         _frame(place, every)
         place.set_ylim(bottom=0)
     for place in grid[-1]:
@@ -248,7 +249,7 @@ def rate_chart(
         handles, labels = place.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     legend: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": 9}
-    figure.legend(found.values(), found, ncols=max(4, 2 * columns), **legend)
+    figure.legend(found.values(), found, ncols=2 + columns, **legend)
     figure.text(0.0125, 0.955, title, fontsize=12, fontweight="bold", color=_INK)
     figure.text(0.0125, 0.925, _where(row), fontsize=8.5, color="#666666")
     figure.savefig(path, dpi=150)

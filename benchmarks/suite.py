@@ -253,9 +253,9 @@ def measure(
 
 
 def _free(device: str) -> None:
-    """Leaves to the next variant what the former ones had."""
-    gc.collect()
+    """Leaves to the next variant the memory that the former ones had."""
     if device.startswith("cuda"):
+        gc.collect()
         torch.cuda.empty_cache()
 
 

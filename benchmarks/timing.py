@@ -130,6 +130,7 @@ def interleaved(
                     del waiting[name]
                     synchronize(device)
     if cuda and graphs:
+        gc.collect()  # what is left of earlier calls belongs to another stream
         for name, step in steps.items():
             if timings[name].failure is None:
                 _add_graph_times(timings[name], step, device, sample)

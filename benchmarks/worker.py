@@ -77,7 +77,7 @@ class Worker:
 def _serve(connection: Connection, device: str) -> None:
     """The loop of the process."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)  # which takes no plain "cuda"
     while True:
         try:
             function, arguments = connection.recv()
