@@ -48,7 +48,7 @@ ifdef SANITIZER
 	done
 endif
 
-# The suite ends after some six minutes, the sweep takes two more. Neither waits for the other's success.
+# The suite ends after some seven minutes, the sweep takes two more. Neither waits for the other's success.
 # SUITE="--budget 200 --resume" has options for the former.
 bench-gpu: .gpu/ready  ## fixed cases next to PyTorch's own kernels, and the sweep over context lengths
 	status=0; \

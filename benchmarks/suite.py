@@ -30,9 +30,9 @@ from .worker import Lost, Worker
 OPS = ("attention", "layer_norm", "mlp")
 BACKENDS = ("triton", "native")
 PROTOCOL = timing.Protocol(
-    warmup=3, min_samples=10, max_samples=50, min_seconds=0.1, long_seconds=0.4
+    warmup=3, min_samples=10, max_samples=50, min_seconds=0.05, long_seconds=0.25
 )
-BUDGET = 360.0  # seconds
+BUDGET = 400.0  # seconds
 TOKENS, WIDTH = 16384, 2048
 FLEX_LENGTHS = (4096, 16384)
 

@@ -233,7 +233,7 @@ def _host_times(step: Step, device: str) -> dict[str, float]:
     times = {}
     for which, call in _calls(step).items():
         samples: list[float] = []
-        while not samples or (len(samples) < 20 and sum(samples) < 0.1):
+        while not samples or (len(samples) < 20 and sum(samples) < 0.05):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
             call()

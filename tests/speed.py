@@ -1,11 +1,13 @@
-"""The table of README that says how fast the native kernels are.
+"""The tables of README that say how fast the kernels are.
 
     tfkern bench attention --against torch    # and layer_norm, mlp, block
+    tfkern bench suite                        # on a GPU
     python tests/speed.py
 
-The first writes benchmarks/results/cpu-<processor>.csv, the second prints the table from all of
-these files. On a processor with AMX, a second run under ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 and
-MKL_ENABLE_INSTRUCTIONS=AVX512_E3 says how it looks without: products go through both libraries.
+The first writes benchmarks/results/cpu-<processor>.csv, the second <gpu>.csv beside it, and the
+third prints the tables from all of these files. On a processor with AMX, a second run under
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 and MKL_ENABLE_INSTRUCTIONS=AVX512_E3 says how it looks without:
+products go through both libraries.
 """
 
 from pathlib import Path
@@ -14,6 +16,7 @@ from tfkern.benchmarks import report
 
 _RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FILES = sorted(_RESULTS.glob("cpu-*.csv"), key=lambda path: path.stem)
+GPU_FILES = sorted(path for path in _RESULTS.glob("*.csv") if path not in FILES)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -24,6 +27,51 @@ def table() -> str:
         rows = report.read(path)
         by_device.setdefault(rows[0]["device"], []).append(rows)
     return "\n".join(_of_device(files) for files in by_device.values())
+
+
+def gpu_tables() -> str:
+    """Markdown: for each GPU and op the rates of all variants, and the ratio of tfkern's better
+    backend to the fastest of PyTorch's."""
+    return "\n".join(_of_gpu(report.read(path)) for path in GPU_FILES)
+
+
+def _of_gpu(rows: list[dict[str, str]]) -> str:
+    probes = [f"{r['case']} {r['rate']} {r['unit']}" for r in rows if r["op"] == "probe"]
+    printed = f"{rows[-1]['device']}: {', '.join(probes)}\n\n"
+    for op in dict.fromkeys(r["op"] for r in rows if r["op"] != "probe"):
+        own = [r for r in rows if r["op"] == op and r["pass"] != "forward+backward"]
+        own = [r for r in own if op != "attention" or _shown(r["case"])]
+        variants = list(dict.fromkeys(r["variant"] for r in own))
+        found: dict[tuple, dict] = {}
+        for row in own:
+            found.setdefault((row["case"], row["pass"], row["unit"]), {})[row["variant"]] = row
+        lines = [["op", "case", "pass", "unit", *variants, "tfkern / torch"]]
+        lines += [["---"] * len(lines[0])]
+        for (case, which, unit), line in found.items():
+            rates = [line[v]["rate"] if v in line else "" for v in variants]
+            ours = [
+                float(r["ratio"]) for v, r in line.items() if v.startswith("tfkern") and r["ratio"]
+            ]
+            ratio = f"{max(ours):.2f}" if ours else ""
+            lines.append([op, case, which, unit, *(_rate(r) for r in rates), ratio])
+        printed += "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
+    return printed + f"- {_gpu_facts(rows)}\n"
+
+
+def _shown(case: str) -> bool:
+    return "T=1 " in case or "T=4096 " in case or "T=16384 " in case
+
+
+def _rate(text: str) -> str:
+    return f"{float(text):.3g}" if text else ""
+
+
+def _gpu_facts(rows: list[dict[str, str]]) -> str:
+    def each(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column].partition("T")[0] for row in rows))
+
+    versions = ", ".join(f"{name} {each(name)}" for name in ("driver", "torch", "triton"))
+    return f"{versions}, tfkern at commit {each('commit')}, {each('date')}"
 
 
 def _of_device(files: list[list[dict[str, str]]]) -> str:
@@ -54,4 +102,4 @@ def _facts(rows: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(table(), gpu_tables(), sep="\n", end="")

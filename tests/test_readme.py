@@ -10,6 +10,7 @@ import torch
 
 import tfkern
 import tfkern.models
+from tfkern.benchmarks import report
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -45,6 +46,44 @@ def test_speed_table():
     """The table is what the files of results say."""
     printed = README.read_text().partition("<!-- speed -->\n")[2].partition("<!-- /")[0]
     assert printed == speed.table() != ""
+
+
+def test_gpu_tables():
+    """They are what the files of results say, and not there before there is a file."""
+    printed = README.read_text().partition("<!-- gpu -->\n")[2].partition("<!-- /")[0]
+    assert printed == speed.gpu_tables()
+
+
+def test_gpu_tables_of_a_file(monkeypatch, tmp_path):
+    facts = {"device": "H100", "driver": "580", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+    facts |= {"date": "2026-11-23T01:02", "unit": "TFLOP/s"}
+
+    def row(op, case, which, variant, rate, ratio=""):
+        names = "op", "case", "pass", "variant", "rate", "ratio"
+        return dict(zip(names, (op, case, which, variant, rate, ratio), strict=True)) | facts
+
+    case = "B=4 H=16 T=4096 D=128 full"
+    rows = [
+        row("probe", "product", "forward", "torch", 781.2),
+        row("attention", case, "forward", "sdpa cudnn", 582.33, 1.0),
+        row("attention", case, "forward", "tfkern triton", 291.17, 0.5),
+        row("attention", case, "forward", "tfkern native", 436.7, 0.7499),
+        row("attention", case, "forward", "flex", ""),
+        row("attention", case, "forward+backward", "sdpa cudnn", 1.0),
+        row("attention", "B=32 H=16 T=512 D=128 full", "forward", "sdpa cudnn", 1.0),
+    ]
+    path = report.update(tmp_path / "h100.csv", rows, bool, lambda row: 0)
+    monkeypatch.setattr(speed, "GPU_FILES", [path])
+    head = "op | case | pass | unit | sdpa cudnn | tfkern triton | tfkern native | flex"
+    assert speed.gpu_tables().splitlines() == [
+        "H100: product 781.2 TFLOP/s",
+        "",
+        f"| {head} | tfkern / torch |",
+        "| " + " | ".join(["---"] * 9) + " |",
+        f"| attention | {case} | forward | TFLOP/s | 582 | 291 | 437 |  | 0.75 |",
+        "",
+        "- driver 580, torch 2.11, triton 3.6, tfkern at commit abc, 2026-11-23",
+    ]
 
 
 def test_attention_examples():
