@@ -13,6 +13,7 @@ context, or has not ended in time; the variant that did it is left out of cases 
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -226,16 +227,18 @@ def measure(
         if variant.name in failures:
             continue
         tell(variant.name)
-        try:
-            failure = (
-                variant.unavailable or sweep.does_not_fit(case, variant) or _wrong(point, variant)
-            )
-            if failure is None:
-                step = prepared(case, variant, inputs)
-                timing.warm_up(step, protocol, case.device)
-                steps[variant.name] = step
-        except Exception as error:
-            failure = timing.reason(error)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                failure = variant.unavailable or sweep.does_not_fit(case, variant)
+                failure = failure or _wrong(point, variant)
+                if failure is None:
+                    step = prepared(case, variant, inputs)
+                    timing.warm_up(step, protocol, case.device)
+                    steps[variant.name] = step
+            except Exception as error:  # torch says in warnings why none of its kernels serves
+                told = [str(w.message).partition(" (Triggered")[0] for w in warned]
+                failure = "; ".join([timing.reason(error), *dict.fromkeys(told)])[:600]
         timing.synchronize(case.device)  # raises if the context is lost
         if failure is not None:
             failures[variant.name] = failure

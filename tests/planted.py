@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,6 +29,12 @@ def refuses(x: Tensor) -> Tensor:
     raise ValueError("not\n  this size")
 
 
+def has_no_kernel(x: Tensor) -> Tensor:
+    for why in ("is off", "wants a GPU", "is off"):
+        warnings.warn(f"Flash {why} (Triggered internally at x.cpp:3.)", stacklevel=1)
+    raise RuntimeError("No available kernel.")
+
+
 def wrong(x: Tensor) -> Tensor:
     assert x.shape[1] > 1, "timed" if x.shape[0] > 1 else ""
     return 2.01 * x
@@ -42,7 +49,7 @@ def dies(x: Tensor) -> Tensor:
     os._exit(3)
 
 
-VARIANTS = {f.__name__: f for f in (right, slower, refuses, wrong, leaks, dies)}
+VARIANTS = {f.__name__: f for f in (right, slower, refuses, has_no_kernel, wrong, leaks, dies)}
 
 
 @dataclass(frozen=True, kw_only=True)

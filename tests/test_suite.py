@@ -219,11 +219,13 @@ def test_a_ratio_is_to_the_fastest_of_torch():
 
 def test_what_fails_costs_its_row_only(quick, tmp_path):
     path = tmp_path / "gpu.csv"
-    chosen = ("right", "refuses", "wrong", "leaks", "slower")
+    chosen = ("right", "refuses", "has_no_kernel", "wrong", "leaks", "slower")
     results = _run([_doubled(8, *chosen), _doubled(16)], path)
     status = _status(report.read(path))
     assert status["length 8", "right"] == status["length 8", "slower"] == MEASURED
     assert status["length 8", "refuses"] == "ValueError: not this size"
+    why = "RuntimeError: No available kernel.; Flash is off; Flash wants a GPU"
+    assert status["length 8", "has_no_kernel"] == why
     assert status["length 8", "wrong"].startswith("wrong: output is off by ")
     assert status["length 8", "leaks"].startswith("wrong: output is off by ")
     assert status["length 8", "absent"] == "is not here"
@@ -232,7 +234,7 @@ def test_what_fails_costs_its_row_only(quick, tmp_path):
     told = suite.failures(results.rows)
     assert "refuses: ValueError: not this size (doubled length 8)" in told
     assert "absent: is not here (doubled length 8 and 1 more)" in told
-    assert len(told) == 4
+    assert len(told) == 5
 
 
 def test_what_fails_while_it_is_timed_costs_its_row_only(quick, monkeypatch, tmp_path):
