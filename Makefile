@@ -38,9 +38,10 @@ GPU := TFKERN_COMMIT="$${TFKERN_COMMIT-$(COMMIT)}" PYTHONPATH=$(CURDIR)/.gpu $(P
 SANITIZER := $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 SANITIZED := (native or triton) and bfloat16 and (test_matches_torch or test_activations or test_residual_and_dropout)
 
-# The kernels run as they are, so not on the host as well.
+# The kernels run as they are, so not on the host as well. TESTS="-n 12 tests/test_mlp.py" has options
+# for pytest; SANITIZER= leaves out compute-sanitizer.
 test-gpu: .gpu/ready
-	$(GPU) -m pytest --deselect tests/test_cuda.py::test_op_tests_pass_on_the_host
+	$(GPU) -m pytest --deselect tests/test_cuda.py::test_op_tests_pass_on_the_host $(TESTS)
 ifdef SANITIZER
 	for tool in memcheck racecheck; do \
 		env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR)/.gpu $(SANITIZER) --tool $$tool --error-exitcode 1 \

@@ -12,6 +12,7 @@ context, or has not ended in time; the variant that did it is left out of cases 
 """
 
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,7 @@ PROTOCOL = timing.Protocol(
     warmup=3, min_samples=10, max_samples=50, min_seconds=0.05, long_seconds=0.25
 )
 BUDGET = 400.0  # seconds
+LONGEST = 2.0  # seconds a call: slower variants would leave no time for others
 TOKENS, WIDTH = 16384, 2048
 FLEX_LENGTHS = (4096, 16384)
 
@@ -220,6 +222,8 @@ def measure(
 ) -> list[Row]:
     """The rows of a case, in this process. `left_out` has variants not to be run, and why."""
     case, variants = point.case, point.variants()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled for other cases is asked first at every call
     _free(case.device)
     inputs = case.inputs()
     failures, steps = dict(left_out), {}
@@ -234,8 +238,11 @@ def measure(
                 failure = failure or _wrong(point, variant)
                 if failure is None:
                     step = prepared(case, variant, inputs)
-                    timing.warm_up(step, protocol, case.device)
-                    steps[variant.name] = step
+                    seconds = timing.warm_up(step, protocol, case.device)
+                    if seconds < LONGEST:
+                        steps[variant.name] = step
+                    else:
+                        failure = f"takes {seconds:.1f} s a call"
             except Exception as error:  # torch says in warnings why none of its kernels serves
                 told = [str(w.message).partition(" (Triggered")[0] for w in warned]
                 failure = "; ".join([timing.reason(error), *dict.fromkeys(told)])[:600]

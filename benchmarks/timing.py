@@ -139,14 +139,20 @@ def interleaved(
     return timings
 
 
-def warm_up(step: Step, protocol: Protocol, device: str = "cpu") -> None:
-    """Runs the step before it is timed; whatever it raises, it raises here."""
+def warm_up(step: Step, protocol: Protocol, device: str = "cpu") -> float:
+    """Runs the step before it is timed; whatever it raises, it raises here.
+
+    Returns what the last call took, in seconds.
+    """
+    seconds = 0.0
     for _ in range(protocol.warmup):
         start = time.perf_counter()
         _cpu_sample(step)
         synchronize(device)  # a kernel that fails says so only now
-        if time.perf_counter() - start > protocol.min_seconds:  # one call as long is enough
-            return
+        seconds = time.perf_counter() - start
+        if seconds > protocol.min_seconds:  # one call as long as this is enough
+            break
+    return seconds
 
 
 def synchronize(device: str) -> None:

@@ -136,6 +136,33 @@ def test_a_wrong_gradient_is_noticed(quick, monkeypatch):
     assert not sweep.run(_case(), [16], protocol=_QUICK).wrong
 
 
+def test_what_refuses_is_left_out_and_said(quick, monkeypatch):
+    def refuses(q, k, v):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    def plain(q, k, v):
+        return attention.plain(q, k, v, band=(None, None))
+
+    planted = [Variant("plain", plain), Variant("refuses", refuses)]
+    monkeypatch.setattr(attention.OpCase, "variants", lambda *_: planted)
+    results = sweep.run(_case(), [16], protocol=_QUICK)
+    assert [r["variant"] for r in results.rows] == ["plain"] and not results.wrong
+    assert results.notes == [
+        "refuses left out: RuntimeError: No available kernel. Aborting execution."
+    ]
+
+
+def test_what_cannot_be_traced_has_no_flops(quick, monkeypatch):
+    def fails(case, variant):
+        raise TypeError("fake tensors")
+
+    monkeypatch.setattr(sweep, "count_flops", fails)
+    results = sweep.run(_case(), [16], ["reference"], protocol=_QUICK)
+    assert {r["counted_flops"] for r in results.rows} == {None}
+    assert {r["status"] for r in results.rows} == {sweep.MEASURED}
+    assert "FLOPs of plain are not counted: TypeError: fake tensors" in results.notes
+
+
 def test_what_does_not_fit_is_predicted_and_not_run(quick, monkeypatch):
     need = 2 * 2 * 1024**2 * 4
     monkeypatch.setattr(memory, "available", lambda device: need)

@@ -265,6 +265,15 @@ def test_what_does_not_fit_is_not_run(quick, monkeypatch, tmp_path):
     assert status["a", "sdpa flash"] == MEASURED
 
 
+def test_what_takes_too_long_is_not_timed(quick, monkeypatch, tmp_path):
+    seconds = iter([2.5, 0.1])
+    monkeypatch.setattr(timing, "warm_up", lambda *_: next(seconds))
+    _run([_doubled(8, "slower", "right")], tmp_path / "gpu.csv")
+    status = _status(report.read(tmp_path / "gpu.csv"))
+    assert status["length 8", "slower"] == "takes 2.5 s a call"
+    assert status["length 8", "right"] == MEASURED
+
+
 def test_no_case_is_begun_after_the_budget(quick, monkeypatch, tmp_path):
     path = tmp_path / "gpu.csv"
     clock = iter([0.0, 5.0, 11.0, 12.0])  # the start, then before each case
@@ -530,8 +539,11 @@ def test_no_graph_is_captured_after_one_that_failed(monkeypatch):
 
 def test_a_warm_up_waits_for_the_gpu(monkeypatch):
     cuda = Cuda(monkeypatch)
-    timing.warm_up(cuda.step(0.001), _QUICK, "cuda:0")
-    assert cuda.log == ["synchronize cuda:0"]
+    protocol = replace(_QUICK, warmup=3, min_seconds=0.01)
+    assert timing.warm_up(cuda.step(0.001), protocol, "cuda:0") == pytest.approx(0.001)
+    assert cuda.log == ["synchronize cuda:0"] * 3
+    assert timing.warm_up(cuda.step(0.02, 0.03), protocol, "cuda:0") == pytest.approx(0.05)
+    assert cuda.log == ["synchronize cuda:0"] * 4
 
 
 def test_a_lost_context_ends_the_timing(monkeypatch):
