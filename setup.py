@@ -60,7 +60,7 @@ def cuda_home(torch_cuda):
 
 
 def cuda_architectures(home, torch):
-    """Those to build for: of the ones chosen, what the nvcc of `home` knows (12.6 has no sm_100)."""
+    """Those to build for, of what the nvcc of `home` knows (12.6 has no sm_100)."""
     command = [Path(home) / "bin" / "nvcc", "--list-gpu-code"]
     codes = subprocess.run(command, capture_output=True, text=True).stdout.split()
     known = [a for a in CUDA_ARCHITECTURES if a.removesuffix("a") in codes]
