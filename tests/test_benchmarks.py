@@ -219,29 +219,6 @@ def test_other_ops(quick, monkeypatch, tmp_path, op):
     assert len(report.write(results, tmp_path)) == 3
 
 
-def test_variants_are_interleaved_until_each_has_enough():
-    calls = []
-    steps = {name: timing.Step(lambda name=name: calls.append(name)) for name in "ab"}
-    protocol = timing.Protocol(warmup=0, min_samples=3, max_samples=3, min_seconds=0)
-    timings = timing.interleaved(steps, "cpu", protocol)
-    assert "".join(calls) == "ababab"
-    assert [len(t.samples) for t in timings.values()] == [3, 3]
-
-
-def test_quantiles():
-    samples = [(float(i), 2.0 * i) for i in range(11)]
-    assert timing.Timing(samples).quantiles("forward") == (2, 5, 8)
-    assert timing.Timing(samples).quantiles("forward+backward") == (6, 15, 24)
-
-
-def test_a_ratio_is_of_pairs():
-    one = timing.Timing([(1.0, 9.0), (4.0, 9.0), (30.0, 9.0)])
-    other = timing.Timing([(2.0, 3.0), (4.0, 9.0), (10.0, 1.0), (1e-6, 1e-6)])  # went on alone
-    assert timing.ratio(one, other, "forward") == pytest.approx((0.7, 1, 2.2))  # 0.5, 1, 3
-    assert timing.ratio(one, other, "backward")[1] == 3
-    assert timing.ratio(one, other, "forward+backward")[1] == 2
-
-
 def _tiny(op):
     """Comparisons of the op with each pass that it has, of sizes that cost nothing."""
     sizes = {
