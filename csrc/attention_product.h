@@ -124,8 +124,7 @@ void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int6
 // { a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], b[2] + b[3], ... }
 template <class C>
 inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
-  VecIndex<C> even;
-  for (int i = 0; i < kLanes<C>; ++i) even[i] = 2 * i;
+  const VecIndex<C> even = iota<C>() * 2;
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
 }
 

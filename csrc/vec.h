@@ -342,11 +342,9 @@ inline void transpose(Vec<C>* rows) {
   constexpr int L = kLanes<C>;
 #pragma GCC unroll 4
   for (int W = L / 2; W > 0; W /= 2) {
-    VecIndex<C> low, high;
-    for (int j = 0; j < L; ++j) {
-      low[j] = j & W ? j - W + L : j;
-      high[j] = j & W ? j + L : j + W;
-    }
+    const VecIndex<C> lane = iota<C>();
+    const VecIndex<C> low = (lane & W) == 0 ? lane : lane - W + L;
+    const VecIndex<C> high = low + W;
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
       if (i & W) continue;
