@@ -5,10 +5,10 @@
 // tfkern/reference/attention.py defines all options. q is (B, H, T, D), k (B, Hk, S, D), v
 // (B, Hk, S, Dv); key head h / (H / Hk) serves query head h. Strides are arbitrary except that rows
 // are contiguous. What lies beyond the lengths is never read. Work is cut into tiles of kKeys keys
-// times kBlock rows, so memory is linear in T and S; float16 and bfloat16 are widened tile by tile
-// and computed in float, except that AMX, where it is there, multiplies bfloat16 as it is. How the
-// work is cut depends on the shapes only, never on the number of threads, and no sum is shared
-// between tasks, so results are bit-equal from run to run.
+// times kBlock rows, so memory is linear in T and S; float16 and bfloat16 are widened and computed
+// in float, except that AMX, where it is there, multiplies bfloat16 as it is. How the work is cut
+// depends on the shapes only, never on the number of threads, and no sum is shared between tasks,
+// so results are bit-equal from run to run.
 #include "attention.h"
 
 #include <torch/csrc/stable/ops.h>
