@@ -153,12 +153,15 @@ def use_backend(name: str | None) -> Iterator[None]:
 _UNCHANGED = contextlib.nullcontext()
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device."""
+    # torch.amp.is_autocast_available, which knows meta too, cannot be traced by torch 2.11.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Turns autocast off around an op whose inputs already have the dtype to compute in."""
-    # torch.amp.is_autocast_available, which knows meta too, cannot be traced by torch 2.11.
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return _UNCHANGED
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else _UNCHANGED
 
 
 def distinct(args: tuple) -> tuple:

@@ -19,7 +19,9 @@ def forward(x, w1, b1, w2, b2, activation, gated):
     x, w1, b1, w2, b2 = (t if t is None else t.to(product) for t in (x, w1, b1, w2, b2))
     total = F.linear(x, w1, b1)
     h, pre = _activate(total, activation, gated, dtype)
-    return F.linear(h, w2, b2).to(dtype), total if product == dtype else pre
+    y = F.linear(h, w2, b2)
+    # Not y.to(dtype) for both: the Dynamo of torch 2.11 loses the gradient of what that hands on.
+    return (y, total) if product == dtype else (y.to(dtype), pre)
 
 
 def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from tfkern import dispatch
+
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -89,10 +91,10 @@ def autocast(*tensors: Tensor | None) -> tuple:
 
     As autocast does to torch's own operators, this leaves float64 alone.
     """
-    kind = next(x for x in tensors if x is not None).device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    device = next(x for x in tensors if x is not None).device
+    if not dispatch.autocasts(device):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

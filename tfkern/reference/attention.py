@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tfkern.reference import rounded
 from tfkern.reference.dropout import dropout, philox
 
 
@@ -150,7 +151,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
     s, _ = scores(q, k, rows, keys, options)
     p, lse = _softmax(s, rows, options.sink)
     o = _drop(p, _keep(s, options)) @ _per_query_head(v, keys, q.shape[1], dtype)
-    return o.to(q.dtype), lse
+    return rounded(o, q.dtype), lse
 
 
 def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:

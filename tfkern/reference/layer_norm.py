@@ -16,6 +16,7 @@ output that a call does not have is an empty tensor of shape (0,).
 import torch
 from torch import Tensor
 
+from tfkern.reference import rounded
 from tfkern.reference.dropout import dropout, philox
 
 
@@ -50,7 +51,8 @@ def forward(
         y = y + bias.to(dtype)
     absent = x.new_empty(0)
     separate_h = residual is not None or seed is not None
-    return y.to(x.dtype), h.to(h_dtype) if separate_h else absent, absent if rms else mean, rstd
+    h = rounded(h, h_dtype) if separate_h else absent
+    return rounded(y, x.dtype), h, absent if rms else mean, rstd
 
 
 def backward(

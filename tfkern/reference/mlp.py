@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfkern.reference import rounded
+
 
 def activate(pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """act(pre) and act'(pre).
@@ -66,7 +68,7 @@ def forward(
         h = activate(gate, activation)[0] * up
     else:
         h = activate(pre, activation)[0]
-    return F.linear(h, wide(w2), wide(b2)).to(x.dtype), pre.to(x.dtype)
+    return rounded(F.linear(h, wide(w2), wide(b2)), x.dtype), pre.to(x.dtype)
 
 
 def backward(
