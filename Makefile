@@ -30,8 +30,9 @@ format: .venv/ready
 
 # The GPU targets need no network. They take python3 (3.11 or later) as they find it, with torch,
 # triton, pytest, hypothesis, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
+# The processes that tests start must not take the folders here for the package, either.
 COMMIT := $(shell git describe --always --exclude '*' --abbrev=12 --dirty=+changes 2>/dev/null)
-GPU := TFKERN_COMMIT="$${TFKERN_COMMIT-$(COMMIT)}" PYTHONPATH=$(CURDIR)/.gpu $(PYTHON) -P
+GPU := TFKERN_COMMIT="$${TFKERN_COMMIT-$(COMMIT)}" PYTHONPATH=$(CURDIR)/.gpu PYTHONSAFEPATH=1 $(PYTHON)
 
 # compute-sanitizer, if it is there, watches a case of each kind. Without a cache every allocation of
 # torch has bounds of its own.
@@ -44,8 +45,8 @@ test-gpu: .gpu/ready
 	$(GPU) -m pytest --deselect tests/test_cuda.py::test_op_tests_pass_on_the_host $(TESTS)
 ifdef SANITIZER
 	for tool in memcheck racecheck; do \
-		env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR)/.gpu $(SANITIZER) --tool $$tool --error-exitcode 1 \
-			$(PYTHON) -P -m pytest -q -k "$(SANITIZED)" tests/test_attention.py tests/test_layer_norm.py tests/test_mlp.py || exit 1; \
+		env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR)/.gpu PYTHONSAFEPATH=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m pytest -q -k "$(SANITIZED)" tests/test_attention.py tests/test_layer_norm.py tests/test_mlp.py || exit 1; \
 	done
 endif
 
