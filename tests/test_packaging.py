@@ -202,7 +202,8 @@ def test_another_package_named_kernels_stays_importable(tmp_path):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ
+        | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         cwd="/",
     )
     assert run.stdout == "True\n", run.stderr
@@ -210,6 +211,9 @@ def test_another_package_named_kernels_stays_importable(tmp_path):
 
 def test_the_folder_refuses_to_be_a_top_level_package():
     run = subprocess.run(
-        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", "import kernels"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert "ImportError: this folder is tfkern.kernels" in run.stderr
