@@ -4,7 +4,7 @@ TFKERN_NATIVE=0 leaves it out: the package is then pure Python. CUDA kernels are
 is a CUDA compiler (in CUDA_HOME, on the path, or in /usr/local/cuda), with or without a GPU.
 TFKERN_CUDA=0 leaves them out, and TFKERN_CUDA=1 makes it an error if they cannot be built.
 TFKERN_CUDA_ARCHITECTURES builds them for some architectures, such as sm_80,sm_90a, or for the GPU
-that is here (native; for all if there is none), which takes a third of the time.
+that is here (native; for all if there is none).
 """
 
 import hashlib

@@ -92,13 +92,13 @@ inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, in
 }
 
 // out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
-// Meanwhile what lies at `ahead`, a matrix of 64 rows if left or out is one of equal length, is
-// fetched from outer caches, whose delay strided reads would feel.
+// Meanwhile the M K elements from `ahead` on, those of the next product, are fetched from outer
+// caches, whose delay its strided reads would feel.
 template <class C, class T>
 void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int64_t right_stride,
              C* out, int64_t out_stride, bool add, C alpha = 1, const C* ahead = nullptr) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
-  // Each of M / kRows tiles fetches a little more than its part, kRows for each of its terms.
+  // kRows for each of K terms of M / kRows tiles, and more for the rows that fill no tile.
   const int64_t step = ahead ? kRows<C> + 2 : 0;
   if (!ahead) ahead = out;
   int64_t n = 0;
