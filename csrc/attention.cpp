@@ -75,7 +75,7 @@ void prepare_amx(AttentionScores<C>& a, const Heads& x, int64_t N, Scratch& scra
   for (const Document& d : a.documents) {
     a.first_tile.push_back(a.first_tile.back() + a.Hk * a.tiles(d));
   }
-  a.transposed = scratch.get<BFloat16>(a.first_tile.back() * kKeys * ((N + 15) / 16 * 16));
+  a.transposed = scratch.get<BFloat16>(a.first_tile.back() * kKeys * round_up(N, 16));
   run_tasks([&](std::atomic<int64_t>& next) { transpose_keys(a, x, N, next); });
 }
 

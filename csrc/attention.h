@@ -91,7 +91,7 @@ struct AttentionScores : AttentionShape {
 
   const BFloat16* transposed_tile(int64_t document, int64_t hk, int64_t s0, int64_t N) const {
     const int64_t tile = first_tile[document] + hk * this->tiles(this->documents[document]);
-    return transposed + (tile + s0 / kKeys) * kKeys * ((N + 15) / 16 * 16);
+    return transposed + (tile + s0 / kKeys) * kKeys * round_up(N, 16);
   }
 };
 
@@ -108,7 +108,7 @@ struct AttentionForward : AttentionScores<C> {
   int64_t parts(const Document& d) const {
     return std::max<int64_t>(1, (d.keys + part_keys - 1) / part_keys);
   }
-  int64_t partial_size() const { return ((this->Dv + 15) / 16 * 16 + 2) * kBlock; }
+  int64_t partial_size() const { return (round_up(this->Dv, 16) + 2) * kBlock; }
 };
 
 // The contiguous gradient of a bias.

@@ -8,10 +8,6 @@
 constexpr int64_t kAmxRows = 16;   // of a tile
 constexpr int64_t kAmxDepth = 32;  // terms of an inner product of two tiles
 
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
 

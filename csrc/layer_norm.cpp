@@ -66,7 +66,7 @@ void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C*
 }
 
 // N, rounded up to whole vectors of every instruction set.
-int64_t padded(int64_t N) { return (N + 15) / 16 * 16; }
+int64_t padded(int64_t N) { return round_up(N, 16); }
 
 Rows rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1),

@@ -9,6 +9,10 @@
 
 namespace tfkern {
 
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 // Uninitialised arrays that live as long as this, at the beginning of cache lines.
 class Scratch {
  public:
