@@ -194,7 +194,7 @@ needs_native = pytest.mark.skipif(
 @pytest.mark.parametrize("hidden, out", [(67, 29), (29, 67)])
 def test_products_of_native(monkeypatch, hidden, out, matrix_unit, dtype, bias, gated):
     """Both ways to form products of 16-bit numbers, whatever this processor has."""
-    native = importlib.import_module("tfkern.native.mlp")
+    native = importlib.import_module("tfkern.native.linear")
     monkeypatch.setattr(native, "_MATRIX_UNIT", matrix_unit)
     monkeypatch.setattr(native, "_WIDENED_FROM", None if matrix_unit else 65)
     inputs = make((65, 33), hidden, out, dtype, "cpu", gated, bias)

@@ -108,11 +108,19 @@ def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
     return Explanation(op, None, reasons)
 
 
-def select(op: str, args: tuple, backend: str | None = None) -> str:
-    """Name of the backend for the call; NotImplementedError with every reason if none serves."""
+def find(op: str, args: tuple, backend: str | None = None) -> str | None:
+    """Name of the backend for the call, or None if none serves."""
     for name in _order(args, backend):
         if why_not(op, name, args) is None:
             return name
+    return None
+
+
+def select(op: str, args: tuple, backend: str | None = None) -> str:
+    """Name of the backend for the call; NotImplementedError with every reason if none serves."""
+    name = find(op, args, backend)
+    if name is not None:
+        return name
     reasons = explain(op, args, backend).reasons.items()
     listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons)
     raise NotImplementedError(f"no backend runs this {op}:{listed}")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from tfkern.models.config import TransformerConfig
-from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, NoNorm, RMSNorm
+from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, Linear, NoNorm, RMSNorm
 from tfkern.nn.rotary import rotate
 from tfkern.ops import attention, attention_weights
 
@@ -27,11 +27,11 @@ class Attention(nn.Module):
         self.causal, self.cross, self.dropout = causal, cross, config.attention_dropout
         q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         if cross:
-            self.q = nn.Linear(config.dim, q, config.bias)
-            self.kv = nn.Linear(config.dim, kv, config.bias)
+            self.q = Linear(config.dim, q, config.bias)
+            self.kv = Linear(config.dim, kv, config.bias)
         else:
-            self.qkv = nn.Linear(config.dim, q + kv, config.bias)
-        self.out = nn.Linear(q, config.dim, config.bias)
+            self.qkv = Linear(config.dim, q + kv, config.bias)
+        self.out = Linear(q, config.dim, config.bias)
 
     def forward(
         self,

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
+from tfkern.nn import Linear
+from tfkern.ops import linear
 
 # a model is pickled with its functions, which lambdas cannot be
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +33,7 @@ class VocabularyHead(nn.Module):
         assert config.vocab_size is not None
         self.vocab_size, self.scale = config.vocab_size, config.logit_scale
         self.act = _ACTIVATIONS[config.activation]
-        self.dense = nn.Linear(config.dim, config.dim) if masked else None
+        self.dense = Linear(config.dim, config.dim) if masked else None
         self.norm = norm(config) if masked else None
         self.bias: Tensor | None = None
         if masked:
@@ -51,7 +53,7 @@ class VocabularyHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             y = self.norm(self.act(self.dense(y)))
         y = y if self.scale == 1 else y * self.scale
-        logits = F.linear(y, table if self.tied else self.weight)
+        logits = linear(y, table if self.tied else self.weight)
         logits = logits[..., : self.vocab_size]  # not those of the rows that pad the table
         return logits if self.bias is None else logits + self.bias
 
@@ -61,7 +63,7 @@ class Pooler(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.dim, config.dim)
+        self.dense = Linear(config.dim, config.dim)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.dense(y).tanh()
@@ -77,7 +79,7 @@ def classifier(config: TransformerConfig) -> nn.Linear | None:
     """The layer of a head that chooses among classes."""
     kinds = {"pretraining": 2, "next_sentence": 2, "span": 2}
     kinds |= dict.fromkeys(("classification", "token"), config.classes or 0)
-    return nn.Linear(config.dim, kinds[config.head]) if config.head in kinds else None
+    return Linear(config.dim, kinds[config.head]) if config.head in kinds else None
 
 
 def pool(y: Tensor, mask: Tensor | None, kind: str) -> Tensor:

@@ -3,19 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from tfkern.native import _C, unavailable
+from tfkern.native import unavailable
+from tfkern.native.linear import product_dtype, weight_gradient
 
 _activate = torch.ops.tfkern.mlp_activation_forward.default
 _activate_backward = torch.ops.tfkern.mlp_activation_backward.default
 
-_MATRIX_UNIT = _C.cpu_capability() == "amx"
-# x86 without one multiplies 16-bit numbers at half the rate of float32, or less: rows from which on
-# products are widened. Widening the weights, too, pays for itself from about 100 (768 x 3072).
-_WIDENED_FROM = 128 if "avx2" in _C.cpu_levels and not _MATRIX_UNIT else None
-
 
 def forward(x, w1, b1, w2, b2, activation, gated):
-    dtype, product = x.dtype, _product_dtype(x)
+    dtype, product = x.dtype, product_dtype(x)
     x, w1, b1, w2, b2 = (t if t is None else t.to(product) for t in (x, w1, b1, w2, b2))
     total = F.linear(x, w1, b1)
     h, pre = _activate(total, activation, gated, dtype)
@@ -27,35 +23,18 @@ def forward(x, w1, b1, w2, b2, activation, gated):
 def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):
     want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
     absent = dy.new_empty(0)
-    dtype, product = x.dtype, _product_dtype(x)
+    dtype, product = x.dtype, product_dtype(x)
     want_db1 = want_db1 and b1 is not None
     db2 = dy.sum(0) if want_db2 and b2 is not None else absent
     dy, x, w1, w2 = (t.to(product) for t in (dy, x, w1, w2))
     dpre, h, db1 = _activate_backward(dy @ w2, pre, activation, gated, want_db1)
     return (
         (dpre @ w1).to(dtype) if want_dx else absent,
-        _weight_gradient(dpre, x).to(dtype) if want_dw1 else absent,
+        weight_gradient(dpre, x).to(dtype) if want_dw1 else absent,
         db1,
-        _weight_gradient(dy, h).to(dtype) if want_dw2 else absent,
+        weight_gradient(dy, h).to(dtype) if want_dw2 else absent,
         db2,
     )
-
-
-def _product_dtype(x):
-    """The dtype of the products' factors."""
-    narrow = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
-    widened = narrow and _WIDENED_FROM is not None and x.shape[0] >= _WIDENED_FROM
-    return torch.float32 if widened else x.dtype
-
-
-def _weight_gradient(dy, x):
-    """dy^T x. On the matrix unit, torch is slow at views with exchanged axes; a copy of the smaller
-    factor is cheaper."""
-    if not (x.is_cpu and _MATRIX_UNIT and x.dtype == torch.bfloat16):
-        return dy.t() @ x
-    if dy.shape[1] <= x.shape[1]:
-        return dy.t().contiguous() @ x
-    return (x.t().contiguous() @ dy).t().contiguous()
 
 
 def why_not(x, w1, b1, w2, b2, activation, gated, *, needs_grad) -> str | None:

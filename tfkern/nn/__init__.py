@@ -5,6 +5,7 @@ from tfkern.nn.attention import MultiheadAttention
 from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm
+from tfkern.nn.linear import Linear
 from tfkern.nn.mlp import MLP, GatedMLP
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GatedMLP",
     "KVCache",
     "LayerNorm",
+    "Linear",
     "MultiheadAttention",
     "NoNorm",
     "RMSNorm",

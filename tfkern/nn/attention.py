@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkern.nn.functional import upper_left
-from tfkern.ops import attention
+from tfkern.ops import attention, linear
 from tfkern.ops.attention_weights import attention_weights
 
 
@@ -135,12 +135,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         inputs = (query, key, value)
-        return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        return tuple(linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
 
     def _split(self, x: Tensor, batched: bool) -> Tensor:
         """A projection as (B, H, T, D), without a copy."""

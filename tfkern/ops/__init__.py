@@ -10,6 +10,7 @@ from tfkern.ops import mlp as _mlp
 from tfkern.ops.attention import attention, attention_varlen
 from tfkern.ops.attention_weights import attention_weights
 from tfkern.ops.layer_norm import layer_norm, rms_norm
+from tfkern.ops.linear import linear
 from tfkern.ops.mlp import gated_mlp, mlp
 from tfkern.ops.packing import pad, unpad
 
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "gated_mlp",
     "layer_norm",
+    "linear",
     "mlp",
     "pad",
     "rms_norm",

@@ -1,0 +1,62 @@
+"""The linear layer: torch's own, or that of a backend where torch's is slow."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfkern import dispatch
+from tfkern.ops import autograd, checks
+
+dispatch.register("linear")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` that is not slow at 16-bit numbers on a CPU.
+
+        y = x weight^T + bias
+
+    x86 CPUs without a matrix unit multiply bfloat16 and float16 at half the rate of float32, or
+    less. There, factors of many rows are widened for the call; on those with one, the gradient of
+    weight takes its factors in an order that torch is fast at. Everywhere else, and for all other
+    dtypes, this is torch's function.
+
+    Args:
+        x: (..., K).
+        weight: (N, K), in the dtype of x unless autocast is on.
+        bias: (N,) or None.
+
+    Returns:
+        y (..., N) in the dtype of x, or in that of autocast.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that torch's function refuses.
+    """
+    if x.is_cpu and x.dim() > 1:
+        args = checks.autocast(x.flatten(0, -2), weight, bias)
+        backend = dispatch.find("linear", args)
+        if backend is not None:
+            with dispatch.no_autocast(x.device):
+                y = autograd.apply(_Linear, *dispatch.distinct(args), backend)
+            return y.view(*x.shape[:-1], y.shape[1])
+    return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """Its backward is made of differentiable operators, as that of torch's function is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, backend):
+        return dispatch.implementation("linear", backend).forward(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.backend = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        backward = dispatch.implementation("linear", ctx.backend).backward
+        with dispatch.no_autocast(dy.device):
+            return *backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
