@@ -34,10 +34,16 @@ inline Dtype dtype(ScalarType type) {
 
 inline Dtype dtype(const Tensor& t) { return dtype(t.scalar_type()); }
 
-// A new contiguous tensor on the device of `like`.
+// A new contiguous tensor on the device of `like`. By the shim: a call of torch's operator through
+// the dispatcher takes half a microsecond more.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                     ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
+                                                   static_cast<int64_t>(shape.size()), &dtype,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
 }
 
 // What an operator returns for an output that the call does not have. By the shim, since a call of
