@@ -164,7 +164,8 @@ _UNCHANGED = contextlib.nullcontext()
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device."""
     # torch.amp.is_autocast_available, which knows meta too, cannot be traced by torch 2.11.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

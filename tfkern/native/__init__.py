@@ -21,20 +21,24 @@ except OSError as error:
     raise ImportError(f"the operator library does not load: {error}") from error
 
 
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
+
+
 def unavailable(x: torch.Tensor) -> str | None:
     """Why no kernel here can take `x`: its device or its dtype. None if it can."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    if x.device.type == "cuda":
+    if x.is_cpu:
+        if x.dtype not in _CPU_DTYPES:
+            return f"takes float32, float64, bfloat16 and float16, got {x.dtype}"
+    elif x.is_cuda:
         if not _C.has_cuda:
             return "has no CUDA kernels: no CUDA compiler was found when it was built"
         if (capability := _capability(x.device)) < (8, 0):
             return f"its CUDA kernels need compute capability 8.0, got {capability}"
-        if x.dtype not in dtypes:
+        if x.dtype not in _CUDA_DTYPES:
             return f"takes float32, bfloat16 and float16 on CUDA, got {x.dtype}"
-    elif x.device.type != "cpu":
+    else:
         return f"its kernels run on the CPU and on CUDA, got {x.device.type}"
-    elif x.dtype not in (*dtypes, torch.float64):
-        return f"takes float32, float64, bfloat16 and float16, got {x.dtype}"
     return None
 
 

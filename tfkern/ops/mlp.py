@@ -144,6 +144,7 @@ class _MLP(torch.autograd.Function):
         ctx.mark_non_differentiable(pre)
         ctx.save_for_backward(x, w1, b1, w2, b2, pre)
         ctx.activation, ctx.gated, ctx.backend = activation, gated, backend
+        ctx.set_materialize_grads(False)  # nobody reads the gradient of pre, as large as pre
 
     @staticmethod
     def backward(ctx, dy, _pre):
