@@ -154,22 +154,6 @@ inline void end_pairs(float* tile, int64_t keys) {
   std::fill(tile + keys * kBlock, tile + round_up(keys, kAmxDepth) * kBlock, 0.0f);
 }
 
-// ---- scores ----
-
-// Products leave q k^T. Returns the factor by which the scores are still to be multiplied: only
-// where nothing but a mask is done to them, and a positive one.
-inline float amx_scale(const AttentionScores<float>& a, float* scores, int64_t keys,
-                       int64_t width) {
-  const float scale = product_scale(a);
-  if (a.softcap == 0 && !a.bias.data && !a.alibi_slopes && scale > 0) return scale;
-  for (int64_t s = 0; s < keys; ++s) {
-    for (int64_t t = s * kBlock; t < s * kBlock + width; t += kLanes<float>) {
-      store(scores + t, load(scores + t) * scale);
-    }
-  }
-  return 1;
-}
-
 // out = x rows^T for the keys [s0, s0 + keys) of a tensor with N features, where `rows` come as
 // pairs of features.
 inline void amx_key_product(const HeadRows& x, int64_t s0, int64_t keys, int64_t N,
@@ -229,11 +213,10 @@ struct AmxForward {
     amx_block_rows(q_rows, a.q, block, a.D, Dp);
     transpose_words(q_rows, Dp / 2, kBlock, Dp / 2, qt, kBlock);
   }
-  float multiply(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
-                 int64_t keys) {
+  void multiply(const AttentionScores<float>& a, const Block& block, int64_t hk, int64_t s0,
+                int64_t keys) {
     const int64_t width = padded<float>(block.rows());
     amx_key_product(key_rows(a.k, block.document, hk), s0, keys, a.D, qt, width, k_buffer, scores);
-    return amx_scale(a, scores, keys, width);
   }
   void take(int64_t s, int64_t t, VecFloat p0, VecFloat p1) {
     const VecUint pairs = narrow_pairs(p0, p1);

@@ -37,13 +37,12 @@ struct AmxBackward {
       do_o[i] = sum<float>(total);
     }
   }
-  float multiply(const AttentionBackward<float>& a, const Block& block, int64_t hk, int64_t s0,
-                 int64_t keys) {
+  void multiply(const AttentionBackward<float>& a, const Block& block, int64_t hk, int64_t s0,
+                int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<float>(block.rows());
     amx_key_product(k, s0, keys, a.D, qt, width, buffer, s);
     amx_key_product(v, s0, keys, a.Dv, dot, width, buffer, dp);
-    return amx_scale(a, s, keys, width);
   }
   void take(int64_t i, int64_t t, VecFloat p0, VecFloat p1, VecFloat ds0, VecFloat ds1) {
     BFloat16 *p_row = p_rows + i * kBlock + t, *ds_row = ds_rows + i * kBlock + t;

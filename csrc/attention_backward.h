@@ -57,14 +57,12 @@ struct WideBackward {
     transpose(o_rows, Dvp, width, a.Dv, ot);
     dot_products(ot, dot, a.Dv, width, do_o);
   }
-  C multiply(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0,
-             int64_t keys) {
+  void multiply(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows());
-    product(keys, width, a.D, k_rows->get(k, s0, s0 + keys), qt, kBlock, s, kBlock, false,
-            product_scale(a));
+    product(keys, width, a.D, k_rows->get(k, s0, s0 + keys), qt, kBlock, s, kBlock, false);
     product(keys, width, a.Dv, v_rows->get(v, s0, s0 + keys), dot, kBlock, dp, kBlock, false);
-    return 1;
   }
   void take(int64_t i, int64_t t, Vec<C> p0, Vec<C> p1, Vec<C> ds0, Vec<C> ds1) {
     store(s + i * kBlock + t, p0);
@@ -135,11 +133,11 @@ struct BackwardRows {
   }
 };
 
-// Gives the products p = exp(s - lse) keep and ds = p (dp keep - delta) slope. `keep` and `slope`
-// may be null, for 1. delta = sum(do o) - dlse comes as its two terms: if the first cancels dp, the
-// second is left exact.
+// Gives the products p = exp(scale s - lse) keep and ds = p (dp keep - delta) slope. `keep` and
+// `slope` may be null, for 1. delta = sum(do o) - dlse comes as its two terms: if the first cancels
+// dp, the second is left exact.
 template <class C, class Rows>
-inline void score_gradients(Rows& rows, int64_t keys, C factor, const C* keep, const C* slope) {
+inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, const C* slope) {
   constexpr int L = kLanes<C>;
   const int64_t width = rows.width();
   for (int64_t s = 0; s < keys; s += 2) {
@@ -148,7 +146,7 @@ inline void score_gradients(Rows& rows, int64_t keys, C factor, const C* keep, c
       for (int64_t i = 0; i < std::min<int64_t>(2, keys - s); ++i) {
         const int64_t n = (s + i) * kBlock + t;
         // forward: p = exp(s - lse), o = (p keep) v
-        p[i] = exp2_flush((load(rows.products.s + n) * factor - load(rows.lse + t)) * kLog2E<C>);
+        p[i] = exp2_flush((load(rows.products.s + n) * scale - load(rows.lse + t)) * kLog2E<C>);
         Vec<C> dp = load(rows.products.dp + n);
         if (keep) dp = dp * load(keep + n);
         ds[i] = p[i] * (dp - load(rows.do_o + t) + load(rows.dlse + t));
@@ -165,11 +163,11 @@ inline void score_gradients(Rows& rows, int64_t keys, C factor, const C* keep, c
 template <class C, class Rows>
 void tile_gradients(BackwardRoom<C>& room, Rows& rows, const AttentionBackward<C>& a, int64_t hk,
                     int64_t s0, int64_t keys, C* slope) {
-  const C factor = rows.products.multiply(a, *rows.block, hk, s0, keys);
+  rows.products.multiply(a, *rows.block, hk, s0, keys);
   finish_scores(rows.products.s, a, *rows.block, rows.lanes, s0, keys, room.tile, room.buffer,
                 slope);
   if (a.dropout) dropout_tile(room.keep, a, rows.lanes, s0, keys, rows.width());
-  score_gradients<C>(rows, keys, factor, a.dropout ? room.keep : nullptr, slope);
+  score_gradients<C>(rows, keys, late_scale(a), a.dropout ? room.keep : nullptr, slope);
 }
 
 // ---- dq, dk and dv ----

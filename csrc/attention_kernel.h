@@ -142,6 +142,7 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
   constexpr int L = kLanes<C>;
   constexpr C kInf = std::numeric_limits<C>::infinity();
   const int64_t rows = block.rows(), Dvp = padded<C>(a.Dv);
+  const C scale = late_scale(a), unit = kLog2E<C> * scale;
   const bool narrow = is_narrow<C>(block);
   if (!narrow) {
     for (int64_t t = 0; t < padded<C>(rows); t += L) {
@@ -161,7 +162,7 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
     for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
     store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
     // By the factor that the scores were multiplied with, so that lse of a single key is its score.
-    const double lse = (partial.maximum[i] + std::log2(static_cast<double>(sum))) / kLog2E<C>;
+    const double lse = (partial.maximum[i] + std::log2(static_cast<double>(sum))) / unit * scale;
     a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
   }
 }
@@ -187,9 +188,8 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
 // ---- products of the forward ----
 //
 // Three ways with the same functions (the third is in attention_amx.h). load: takes the rows of a
-// block. multiply: `scores` of keys [s0, s0 + keys), but for a factor that it returns and but for
-// what finish_scores does. take: p of keys s0 + s and s0 + s + 1 and a vector of rows. add_values:
-// o += p v. A walk may begin at multiples of kFirst.
+// block. multiply: `scores` = q k^T of keys [s0, s0 + keys). take: p of keys s0 + s and s0 + s + 1
+// and a vector of rows. add_values: o += p v. A walk may begin at multiples of kFirst.
 
 // By vectors of rows.
 template <class C>
@@ -209,12 +209,11 @@ struct WideForward {
     load_block(q_rows, a.q, block, a.D, width);
     transpose(q_rows, padded<C>(a.D), width, a.D, qt);
   }
-  C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-             int64_t keys) {
+  void multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     product(keys, padded<C>(block.rows()), a.D, k_rows.get(k, s0, s0 + keys), qt, kBlock, scores,
-            kBlock, false, product_scale(a), v_rows.at(v, s0));
-    return 1;
+            kBlock, false, v_rows.at(v, s0));
   }
   void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
     store(scores + s * kBlock + t, p0);
@@ -224,7 +223,7 @@ struct WideForward {
                   int64_t keys, C* o) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     product(a.Dv, padded<C>(block.rows()), keys, transposed(v_rows.get(v, s0, s0 + keys)), scores,
-            kBlock, o, kBlock, true, C{1}, k_rows.at(k, s0 + keys));
+            kBlock, o, kBlock, true, k_rows.at(k, s0 + keys));
   }
 };
 
@@ -249,15 +248,14 @@ struct NarrowForward {
                      int64_t keys) {
     const int64_t Dp = padded<C>(a.D);
     const HeadRows k = narrow_rows(k_buffer, key_rows(a.k, block.document, hk), s0, keys, a.D);
-    TFKERN_COMPUTED(C, k.dtype,
-                    row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, row_scores, kKeys,
-                                product_scale(a)));
+    TFKERN_COMPUTED(
+        C, k.dtype,
+        row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, row_scores, kKeys));
   }
-  C multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-             int64_t keys) {
+  void multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
+                int64_t keys) {
     multiply_rows(a, block, hk, s0, keys);
     transpose(row_scores, kKeys, kLanes<C>, padded<C>(keys), scores);
-    return 1;
   }
   void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
     store(scores + s * kBlock + t, p0);
@@ -296,14 +294,15 @@ template <class C, class Products>
 void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
                int64_t end, Products& products, ForwardRoom<C>& room, const Partial<C>& partial) {
   const int64_t width = padded<C>(block.rows());
+  const C unit = kLog2E<C> * late_scale(a);
   products.load(a, block);
   for (int64_t s0 = begin / Products::kFirst * Products::kFirst; s0 < end; s0 += kKeys) {
     const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-    const C factor = products.multiply(a, block, hk, s0, keys);
+    products.multiply(a, block, hk, s0, keys);
     finish_scores(products.scores, a, block, room.lanes, s0, keys, room.tile, room.buffer);
     if (a.dropout) dropout_tile(room.tile, a, room.lanes, s0, keys, width);
-    if (online_softmax(products.scores, a.dropout ? room.tile : nullptr, keys, width,
-                       kLog2E<C> * factor, partial.maximum, partial.sum, room.factor, products)) {
+    if (online_softmax(products.scores, a.dropout ? room.tile : nullptr, keys, width, unit,
+                       partial.maximum, partial.sum, room.factor, products)) {
       rescale(partial, block, a.Dv, room.factor);
     }
     products.add_values(a, block, hk, s0, keys, partial.o);
@@ -317,6 +316,7 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
                  int64_t end, NarrowForward<C>& products, const Partial<C>& partial) {
   constexpr int L = kLanes<C>;
   constexpr C kInf = std::numeric_limits<C>::infinity();
+  const C unit = kLog2E<C> * late_scale(a);
   products.load(a, block);
   for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
     const int64_t keys = std::min<int64_t>(kKeys, end - s0);
@@ -326,7 +326,7 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
       std::fill(p + keys, p + padded<C>(keys), -kInf);
       Vec<C> top = broadcast(-kInf);
       for (int64_t s = 0; s < keys; s += L) top = vmax(load(p + s), top);
-      const C before = partial.maximum[i], m = max<C>(top) * kLog2E<C>;
+      const C before = partial.maximum[i], m = max<C>(top) * unit;
       if (m > before + kHeadroom) {
         const C factor = std::exp2(before - m);
         partial.maximum[i] = m;
@@ -337,7 +337,7 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
       const C shift = partial.maximum[i] == -kInf ? C{0} : partial.maximum[i];
       Vec<C> sums{};
       for (int64_t s = 0; s < keys; s += L) {
-        const Vec<C> e = exp2_flush(load(p + s) * kLog2E<C> - shift);
+        const Vec<C> e = exp2_flush(load(p + s) * unit - shift);
         store(p + s, e);
         sums = sums + e;
       }
@@ -347,12 +347,6 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
   }
 }
 
-// Whether something is done to products of q and k but scaling them.
-template <class C>
-inline bool has_options(const AttentionForward<C>& a) {
-  return a.softcap > 0 || a.bias.data || a.alibi_slopes || a.mask.data || a.dropout;
-}
-
 #if TFKERN_VEC_BYTES == 64
 #include "attention_amx.h"
 #endif
@@ -360,6 +354,7 @@ inline bool has_options(const AttentionForward<C>& a) {
 template <class C, class Products>
 void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
   const int64_t Dv = a.Dv;
+  const bool plain = scaled_late(a) && !a.mask.data && !a.dropout;
   Scratch scratch;
   ForwardRoom<C> room(scratch);
   Products products(scratch, a);
@@ -376,7 +371,7 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
 
     fill_lanes(room.lanes, a, block);
     start(partial, a, block, a.sink && part == 0);
-    if (is_narrow<C>(block) && !has_options(a) && !band_hides(a, block, begin, end - begin)) {
+    if (is_narrow<C>(block) && plain && !band_hides(a, block, begin, end - begin)) {
       walk_narrow(a, block, hk, begin, end, narrow, partial);
     } else if (is_narrow<C>(block)) {
       walk_keys(a, block, hk, begin, end, narrow, room, partial);

@@ -22,7 +22,7 @@ struct Left {
 // fetches `step` elements of what lies at `ahead`.
 template <int R, int NV, class C, class T>
 inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_stride, C* out,
-                         int64_t out_stride, bool add, C alpha, const C* ahead, int64_t step) {
+                         int64_t out_stride, bool add, const C* ahead, int64_t step) {
   constexpr int L = kLanes<C>;
   int64_t k = 0;
   do {
@@ -46,13 +46,12 @@ inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_
         for (int j = 0; j < NV; ++j) sum[r][j] += scalar * row[j];
       }
     }
-    const C factor = k == K ? alpha : C{1};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) {
         C* p = out + r * out_stride + j * L;
-        store(p, (add ? load(p) + sum[r][j] : sum[r][j]) * factor);
+        store(p, add ? load(p) + sum[r][j] : sum[r][j]);
       }
     }
     add = true;
@@ -61,63 +60,53 @@ inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_
 
 template <int NV, class C, class T>
 inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, int64_t right_stride,
-                          C* out, int64_t out_stride, bool add, C alpha, const C* ahead,
-                          int64_t step) {
+                          C* out, int64_t out_stride, bool add, const C* ahead, int64_t step) {
   constexpr int R = kRows<C>;
   int64_t m = 0;
   for (; m + R <= M; m += R, ahead += K * step) {
     const Left<C> rows{left.data + m * left.row, left.row, left.column};
-    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, alpha,
-                        ahead, step);
+    product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, ahead,
+                        step);
   }
   const Left<C> rows{left.data + m * left.row, left.row, left.column};
   out += m * out_stride;
   switch (M - m) {
     case 5:
-      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
-                                 step);
+      return product_tile<5, NV>(K, rows, right, right_stride, out, out_stride, add, ahead, step);
     case 4:
-      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
-                                 step);
+      return product_tile<4, NV>(K, rows, right, right_stride, out, out_stride, add, ahead, step);
     case 3:
-      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
-                                 step);
+      return product_tile<3, NV>(K, rows, right, right_stride, out, out_stride, add, ahead, step);
     case 2:
-      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
-                                 step);
+      return product_tile<2, NV>(K, rows, right, right_stride, out, out_stride, add, ahead, step);
     case 1:
-      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, alpha, ahead,
-                                 step);
+      return product_tile<1, NV>(K, rows, right, right_stride, out, out_stride, add, ahead, step);
   }
 }
 
-// out[M x N] = alpha (left[M x K] right[K x N] + what out holds, if `add`). N fills whole vectors.
+// out[M x N] = left[M x K] right[K x N], added to what out holds if `add`. N fills whole vectors.
 // Meanwhile the M K elements from `ahead` on, those of the next product, are fetched from outer
 // caches, whose delay its strided reads would feel.
 template <class C, class T>
 void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int64_t right_stride,
-             C* out, int64_t out_stride, bool add, C alpha = 1, const C* ahead = nullptr) {
+             C* out, int64_t out_stride, bool add, const C* ahead = nullptr) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
   // kRows for each of K terms of M / kRows tiles, and more for the rows that fill no tile.
   const int64_t step = ahead ? kRows<C> + 2 : 0;
   if (!ahead) ahead = out;
   int64_t n = 0;
   for (; n + NV * L <= N; n += NV * L) {
-    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, alpha, ahead,
-                      step);
+    product_panel<NV>(M, K, left, right + n, right_stride, out + n, out_stride, add, ahead, step);
   }
   right += n;
   out += n;
   switch ((N - n) / L) {
     case 3:
-      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, alpha, ahead,
-                              step);
+      return product_panel<3>(M, K, left, right, right_stride, out, out_stride, add, ahead, step);
     case 2:
-      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, alpha, ahead,
-                              step);
+      return product_panel<2>(M, K, left, right, right_stride, out, out_stride, add, ahead, step);
     case 1:
-      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, alpha, ahead,
-                              step);
+      return product_panel<1>(M, K, left, right, right_stride, out, out_stride, add, ahead, step);
   }
 }
 
@@ -128,11 +117,11 @@ inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
 }
 
-// out[r][m] = alpha sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
+// out[r][m] = sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
 // too small to fill a vector. K fills whole vectors, and so do the rows of out.
 template <class C, class T>
 void row_product(int64_t M, int64_t R, int64_t K, Left<T> left, const C* right,
-                 int64_t right_stride, C* out, int64_t out_stride, C alpha) {
+                 int64_t right_stride, C* out, int64_t out_stride) {
   constexpr int L = kLanes<C>;
   for (int64_t m = 0; m < M; m += L) {
     const T* rows[L];
@@ -149,7 +138,7 @@ void row_product(int64_t M, int64_t R, int64_t K, Left<T> left, const C* right,
 #pragma GCC unroll 8
         for (int i = 0; i < n; ++i) part[i] = pair_sums<C>(part[2 * i], part[2 * i + 1]);
       }
-      store(out + r * out_stride + m, part[0] * alpha);
+      store(out + r * out_stride + m, part[0]);
     }
   }
 }

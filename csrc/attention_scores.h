@@ -301,14 +301,21 @@ inline bool band_hides(const AttentionShape& a, const Block& block, int64_t s0, 
   return first + block.queries - 1 > a.left || first + a.right < keys - 1;
 }
 
-// The factor of q k^T in the product that finish_scores takes.
+// Whether nothing is done to q k^T but hiding some of it, and scaling it by a positive number. The
+// factor may then wait until exponentials are taken, which have one anyway.
 template <class C>
-inline C product_scale(const AttentionScores<C>& a) {
-  return a.softcap > 0 ? a.scale / a.softcap : a.scale;
+inline bool scaled_late(const AttentionScores<C>& a) {
+  return a.scale > 0 && a.softcap == 0 && !a.bias.data && !a.alibi_slopes;
 }
 
-// Turns product_scale q k^T into the scores of keys [s0, s0 + keys). With a softcap, its derivative
-// goes to `slope`, unless that is null. `tile` and `buffer` are room for a tile each.
+// The factor that finish_scores leaves out.
+template <class C>
+inline C late_scale(const AttentionScores<C>& a) {
+  return scaled_late(a) ? a.scale : C{1};
+}
+
+// Turns q k^T into the scores of keys [s0, s0 + keys), but for late_scale. With a softcap, its
+// derivative goes to `slope`, unless that is null. `tile` and `buffer` are room for a tile each.
 template <class C>
 inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& block,
                           const Lanes<C>& lanes, int64_t s0, int64_t keys, C* tile, C* buffer,
@@ -316,11 +323,12 @@ inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& b
   constexpr int L = kLanes<C>;
   const int64_t rows = block.rows(), width = padded<C>(rows);
   const int64_t first = block.t0 + block.document.keys - block.document.queries - s0;
-  if (a.softcap > 0) {
+  if (!scaled_late(a)) {
+    const C scale = a.softcap > 0 ? a.scale / a.softcap : a.scale;
     for (int64_t s = 0; s < keys; ++s) {
       for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
-        const Vec<C> y = tanh(load(scores + t));
-        store(scores + t, y * a.softcap);
+        const Vec<C> x = load(scores + t) * scale, y = a.softcap > 0 ? tanh(x) : x;
+        store(scores + t, a.softcap > 0 ? y * a.softcap : y);
         if (slope) store(slope + t, 1 - y * y);
       }
     }
