@@ -144,6 +144,10 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
   const int64_t rows = block.rows(), Dvp = padded<C>(a.Dv);
   const C scale = late_scale(a), unit = kLog2E<C> * scale;
   const bool narrow = is_narrow<C>(block);
+  C logarithm[kBlock];  // of sums
+  for (int64_t t = 0; t < padded<C>(rows); t += L) {
+    store(logarithm + t, log2(load(partial.sum + t)));
+  }
   if (!narrow) {
     for (int64_t t = 0; t < padded<C>(rows); t += L) {
       const Vec<C> sum = load(partial.sum + t);
@@ -162,7 +166,7 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
     for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
     store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
     // By the factor that the scores were multiplied with, so that lse of a single key is its score.
-    const double lse = (partial.maximum[i] + std::log2(static_cast<double>(sum))) / unit * scale;
+    const double lse = (static_cast<double>(partial.maximum[i]) + logarithm[i]) / unit * scale;
     a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
   }
 }
@@ -222,8 +226,11 @@ struct WideForward {
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                   int64_t keys, C* o) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
+    const HeadRows output = query_rows(a.o, block.document, block.h0);
+    const C* ahead = s0 + keys < block.end ? k_rows.at(k, s0 + keys)
+                                           : reinterpret_cast<const C*>(output.at(block.t0));
     product(a.Dv, padded<C>(block.rows()), keys, transposed(v_rows.get(v, s0, s0 + keys)), scores,
-            kBlock, o, kBlock, true, k_rows.at(k, s0 + keys));
+            kBlock, o, kBlock, true, ahead);
   }
 };
 

@@ -85,8 +85,8 @@ inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, in
 }
 
 // out[M x N] = left[M x K] right[K x N], added to what out holds if `add`. N fills whole vectors.
-// Meanwhile the M K elements from `ahead` on, those of the next product, are fetched from outer
-// caches, whose delay its strided reads would feel.
+// Meanwhile the M K elements from `ahead` on, which are needed next, are fetched from outer caches,
+// whose delay strided reads would feel.
 template <class C, class T>
 void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int64_t right_stride,
              C* out, int64_t out_stride, bool add, const C* ahead = nullptr) {

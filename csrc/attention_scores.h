@@ -161,8 +161,9 @@ struct Block {
   int64_t begin, end;  // keys that some row sees
 
   int64_t rows() const { return heads * queries; }
-  int64_t head(int64_t row) const { return h0 + row / queries; }
-  int64_t query(int64_t row) const { return t0 + row % queries; }
+  // Mostly one head, and no division.
+  int64_t head(int64_t row) const { return heads == 1 ? h0 : h0 + row / queries; }
+  int64_t query(int64_t row) const { return heads == 1 ? t0 + row : t0 + row % queries; }
 };
 
 // Block of queries [t0, t0 + kBlock), as far as they exist, of `heads` heads.

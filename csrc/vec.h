@@ -231,6 +231,24 @@ inline VecDouble exp(VecDouble x) {
   return x;
 }
 
+// log2(x) of positive normal numbers within 2 ulp, NaN of infinity and NaN. What the polynomial in
+// t leaves out of log2((1 + t) / (1 - t)) is less than 6e-9.
+inline VecFloat log2(VecFloat x) {
+  // x = 2^n m, 2/3 <= m < 4/3
+  const VecInt n = ((VecInt)x - 0x3f2aaaab) >> 23;
+  const VecFloat m = (VecFloat)((VecInt)x - (n << 23));
+  const VecFloat t = (m - 1) / (m + 1), square = t * t;
+  VecFloat p = square * 0.320598898f + 0.412198583f;
+  p = p * square + 0.577078016f;
+  p = p * square + 0.961796694f;
+  p = p * square + 2.885390082f;
+  return __builtin_convertvector(n, VecFloat) + p * t + (x - x);
+}
+inline VecDouble log2(VecDouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log2(x[i]);
+  return x;
+}
+
 // 2^x within 2 ulp for x <= 127, where tiny results may be lost: what would be below 2^-126 is 0.
 #if TFKERN_VEC_BYTES == 64
 inline VecFloat exp2_flush(VecFloat x) {
