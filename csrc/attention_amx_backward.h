@@ -38,7 +38,7 @@ struct AmxBackward {
     }
   }
   void multiply(const AttentionBackward<float>& a, const Block& block, int64_t hk, int64_t s0,
-                int64_t keys) {
+                int64_t keys, const float*) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<float>(block.rows());
     amx_key_product(k, s0, keys, a.D, qt, width, buffer, s);

@@ -26,8 +26,9 @@ constexpr int64_t kTogether = 4;
 //
 // Copies share their tiles; allocate_rows gives one rows of its own. load: takes the rows of a
 // block, of which those with lse = inf become 0, and gives do_o = sum(do o). multiply: s = q k^T,
-// as in the forward, and dp = do v^T of keys [s0, s0 + keys). take: p and ds of keys s0 + s and s0
-// + s + 1 and a vector of rows. add: dv += p^T do, dk += ds^T q for these keys, and dq^T += k^T ds.
+// as in the forward, and dp = do v^T of keys [s0, s0 + keys), whose sums of dk and dv, if not null,
+// are needed next. take: p and ds of keys s0 + s and s0 + s + 1 and a vector of rows. add: dv +=
+// p^T do, dk += ds^T q for these keys, and dq^T += k^T ds.
 
 template <class C>
 struct WideBackward {
@@ -58,11 +59,12 @@ struct WideBackward {
     dot_products(ot, dot, a.Dv, width, do_o);
   }
   void multiply(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0,
-                int64_t keys) {
+                int64_t keys, const C* sums) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows());
-    product(keys, width, a.D, k_rows->get(k, s0, s0 + keys), qt, kBlock, s, kBlock, false);
-    product(keys, width, a.Dv, v_rows->get(v, s0, s0 + keys), dot, kBlock, dp, kBlock, false);
+    const C* rest = sums ? sums + keys * padded<C>(a.D) : nullptr;
+    product(keys, width, a.D, k_rows->get(k, s0, s0 + keys), qt, kBlock, s, kBlock, false, sums);
+    product(keys, width, a.Dv, v_rows->get(v, s0, s0 + keys), dot, kBlock, dp, kBlock, false, rest);
   }
   void take(int64_t i, int64_t t, Vec<C> p0, Vec<C> p1, Vec<C> ds0, Vec<C> ds1) {
     store(s + i * kBlock + t, p0);
@@ -72,12 +74,14 @@ struct WideBackward {
   }
   void add(const AttentionBackward<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
            C* dk, C* dv, int64_t stride, C* dqt) {
-    const HeadRows k = key_rows(a.k, block.document, hk);
+    const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
     product(keys, Dvp, width, Left<C>{s, kBlock, 1}, do_rows, Dvp, dv, stride, true);
-    product(keys, Dp, width, Left<C>{dp, kBlock, 1}, q_rows, Dp, dk, stride, true);
+    product(keys, Dp, width, Left<C>{dp, kBlock, 1}, q_rows, Dp, dk, stride, true,
+            v_rows->at(v, s0 + keys));
     const Left<C> tile = k_rows->get(k, s0, s0 + keys);
-    product(a.D, width, keys, transposed(tile), dp, kBlock, dqt, kBlock, true);
+    product(a.D, width, keys, transposed(tile), dp, kBlock, dqt, kBlock, true,
+            k_rows->at(k, s0 + keys));
   }
 };
 
@@ -162,8 +166,8 @@ inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, co
 // The gradients for keys [s0, s0 + keys): of q k^T, or without `slope` of the scores.
 template <class C, class Rows>
 void tile_gradients(BackwardRoom<C>& room, Rows& rows, const AttentionBackward<C>& a, int64_t hk,
-                    int64_t s0, int64_t keys, C* slope) {
-  rows.products.multiply(a, *rows.block, hk, s0, keys);
+                    int64_t s0, int64_t keys, C* slope, const C* sums) {
+  rows.products.multiply(a, *rows.block, hk, s0, keys, sums);
   finish_scores(rows.products.s, a, *rows.block, rows.lanes, s0, keys, room.tile, room.buffer,
                 slope);
   if (a.dropout) dropout_tile(room.keep, a, rows.lanes, s0, keys, rows.width());
@@ -251,7 +255,11 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
     if (chunk >= chunks) continue;
     C* sums = own_sums;
     if (chunks > 1) sums = a.partials + a.partial_row(document, hk, chunk) * sums_width;
-    std::fill(sums, sums + document.keys * sums_width, C{0});
+    int64_t ready = 0;  // keys whose sums have begun: just before they are needed in the cache
+    const auto begin_sums = [&](int64_t end) {
+      if (end > ready) std::fill(sums + ready * sums_width, sums + end * sums_width, C{0});
+      ready = std::max(ready, end);
+    };
 
     // Every chunk takes blocks from all over the sequence, since causal ones differ in work.
     for (int64_t i = chunk; i < blocks;) {
@@ -269,13 +277,15 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
           auto& rows = together[n];
           const int64_t keys = std::min<int64_t>(kKeys, rows.block->end - s0);
           if (keys <= 0 || s0 + kKeys <= rows.begin()) continue;
-          tile_gradients(room, rows, a, hk, s0, keys, a.softcap > 0 ? room.slope : nullptr);
-          C* dk = sums + s0 * sums_width;
+          begin_sums(s0 + keys);
+          C *dk = sums + s0 * sums_width, *slope = a.softcap > 0 ? room.slope : nullptr;
+          tile_gradients(room, rows, a, hk, s0, keys, slope, dk);
           rows.products.add(a, *rows.block, hk, s0, keys, dk, dk + Dp, sums_width, rows.dqt);
         }
       }
       for (int64_t n = 0; n < count; ++n) store_dq(a, together[n], dq_rows);
     }
+    begin_sums(document.keys);
     if (chunks == 1) attention_store_dkv(a, document, hk, 0, document.keys, sums, 1, 0);
   }
 }
@@ -327,7 +337,7 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
             const int64_t keys = std::min<int64_t>(kKeys, end - s0);
             // forward: s = s + bias
             rows.products.total = total + (g.S == 1 ? 0 : s0 - s_begin) * kBlock;
-            tile_gradients<C>(room, rows, a, h / a.group(), s0, keys, nullptr);
+            tile_gradients<C>(room, rows, a, h / a.group(), s0, keys, nullptr, nullptr);
           }
         }
       }
