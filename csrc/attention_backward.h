@@ -63,8 +63,14 @@ struct WideBackward {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows());
     const C* rest = sums ? sums + keys * padded<C>(a.D) : nullptr;
-    product(keys, width, a.D, k_rows->get(k, s0, s0 + keys), qt, kBlock, s, kBlock, false, sums);
-    product(keys, width, a.Dv, v_rows->get(v, s0, s0 + keys), dot, kBlock, dp, kBlock, false, rest);
+    seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
+      const int64_t begin = s0 + i, n = i * kBlock + t;
+      product(count, width - t, a.D, k_rows->get(k, begin, begin + count), qt + t, kBlock, s + n,
+              kBlock, false, sums);
+      product(count, width - t, a.Dv, v_rows->get(v, begin, begin + count), dot + t, kBlock, dp + n,
+              kBlock, false, rest);
+      for (; t > 0 && i < keys; ++i) std::fill(dp + i * kBlock, dp + i * kBlock + t, C{0});
+    });
   }
   void take(int64_t i, int64_t t, Vec<C> p0, Vec<C> p1, Vec<C> ds0, Vec<C> ds1) {
     store(s + i * kBlock + t, p0);
@@ -76,12 +82,16 @@ struct WideBackward {
            C* dk, C* dv, int64_t stride, C* dqt) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
-    product(keys, Dvp, width, Left<C>{s, kBlock, 1}, do_rows, Dvp, dv, stride, true);
-    product(keys, Dp, width, Left<C>{dp, kBlock, 1}, q_rows, Dp, dk, stride, true,
-            v_rows->at(v, s0 + keys));
-    const Left<C> tile = k_rows->get(k, s0, s0 + keys);
-    product(a.D, width, keys, transposed(tile), dp, kBlock, dqt, kBlock, true,
-            k_rows->at(k, s0 + keys));
+    seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
+      const int64_t end = s0 + i + count, n = i * kBlock + t;
+      const Left<C> p{s + n, kBlock, 1}, ds{dp + n, kBlock, 1};
+      product(count, Dvp, width - t, p, do_rows + t * Dvp, Dvp, dv + i * stride, stride, true);
+      product(count, Dp, width - t, ds, q_rows + t * Dp, Dp, dk + i * stride, stride, true,
+              v_rows->at(v, end));
+      const Left<C> tile = k_rows->get(k, s0 + i, end);
+      product(a.D, width - t, count, transposed(tile), dp + n, kBlock, dqt + t, kBlock, true,
+              k_rows->at(k, end));
+    });
   }
 };
 

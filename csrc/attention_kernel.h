@@ -216,8 +216,10 @@ struct WideForward {
   void multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                 int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
-    product(keys, padded<C>(block.rows()), a.D, k_rows.get(k, s0, s0 + keys), qt, kBlock, scores,
-            kBlock, false, v_rows.at(v, s0));
+    seen_parts<C>(a, block, s0, keys, [&](int64_t s, int64_t count, int64_t t) {
+      product(count, padded<C>(block.rows()) - t, a.D, k_rows.get(k, s0 + s, s0 + s + count),
+              qt + t, kBlock, scores + s * kBlock + t, kBlock, false, v_rows.at(v, s0 + s));
+    });
   }
   void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
     store(scores + s * kBlock + t, p0);
@@ -229,8 +231,11 @@ struct WideForward {
     const HeadRows output = query_rows(a.o, block.document, block.h0);
     const C* ahead = s0 + keys < block.end ? k_rows.at(k, s0 + keys)
                                            : reinterpret_cast<const C*>(output.at(block.t0));
-    product(a.Dv, padded<C>(block.rows()), keys, transposed(v_rows.get(v, s0, s0 + keys)), scores,
-            kBlock, o, kBlock, true, ahead);
+    seen_parts<C>(a, block, s0, keys, [&](int64_t s, int64_t count, int64_t t) {
+      const Left<C> tile = v_rows.get(v, s0 + s, s0 + s + count);
+      product(a.Dv, padded<C>(block.rows()) - t, count, transposed(tile), scores + s * kBlock + t,
+              kBlock, o + t, kBlock, true, ahead + s * a.Dv);
+    });
   }
 };
 

@@ -302,6 +302,20 @@ inline bool band_hides(const AttentionShape& a, const Block& block, int64_t s0, 
   return first + block.queries - 1 > a.left || first + a.right < keys - 1;
 }
 
+// Calls part(s, count, t) for parts of a tile of keys that hold all that its rows see: keys [s0 +
+// s, s0 + s + count) and the rows from t on. Rows that see no key of the second half skip it.
+template <class C, class F>
+inline void seen_parts(const AttentionShape& a, const Block& block, int64_t s0, int64_t keys,
+                       F part) {
+  constexpr int64_t kHalf = kKeys / 2;
+  const int64_t first = block.t0 + block.document.keys - block.document.queries;
+  const int64_t unseeing = block.heads == 1 ? s0 + kHalf - a.right - first : 0;
+  const int64_t t = std::clamp<int64_t>(unseeing, 0, block.rows()) / kLanes<C> * kLanes<C>;
+  if (keys <= kHalf || t == 0) return part(0, keys, 0);
+  part(0, kHalf, 0);
+  part(kHalf, keys - kHalf, t);
+}
+
 // Whether nothing is done to q k^T but hiding some of it, and scaling it by a positive number. The
 // factor may then wait until exponentials are taken, which have one anyway.
 template <class C>
