@@ -92,7 +92,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         }
         dropout_p = self.dropout if self.training else 0.0
         o, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
-        output = self.out_proj(self._merge(o, batched))
+        output = linear(self._merge(o, batched), self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return output, None
         weights = attention_weights(q, k, lse, **options)
