@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tfkern
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
@@ -100,3 +103,20 @@ def test_what_is_said_of_attention_on_cuda(monkeypatch, dtype, size, needs_grad,
         args = (q, q, q, *[None] * 12, 1.0, 0.0, 0.0)
         reason = attention.why_not(*args, needs_grad=needs_grad)
     assert reason is None if told is None else told in reason
+
+
+def test_calls_from_several_threads():
+    """Sizes whose scratch memory is kept from one call to the next."""
+
+    def gradients(seed):
+        generator = torch.Generator().manual_seed(seed)
+        S = 1024 + 64 * (seed % 3)
+        q, k, v, do = (torch.randn(1, 1, S, 128, generator=generator) for _ in range(4))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(tfkern.attention(*inputs, causal=True), inputs, do)
+
+    alone = [gradients(seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradients, range(12)))
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
