@@ -66,9 +66,9 @@ struct WideBackward {
     seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
       const int64_t begin = s0 + i, n = i * kBlock + t;
       product(count, width - t, a.D, k_rows->get(k, begin, begin + count), qt + t, kBlock, s + n,
-              kBlock, false, sums);
+              kBlock, false, sums ? sums + i * padded<C>(a.D) : nullptr);
       product(count, width - t, a.Dv, v_rows->get(v, begin, begin + count), dot + t, kBlock, dp + n,
-              kBlock, false, rest);
+              kBlock, false, rest ? rest + i * padded<C>(a.Dv) : nullptr);
       for (; t > 0 && i < keys; ++i) std::fill(dp + i * kBlock, dp + i * kBlock + t, C{0});
     });
   }

@@ -144,9 +144,11 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
   const int64_t rows = block.rows(), Dvp = padded<C>(a.Dv);
   const C scale = late_scale(a), unit = kLog2E<C> * scale;
   const bool narrow = is_narrow<C>(block);
-  C logarithm[kBlock];  // of sums
+  C integer[kBlock], fraction[kBlock];  // of log2 of the sums
   for (int64_t t = 0; t < padded<C>(rows); t += L) {
-    store(logarithm + t, log2(load(partial.sum + t)));
+    Vec<C> n;
+    store(fraction + t, log2_fraction(load(partial.sum + t), n));
+    store(integer + t, n);
   }
   if (!narrow) {
     for (int64_t t = 0; t < padded<C>(rows); t += L) {
@@ -166,7 +168,8 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
     for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
     store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
     // By the factor that the scores were multiplied with, so that lse of a single key is its score.
-    const double lse = (static_cast<double>(partial.maximum[i]) + logarithm[i]) / unit * scale;
+    const double log2_sum = static_cast<double>(integer[i]) + fraction[i];
+    const double lse = (partial.maximum[i] + log2_sum) / unit * scale;
     a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
   }
 }

@@ -317,10 +317,12 @@ inline void seen_parts(const AttentionShape& a, const Block& block, int64_t s0, 
 }
 
 // Whether nothing is done to q k^T but hiding some of it, and scaling it by a positive number. The
-// factor may then wait until exponentials are taken, which have one anyway.
+// factor may then wait until exponentials are taken, which have one anyway, unless the two together
+// leave the range of normal numbers.
 template <class C>
 inline bool scaled_late(const AttentionScores<C>& a) {
-  return a.scale > 0 && a.softcap == 0 && !a.bias.data && !a.alibi_slopes;
+  const bool normal = a.scale > 0 && std::isnormal(kLog2E<C> * a.scale);
+  return normal && a.softcap == 0 && !a.bias.data && !a.alibi_slopes;
 }
 
 // The factor that finish_scores leaves out.

@@ -1,9 +1,8 @@
 // Compiles TFKERN_KERNEL once per instruction set, each in a namespace of its own.
 //
 // The whole body, vec.h included, lies inside the target region: a template that is defined outside
-// of it compiles every vector operation to a call. For the same reason kernels use function
-// templates and no lambdas, whose bodies would take the options in force where they are
-// instantiated.
+// of it compiles every vector operation to a call. For the same reason lambdas in kernels handle no
+// vectors themselves: their bodies may take the options in force where they are instantiated.
 //
 // Include all standard headers before this one. There is no include guard on purpose.
 #include <algorithm>

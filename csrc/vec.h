@@ -231,9 +231,10 @@ inline VecDouble exp(VecDouble x) {
   return x;
 }
 
-// log2(x) of positive normal numbers within 2 ulp, NaN of infinity and NaN. What the polynomial in
-// t leaves out of log2((1 + t) / (1 - t)) is less than 6e-9.
-inline VecFloat log2(VecFloat x) {
+// log2(x) of positive normal numbers, NaN of infinity and NaN, as the sum of an integer and of a
+// fraction from -0.59 to 0.42. What the polynomial in t leaves out of log2((1 + t) / (1 - t)) is
+// less than 6e-9.
+inline VecFloat log2_fraction(VecFloat x, VecFloat& integer) {
   // x = 2^n m, 2/3 <= m < 4/3
   const VecInt n = ((VecInt)x - 0x3f2aaaab) >> 23;
   const VecFloat m = (VecFloat)((VecInt)x - (n << 23));
@@ -242,9 +243,11 @@ inline VecFloat log2(VecFloat x) {
   p = p * square + 0.577078016f;
   p = p * square + 0.961796694f;
   p = p * square + 2.885390082f;
-  return __builtin_convertvector(n, VecFloat) + p * t + (x - x);
+  integer = __builtin_convertvector(n, VecFloat);
+  return p * t + (x - x);
 }
-inline VecDouble log2(VecDouble x) {
+inline VecDouble log2_fraction(VecDouble x, VecDouble& integer) {
+  integer = VecDouble{};
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log2(x[i]);
   return x;
 }

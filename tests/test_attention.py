@@ -130,7 +130,7 @@ def test_empty(backend, dtype, device, shape):
         assert torch.equal(dx, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-44, 3.0])
 def test_scale(backend, device, scale):
     inputs = make((1, 2, 2, 65, 70, 16, 16, True), torch.float32, device)
     check(inputs, backend, causal=True, scale=scale)
@@ -182,6 +182,19 @@ def test_more_keys_than_are_kept_in_cache(window):
         results.append((o, *torch.autograd.grad(o, leaves, do)))
     for strided, contiguous in zip(*results, strict=True):
         assert torch.equal(strided, contiguous)
+
+
+@pytest.mark.parametrize("queries", [2, 16], ids=["narrow", "wide"])
+def test_lse_of_equal_scores(queries):
+    """log(S), rounded once, for all S that leave room."""
+    if tfkern.backends("attention")["native"]:
+        pytest.skip("no native build")
+    q, k = torch.zeros(300, 1, queries, 8), torch.zeros(300, 1, 300, 8)
+    lengths = torch.arange(1, 301)
+    _, lse = tfkern.attention(q, k, k, key_lengths=lengths, return_lse=True, backend="native")
+    truth = lengths.double().log()[:, None, None]
+    unit = torch.nextafter(truth.float(), torch.tensor(torch.inf)) - truth.float()
+    assert ((lse.double() - truth).abs() <= unit).all()
 
 
 def test_same_tensor_three_times(backend, device):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfkern
+from tfkern import dispatch
 from tfkern.nn import Linear
 from tfkern.testing import validate
 
@@ -71,7 +72,38 @@ def test_dtype_of_products(processor, rows, dtype):
 
 def test_float32_is_left_to_torch(processor):
     inputs = make((130, 33), 7, torch.float32)
+    assert dispatch.find("linear", (*inputs.values(), torch.float32)) is None
     assert torch.equal(tfkern.linear(**inputs), F.linear(**inputs))
+
+
+def test_what_only_torch_has(processor):
+    """A vector as weight, a bias of any shape, nested tensors, forward derivatives."""
+    x, w = torch.randn(130, 5).bfloat16(), torch.randn(4, 5).bfloat16()
+    nested = torch.nested.nested_tensor([x, x[:70]], layout=torch.jagged)
+    for function in (tfkern.linear, F.linear):
+        bias = torch.ones(1, 4, dtype=x.dtype, requires_grad=True)
+        function(x, w, bias).sum().backward()
+        assert bias.grad.shape == (1, 4)
+    assert torch.equal(tfkern.linear(x, w[0]), F.linear(x, w[0]))
+    assert torch.equal(tfkern.linear(nested, w).values(), F.linear(nested, w).values())
+    tangents = [
+        torch.func.jvp(lambda x, f=f: f(x, w), (x,), (x,))[1] for f in (tfkern.linear, F.linear)
+    ]
+    assert torch.equal(*tangents)
+
+
+def test_what_no_gradient_needs_is_not_kept(processor):
+    """With a frozen weight x may change before the backward, and the other way round."""
+    x, w = torch.randn(130, 5).bfloat16(), torch.randn(4, 5).bfloat16()
+    for trained, frozen in ((x, w), (w, x)):
+        leaf = trained.clone().requires_grad_()
+        pair = {id(trained): leaf * 1, id(frozen): frozen}
+        y = tfkern.linear(pair[id(x)], pair[id(w)])
+        with torch.no_grad():
+            pair[id(trained)].add_(1)
+        (grad,) = torch.autograd.grad(y.sum(), leaf)
+        expected = frozen.float().sum(0).bfloat16().expand_as(grad)
+        torch.testing.assert_close(grad, expected)
 
 
 def test_a_forced_backend_is_kept_to(processor):
@@ -146,9 +178,12 @@ def test_refuses_what_torch_refuses(processor):
             tfkern.linear(x, weight)
 
 
-def test_module_is_torchs():
-    ours, theirs = Linear(5, 3), torch.nn.Linear(5, 3)
+def test_module_is_torchs(monkeypatch):
+    monkeypatch.setattr(native, "_WIDENED_FROM", 1)
+    ours, theirs = Linear(5, 3, dtype=torch.bfloat16), torch.nn.Linear(5, 3, dtype=torch.bfloat16)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 4, 5)
-    assert torch.equal(ours(x), theirs(x))
+    x = torch.randn(2, 4, 5).bfloat16()
+    with Products() as products:
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert products.dtypes == [torch.float32, torch.bfloat16]
     assert repr(ours) == repr(theirs)

@@ -144,9 +144,9 @@ def backends(op: str) -> dict[str, str | None]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Forces a backend within a `with` block: "native", "triton" or "reference"; None lifts it.
 
-    A forced backend never falls back: a call that it cannot serve raises NotImplementedError. The
-    backward of a call uses the backend of its forward. The setting holds for the whole process, and
-    TFKERN_BACKEND sets it from the start.
+    A forced backend never falls back: a call that it cannot serve raises NotImplementedError; only
+    `tfkern.linear` then is torch's. The backward of a call uses the backend of its forward. The
+    setting holds for the whole process, and TFKERN_BACKEND sets it from the start.
     """
     global _forced
     if name is not None:

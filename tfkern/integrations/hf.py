@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfkern.nn import Linear
 from tfkern.ops import attention, attention_weights, gated_mlp, layer_norm, mlp, rms_norm
 
 
@@ -168,7 +169,7 @@ def _has(module: Any, *names: str) -> bool:
 
 def _linear(module: Any, *names: str) -> bool:
     """Whether these are linear layers and no more: subclasses may add to the product."""
-    return all(type(getattr(module, name, None)) is nn.Linear for name in names)
+    return all(type(getattr(module, name, None)) in (nn.Linear, Linear) for name in names)
 
 
 def _norm(done: Patch, module: Any) -> bool:

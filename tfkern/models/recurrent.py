@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tfkern.models.heads import loss
+from tfkern.nn import Linear
 
 
 class RecurrentSeq2Seq(nn.Module):
@@ -46,7 +47,7 @@ class RecurrentSeq2Seq(nn.Module):
         self.encoder = kinds[cell](dim, dim, batch_first=True)
         self.decoder = kinds[cell](2 * dim if input_feeding else dim, dim, batch_first=True)
         self.attention, self.input_feeding = attention, input_feeding
-        self.head = nn.Linear(dim, vocab_size)
+        self.head = Linear(dim, vocab_size)
 
     def forward(
         self,

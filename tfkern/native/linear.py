@@ -5,6 +5,8 @@
 x is (M, K), w (N, K). All products are torch's.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -17,45 +19,43 @@ _WIDENED_FROM = 128 if "avx2" in _C.cpu_levels and not _MATRIX_UNIT else None
 
 
 def forward(x, weight, bias):
-    dtype, product = x.dtype, product_dtype(x)
-    x, weight, bias = (t if t is None else t.to(product) for t in (x, weight, bias))
-    y = F.linear(x, weight, bias)
-    return y if product == dtype else y.to(dtype)  # see mlp.py
+    product = product_dtype(x, x.dtype)
+    wide = (t if t is None else t.to(product) for t in (x, weight, bias))
+    y = F.linear(*wide)
+    return y if product == x.dtype else y.to(x.dtype)  # see mlp.py
 
 
-def backward(dy, x, weight, wanted):
-    dtype, product = x.dtype, product_dtype(x)
-    want_dx, want_dweight, want_dbias = wanted
-    dbias = dy.sum(0) if want_dbias else None
-    dy, x, weight = (t.to(product) for t in (dy, x, weight))
-    dx = (dy @ weight).to(dtype) if want_dx else None
-    return dx, weight_gradient(dy, x).to(dtype) if want_dweight else None, dbias
+def backward(dy, x, weight, want_dbias):
+    """Without weight no dx, without x no dweight."""
+    dtype, product = dy.dtype, product_dtype(dy, dy.dtype)
+    wide = dy.to(product)
+    dx = None if weight is None else (wide @ weight.to(product)).to(dtype)
+    dweight = None if x is None else weight_gradient(wide, x.to(product)).to(dtype)
+    return dx, dweight, dy.sum(0) if want_dbias else None
 
 
-def why_not(x, weight, bias, *, needs_grad) -> str | None:
-    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        return "takes one dtype for x, weight and bias"
-    if product_dtype(x) != x.dtype or (needs_grad and _slow_views(x)):
+def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
+    if product_dtype(x, dtype) != dtype or (needs_grad and _slow_views(x, dtype)):
         return None
     return "torch's own is as fast"
 
 
-def product_dtype(x):
-    """The dtype of the factors of products with rows of x (M, K)."""
-    narrow = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
-    widened = narrow and _WIDENED_FROM is not None and x.shape[0] >= _WIDENED_FROM
-    return torch.float32 if widened else x.dtype
+def product_dtype(x, dtype):
+    """The dtype of the factors of products with the rows of x, where that is cast to `dtype`."""
+    if x.is_cpu and dtype in (torch.bfloat16, torch.float16) and _WIDENED_FROM is not None:
+        return torch.float32 if math.prod(x.shape[:-1]) >= _WIDENED_FROM else dtype
+    return dtype
 
 
 def weight_gradient(dy, x):
     """dy^T x; where views are slow, of a copy of the smaller factor, which is cheaper."""
-    if not _slow_views(x):
+    if not _slow_views(x, x.dtype):
         return dy.t() @ x
     if dy.shape[1] <= x.shape[1]:
         return dy.t().contiguous() @ x
     return (x.t().contiguous() @ dy).t().contiguous()
 
 
-def _slow_views(x):
+def _slow_views(x, dtype):
     """Whether torch is slow at views with exchanged axes: on the matrix unit."""
-    return _MATRIX_UNIT and x.is_cpu and x.dtype == torch.bfloat16
+    return _MATRIX_UNIT and x.is_cpu and dtype == torch.bfloat16

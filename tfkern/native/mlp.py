@@ -11,7 +11,7 @@ _activate_backward = torch.ops.tfkern.mlp_activation_backward.default
 
 
 def forward(x, w1, b1, w2, b2, activation, gated):
-    dtype, product = x.dtype, product_dtype(x)
+    dtype, product = x.dtype, product_dtype(x, x.dtype)
     x, w1, b1, w2, b2 = (t if t is None else t.to(product) for t in (x, w1, b1, w2, b2))
     total = F.linear(x, w1, b1)
     h, pre = _activate(total, activation, gated, dtype)
@@ -23,7 +23,7 @@ def forward(x, w1, b1, w2, b2, activation, gated):
 def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):
     want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
     absent = dy.new_empty(0)
-    dtype, product = x.dtype, product_dtype(x)
+    dtype, product = x.dtype, product_dtype(x, x.dtype)
     want_db1 = want_db1 and b1 is not None
     db2 = dy.sum(0) if want_db2 and b2 is not None else absent
     dy, x, w1, w2 = (t.to(product) for t in (dy, x, w1, w2))

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tfkern import dispatch
 from tfkern.ops import autograd, checks
@@ -17,8 +18,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x86 CPUs without a matrix unit multiply bfloat16 and float16 at half the rate of float32, or
     less. There, factors of many rows are widened for the call; on those with one, the gradient of
-    weight takes its factors in an order that torch is fast at. Everywhere else, and for all other
-    dtypes, this is torch's function.
+    weight takes its factors in an order that torch is fast at. Everywhere else, for all other
+    dtypes, and where a backend other than "native" is forced, this is torch's function.
 
     Args:
         x: (..., K).
@@ -31,14 +32,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices that torch's function refuses.
     """
-    if x.is_cpu and x.dim() > 1:
-        args = checks.autocast(x.flatten(0, -2), weight, bias)
-        backend = dispatch.find("linear", args)
+    if x.is_cpu and _dtype(x) in (torch.bfloat16, torch.float16) and _is_plain(x, weight, bias):
+        backend = dispatch.find("linear", (x, weight, bias, _dtype(x)))
         if backend is not None:
+            args = checks.autocast(x.flatten(0, -2), weight, bias)
             with dispatch.no_autocast(x.device):
                 y = autograd.apply(_Linear, *dispatch.distinct(args), backend)
             return y.view(*x.shape[:-1], y.shape[1])
     return F.linear(x, weight, bias)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """That in which autocast, if it is on, hands x to torch's function."""
+    cast = x.is_floating_point() and x.dtype != torch.float64 and dispatch.autocasts(x.device)
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing is asked for that torch's function has and `_Linear` has not."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    matrices = x.dim() > 1 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
+    alike = all(_dtype(t) == _dtype(x) and not t.is_nested for t in tensors)
+    return matrices and alike and forward_ad._current_level < 0
 
 
 class _Linear(torch.autograd.Function):
@@ -53,10 +68,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, ctx.backend = inputs
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(
+            x if weight.requires_grad else None, weight if x.requires_grad else None
+        )
 
     @staticmethod
     def backward(ctx, dy):
         backward = dispatch.implementation("linear", ctx.backend).backward
         with dispatch.no_autocast(dy.device):
-            return *backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
+            return *backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[2]), None

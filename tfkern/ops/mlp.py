@@ -148,6 +148,8 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _pre):
+        if dy is None:
+            return (None,) * 8
         wanted = tuple(ctx.needs_input_grad[:5])
         with dispatch.no_autocast(dy.device):
             grads = autograd.apply(
