@@ -46,17 +46,8 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(handle);
 }
 
-// What an operator returns for an output that the call does not have. By the shim, since a call of
-// torch's operator costs as much as a layer norm of some rows.
-inline Tensor absent(const Tensor& like, ScalarType type) {
-  constexpr int64_t shape[] = {0}, strides[] = {1};
-  const torch::stable::Device device = like.device();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      static_cast<int32_t>(device.type()), device.index(), &handle));
-  return Tensor(handle);
-}
+// What an operator returns for an output that the call does not have.
+inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
 
 // torch.promote_types of the two, or the type of `a` if there is no `b`.
 inline ScalarType promote(const Tensor& a, const std::optional<Tensor>& b) {
