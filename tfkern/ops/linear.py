@@ -32,8 +32,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices that torch's function refuses.
     """
-    if x.is_cpu and _dtype(x) in (torch.bfloat16, torch.float16) and _is_plain(x, weight, bias):
-        backend = dispatch.find("linear", (x, weight, bias, _dtype(x)))
+    dtype = _dtype(x) if x.is_cpu else None
+    if dtype in (torch.bfloat16, torch.float16) and _is_plain(x, weight, bias, dtype):
+        backend = dispatch.find("linear", (x, weight, bias, dtype))
         if backend is not None:
             args = checks.autocast(x.flatten(0, -2), weight, bias)
             with dispatch.no_autocast(x.device):
@@ -48,11 +49,11 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
     """Whether nothing is asked for that torch's function has and `_Linear` has not."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     matrices = x.dim() > 1 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
-    alike = all(_dtype(t) == _dtype(x) and not t.is_nested for t in tensors)
+    alike = all(_dtype(t) == dtype and not t.is_nested for t in tensors)
     return matrices and alike and forward_ad._current_level < 0
 
 
