@@ -1,7 +1,7 @@
 // Backward: s and p are recomputed tile by tile.
 
-// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees
-// one key only, sum(do o) then equals dp and ds is exactly 0.
+// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees one
+// key only, sum(do o) then differs from dp, and ds from 0, by no more than o was rounded.
 template <class C>
 inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* sum) {
   constexpr int L = kLanes<C>;

@@ -167,7 +167,8 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
     C* row = (narrow ? partial.o : o_rows) + i * Dvp;
     for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
     store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
-    // By the factor that the scores were multiplied with, so that lse of a single key is its score.
+    // By the factor that the scores were multiplied with, which keeps lse of a single key its score
+    // but for rounding.
     const double log2_sum = static_cast<double>(integer[i]) + fraction[i];
     const double lse = (partial.maximum[i] + log2_sum) / unit * scale;
     a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
@@ -231,6 +232,7 @@ struct WideForward {
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                   int64_t keys, C* o) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
+    // After the last tile come the rows of o.
     const HeadRows output = query_rows(a.o, block.document, block.h0);
     const C* ahead = s0 + keys < block.end ? k_rows.at(k, s0 + keys)
                                            : reinterpret_cast<const C*>(output.at(block.t0));

@@ -62,7 +62,8 @@ inline void store(BFloat16* p, VecFloat v) {
   VecUint bits = (VecUint)v;
   bits += 0x7fffu + ((bits >> 16) & 1u);             // round to nearest, ties to even
   bits = v == v ? bits : (VecUint{} + 0x7fc00000u);  // the carry could turn a NaN into an infinity
-#if TFKERN_VEC_BYTES == 64                           // GCC 12 would shift, and shuffle two vectors
+#if TFKERN_VEC_BYTES == 64
+  // GCC 12 would shift, and shuffle two vectors.
   static constexpr uint16_t kUpper[] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   const __m512i upper = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)kUpper));
   const __m512i h = _mm512_permutexvar_epi16(upper, (__m512i)bits);
