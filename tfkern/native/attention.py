@@ -42,7 +42,7 @@ def _shared_memory(device: torch.device) -> int:
 
 @torch.library.register_fake("tfkern::attention_forward")
 def _(q, k, v, *options):
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(2, *q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 

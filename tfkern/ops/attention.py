@@ -107,7 +107,7 @@ def attention(
         seed=seed,
     )
     o, lse = _run(args, backend)
-    return (o, lse) if return_lse else o
+    return (o, lse[0]) if return_lse else o
 
 
 def attention_varlen(
@@ -174,11 +174,12 @@ def attention_varlen(
         seed=seed,
     )
     o, lse = _run(args, backend)
-    o, lse = o.squeeze(0).transpose(0, 1), lse.squeeze(0)
-    return (o, lse) if return_lse else o
+    o = o.squeeze(0).transpose(0, 1)
+    return (o, lse[0].squeeze(0)) if return_lse else o
 
 
 def _run(args: tuple, backend: str | None) -> tuple[Tensor, Tensor]:
+    """o, and lse (2, B, H, T): its value, and what rounding left out of that."""
     backend = dispatch.select("attention", args, backend)
     with dispatch.no_autocast(args[0].device):
         return autograd.apply(_Attention, *dispatch.distinct(args), backend)
@@ -458,7 +459,7 @@ class _Attention(torch.autograd.Function):
             dq, dk, dv, dbias, dsink = autograd.apply(
                 _AttentionBackward,
                 do,
-                dlse,
+                None if dlse is None else dlse[0],
                 q,
                 k,
                 v,

@@ -77,18 +77,24 @@ def forward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns o (B, H, T, Dv) in the dtype of q, and lse in float32 or wider."""
+    """Returns o (B, H, T, Dv) in the dtype of q, and lse (2, B, H, T) in float32 or wider.
+
+    lse[0] + lse[1] is the log-sum-exp: next to a large score, the logarithm of a sum would be lost
+    in the rounding of lse[0] alone, and with it the factor of p in the backward. Here lse[1] is 0,
+    since the backward computes the softmax again from the scores.
+    """
     options = Options(
         scale, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, seed, left, right,
         softcap, dropout_p,
     )  # fmt: skip
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _forward(q, _paged(k, page_table), _paged(v, page_table), options)
+        o, lse = _forward(q, _paged(k, page_table), _paged(v, page_table), options)
+        return o, torch.stack([lse, torch.zeros_like(lse)])
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for t, s, of_document in _documents(cu_seqlens_q, cu_seqlens_k, options):
         o[t], lse[t] = _forward(q[t], k[s], v[s], of_document)
-    return o, lse
+    return o, torch.stack([lse, torch.zeros_like(lse)])
 
 
 def backward(
@@ -121,6 +127,7 @@ def backward(
         scale, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, seed, left, right,
         softcap, dropout_p,
     )  # fmt: skip
+    lse = lse[0]
     if cu_seqlens_q is None or cu_seqlens_k is None:
         dq, dk, dv, ds, dsink = _backward(do, dlse, q, k, v, lse, options)
     else:
@@ -149,7 +156,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
     rows, keys = places(q, options.query_lengths), places(k, options.key_lengths)
     dtype = torch.promote_types(q.dtype, torch.float32)
     s, _ = scores(q, k, rows, keys, options)
-    p, lse = _softmax(s, rows, options.sink)
+    p, _, lse = _softmax(s, rows, options.sink)
     o = _drop(p, _keep(s, options)) @ _per_query_head(v, keys, q.shape[1], dtype)
     return rounded(o, q.dtype), lse
 
@@ -158,12 +165,12 @@ def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:
     """dq, dk, dv, ds (B, H, T, S) before the softcap, and dsink (H,)."""
     rows, keys = places(q, options.query_lengths), places(k, options.key_lengths)
     dtype, H, Hk = lse.dtype, q.shape[1], k.shape[1]
-    seen = (lse > -torch.inf)[..., None]  # other rows may hold anything, NaN included
+    seen = (lse != -torch.inf)[..., None]  # other rows may hold anything, NaN included
     do = torch.where(seen, do.to(dtype), 0)
     dlse = lse.new_zeros(()) if dlse is None else torch.where(seen, dlse[..., None], 0)
     # forward: s, p = softmax(s), recomputed
     s, slope = scores(q, k, rows, keys, options)
-    p, lse = _softmax(s, rows, options.sink)
+    p, p_sink, _ = _softmax(s, rows, options.sink)
     # forward: o = (p keep / (1 - dropout_p)) v
     keep = _keep(s, options)
     dv = _drop(p, keep).mT @ do
@@ -171,11 +178,7 @@ def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:
     delta = (p * dp).sum(-1, keepdim=True) - dlse
     ds = p * (dp - delta)
     # forward: lse = log (sum exp(s) + exp(sink))
-    dsink = lse.new_zeros(H)
-    if options.sink is not None:
-        sink = options.sink.to(dtype)[:, None, None]
-        p_sink = torch.where(seen, (sink - lse[..., None]).exp(), 0)
-        dsink = -(p_sink * delta).sum((0, 2, 3))
+    dsink = -torch.where(seen, p_sink * delta, 0).sum((0, 2, 3))
     # forward: s = softcap tanh(scale q k^T / softcap)
     dx = torch.where(seen, options.scale * ds * slope, 0)
     dq = dx @ _per_query_head(k, keys, H, dtype)
@@ -262,15 +265,19 @@ def _sum_groups(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(B, key_heads, H // max(key_heads, 1), S, D).sum(2)
 
 
-def _softmax(s: Tensor, rows: Places, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """p = exp(s - lse), 0 in rows that see nothing, and lse (B, H, T), -inf in rows that are not
-    there. The sink is one more score."""
+def _softmax(s: Tensor, rows: Places, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """p = exp(s - lse), 0 in rows that see nothing, p of the sink (B, H, T, 1), which is one more
+    score (0 without a sink), and lse (B, H, T), -inf in rows that are not there."""
     S = s.shape[-1]
     if sink is not None:
         s = torch.cat([s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)], -1)
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
-    p = torch.where((s > -torch.inf).any(-1, keepdim=True), s.softmax(-1), 0)
-    return p[..., :S], lse.masked_fill(~rows.exist[:, None], -torch.inf)
+    p = torch.where((s != -torch.inf).any(-1, keepdim=True), s.softmax(-1), 0)
+    return (
+        p[..., :S],
+        p[..., S:].sum(-1, keepdim=True),
+        lse.masked_fill(~rows.exist[:, None], -torch.inf),
+    )
 
 
 def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
