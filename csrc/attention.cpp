@@ -275,14 +275,13 @@ struct Converted {
   }
 };
 
-// Sets the rows of a contiguous (B, heads, rows, ...) tensor that belong to no document.
+// Sets the rows of a contiguous (B, heads, rows, size) array that belong to no document.
 template <class T>
-void fill_rest(Tensor& x, const AttentionShape& a, bool keys, T value) {
-  const int64_t rows = x.size(2), size = x.dim() == 4 ? x.size(3) : 1;
-  T* data = static_cast<T*>(x.data_ptr());
+void fill_rest(T* data, int64_t heads, int64_t rows, int64_t size, const AttentionShape& a,
+               bool keys, T value) {
   const auto fill = [&](int64_t batch, int64_t begin, int64_t end) {
-    for (int64_t h = 0; begin < end && h < x.size(1); ++h) {
-      T* head = data + (batch * x.size(1) + h) * rows * size;
+    for (int64_t h = 0; begin < end && h < heads; ++h) {
+      T* head = data + (batch * heads + h) * rows * size;
       std::fill(head + begin * size, head + end * size, value);
     }
   };
@@ -293,17 +292,21 @@ void fill_rest(Tensor& x, const AttentionShape& a, bool keys, T value) {
     fill(batch, end, keys ? d.key0 : d.query0);
     end = keys ? d.key0 + d.keys : d.query0 + d.queries;
   }
-  if (batch < x.size(0)) fill(batch, end, rows);
+  if (batch < a.B) fill(batch, end, rows);
 }
 
 void zero_rest(Tensor& x, const AttentionShape& a, bool keys) {
+  const auto fill = [&](auto zero) {
+    fill_rest(static_cast<decltype(zero)*>(x.data_ptr()), x.size(1), x.size(2), x.size(3), a, keys,
+              zero);
+  };
   switch (x.element_size()) {
     case 2:
-      return fill_rest<uint16_t>(x, a, keys, 0);
+      return fill(uint16_t{0});
     case 4:
-      return fill_rest<uint32_t>(x, a, keys, 0);
+      return fill(uint32_t{0});
     default:
-      return fill_rest<uint64_t>(x, a, keys, 0);
+      return fill(uint64_t{0});
   }
 }
 
@@ -315,11 +318,13 @@ std::tuple<Tensor, Tensor> forward(const Arguments& in) {
   const Converted<C> converted(in, sizes);
   AttentionForward<C> a{converted.scores(in, std::move(sizes))};
   Tensor o = empty(in.q, {a.B, a.H, a.T, a.Dv}, in.q.scalar_type());
-  Tensor lse = empty(in.q, {a.B, a.H, a.T}, kCompute<C>);
-  zero_rest(o, a, false);
-  fill_rest<C>(lse, a, false, -std::numeric_limits<C>::infinity());
+  Tensor lse = empty(in.q, {2, a.B, a.H, a.T}, kCompute<C>);
   a.o = heads(o);
   a.lse = static_cast<C*>(lse.data_ptr());
+  a.lse_rest = a.lse + a.B * a.H * a.T;
+  zero_rest(o, a, false);
+  fill_rest(a.lse, a.H, a.T, 1, a, false, -std::numeric_limits<C>::infinity());
+  fill_rest(a.lse_rest, a.H, a.T, 1, a, false, C{0});
   // About 64 tasks, as far as the shape tells: what documents hold does not matter.
   const bool shared = a.group() * a.T <= kBlock;
   const int64_t blocks = a.B * a.Hk * (shared ? 1 : a.group() * ((a.T + kBlock - 1) / kBlock));
@@ -359,6 +364,7 @@ Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, cons
   a.o = heads(o);
   a.dlse = dlse ? static_cast<const C*>(dlse->data_ptr()) : nullptr;
   a.lse = static_cast<const C*>(lse.data_ptr());
+  a.lse_rest = a.lse + a.B * a.H * a.T;
   a.dq = heads(dq);
   a.dk = heads(dk);
   a.dv = heads(dv);
@@ -461,11 +467,11 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
     return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
            t.size(3) == sizes.Dv && t.scalar_type() == q.scalar_type();
   };
-  const auto saved = [&](const Tensor& t) {
-    return t.numel() == sizes.B * sizes.H * sizes.T &&
+  const auto saved = [&](const Tensor& t, int64_t parts) {
+    return t.numel() == parts * sizes.B * sizes.H * sizes.T &&
            t.scalar_type() == (in.wide() ? ScalarType::Double : ScalarType::Float);
   };
-  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse) && (!dlse || saved(*dlse)),
+  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse, 2) && (!dlse || saved(*dlse, 1)),
                   "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
   if (dlse) dlse = torch::stable::contiguous(*dlse);
   return (in.wide() ? backward<double>

@@ -98,7 +98,7 @@ struct AttentionScores : AttentionShape {
 template <class C>
 struct AttentionForward : AttentionScores<C> {
   Heads o;
-  C* lse;
+  C *lse, *lse_rest;  // whose sum is the log-sum-exp: the second is what rounding left out
   // Many keys of few rows are cut into parts, so that every thread has work.
   int64_t part_keys;
   std::vector<int64_t> first_task;  // of each document, and the end
@@ -121,7 +121,7 @@ struct BiasGradient {
 template <class C>
 struct AttentionBackward : AttentionScores<C> {
   Heads d_o, o;
-  const C *dlse, *lse;  // dlse may be null
+  const C *dlse, *lse, *lse_rest;  // dlse may be null
   Heads dq, dk, dv;
   BiasGradient dbias;
   C* sink_terms;   // of dsink, for each row; null without a sink

@@ -6,10 +6,12 @@ struct AmxBackward {
   int64_t Dp, Dvp;
   BFloat16 *q_rows, *do_rows, *o_rows, *buffer, *p_rows, *ds_rows;
   uint32_t *qt, *dot, *q_pairs, *do_pairs;
+  NarrowScores<float> narrow;
   float *s, *dp, *tail;  // dp becomes ds in place, as pairs
+  float* narrow_q;       // the rows of a narrow block
 
   AmxBackward(Scratch& scratch, const AttentionBackward<float>& a)
-      : Dp(round_up(a.D, kAmxDepth)), Dvp(round_up(a.Dv, kAmxDepth)) {
+      : Dp(round_up(a.D, kAmxDepth)), Dvp(round_up(a.Dv, kAmxDepth)), narrow(scratch, a.D) {
     q_rows = scratch.get<BFloat16>(kBlock * Dp);
     for (BFloat16** x : {&do_rows, &o_rows}) *x = scratch.get<BFloat16>(kBlock * Dvp);
     buffer = scratch.get<BFloat16>(kKeys * std::max(Dp, Dvp));
@@ -17,11 +19,15 @@ struct AmxBackward {
     for (float** x : {&s, &dp}) *x = scratch.get<float>(kKeys * kBlock);
     tail = scratch.get<float>(kKeys * std::max(Dp, Dvp));
   }
-  void allocate_rows(Scratch& scratch, const AttentionBackward<float>&) {
+  void allocate_rows(Scratch& scratch, const AttentionBackward<float>& a) {
+    narrow_q = scratch.get<float>(kLanes<float> / 2 * padded<float>(a.D));
     for (uint32_t** x : {&qt, &q_pairs}) *x = scratch.get<uint32_t>(Dp / 2 * kBlock);
     for (uint32_t** x : {&dot, &do_pairs}) *x = scratch.get<uint32_t>(Dvp / 2 * kBlock);
   }
   void load(const AttentionBackward<float>& a, const Block& block, const float* lse, float* do_o) {
+    if (is_narrow<float>(a, block)) {
+      load_block(narrow_q, a.q, block, a.D, block.rows(), lse);
+    }
     amx_block_rows(q_rows, a.q, block, a.D, Dp, lse);
     amx_block_rows(do_rows, a.d_o, block, a.Dv, Dvp, lse);
     amx_block_rows(o_rows, a.o, block, a.Dv, Dvp, lse);
@@ -41,7 +47,11 @@ struct AmxBackward {
                 int64_t keys, const float*) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<float>(block.rows());
-    amx_key_product(k, s0, keys, a.D, qt, width, buffer, s);
+    if (is_narrow<float>(a, block)) {
+      narrow.multiply(a, block, hk, s0, keys, narrow_q, s);
+    } else {
+      amx_key_product(k, s0, keys, a.D, qt, width, buffer, s);
+    }
     amx_key_product(v, s0, keys, a.Dv, dot, width, buffer, dp);
   }
   void take(int64_t i, int64_t t, VecFloat p0, VecFloat p1, VecFloat ds0, VecFloat ds1) {

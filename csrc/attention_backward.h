@@ -25,10 +25,10 @@ constexpr int64_t kTogether = 4;
 // ---- products of the backward: two ways with the same functions ----
 //
 // Copies share their tiles; allocate_rows gives one rows of its own. load: takes the rows of a
-// block, of which those with lse = inf become 0, and gives do_o = sum(do o). multiply: s = q k^T,
-// as in the forward, and dp = do v^T of keys [s0, s0 + keys), whose sums of dk and dv, if not null,
-// are needed next. take: p and ds of keys s0 + s and s0 + s + 1 and a vector of rows. add: dv +=
-// p^T do, dk += ds^T q for these keys, and dq^T += k^T ds.
+// block, of which those with lse = inf become 0, and gives do_o = sum(do o). multiply: s = q
+// k^T, as in the forward, and dp = do v^T of keys [s0, s0 + keys), whose sums of dk and dv, if not
+// null, are needed next. take: p and ds of keys s0 + s and s0 + s + 1 and a vector of rows. add: dv
+// += p^T do, dk += ds^T q for these keys, and dq^T += k^T ds.
 
 template <class C>
 struct WideBackward {
@@ -36,9 +36,10 @@ struct WideBackward {
   static constexpr int64_t kFirst = 4;
   C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot;
   std::shared_ptr<WidenedRows<C>> k_rows, v_rows;
+  NarrowScores<C> narrow;
   C *s, *dp;  // which become p and ds in place
 
-  WideBackward(Scratch& scratch, const AttentionBackward<C>& a) {
+  WideBackward(Scratch& scratch, const AttentionBackward<C>& a) : narrow(scratch, a.D) {
     for (C** x : {&o_rows, &ot}) *x = scratch.get<C>(padded<C>(a.Dv) * kBlock);
     for (C** x : {&s, &dp}) *x = scratch.get<C>(kKeys * kBlock);
     k_rows = std::make_shared<WidenedRows<C>>(scratch, a.longest(), a.D);
@@ -63,10 +64,14 @@ struct WideBackward {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows());
     const C* rest = sums ? sums + keys * padded<C>(a.D) : nullptr;
+    const bool wide = !is_narrow<C>(a, block);
+    if (!wide) narrow.multiply(a, block, hk, s0, keys, q_rows, s);
     seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
       const int64_t begin = s0 + i, n = i * kBlock + t;
-      product(count, width - t, a.D, k_rows->get(k, begin, begin + count), qt + t, kBlock, s + n,
-              kBlock, false, sums ? sums + i * padded<C>(a.D) : nullptr);
+      if (wide) {
+        product(count, width - t, a.D, k_rows->get(k, begin, begin + count), qt + t, kBlock, s + n,
+                kBlock, false, sums ? sums + i * padded<C>(a.D) : nullptr);
+      }
       product(count, width - t, a.Dv, v_rows->get(v, begin, begin + count), dot + t, kBlock, dp + n,
               kBlock, false, rest ? rest + i * padded<C>(a.Dv) : nullptr);
       for (; t > 0 && i < keys; ++i) std::fill(dp + i * kBlock, dp + i * kBlock + t, C{0});
@@ -111,19 +116,19 @@ struct BackwardRoom {
   }
 };
 
-// A block of rows, and room for it. Rows that take no part, lse = -inf, may hold NaN: they become
-// 0, with lse = inf, so that p = 0.
+// A block of rows, and room for it. p = 2^((s - lse) / ln(2) - rest). Rows that take no part, lse =
+// -inf, may hold NaN: they become 0, with lse = inf, so that p = 0.
 template <class C, class Products>
 struct BackwardRows {
   Products products;
   std::optional<Block> block;
   Lanes<C> lanes;
-  C *lse, *dlse, *do_o, *dqt;  // do_o = sum(do o); dq^T / scale
+  C *lse, *rest, *dlse, *do_o, *dqt;  // do_o = sum(do o); dq^T / scale
 
   BackwardRows(Scratch& scratch, const AttentionBackward<C>& a, const Products& like)
       : products(like) {
     products.allocate_rows(scratch, a);
-    for (C** x : {&lse, &dlse, &do_o}) *x = scratch.get<C>(kBlock);
+    for (C** x : {&lse, &rest, &dlse, &do_o}) *x = scratch.get<C>(kBlock);
     dqt = scratch.get<C>(padded<C>(a.D) * kBlock);
   }
   int64_t width() const { return padded<C>(block->rows()); }
@@ -135,11 +140,12 @@ struct BackwardRows {
     fill_lanes(lanes, a, rows);
     for (int64_t i = 0; i < kBlock; ++i) {
       lse[i] = kInf;
-      dlse[i] = 0;
+      rest[i] = dlse[i] = 0;
       if (i >= rows.rows()) continue;
       const int64_t saved = a.row_index(rows.document, rows.head(i), rows.query(i));
       if (a.lse[saved] == -kInf) continue;
       lse[i] = a.lse[saved];
+      rest[i] = a.lse_rest[saved] * kLog2E<C>;
       if (a.dlse) dlse[i] = a.dlse[saved];
     }
     // forward: o = sum_s p v, lse = log sum_s exp(s), hence ds = p (dp - sum(do o) + dlse)
@@ -147,9 +153,9 @@ struct BackwardRows {
   }
 };
 
-// Gives the products p = exp(scale s - lse) keep and ds = p (dp keep - delta) slope. `keep` and
-// `slope` may be null, for 1. delta = sum(do o) - dlse comes as its two terms: if the first cancels
-// dp, the second is left exact.
+// Gives the products p = exp(scale s - lse) keep and ds = p (dp keep -
+// delta) slope. `keep` and `slope` may be null, for 1. delta = sum(do o) - dlse comes as its two
+// terms: if the first cancels dp, the second is left exact.
 template <class C, class Rows>
 inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, const C* slope) {
   constexpr int L = kLanes<C>;
@@ -160,7 +166,8 @@ inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, co
       for (int64_t i = 0; i < std::min<int64_t>(2, keys - s); ++i) {
         const int64_t n = (s + i) * kBlock + t;
         // forward: p = exp(s - lse), o = (p keep) v
-        p[i] = exp2_flush((load(rows.products.s + n) * scale - load(rows.lse + t)) * kLog2E<C>);
+        const Vec<C> score = rounded_product(load(rows.products.s + n), broadcast(scale));
+        p[i] = exp2_flush((score - load(rows.lse + t)) * kLog2E<C> - load(rows.rest + t));
         Vec<C> dp = load(rows.products.dp + n);
         if (keep) dp = dp * load(keep + n);
         ds[i] = p[i] * (dp - load(rows.do_o + t) + load(rows.dlse + t));
@@ -232,9 +239,10 @@ void store_sink_terms(const AttentionBackward<C>& a, const Rows& rows) {
   for (int64_t t = 0; t < block.rows(); ++t) {
     const int64_t h = block.head(t);
     // forward: lse = log(sum exp(s) + exp(sink))
-    const C p = std::exp(a.sink[h] - rows.lse[t]);
-    a.sink_terms[a.row_index(block.document, h, block.query(t))] =
-        -p * (rows.do_o[t] - rows.dlse[t]);
+    const int64_t row = a.row_index(block.document, h, block.query(t));
+    const double score = a.sink[h], p = std::exp(score - a.lse[row] - a.lse_rest[row]);
+    const bool takes_part = a.lse[row] != -std::numeric_limits<C>::infinity();
+    a.sink_terms[row] = takes_part ? static_cast<C>(-p * (rows.do_o[t] - rows.dlse[t])) : C{0};
   }
 }
 

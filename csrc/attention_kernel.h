@@ -4,16 +4,24 @@
 
 // ---- forward: a walk over the keys of a block of rows with an online softmax ----
 
-// How far, as a power of two, a score may exceed the maximum it is compared with before that is
-// raised. Most tiles then leave the sums of earlier ones as they are (FlashAttention-4).
-constexpr int kHeadroom = 8;
+// How far a score may exceed the maximum it is compared with before that is raised, so that p is at
+// most 2^8. Most tiles then leave the sums of earlier ones as they are (FlashAttention-4).
+template <class C>
+constexpr C kHeadroom = 8 / kLog2E<C>;
+
+// exp(scale x - shift)
+template <class V, class C>
+inline V exp_difference(V x, C scale, V shift) {
+  return exp2_flush((rounded_product(x, V{} + scale) - shift) * kLog2E<C>);
+}
 
 // Takes a tile of scores into the maximum (up to kHeadroom) and sum of each query and turns it into
-// p = 2^(unit score - maximum), times `keep` unless that is null, for the products to take. Returns
-// whether `factor`, by which what was summed before is to be scaled, differs from 1 anywhere; only
-// then it is written.
+// p = exp(score - maximum), times `keep` unless that is null, for the products to take. A score is
+// `scale` times what is in the tile. Returns whether `factor`, by which what was summed before is
+// to be scaled, differs from 1 anywhere; only then it is written. The maximum is subtracted from
+// the rounded score: where scores are large, a rounding more or less is a factor of p.
 template <class C, class Products>
-inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t width, C unit,
+inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t width, C scale,
                            C* maximum, C* sum, C* factor, Products& products) {
   constexpr int L = kLanes<C>;
   bool rescale = false;
@@ -27,8 +35,8 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
       m1 = vmax(load(scores + (s + 1) * kBlock + t), m1);
     }
     if (s < keys) m0 = vmax(load(scores + s * kBlock + t), m0);
-    const Vec<C> m = vmax(m0, m1) * unit;
-    const VecIndex<C> raised = m > old + C{kHeadroom};
+    const Vec<C> m = rounded_product(vmax(m0, m1), broadcast(scale));
+    const VecIndex<C> raised = m - old > kHeadroom<C>;
     store(maximum + t, raised ? m : old);
     rescale |= any(raised);
   }
@@ -40,8 +48,8 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
     Vec<C> l0{}, l1{};
     for (int64_t s = 0; s < keys; s += 2) {
       const int64_t n = s * kBlock + t;
-      Vec<C> p0 = exp2_flush(load(scores + n) * unit - shift), p1{};
-      if (s + 1 < keys) p1 = exp2_flush(load(scores + n + kBlock) * unit - shift);
+      Vec<C> p0 = exp_difference(load(scores + n), scale, shift), p1{};
+      if (s + 1 < keys) p1 = exp_difference(load(scores + n + kBlock), scale, shift);
       l0 = l0 + p0;
       l1 = l1 + p1;
       if (keep) {
@@ -52,7 +60,7 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
     }
     Vec<C> l = load(sum + t);
     if (rescale) {
-      const Vec<C> f = exp2_flush(before[t / L] - shift);
+      const Vec<C> f = exp2_flush((before[t / L] - shift) * kLog2E<C>);
       store(factor + t, f);
       l = l * f;
     }
@@ -61,73 +69,84 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
   return rescale;
 }
 
-// Rows too few to fill half a vector, as in decoding: products then run along the features instead
-// of the rows, and o is kept by rows.
-template <class C>
-inline bool is_narrow(const Block& block) {
-  return block.rows() <= kLanes<C> / 2;
-}
-
-// What a walk over keys leaves of each row: an estimate of the maximum of s / ln(2), sum = sum 2^(s
-// / ln(2) - maximum) and o = sum 2^(s / ln(2) - maximum) v, whose feature d of row i lies at i *
-// row + d * column.
+// What a walk over keys leaves of each row: an estimate of the maximum of the scores s, sum = sum
+// exp(s - maximum), and o = sum exp(s - maximum) v, which is divided by sum in the end. Feature d
+// of row i of o lies at i * row + d * column.
 template <class C>
 struct Partial {
   C *maximum, *sum, *o;
   int64_t row, column;
+
+  bool by_rows() const { return column == 1; }
 };
 
 template <class C>
-inline Partial<C> partial_at(C* data, const Block& block, int64_t Dv) {
+inline Partial<C> partial_at(C* data, const AttentionShape& a, const Block& block) {
   C* o = data + 2 * kBlock;
-  if (is_narrow<C>(block)) return {data, data + kBlock, o, padded<C>(Dv), 1};
+  if (is_narrow<C>(a, block)) return {data, data + kBlock, o, padded<C>(a.Dv), 1};
   return {data, data + kBlock, o, 1, kBlock};
 }
 
-// Before any key, or after the sink, which is a key whose value is 0.
+// Before any key.
 template <class C>
-inline void start(const Partial<C>& partial, const AttentionForward<C>& a, const Block& block,
-                  bool with_sink) {
-  constexpr C kInf = std::numeric_limits<C>::infinity();
-  std::fill(partial.maximum, partial.maximum + kBlock, -kInf);
+inline void start(const Partial<C>& partial, const Block& block, int64_t Dv) {
+  std::fill(partial.maximum, partial.maximum + kBlock, -std::numeric_limits<C>::infinity());
   std::fill(partial.sum, partial.sum + kBlock, C{0});
-  for (int64_t i = 0; with_sink && i < block.rows(); ++i) {
-    partial.maximum[i] = a.sink[block.head(i)] * kLog2E<C>;
-    partial.sum[i] = partial.maximum[i] > -kInf ? 1 : 0;
-  }
-  const int64_t size = is_narrow<C>(block) ? block.rows() * partial.row : a.Dv * kBlock;
+  const int64_t size = partial.by_rows() ? block.rows() * partial.row : Dv * kBlock;
   std::fill(partial.o, partial.o + size, C{0});
 }
 
+// Multiplies the rows of o by a factor each, and says whether the results are finite.
 template <class C>
-inline void rescale(const Partial<C>& partial, const Block& block, int64_t Dv, const C* factor) {
+inline bool rescale(const Partial<C>& partial, const Block& block, int64_t Dv, const C* factor) {
   constexpr int L = kLanes<C>;
-  if (is_narrow<C>(block)) {
+  Vec<C> zeros{};  // NaN where a number is not finite
+  if (partial.by_rows()) {
     for (int64_t i = 0; i < block.rows(); ++i) {
       for (C* p = partial.o + i * partial.row; p < partial.o + (i + 1) * partial.row; p += L) {
-        store(p, load(p) * factor[i]);
+        const Vec<C> x = load(p) * factor[i];
+        store(p, x);
+        zeros += x * C{0};
       }
     }
-    return;
+    return !any(zeros != 0);
   }
   const int64_t width = padded<C>(block.rows());
   for (int64_t d = 0; d < Dv; ++d) {
     for (int64_t t = 0; t < width; t += L) {
       C* p = partial.o + d * kBlock + t;
-      store(p, load(p) * load(factor + t));
+      const Vec<C> x = load(p) * load(factor + t);
+      store(p, x);
+      zeros += x * C{0};
     }
+  }
+  return !any(zeros != 0);
+}
+
+// weight = 1 / sum, or 0 in rows that saw no key.
+template <class C>
+inline void invert(const Partial<C>& partial, const Block& block, C* weight) {
+  constexpr int L = kLanes<C>;
+  for (int64_t t = 0; t < padded<C>(block.rows()); t += L) {
+    const Vec<C> sum = load(partial.sum + t);
+    store(weight + t, sum == 0 ? Vec<C>{} : 1 / sum);
   }
 }
 
-// Takes in what a walk over other keys left.
+// Takes in what a walk over other keys left. Both are normalised, and so is the result.
 template <class C>
 inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t rows, int64_t Dv) {
   for (int64_t i = 0; i < rows; ++i) {
-    const C m = std::max(partial.maximum[i], other.maximum[i]);
-    if (m == -std::numeric_limits<C>::infinity()) continue;  // no key seen yet
-    const C ours = std::exp2(partial.maximum[i] - m), theirs = std::exp2(other.maximum[i] - m);
-    partial.maximum[i] = m;
-    partial.sum[i] = partial.sum[i] * ours + other.sum[i] * theirs;
+    const C top = std::max(partial.maximum[i], other.maximum[i]);
+    const C m = top == -std::numeric_limits<C>::infinity() ? C{0} : top;  // no key seen yet
+    C ours = std::exp(partial.maximum[i] - m) * partial.sum[i];
+    C theirs = std::exp(other.maximum[i] - m) * other.sum[i];
+    const C sum = ours + theirs;
+    partial.maximum[i] = top;
+    partial.sum[i] = sum;
+    if (sum == 0) continue;
+    ours /= sum;
+    theirs /= sum;
     for (int64_t d = 0; d < Dv; ++d) {
       const int64_t n = i * partial.row + d * partial.column;
       partial.o[n] = partial.o[n] * ours + other.o[n] * theirs;
@@ -135,43 +154,55 @@ inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t row
   }
 }
 
+// A log-sum-exp: what follows the largest score is kept apart, since it would be lost beside a
+// large one.
+struct LogSumExp {
+  double maximum, rest;
+
+  // Takes in one more score, of value 0, and returns by what that multiplies o.
+  double add(double score) {
+    const double gap = score - maximum - rest;
+    if (!(gap > 0)) {
+      rest += std::log1p(std::exp(gap));
+      return 1 / (1 + std::exp(gap));
+    }
+    maximum = score;
+    rest = std::log1p(std::exp(-gap));
+    return std::exp(-gap) / (1 + std::exp(-gap));
+  }
+};
+
 // Room for the rows of o: kBlock rows of padded(Dv).
 template <class C>
 inline void store_output(const AttentionForward<C>& a, const Block& block,
                          const Partial<C>& partial, C* o_rows) {
   constexpr int L = kLanes<C>;
-  constexpr C kInf = std::numeric_limits<C>::infinity();
+  constexpr double kInf = std::numeric_limits<double>::infinity(), kLn2 = 0.69314718055994531;
   const int64_t rows = block.rows(), Dvp = padded<C>(a.Dv);
-  const C scale = late_scale(a), unit = kLog2E<C> * scale;
-  const bool narrow = is_narrow<C>(block);
   C integer[kBlock], fraction[kBlock];  // of log2 of the sums
+  C factor[kBlock] = {};                // of the sinks
   for (int64_t t = 0; t < padded<C>(rows); t += L) {
     Vec<C> n;
     store(fraction + t, log2_fraction(load(partial.sum + t), n));
     store(integer + t, n);
   }
-  if (!narrow) {
-    for (int64_t t = 0; t < padded<C>(rows); t += L) {
-      const Vec<C> sum = load(partial.sum + t);
-      const Vec<C> weight = sum == 0 ? Vec<C>{} : 1 / sum;  // 0 if nothing is visible
-      for (int64_t d = 0; d < a.Dv; ++d) {
-        C* p = partial.o + d * kBlock + t;
-        store(p, load(p) * weight);
-      }
-    }
-    transpose(partial.o, kBlock, Dvp, padded<C>(rows), o_rows, Dvp);
-  }
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t h = block.head(i), t = block.query(i);
-    const C sum = partial.sum[i];
-    C* row = (narrow ? partial.o : o_rows) + i * Dvp;
-    for (int64_t d = 0; narrow && d < a.Dv; ++d) row[d] = sum == 0 ? C{0} : row[d] / sum;
-    store_row(query_rows(a.o, block.document, h), t, row, a.Dv);
-    // By the factor that the scores were multiplied with, which keeps lse of a single key its score
-    // but for rounding.
-    const double log2_sum = static_cast<double>(integer[i]) + fraction[i];
-    const double lse = (partial.maximum[i] + log2_sum) / unit * scale;
-    a.lse[a.row_index(block.document, h, t)] = sum == 0 ? -kInf : static_cast<C>(lse);
+    LogSumExp lse{-kInf, 0};
+    const int64_t row = a.row_index(block.document, block.head(i), block.query(i));
+    if (partial.sum[i] != 0) {
+      lse = {partial.maximum[i], (double{integer[i]} + fraction[i]) * kLn2};
+      if (a.sink) factor[i] = static_cast<C>(lse.add(a.sink[block.head(i)]));
+    } else if (a.sink) {
+      lse.maximum = a.sink[block.head(i)];
+    }
+    const C value = a.lse[row] = static_cast<C>(lse.maximum + lse.rest);
+    a.lse_rest[row] = value == -kInf ? C{0} : static_cast<C>(lse.maximum - value + lse.rest);
+  }
+  if (a.sink) rescale(partial, block, a.Dv, factor);
+  if (!partial.by_rows()) transpose(partial.o, kBlock, Dvp, padded<C>(rows), o_rows, Dvp);
+  for (int64_t i = 0; i < rows; ++i) {
+    const C* row = (partial.by_rows() ? partial.o : o_rows) + i * Dvp;
+    store_row(query_rows(a.o, block.document, block.head(i)), block.query(i), row, a.Dv);
   }
 }
 
@@ -248,31 +279,20 @@ struct WideForward {
 template <class C>
 struct NarrowForward {
   static constexpr int64_t kFirst = 4;
-  C *q_rows, *k_buffer, *v_buffer, *scores;
-  C* row_scores;  // kKeys of each row
+  C *q_rows, *v_buffer, *scores;
+  NarrowScores<C> narrow;
 
-  NarrowForward(Scratch& scratch, const AttentionForward<C>& a) {
+  NarrowForward(Scratch& scratch, const AttentionForward<C>& a) : narrow(scratch, a.D) {
     q_rows = scratch.get<C>(kLanes<C> / 2 * padded<C>(a.D));
-    k_buffer = scratch.get<C>(kKeys * padded<C>(a.D));
     v_buffer = scratch.get<C>(kKeys * padded<C>(a.Dv));
     scores = scratch.get<C>(kKeys * kBlock);
-    row_scores = scratch.get<C>(kLanes<C> * kKeys);
   }
   void load(const AttentionForward<C>& a, const Block& block) {
     load_block(q_rows, a.q, block, a.D, block.rows());
   }
-  void multiply_rows(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-                     int64_t keys) {
-    const int64_t Dp = padded<C>(a.D);
-    const HeadRows k = narrow_rows(k_buffer, key_rows(a.k, block.document, hk), s0, keys, a.D);
-    TFKERN_COMPUTED(
-        C, k.dtype,
-        row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, row_scores, kKeys));
-  }
   void multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                 int64_t keys) {
-    multiply_rows(a, block, hk, s0, keys);
-    transpose(row_scores, kKeys, kLanes<C>, padded<C>(keys), scores);
+    narrow.multiply(a, block, hk, s0, keys, q_rows, scores);
   }
   void take(int64_t s, int64_t t, Vec<C> p0, Vec<C> p1) {
     store(scores + s * kBlock + t, p0);
@@ -307,19 +327,21 @@ struct ForwardRoom {
   }
 };
 
+// A given weight multiplies all p of a row, though not their sum.
 template <class C, class Products>
 void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
-               int64_t end, Products& products, ForwardRoom<C>& room, const Partial<C>& partial) {
+               int64_t end, Products& products, ForwardRoom<C>& room, const Partial<C>& partial,
+               const C* weight = nullptr) {
   const int64_t width = padded<C>(block.rows());
-  const C unit = kLog2E<C> * late_scale(a);
   products.load(a, block);
   for (int64_t s0 = begin / Products::kFirst * Products::kFirst; s0 < end; s0 += kKeys) {
     const int64_t keys = std::min<int64_t>(kKeys, end - s0);
     products.multiply(a, block, hk, s0, keys);
     finish_scores(products.scores, a, block, room.lanes, s0, keys, room.tile, room.buffer);
     if (a.dropout) dropout_tile(room.tile, a, room.lanes, s0, keys, width);
-    if (online_softmax(products.scores, a.dropout ? room.tile : nullptr, keys, width, unit,
-                       partial.maximum, partial.sum, room.factor, products)) {
+    if (weight) weigh_tile(room.tile, weight, a.dropout, width);
+    if (online_softmax(products.scores, a.dropout || weight ? room.tile : nullptr, keys, width,
+                       late_scale(a), partial.maximum, partial.sum, room.factor, products)) {
       rescale(partial, block, a.Dv, room.factor);
     }
     products.add_values(a, block, hk, s0, keys, partial.o);
@@ -333,19 +355,19 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
                  int64_t end, NarrowForward<C>& products, const Partial<C>& partial) {
   constexpr int L = kLanes<C>;
   constexpr C kInf = std::numeric_limits<C>::infinity();
-  const C unit = kLog2E<C> * late_scale(a);
+  const C scale = late_scale(a);
   products.load(a, block);
   for (int64_t s0 = begin; s0 < end; s0 += kKeys) {
     const int64_t keys = std::min<int64_t>(kKeys, end - s0);
-    products.multiply_rows(a, block, hk, s0, keys);
+    C* scores = products.narrow.by_rows(a, block, hk, s0, keys, products.q_rows);
     for (int64_t i = 0; i < block.rows(); ++i) {
-      C* p = products.row_scores + i * kKeys;
+      C* p = scores + i * kKeys;
       std::fill(p + keys, p + padded<C>(keys), -kInf);
       Vec<C> top = broadcast(-kInf);
       for (int64_t s = 0; s < keys; s += L) top = vmax(load(p + s), top);
-      const C before = partial.maximum[i], m = max<C>(top) * unit;
-      if (m > before + kHeadroom) {
-        const C factor = std::exp2(before - m);
+      const C before = partial.maximum[i], m = rounded_product(max<C>(top), scale);
+      if (m - before > kHeadroom<C>) {
+        const C factor = std::exp(before - m);
         partial.maximum[i] = m;
         partial.sum[i] *= factor;
         C* o = partial.o + i * partial.row;
@@ -354,13 +376,13 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
       const C shift = partial.maximum[i] == -kInf ? C{0} : partial.maximum[i];
       Vec<C> sums{};
       for (int64_t s = 0; s < keys; s += L) {
-        const Vec<C> e = exp2_flush(load(p + s) * unit - shift);
+        const Vec<C> e = exp_difference(load(p + s), scale, broadcast(shift));
         store(p + s, e);
         sums = sums + e;
       }
       partial.sum[i] += sum<C>(sums);
     }
-    products.add_values(a, block, hk, s0, keys, Left<C>{products.row_scores, kKeys, 1}, partial.o);
+    products.add_values(a, block, hk, s0, keys, Left<C>{scores, kKeys, 1}, partial.o);
   }
 }
 
@@ -384,23 +406,38 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
     const int64_t begin = std::max(block.begin, part * a.part_keys);
     const int64_t end = parts == 1 ? block.end : std::min(block.end, (part + 1) * a.part_keys);
     C* data = parts == 1 ? own_partial : a.partials + task * a.partial_size();
-    const Partial<C> partial = partial_at(data, block, Dv);
+    const Partial<C> partial = partial_at(data, a, block);
 
     fill_lanes(room.lanes, a, block);
-    start(partial, a, block, a.sink && part == 0);
-    if (is_narrow<C>(block) && plain && !band_hides(a, block, begin, end - begin)) {
+    start(partial, block, Dv);
+    if (is_narrow<C>(a, block) && plain && !band_hides(a, block, begin, end - begin)) {
       walk_narrow(a, block, hk, begin, end, narrow, partial);
-    } else if (is_narrow<C>(block)) {
+    } else if (is_narrow<C>(a, block)) {
       walk_keys(a, block, hk, begin, end, narrow, room, partial);
     } else {
       walk_keys(a, block, hk, begin, end, products, room, partial);
     }
+    C weight[kBlock] = {};
+    invert(partial, block, weight);
+    if (!rescale(partial, block, Dv, weight)) {
+      // Large values overflow where their weights do not sum up to 1 yet, which they do when they
+      // are divided first, the maximum being known.
+      C maximum[kBlock];
+      std::copy(partial.maximum, partial.maximum + kBlock, maximum);
+      start(partial, block, Dv);
+      std::copy(maximum, maximum + kBlock, partial.maximum);
+      if (is_narrow<C>(a, block)) {
+        walk_keys(a, block, hk, begin, end, narrow, room, partial, weight);
+      } else {
+        walk_keys(a, block, hk, begin, end, products, room, partial, weight);
+      }
+    }
     // Who finishes the last part of a block joins them all, in their order.
     if (parts > 1 && ++a.finished[task - part] < parts) continue;
-    const Partial<C> first = partial_at(data - part * a.partial_size(), block, Dv);
+    const Partial<C> first = partial_at(data - part * a.partial_size(), a, block);
     for (int64_t i = 1; i < parts; ++i) {
       C* other = a.partials + (task - part + i) * a.partial_size();
-      join(first, partial_at(other, block, Dv), block.rows(), Dv);
+      join(first, partial_at(other, a, block), block.rows(), Dv);
     }
     store_output(a, block, first, o_rows);
   }

@@ -194,7 +194,8 @@ inline void load_block(C* dst, const Heads& x, const Block& block, int64_t N, in
   const int64_t width = padded<C>(N);
   for (int64_t i = 0; i < count; ++i) {
     C* row = dst + i * width;
-    const bool exists = i < block.rows() && !(lse && lse[i] == std::numeric_limits<C>::infinity());
+    const bool left_out = lse && lse[i] == std::numeric_limits<C>::infinity();
+    const bool exists = i < block.rows() && !left_out;
     if (exists) load_row(row, query_rows(x, block.document, block.head(i)), block.query(i), N);
     std::fill(row + (exists ? N : 0), row + width, C{0});
   }
@@ -228,7 +229,45 @@ inline void fill_lanes(Lanes<C>& lanes, const AttentionScores<C>& a, const Block
   }
 }
 
+// Rows too few to fill half a vector, as in decoding: products then run along the features instead
+// of the rows, and o is kept by rows. The question is asked of the forward's block of these rows,
+// which holds all heads of a group if they share it.
+template <class C>
+inline bool is_narrow(const AttentionShape& a, const Block& block) {
+  const Document& document = block.document;
+  const int64_t rows = a.shared(document) ? a.group() * document.queries : block.rows();
+  return rows <= kLanes<C> / 2;
+}
+
 // ---- scores ----
+
+// q k^T of a narrow block. The backward takes them from here as well: sums in another order would
+// differ by roundings, which exponentials of large scores turn into factors.
+template <class C>
+struct NarrowScores {
+  C *k_buffer, *rows;
+
+  NarrowScores(Scratch& scratch, int64_t D) {
+    k_buffer = scratch.get<C>(kKeys * padded<C>(D));
+    rows = scratch.get<C>(kLanes<C> * kKeys);
+  }
+  // Those of keys [s0, s0 + keys), with kKeys of each row.
+  C* by_rows(const AttentionScores<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
+             const C* q_rows) {
+    const int64_t Dp = padded<C>(a.D);
+    const HeadRows k = narrow_rows(k_buffer, key_rows(a.k, block.document, hk), s0, keys, a.D);
+    TFKERN_COMPUTED(C, k.dtype,
+                    row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, rows, kKeys));
+    return rows;
+  }
+  // The same as a tile, whose other lanes are 0.
+  void multiply(const AttentionScores<C>& a, const Block& block, int64_t hk, int64_t s0,
+                int64_t keys, const C* q_rows, C* scores) {
+    by_rows(a, block, hk, s0, keys, q_rows);
+    std::fill(rows + block.rows() * kKeys, rows + kLanes<C> * kKeys, C{0});
+    transpose(rows, kKeys, kLanes<C>, padded<C>(keys), scores);
+  }
+};
 
 // dst[i] = the element `i * stride` bytes from p. A mask gives 0 for True and -inf for False.
 template <class C>
@@ -317,12 +356,10 @@ inline void seen_parts(const AttentionShape& a, const Block& block, int64_t s0, 
 }
 
 // Whether nothing is done to q k^T but hiding some of it, and scaling it by a positive number. The
-// factor may then wait until exponentials are taken, which have one anyway, unless the two together
-// leave the range of normal numbers.
+// factor may then wait until exponentials are taken.
 template <class C>
 inline bool scaled_late(const AttentionScores<C>& a) {
-  const bool normal = a.scale > 0 && std::isnormal(kLog2E<C> * a.scale);
-  return normal && a.softcap == 0 && !a.bias.data && !a.alibi_slopes;
+  return a.scale > 0 && a.softcap == 0 && !a.bias.data && !a.alibi_slopes;
 }
 
 // The factor that finish_scores leaves out.
@@ -403,6 +440,17 @@ inline void dropout_tile(C* keep, const AttentionScores<C>& a, const Lanes<C>& l
           for (int j = 0; j < L; ++j) p[j] = draw[i][j] >= a.threshold ? a.keep : C{0};
         }
       }
+    }
+  }
+}
+
+// keep[s][row] = weight[row], times what `keep` holds if that is set.
+template <class C>
+inline void weigh_tile(C* keep, const C* weight, bool set, int64_t width) {
+  for (int64_t s = 0; s < kKeys; ++s) {
+    for (int64_t t = 0; t < width; ++t) {
+      C& x = keep[s * kBlock + t];
+      x = set ? x * weight[t] : weight[t];
     }
   }
 }

@@ -168,6 +168,18 @@ inline V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
+// A product that is rounded, which a sum with it would leave out.
+template <class V>
+inline V rounded_product(V a, V b) {
+  V product = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // Whether a comparison holds in some lane.
 template <class M>
 inline bool any(M mask) {

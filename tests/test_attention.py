@@ -325,7 +325,7 @@ def test_opcheck(backend, device, full):
     *others, seed = tensors
     torch.library.opcheck(ops.attention_forward.default, (q, k, v, *others, None, seed, *options))
     o, lse = ops.attention_forward(q, k, v, *others, None, seed, *options)
-    dlse = torch.randn_like(lse) if full else None
+    dlse = torch.randn_like(lse[0]) if full else None
     torch.library.opcheck(
         ops.attention_backward.default, (o, dlse, q, k, v, o, lse, *tensors, *options, full)
     )

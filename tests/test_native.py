@@ -105,6 +105,21 @@ def test_what_is_said_of_attention_on_cuda(monkeypatch, dtype, size, needs_grad,
     assert reason is None if told is None else told in reason
 
 
+@pytest.mark.parametrize("sink", [None, torch.zeros(2)], ids=["", "sink"])
+@pytest.mark.parametrize("T", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_next_to_the_largest_number(dtype, T, sink):
+    """Their mean is finite, though the sum of two is not."""
+    q = torch.randn(1, 2, T, 16, dtype=dtype)
+    k = torch.zeros(1, 1, 3000, 16, dtype=dtype)
+    v = torch.full((1, 1, 3000, 8), 3e38, dtype=dtype)
+    o = tfkern.attention(q, k, v, sink=sink, backend="native")
+    share = 1 if sink is None else 3000 / 3001
+    expected = v[:, :, :1].double().expand(o.shape) * share
+    rtol = 4 * torch.finfo(dtype).eps + 1e-5  # of the sum of 3000 terms
+    torch.testing.assert_close(o.double(), expected, rtol=rtol, atol=0)
+
+
 def test_calls_from_several_threads():
     """Sizes whose scratch memory is kept from one call to the next."""
 

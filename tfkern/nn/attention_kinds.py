@@ -195,7 +195,7 @@ class LuongAttention(nn.Module):
             # of the two sums
             options["bias"] = fall[:, None].to(torch.promote_types(q.dtype, torch.float32))
             o, narrow = attention(q, k, k, return_lse=True, **options)
-            ratio = torch.where(lse.isfinite(), narrow - lse, -torch.inf).exp()
+            ratio = torch.where(lse != -torch.inf, narrow - lse, -torch.inf).exp()
             o = o * ratio[..., None].to(o.dtype)
         weights = attention_weights(q, k, lse, **options)
         return o[:, 0], weights[:, 0].to(q.dtype)

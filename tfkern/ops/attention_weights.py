@@ -8,7 +8,7 @@ from torch import Tensor
 from tfkern import dispatch
 from tfkern.ops import checks
 from tfkern.ops.attention import bind
-from tfkern.reference.attention import Options, places, scores
+from tfkern.reference.attention import Options, Places, places, scores
 
 _Choice = Tensor | Sequence[int] | slice | None
 
@@ -43,7 +43,8 @@ def attention_weights(
     Args:
         q: (B, H, T, D), k: (B, Hk, S, D), as given to `attention`, and so all further options.
         lse: (B, H, T), as `attention(..., return_lse=True)` returned it. It includes the sink,
-            which is therefore no argument here: with one, a row sums to less than 1.
+            which is therefore no argument here: with one, a row sums to less than 1. Otherwise a
+            row sums to 1, also where scores are so large that lse is rounded by more than 1.
         heads: which query heads, rows: which queries. A sequence or 1-d int tensor of indices
             (negative ones count from the end), a slice, or None for all.
 
@@ -89,8 +90,32 @@ def attention_weights(
     with dispatch.no_autocast(q.device):
         options = Options(scale, bias, mask, alibi_slopes, left=left, right=right, softcap=softcap)
         s, _ = scores(q, k, of_queries, of_keys, options)
-        # exp(-inf - 0) = 0 in a row that sees nothing, where lse may be -inf
-        return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+        return _normalised(s, lse[..., None], _rounding(q, k, of_keys, scale))
+
+
+def _normalised(s: Tensor, lse: Tensor, rounding: Tensor) -> Tensor:
+    """exp(s - lse), as softmax(s) exp(own - lse) with the log-sum-exp of these scores themselves.
+
+    The fused op sums the products of q and k in another order than these scores were. Where the
+    two log-sum-exps differ by no more than that, they are the same: exp of the difference of two
+    roundings of 1e6 would be a factor of 1.1.
+    """
+    nothing = (s == -torch.inf).all(-1, keepdim=True)  # in view of a row
+    s = s.masked_fill(nothing, 0)
+    own = s.logsumexp(-1, keepdim=True)
+    excess = own - lse
+    limit = rounding + own.detach().abs() * torch.finfo(s.dtype).eps
+    excess = torch.where(excess.detach().abs() <= limit, 0, excess).masked_fill(nothing, -torch.inf)
+    return s.softmax(-1) * excess.exp()
+
+
+def _rounding(q: Tensor, k: Tensor, keys: Places, scale: float) -> Tensor:
+    """How far scores of the same q (B, H, T, D) and k may lie apart: (B, H, T, 1)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.detach().to(dtype), k.detach().to(dtype)
+    k = torch.where(keys.exist[:, None, :, None], k, 0)  # others may hold anything
+    longest = k.norm(dim=-1).max() if k.numel() else 0
+    return 8 * torch.finfo(dtype).eps * abs(scale) * longest * q.norm(dim=-1, keepdim=True)
 
 
 def _check_lse(lse: Tensor, q: Tensor) -> None:
