@@ -88,8 +88,7 @@ constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double :
 
 Heads heads(const Tensor& t) {
   const int64_t bytes = static_cast<int64_t>(t.element_size());
-  return {static_cast<char*>(t.data_ptr()), t.stride(0) * bytes, t.stride(1) * bytes,
-          t.stride(2) * bytes, dtype(t)};
+  return {data<char>(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes, dtype(t)};
 }
 
 Tensor with_contiguous_rows(const Tensor& t) {
@@ -107,41 +106,47 @@ Elements elements(const Optional& t, const AttentionShape& a) {
     if (t->size(i) != 1) strides[i] = t->stride(i) * static_cast<int64_t>(t->element_size());
   }
   const bool boolean = t->scalar_type() == ScalarType::Bool;
-  return {static_cast<const char*>(t->data_ptr()), strides[0], strides[1], strides[2], strides[3],
-          boolean ? Dtype::f32 : dtype(*t),        boolean};
+  return {data<const char>(*t),
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3],
+          boolean ? Dtype::f32 : dtype(*t),
+          boolean};
 }
 
-// The elements of a tensor of integers, row by row.
-std::vector<int64_t> integers(const Tensor& t) {
+// The elements of a vector or, row by row, of a matrix of integers.
+std::vector<int64_t> integers(const Tensor& t, int64_t dim) {
   const bool wide = t.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK((wide || t.scalar_type() == ScalarType::Int) && t.dim() >= 1 && t.dim() <= 2,
+  STD_TORCH_CHECK((wide || t.scalar_type() == ScalarType::Int) && t.dim() == dim,
                   "tfkern::attention: expected int32 or int64 lengths, positions and pages");
-  const int64_t rows = t.dim() == 2 ? t.size(0) : 1, columns = t.size(t.dim() - 1);
+  const int64_t rows = dim == 2 ? t.size(0) : 1, columns = t.size(dim - 1);
+  const int64_t row = dim == 2 ? t.stride(0) : 0, column = t.stride(dim - 1);
   std::vector<int64_t> result;
   result.reserve(rows * columns);
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < columns; ++n) {
-      const int64_t i = (t.dim() == 2 ? m * t.stride(0) : 0) + n * t.stride(t.dim() - 1);
-      result.push_back(wide ? static_cast<const int64_t*>(t.data_ptr())[i]
-                            : static_cast<const int32_t*>(t.data_ptr())[i]);
+      const int64_t i = m * row + n * column;
+      result.push_back(wide ? data<const int64_t>(t)[i] : data<const int32_t>(t)[i]);
     }
   }
   return result;
 }
 
-// The elements of a (rows, columns) or (columns,) tensor in the computing type; empty if absent.
+// The elements of a (rows, columns) tensor, or with one row of a vector, in the computing type;
+// empty if absent.
 template <class C>
 std::vector<C> parameters(const Optional& t, int64_t rows, int64_t columns) {
   if (!t) return {};
   const bool matrix = t->dim() == 2;
-  STD_TORCH_CHECK((matrix || t->dim() == 1) && t->numel() == rows * columns,
+  STD_TORCH_CHECK(matrix ? t->size(0) == rows && t->size(1) == columns
+                         : t->dim() == 1 && rows == 1 && t->size(0) == columns,
                   "tfkern::attention: alibi_slopes or sink do not fit q");
   std::vector<C> result(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) {
     const int64_t from =
         (matrix ? i / columns * t->stride(0) : 0) + i % columns * t->stride(matrix ? 1 : 0);
-    TFKERN_DTYPE(dtype(*t), baseline::convert(result.data() + i,
-                                              static_cast<const T*>(t->data_ptr()) + from, 1));
+    TFKERN_DTYPE(dtype(*t), baseline::convert(result.data() + i, data<const T>(*t) + from, 1));
   }
   return result;
 }
@@ -149,7 +154,7 @@ std::vector<C> parameters(const Optional& t, int64_t rows, int64_t columns) {
 // Lengths clamped to [0, limit]; absent ones are `limit`.
 std::vector<int64_t> lengths(const Optional& t, int64_t B, int64_t limit) {
   if (!t) return std::vector<int64_t>(B, limit);
-  std::vector<int64_t> result = integers(*t);
+  std::vector<int64_t> result = integers(*t, 1);
   STD_TORCH_CHECK(static_cast<int64_t>(result.size()) == B,
                   "tfkern::attention: expected lengths of shape (B,)");
   for (int64_t& length : result) length = std::clamp<int64_t>(length, 0, limit);
@@ -174,7 +179,7 @@ std::vector<Document> documents(const Arguments& in, int64_t B, int64_t T, int64
     for (int64_t b = 0; b < B; ++b) result.push_back({b, 0, 0, queries[b], keys[b]});
     return result;
   }
-  const auto queries = integers(*in.cu_seqlens_q), keys = integers(*in.cu_seqlens_k);
+  const auto queries = integers(*in.cu_seqlens_q, 1), keys = integers(*in.cu_seqlens_k, 1);
   STD_TORCH_CHECK(B == 1 && queries.size() == keys.size(),
                   "tfkern::attention: cu_seqlens_q and cu_seqlens_k do not fit together");
   int64_t query_end = 0, key_end = 0;
@@ -227,18 +232,18 @@ AttentionShape shape(const Arguments& in) {
 // The arguments as the kernels see them, and what they point to.
 template <class C>
 struct Converted {
+  std::vector<C> alibi_slopes, sink;  // first, since they are checked before anything is copied
   Tensor q, k, v;
-  std::vector<C> alibi_slopes, sink;
   std::vector<int64_t> pages;
 
   Converted(const Arguments& in, const AttentionShape& a)
-      : q(with_contiguous_rows(in.q)),
+      : alibi_slopes(parameters<C>(in.alibi_slopes, a.documents.size(), a.H)),
+        sink(parameters<C>(in.sink, 1, a.H)),
+        q(with_contiguous_rows(in.q)),
         k(with_contiguous_rows(in.k)),
-        v(with_contiguous_rows(in.v)),
-        alibi_slopes(parameters<C>(in.alibi_slopes, a.documents.size(), a.H)),
-        sink(parameters<C>(in.sink, 1, a.H)) {
+        v(with_contiguous_rows(in.v)) {
     if (!in.page_table) return;
-    pages = integers(*in.page_table);
+    pages = integers(*in.page_table, 2);
     // Entries beyond a length may hold anything.
     for (int64_t& page : pages) page = std::clamp<int64_t>(page, 0, in.k.size(0) - 1);
   }
@@ -261,11 +266,10 @@ struct Converted {
     a.mask = elements(in.mask, a);
     a.alibi_slopes = in.alibi_slopes ? alibi_slopes.data() : nullptr;
     a.sink = in.sink ? sink.data() : nullptr;
+    check_probability(in.dropout_p);
     a.dropout = in.seed && in.dropout_p > 0;
     if (a.dropout) {
-      STD_TORCH_CHECK(in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1,
-                      "tfkern::attention: expected one int64 as seed");
-      a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(in.seed->data_ptr()));
+      a.seed = seed_of(*in.seed);
       const double threshold = std::ceil(std::ldexp(in.dropout_p, 32));
       const bool any = threshold < std::ldexp(1.0, 32);  // else no draw is large enough
       a.threshold = any ? static_cast<uint32_t>(threshold) : 0;
@@ -362,8 +366,8 @@ Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, cons
   zero_rest(dv, a, true);
   a.d_o = heads(d_o);
   a.o = heads(o);
-  a.dlse = dlse ? static_cast<const C*>(dlse->data_ptr()) : nullptr;
-  a.lse = static_cast<const C*>(lse.data_ptr());
+  a.dlse = dlse ? data<const C>(*dlse) : nullptr;
+  a.lse = data<const C>(lse);
   a.lse_rest = a.lse + a.B * a.H * a.T;
   a.dq = heads(dq);
   a.dk = heads(dk);

@@ -72,7 +72,7 @@ Rows rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1),
                   "tfkern::layer_norm: expected matrices with contiguous rows");
   const int64_t bytes = static_cast<int64_t>(t.element_size());
-  return {static_cast<char*>(t.data_ptr()), t.stride(0) * bytes, dtype(t)};
+  return {data<char>(t), t.stride(0) * bytes, dtype(t)};
 }
 
 Rows rows(const std::optional<Tensor>& t) { return t ? rows(*t) : Rows{}; }
@@ -82,21 +82,18 @@ template <class C>
 const C* parameters(const std::optional<Tensor>& t, int64_t N, C neutral, Scratch& scratch) {
   const int64_t P = padded(N);
   if (t) {
-    STD_TORCH_CHECK(t->numel() == N && (N <= 1 || t->stride(0) == 1),
-                    "tfkern::layer_norm: expected a contiguous vector of N parameters");
     const bool computing = dtype(*t) == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32);
-    if (computing && N == P) return static_cast<const C*>(t->data_ptr());
+    if (computing && N == P) return data<const C>(*t);
   }
   C* out = std::fill_n(scratch.get<C>(P), P, neutral) - P;
-  if (t) TFKERN_DTYPE(dtype(*t), baseline::convert(out, static_cast<const T*>(t->data_ptr()), N));
+  if (t) TFKERN_DTYPE(dtype(*t), baseline::convert(out, data<const T>(*t), N));
   return out;
 }
 
 Dropout dropout(const std::optional<Tensor>& seed, double p) {
   if (!seed) return {};
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "tfkern::layer_norm: expected one int64 as seed");
-  return {p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()))};
+  check_probability(p);
+  return {p, seed_of(*seed)};
 }
 
 // Whether x is an (M, N) matrix, or absent.
@@ -104,9 +101,13 @@ bool fits(const std::optional<Tensor>& x, int64_t M, int64_t N) {
   return !x || (x->dim() == 2 && x->size(0) == M && x->size(1) == N);
 }
 
-// Whether x holds M statistics one after the other.
-bool statistics(const Tensor& x, int64_t M) {
-  return x.dim() == 1 && x.size(0) == M && (M <= 1 || x.stride(0) == 1);
+void check_parameters(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                      int64_t N) {
+  for (const std::optional<Tensor>* t : {&weight, &bias}) {
+    STD_TORCH_CHECK(!*t || is_vector(**t, N),
+                    "tfkern::layer_norm: expected contiguous vectors of N parameters");
+    if (*t) dtype(**t);
+  }
 }
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -119,6 +120,8 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight,
       std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t M = x.size(0), N = x.size(1);
   const bool separate_h = residual || seed;
+  const Dropout drop = dropout(seed, p);
+  const Rows x_rows = rows(x), residual_rows = rows(residual);
   Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
   Tensor rstd = empty(x, {M}, kCompute);
   Tensor y = empty(x, {M, N}, x.scalar_type());
@@ -130,9 +133,9 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight,
       N,
       eps,
       rms,
-      dropout(seed, p),
-      rows(x),
-      rows(residual),
+      drop,
+      x_rows,
+      residual_rows,
       parameters(weight, N, C{1}, scratch),
       parameters(bias, N, C{0}, scratch),
       rows(y),
@@ -152,6 +155,10 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
               const std::optional<Tensor>& mean, const Tensor& rstd,
               const std::optional<Tensor>& seed, double p, bool separate_residual) {
   const int64_t M = dy.size(0), N = dy.size(1);
+  const Dropout drop = dropout(seed, p);
+  const Rows dy_rows = rows(dy), dh_rows = rows(dh), h_rows = rows(h);
+  const C* mean_data = mean ? data<const C>(*mean) : nullptr;
+  const C* rstd_data = data<const C>(rstd);
   Tensor dx = empty(dy, {M, N}, dy.scalar_type());
   Tensor dresidual =
       separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
@@ -162,13 +169,13 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
   const LayerNormBackward<C> a{
       N,
       !mean,
-      dropout(seed, p),
-      rows(dy),
-      rows(dh),
-      rows(h),
+      drop,
+      dy_rows,
+      dh_rows,
+      h_rows,
       parameters(weight, N, C{1}, scratch),
-      mean ? static_cast<const C*>(mean->data_ptr()) : nullptr,
-      static_cast<const C*>(rstd.data_ptr()),
+      mean_data,
+      rstd_data,
       rows(dx),
       separate_residual ? rows(dresidual) : Rows{},
   };
@@ -199,6 +206,7 @@ Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Te
                         double dropout_p, double eps, bool rms) {
   STD_TORCH_CHECK(x.dim() == 2 && fits(residual, x.size(0), x.size(1)),
                   "tfkern::layer_norm_forward: residual and x must have the same shape");
+  check_parameters(weight, bias, x.size(1));
   const bool wide = promote(x, residual) == ScalarType::Double;
   return (wide ? forward<double> : forward<float>)(x, weight, bias, residual, seed, dropout_p, eps,
                                                    rms);
@@ -208,12 +216,16 @@ Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
                          std::optional<Tensor> weight, std::optional<Tensor> bias,
                          std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
                          double dropout_p, bool separate_residual) {
+  STD_TORCH_CHECK(dy.dim() == 2, "tfkern::layer_norm_backward: expected a matrix dy");
   const int64_t M = dy.size(0), N = dy.size(1);
-  STD_TORCH_CHECK(
-      fits(h, M, N) && fits(dh, M, N) && statistics(rstd, M) &&
-          (!mean || (statistics(*mean, M) && mean->scalar_type() == rstd.scalar_type())),
-      "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
-  const bool wide = rstd.scalar_type() == ScalarType::Double;
+  const bool wide = dtype(h) == Dtype::f64;
+  const auto saved = [&](const Tensor& x) {
+    return is_vector(x, M) && x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
+  };
+  STD_TORCH_CHECK(fits(h, M, N) && fits(dh, M, N) && saved(rstd) && (!mean || saved(*mean)) &&
+                      (wide || dtype(dy) != Dtype::f64),
+                  "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
+  check_parameters(weight, bias, N);
   return (wide ? backward<double> : backward<float>)(dy, dh, h, weight, bias, mean, rstd, seed,
                                                      dropout_p, separate_residual);
 }

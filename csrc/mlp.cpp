@@ -77,19 +77,16 @@ std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, std::string acti
                                                   ScalarType type) {
   STD_TORCH_CHECK(total.dim() == 2 && !(gated && total.size(1) % 2),
                   "tfkern::mlp_activation_forward: total must be (M, F), gated (M, 2F)");
-  total = torch::stable::contiguous(total);
+  const Activation act = parse(activation);
+  const Dtype pre_dtype = dtype(type);
   const bool wide = is_wide(total, type);
+  total = torch::stable::contiguous(total);
   const int64_t M = total.size(0), W = total.size(1), F = gated ? W / 2 : W;
   Tensor h = empty(total, {M, F}, total.scalar_type());
   Tensor pre = wide ? empty(total, {M, W}, type) : absent(total, type);
-  const MlpForward a{parse(activation),
-                     gated,
-                     dtype(type),
-                     wide,
-                     F,
-                     total.data_ptr(),
-                     wide ? pre.data_ptr() : nullptr,
-                     h.data_ptr()};
+  const MlpForward a{
+      act,         gated, pre_dtype, wide, F, data<void>(total), wide ? pre.data_ptr() : nullptr,
+      h.data_ptr()};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));
   torch::stable::parallel_for(0, M, grain,
                               [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
@@ -111,19 +108,16 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
   STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
                       dh.size(1) * (gated ? 2 : 1) == pre.size(1),
                   "tfkern::mlp_activation_backward: dh and pre do not fit together");
+  const Activation act = parse(activation);
+  const Dtype pre_dtype = dtype(pre);
+  const bool wide = is_wide(dh, pre.scalar_type());
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
   Tensor dpre = empty(pre, {M, W}, dh.scalar_type()), h = empty(pre, {M, F}, dh.scalar_type());
   Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
-  const MlpBackward a{parse(activation),
-                      gated,
-                      dtype(pre),
-                      is_wide(dh, pre.scalar_type()),
-                      F,
-                      dh.data_ptr(),
-                      pre.data_ptr(),
-                      dpre.data_ptr(),
+  const MlpBackward a{act,         gated,          pre_dtype,       wide,
+                      F,           data<void>(dh), data<void>(pre), dpre.data_ptr(),
                       h.data_ptr()};
   // The number of chunks follows from the shape alone, so that the sums do not depend on the number
   // of threads.

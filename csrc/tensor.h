@@ -34,6 +34,32 @@ inline Dtype dtype(ScalarType type) {
 
 inline Dtype dtype(const Tensor& t) { return dtype(t.scalar_type()); }
 
+// The first element of a tensor. A view of bytes may begin between elements; kernels read whole
+// ones.
+template <class T>
+T* data(const Tensor& t) {
+  void* first = t.data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(first) % t.element_size() == 0,
+                  "tfkern: expected tensors whose memory is aligned to their elements");
+  return static_cast<T*>(first);
+}
+
+// Whether x is a vector of n elements, one after the other.
+inline bool is_vector(const Tensor& x, int64_t n) {
+  return x.dim() == 1 && x.size(0) == n && (n <= 1 || x.stride(0) == 1);
+}
+
+inline void check_probability(double p) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "tfkern: expected a dropout_p from 0 to 1");
+}
+
+// The seed of dropout, a single int64.
+inline uint64_t seed_of(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "tfkern: expected one int64 as seed");
+  return static_cast<uint64_t>(*data<const int64_t>(seed));
+}
+
 // A new contiguous tensor on the device of `like`. By the shim: a call of torch's operator through
 // the dispatcher takes half a microsecond more.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,

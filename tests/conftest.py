@@ -11,6 +11,9 @@ import emulation  # noqa: E402
 import interpreter  # noqa: E402
 import pytest  # noqa: E402
 
+if os.environ.get("TFKERN_CPU_SANITIZED"):
+    emulation.load_sanitized()
+
 import tfkern  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":

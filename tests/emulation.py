@@ -28,15 +28,19 @@ _FLAGS = {"plain": [], "sanitized": _SANITIZE}
 
 
 def build(sources: list[Path], flavour: str = "plain") -> Path:
-    """The shared library of these .cu files and the emulation, from the cache if there is one."""
+    """The shared library of these .cu files and the emulation, or of .cpp files for the CPU, from
+    the cache if there is one."""
     include = Path(torch.__file__).parent / "include"
     command = [
-        os.environ.get("CXX", "c++"), "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-psabi",
-        "-Wno-unknown-pragmas", "-fvisibility=hidden", "-DTFKERN_CUDA_HOST",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HOST}", f"-I{ROOT / 'csrc' / 'cuda'}",
+        os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-Wall", "-Wno-psabi",
+        "-Wno-unknown-pragmas", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000",
         f"-isystem{include}", *_FLAGS[flavour],
     ]  # fmt: skip
-    sources = [*sources, HOST / "cuda_host.cpp"]
+    if sources[0].suffix == ".cu":
+        command += ["-O2", "-DTFKERN_CUDA_HOST", f"-I{HOST}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        sources = [*sources, HOST / "cuda_host.cpp"]
+    else:
+        command += ["-O1", "-ffp-contract=fast", "-w"]  # the ordinary build has the warnings
     headers = sorted([*HOST.glob("*.h"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h")])
     contents = b"".join(path.read_bytes() for path in [*sources, *headers])
     identity = contents + " ".join([*command, torch.__version__]).encode()
@@ -110,20 +114,28 @@ def _or_double(operator, of_cpu):
     return call
 
 
+def load_sanitized() -> None:
+    """Makes `import tfkern` take the CPU's operators from a library with sanitizers."""
+    sources = sorted(set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc" / "module.cpp"})
+    library, load_library = build(sources, "sanitized"), torch.ops.load_library
+    torch.ops.load_library = lambda path: load_library(
+        library if Path(path).name.startswith("_operators") else path
+    )
+
+
+_PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys")
+
+
 def pytest(*arguments, flavour: str, order: int = 0) -> subprocess.CompletedProcess:
     """Runs pytest in a process in which `native` means the CUDA kernels on the host."""
-    return python(
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--capture=sys",
-        *arguments,
-        flavour=flavour,
-        TFKERN_CUDA_HOST=flavour,
-        TFKERN_CUDA_ORDER=str(order),
-    )
+    kernels = {"TFKERN_CUDA_HOST": flavour, "TFKERN_CUDA_ORDER": str(order)}
+    return python(*_PYTEST, *arguments, flavour=flavour, **kernels)
+
+
+def pytest_on_cpu(*arguments, **environment) -> subprocess.CompletedProcess:
+    """Runs pytest in a process whose kernels of the CPU are built with sanitizers."""
+    environment |= {"TFKERN_CPU_SANITIZED": "1"}
+    return python(*_PYTEST, *arguments, flavour="sanitized", **environment)
 
 
 def python(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
