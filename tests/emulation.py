@@ -92,7 +92,7 @@ def load(flavour: str = "plain"):
 def patch(flavour: str) -> None:
     """Makes the native backend run the operators for which there are CUDA kernels on the host."""
     ops = load(flavour)
-    importlib.import_module("tfkern.native.linear")._WIDENED_FROM = None  # as it is on a GPU
+    importlib.import_module("tfkern.native.linear")._WIDENED_FROM = {}  # as it is on a GPU
     for op in OPS:
         native = importlib.import_module(f"tfkern.native.{op}")
         for name, value in list(vars(native).items()):

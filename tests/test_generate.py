@@ -36,7 +36,10 @@ WRITERS = ("gpt1", "gpt2", "bart", "t5")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Ours and transformers' of each family, for texts of up to 640 tokens."""
+    """Ours and transformers' of each family, for texts of up to 640 tokens.
+
+    In float64, so that no token hangs on how a product is rounded.
+    """
     pairs = {}
     for name in WRITERS:
         config = dict(CASES[name].config)
@@ -50,7 +53,7 @@ def models(tmp_path_factory):
         theirs = replace(CASES[name], config=config).model(dtype=torch.float32)
         directory = tmp_path_factory.mktemp(name)
         theirs.save_pretrained(directory)
-        pairs[name] = (load(directory), theirs)
+        pairs[name] = (load(directory).double(), theirs.double())
     return pairs
 
 

@@ -16,11 +16,32 @@ native = pytest.importorskip("tfkern.native.linear")
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-@pytest.fixture(params=["widens", "has a matrix unit", "does neither"])
+WIDENED = {
+    "widens": [torch.bfloat16, torch.float16],
+    "widens float16": [torch.float16],
+    "has a matrix unit": [],
+    "does neither": [],
+}
+
+
+@pytest.fixture(params=WIDENED)
 def processor(request, monkeypatch):
     monkeypatch.setattr(native, "_MATRIX_UNIT", request.param == "has a matrix unit")
-    monkeypatch.setattr(native, "_WIDENED_FROM", 65 if request.param == "widens" else None)
+    monkeypatch.setattr(native, "_WIDENED_FROM", dict.fromkeys(WIDENED[request.param], 65))
     return request.param
+
+
+@pytest.mark.parametrize(
+    "x86, matrix_unit, fast_pairs, widened",
+    [
+        (True, False, False, [torch.bfloat16, torch.float16]),
+        (True, False, True, [torch.float16]),  # Zen 4: its products of bfloat16 are the fastest
+        (True, True, False, []),
+        (False, False, False, []),
+    ],
+)
+def test_what_each_processor_widens(x86, matrix_unit, fast_pairs, widened):
+    assert native.widened_from(x86, matrix_unit, fast_pairs) == dict.fromkeys(widened, 128)
 
 
 class Products(TorchDispatchMode):
@@ -66,7 +87,7 @@ def test_dtype_of_products(processor, rows, dtype):
     inputs = {name: t.requires_grad_() for name, t in make((rows, 3), 5, dtype).items()}
     with Products() as products:
         tfkern.linear(**inputs).sum().backward()
-    widened = processor == "widens" and rows >= 65
+    widened = dtype in WIDENED[processor] and rows >= 65
     assert products.dtypes == [torch.float32 if widened else dtype] * 3
 
 
@@ -179,7 +200,7 @@ def test_refuses_what_torch_refuses(processor):
 
 
 def test_module_is_torchs(monkeypatch):
-    monkeypatch.setattr(native, "_WIDENED_FROM", 1)
+    monkeypatch.setattr(native, "_WIDENED_FROM", {torch.bfloat16: 1})
     ours, theirs = Linear(5, 3, dtype=torch.bfloat16), torch.nn.Linear(5, 3, dtype=torch.bfloat16)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 4, 5).bfloat16()

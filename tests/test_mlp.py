@@ -196,7 +196,7 @@ def test_products_of_native(monkeypatch, hidden, out, matrix_unit, dtype, bias, 
     """Both ways to form products of 16-bit numbers, whatever this processor has."""
     native = importlib.import_module("tfkern.native.linear")
     monkeypatch.setattr(native, "_MATRIX_UNIT", matrix_unit)
-    monkeypatch.setattr(native, "_WIDENED_FROM", None if matrix_unit else 65)
+    monkeypatch.setattr(native, "_WIDENED_FROM", {} if matrix_unit else {dtype: 65})
     inputs = make((65, 33), hidden, out, dtype, "cpu", gated, bias)
     check(gated, "gelu_tanh", inputs, backend="native")
 

@@ -27,7 +27,8 @@ def generate(
     """Continues every prompt.
 
     Call eval() first if the model has dropout. Prompts may have unequal lengths; each row is what
-    it would be alone.
+    it would be alone, up to rounding: products may round otherwise for another number of rows, and
+    then a token that was close may be another one, in 16 bits often.
 
     Args:
         model: a decoder, or an encoder-decoder, with head "lm".
@@ -36,8 +37,8 @@ def generate(
         source: what the encoder of an encoder-decoder reads, in the form of prompts.
         samples: continuations of each prompt, one after the other in the result.
         sampling: how tokens are chosen; drawn from the model's distribution if None.
-        seeds: of each row, or that of the first, which the others count up from. A row depends on
-            its prompt and its seed only.
+        seeds: of each row, or that of the first, which the others count up from. No row's draws
+            depend on those of another.
         end_tokens: those that end a row; end_token of the configuration if None.
         cache: "static", "growing" or "none", see `Session`.
         stop: called with the row and each new token; True ends the row.

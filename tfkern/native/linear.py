@@ -6,6 +6,7 @@ x is (M, K), w (N, K). All products are torch's.
 """
 
 import math
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,32 @@ import torch.nn.functional as F
 from tfkern.native import _C
 
 _MATRIX_UNIT = _C.cpu_capability() == "amx"
-# x86 without one multiplies 16-bit numbers at half the rate of float32, or less: rows from which on
-# products are widened. Widening the weights, too, pays for itself from about 100 (768 x 3072).
-_WIDENED_FROM = 128 if "avx2" in _C.cpu_levels and not _MATRIX_UNIT else None
+
+
+def widened_from(x86: bool, matrix_unit: bool, fast_pairs: bool) -> dict[torch.dtype, int]:
+    """For each dtype whose products are widened, the rows from which on they are.
+
+    x86 without a matrix unit multiplies 16-bit numbers at half the rate of float32, or less; AMD's
+    that multiply pairs of bfloat16 do so at twice that rate (fast_pairs), and Intel's at half.
+    Widening the weights, too, pays for itself from about 100 rows (768 x 3072).
+    """
+    if not x86 or matrix_unit:
+        return {}
+    return dict.fromkeys((torch.float16,) if fast_pairs else (torch.bfloat16, torch.float16), 128)
+
+
+def _is_amd() -> bool:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            vendor = next((line for line in lines if line.startswith("vendor_id")), "")
+    except OSError:  # not Linux
+        vendor = platform.processor()
+    return "AuthenticAMD" in vendor
+
+
+_WIDENED_FROM = widened_from(
+    "avx2" in _C.cpu_levels, _MATRIX_UNIT, torch.cpu._is_avx512_bf16_supported() and _is_amd()
+)
 
 
 def forward(x, weight, bias):
@@ -42,9 +66,8 @@ def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
 
 def product_dtype(x, dtype):
     """The dtype of the factors of products with the rows of x, where that is cast to `dtype`."""
-    if x.is_cpu and dtype in (torch.bfloat16, torch.float16) and _WIDENED_FROM is not None:
-        return torch.float32 if math.prod(x.shape[:-1]) >= _WIDENED_FROM else dtype
-    return dtype
+    rows = _WIDENED_FROM.get(dtype) if x.is_cpu else None
+    return dtype if rows is None or math.prod(x.shape[:-1]) < rows else torch.float32
 
 
 def weight_gradient(dy, x):

@@ -16,10 +16,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         y = x weight^T + bias
 
-    x86 CPUs without a matrix unit multiply bfloat16 and float16 at half the rate of float32, or
-    less. There, factors of many rows are widened for the call; on those with one, the gradient of
-    weight takes its factors in an order that torch is fast at. Everywhere else, for all other
-    dtypes, and where a backend other than "native" is forced, this is torch's function.
+    x86 CPUs without a matrix unit multiply float16, and but for AMD's with avx512_bf16 bfloat16,
+    at half the rate of float32, or less. There, factors of many rows are widened for the call; on
+    those with a matrix unit, the gradient of weight takes its factors in an order that torch is
+    fast at. Everywhere else, for all other dtypes, and where a backend other than "native" is
+    forced, this is torch's function.
 
     Args:
         x: (..., K).
