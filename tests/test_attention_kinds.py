@@ -176,6 +176,15 @@ def test_additive_attention(kind):
     assert torch.autograd.gradcheck(lambda q, m: module(q, m, lengths), (query, memory))
 
 
+def test_the_network_of_luongs_concat_is_called():
+    """What hangs on it is not passed over."""
+    module = LuongAttention(C, "concat").double()
+    query, memory = inputs()
+    module.additive.register_forward_hook(lambda m, args, scores: 0 * scores)
+    _, weights = module(query, memory)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / S))
+
+
 def test_coverage_penalty():
     even = torch.full((1, 4, 4), 0.25)
     assert coverage_penalty(even).item() == 0

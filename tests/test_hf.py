@@ -1,9 +1,11 @@
 """transformers on tfkern's attention, norms and MLPs: the same outputs, gradients and training."""
 
 import copy
+import io
 
 import pytest
 import torch
+from adornments import ADORNMENTS
 from huggingface import CASES, V, transformers
 from weights import perturb
 
@@ -240,6 +242,131 @@ def test_patch_leaves_replaced_layers_alone():
     expected = mixed(tokens)[0]
     with hf.patch(mixed):
         torch.testing.assert_close(mixed(tokens)[0], expected, rtol=0.05, atol=0.1)
+
+
+LAYERS = [  # of every form of an MLP, with what stands beside them
+    ("gpt2", "transformer.h.0.mlp", ("c_fc", "c_proj", "act", "dropout")),
+    ("bart", "model.encoder.layers.0", ("fc1", "fc2", "activation_fn")),
+    ("vit", "vit.layers.0.mlp", ("fc1", "fc2", "activation_fn")),
+    ("t5", "encoder.block.0.layer.1.DenseReluDense", ("wi", "wo", "act", "dropout")),
+    ("t5-v1.1", "encoder.block.0.layer.1.DenseReluDense", ("wi_0", "wi_1", "wo", "act")),
+    ("llama", "model.layers.0.mlp", ("gate_proj", "up_proj", "down_proj", "act_fn")),
+    ("bert", "bert.encoder.layer.0.intermediate", ("dense", "intermediate_act_fn")),
+    ("bert", "bert.encoder.layer.0.output", ("dense", "dropout", "LayerNorm")),
+    ("bert", "bert.encoder.layer.0", ("intermediate", "output")),
+]
+CHILDREN = [(name, parent, child) for name, parent, children in LAYERS for child in children]
+
+
+def make(name):
+    return llama() if name == "llama" else CASES[name].model()
+
+
+@pytest.mark.parametrize("adornment", ["forward hook", "forward pre-hook", "own forward"])
+@pytest.mark.parametrize("name, parent, child", CHILDREN)
+def test_children_of_patched_modules(name, parent, child, adornment):
+    """Adorned before and after, they do what they do without a patch; plain again, as well."""
+    plain, late = make(name), make(name)
+    untouched = outputs(name, plain)
+    ADORNMENTS[adornment](plain.get_submodule(parent), child)
+    early, expected = copy.deepcopy(plain), outputs(name, plain)
+    assert not torch.allclose(expected[0], untouched[0])
+    hf.patch(early)
+    close(name, outputs(name, early), expected)
+    hf.patch(late)
+    handle = ADORNMENTS[adornment](late.get_submodule(parent), child)
+    close(name, outputs(name, late), expected)
+    if handle is not None:
+        handle.remove()
+        close(name, outputs(name, late), untouched)
+
+
+@pytest.mark.parametrize("adornment", ["pruning", "weight norm", "adapter", "quantised weight"])
+@pytest.mark.parametrize(
+    "name, parent, child",
+    [case for case in CHILDREN if case[2] in ("fc1", "fc2", "wi", "wi_0", "down_proj", "dense")],
+)
+def test_layers_of_patched_modules(name, parent, child, adornment):
+    """Twice, with gradients; an adapter calls what it has replaced."""
+    models = [make(name), make(name)]
+    hf.patch(models[1])
+    for model in models:
+        torch.manual_seed(0)
+        ADORNMENTS[adornment](model.get_submodule(parent), child)
+        model.parts = []
+        for _ in range(2):
+            out = outputs(name, model)
+            weights = [p for p in model.parameters() if p.requires_grad]
+            loss = torch.stack([x.square().mean() for x in out]).sum()
+            grads = torch.autograd.grad(loss, weights, allow_unused=True)
+            model.parts += [*out, *(g for g in grads if g is not None)]
+    close(name, models[1].parts, models[0].parts)
+
+
+@pytest.mark.parametrize("name, parent, child", CHILDREN)
+def test_hooks_of_patched_modules(name, parent, child):
+    """As many calls as without a patch, with the same inputs, also of a hook that removes
+    itself."""
+    calls = []
+    for patched in (False, True):
+        model, seen = make(name), []
+        if patched:
+            hf.patch(model)
+        module = model.get_submodule(parent).get_submodule(child)
+        handle = module.register_forward_hook(lambda m, args, y, seen=seen: seen.extend([*args, y]))
+        outputs(name, model)
+        handle.remove()
+        handles = []
+        handles.append(
+            module.register_forward_hook(lambda *_, handles=handles: handles[0].remove())
+        )
+        calls.append(seen + outputs(name, model))
+    assert len(calls[0]) == len(calls[1])
+    close(name, *calls)
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("t5", "encoder.block.0.layer.1.DenseReluDense.dropout"),
+        ("bert", "bert.encoder.layer.0.output.dropout"),
+        ("gpt2", "transformer.h.0.mlp.dropout"),
+    ],
+)
+def test_patched_modules_ask_the_dropout_whether_it_drops(name, path):
+    model = make(name)
+    with hf.patch(model), torch.no_grad():
+        expected = outputs(name, model)
+        close(name, outputs(name, model), expected)
+        model.get_submodule(path).train()
+        assert not torch.allclose(outputs(name, model)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", [*MODELS, "llama"])
+def test_copies_of_patched_models_have_their_own_weights(name):
+    model = make(name)
+    expected = outputs(name, model)
+    hf.patch(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = copy.deepcopy(model), torch.load(file, weights_only=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    for other in copies:
+        close(name, outputs(name, other), expected)
+
+
+def test_patched_models_compile_without_graph_breaks():
+    for name in ("gpt2", "bart", "bert", "llama"):
+        torch._dynamo.reset()
+        model = make(name)
+        model.set_attn_implementation("sdpa")
+        expected = outputs(name, model)
+        hf.patch(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(name, outputs(name, compiled), expected)
 
 
 def test_patch_really_computes(monkeypatch):

@@ -6,12 +6,13 @@ hf.patch(model)  # norms and MLPs, too
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tfkern.nn import Linear
+from tfkern.nn.fusible import LINEAR, fusible, unadorned
 from tfkern.ops import attention, attention_weights, gated_mlp, layer_norm, mlp, rms_norm
 
 
@@ -117,8 +118,10 @@ class Patch:
     def __exit__(self, *exception: object) -> None:
         self.undo()
 
-    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
+    def _replace(self, module: nn.Module, forward: Callable[..., Any], bound: object) -> None:
+        """Lets a call of the module be `forward(bound, ...)`: a closure would read the weights of
+        the original in a copy."""
+        module.forward = partial(forward, bound)
         self._modules.append(module)
 
 
@@ -129,10 +132,9 @@ def patch(model: nn.Module) -> Patch:
     Known are torch's layer norm, RMS norms by their name and form (a weight and variance_epsilon),
     and MLPs of these forms, on torch's linear layers: c_fc and c_proj (the GPTs), fc1 and fc2 (ViT,
     BART), wi and wo, wi_0 and wi_1 (T5), gate_proj, up_proj and down_proj (Llama), intermediate and
-    output (BERT). What has another form or activation stays as it is, as do layers that an adapter
-    or a quantiser has replaced, and what has dropout inside its MLP does so in training.
-
-    A copy of a patched model would compute with the weights of the original: undo it first.
+    output (BERT). What has another form or activation stays as it is. At every call so does an MLP
+    some layers of which have hooks, or have been replaced by an adapter, a quantiser or a
+    parametrisation, or drop something in its middle.
 
         with hf.patch(model) as patched:
             print(patched.names)
@@ -147,20 +149,31 @@ def patch(model: nn.Module) -> Patch:
     for name, module in model.named_modules():
         if "forward" in vars(module):
             continue  # of a part of what was patched before
-        if any(change(done, module) for change in (_norm, _gpt, _fc, _t5, _llama, _bert)):
+        if any(change(done, module) for change in (_norm, _whole, _fc, _bert)):
             done.names.append(name)
     return done
 
 
+_ACTIVATIONS = {
+    "GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu",
+}  # fmt: skip
+
+
 def _activation(module: Any) -> str | None:
-    """tfkern's name of an activation of transformers or torch."""
+    """tfkern's name of an activation of transformers or torch which nothing hangs on."""
+    if not isinstance(module, nn.Module) or not unadorned(module, _ours(module)):
+        return None
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    names = {
-        "GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh",
-        "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu",
-    }  # fmt: skip
-    return names.get(type(module).__name__)
+    return _ACTIVATIONS.get(type(module).__name__)
+
+
+def _ours(module: nn.Module) -> Any:
+    """The forward that `patch` gave the module, if it did."""
+    forward = vars(module).get("forward")
+    ours = isinstance(forward, partial) and forward.func.__module__ == __name__
+    return forward if ours else None
 
 
 def _has(module: Any, *names: str) -> bool:
@@ -169,119 +182,222 @@ def _has(module: Any, *names: str) -> bool:
 
 def _linear(module: Any, *names: str) -> bool:
     """Whether these are linear layers and no more: subclasses may add to the product."""
-    return all(type(getattr(module, name, None)) in (nn.Linear, Linear) for name in names)
+    if not _has(module, *names):
+        return False
+    return all(fusible(m, LINEAR, _ours(m)) for m in (getattr(module, name) for name in names))
+
+
+def _drops(dropout: nn.Module) -> bool:
+    """Whether a call of it may do more than hand on its input."""
+    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
+    return not idle or not unadorned(dropout)
 
 
 def _norm(done: Patch, module: Any) -> bool:
     named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-        done._replace(module, lambda x: layer_norm(x, module.weight, module.bias, eps=module.eps))
+        done._replace(module, _layer_norm, module)
     elif (
         named
         and hasattr(module, "variance_epsilon")
         and [n for n, _ in module.named_parameters()] == ["weight"]
     ):
-        plain = module.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if x.dtype != module.weight.dtype:
-                return plain(x)  # each has rules of its own for the dtype of the result
-            return rms_norm(x, module.weight, eps=module.variance_epsilon)
-
-        done._replace(module, forward)
+        done._replace(module, _rms_norm, module)
     else:
         return False
     return True
 
 
-def _gpt(done: Patch, module: Any) -> bool:
+def _layer_norm(module: Any, input: Tensor) -> Tensor:
+    return layer_norm(input, module.weight, module.bias, eps=module.eps)
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    if x.dtype != module.weight.dtype:
+        return type(module).forward(module, x)  # each has its own rules for the result's dtype
+    return rms_norm(x, module.weight, eps=module.variance_epsilon)
+
+
+def _whole(done: Patch, module: Any) -> bool:
+    """An MLP that is called as one."""
+    for activation, forward in (
+        (_gpt_activation, _gpt_mlp),
+        (_t5_activation, _t5_mlp),
+        (_llama_activation, _llama_mlp),
+    ):
+        if activation(module) is not None:
+            done._replace(module, forward, module)
+            return True
+    return False
+
+
+def _gpt_activation(module: Any) -> str | None:
+    """The activation of an MLP of this form, None of another or if it is not to be fused."""
     if not _has(module, "c_fc", "c_proj", "act", "dropout"):
-        return False
-    fc, proj, dropout = module.c_fc, module.c_proj, module.dropout
-    # Conv1D, the linear layer of some, holds weights (in, out)
-    turned = type(fc).__name__ == type(proj).__name__ == "Conv1D"
-    act = _activation(module.act)
-    if act is None or not (turned or _linear(module, "c_fc", "c_proj")):
-        return False
+        return None
+    # Conv1D, the linear layer of some, holds weights (in, out).
+    turned = _turned(module)
+    kinds = (type(module.c_fc),) if turned else LINEAR
+    plain = fusible(module.c_fc, kinds) and fusible(module.c_proj, kinds)
+    return _activation(module.act) if plain else None
 
-    def forward(x: Tensor) -> Tensor:
-        w1, w2 = (y.weight.t() if turned else y.weight for y in (fc, proj))
-        return dropout(mlp(x, w1, fc.bias, w2, proj.bias, activation=act))
 
-    done._replace(module, forward)
-    return True
+def _turned(module: Any) -> bool:
+    return type(module.c_fc).__name__ == type(module.c_proj).__name__ == "Conv1D"
+
+
+def _gpt_mlp(module: Any, x: Tensor) -> Tensor:
+    act, fc, proj = _gpt_activation(module), module.c_fc, module.c_proj
+    if act is None:
+        return type(module).forward(module, x)
+    w1, w2 = (y.weight.t() if _turned(module) else y.weight for y in (fc, proj))
+    return module.dropout(mlp(x, w1, fc.bias, w2, proj.bias, activation=act))
+
+
+def _t5_activation(module: Any) -> str | None:
+    if not _has(module, "act", "dropout"):
+        return None
+    plain = _linear(module, "wi_0", "wi_1", "wo") or _linear(module, "wi", "wo")
+    return _activation(module.act) if plain else None
+
+
+def _t5_mlp(module: Any, x: Tensor) -> Tensor:
+    act, wo = _t5_activation(module), module.wo
+    # wo may be kept in float32
+    if act is None or _drops(module.dropout) or x.dtype != wo.weight.dtype:
+        return type(module).forward(module, x)
+    if hasattr(module, "wi_0"):
+        return _gated(x, module.wi_0, module.wi_1, wo, act)
+    return mlp(x, module.wi.weight, module.wi.bias, wo.weight, wo.bias, activation=act)
+
+
+def _llama_activation(module: Any) -> str | None:
+    plain = _linear(module, "gate_proj", "up_proj", "down_proj") and _has(module, "act_fn")
+    return _activation(module.act_fn) if plain else None
+
+
+def _llama_mlp(module: Any, x: Tensor) -> Tensor:
+    act = _llama_activation(module)
+    if act is None:
+        return type(module).forward(module, x)
+    return _gated(x, module.gate_proj, module.up_proj, module.down_proj, act)
+
+
+def _gated(x: Tensor, gate: Any, up: Any, down: Any, act: str) -> Tensor:
+    weight = torch.cat([gate.weight, up.weight])
+    bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
+    return gated_mlp(x, weight, bias, down.weight, down.bias, activation=act)
+
+
+class _Parts:
+    """An MLP whose parts a model calls one by one. If it may be fused when the first is called,
+    that one and those after it hand on what they get, and the last computes it all."""
+
+    act: str | None = None  # in the course of such a call
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def activation(self) -> str | None:
+        raise NotImplementedError
+
+    def _begin(self, part: Any, x: Tensor) -> Tensor:
+        self.act = self.activation()
+        return self._pass(part, x)
+
+    def _pass(self, part: Any, x: Tensor) -> Tensor:
+        return type(part).forward(part, x) if self.act is None else x
+
+    def _end(self) -> str | None:
+        act, self.act = self.act, None
+        return act
+
+
+class _Fc(_Parts):
+    """BART calls fc1, the activation and fc2 itself."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.fc1, self.fc2, self.middle = module.fc1, module.fc2, module.activation_fn
+
+    def activation(self) -> str | None:
+        m = self.module
+        same = m.fc1 is self.fc1 and m.fc2 is self.fc2 and m.activation_fn is self.middle
+        if not same or not _linear(m, "fc1", "fc2") or vars(m).get("activation_dropout"):
+            return None
+        return _activation(self.middle)
+
+    def begin(self, x: Tensor) -> Tensor:
+        return self._begin(self.fc1, x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self._pass(self.middle, x)
+
+    def end(self, x: Tensor) -> Tensor:
+        act, fc1, fc2 = self._end(), self.fc1, self.fc2
+        if act is None:
+            return type(fc2).forward(fc2, x)
+        return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=act)
 
 
 def _fc(done: Patch, module: Any) -> bool:
-    """The activation and fc1 hand on what they get, and fc2 does it all: BART calls them singly."""
-    if not _linear(module, "fc1", "fc2") or not _has(module, "activation_fn"):
+    if not _has(module, "fc1", "fc2", "activation_fn"):
         return False
-    fc1, fc2, act = module.fc1, module.fc2, _activation(module.activation_fn)
-    if act is None or vars(module).get("activation_dropout"):
-        return False
-    done._replace(fc1, lambda x: x)
-    done._replace(module.activation_fn, lambda x: x)
-    done._replace(fc2, lambda x: mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=act))
-    return True
+    parts = _Fc(module)
+    forwards = {parts.fc1: _Fc.begin, parts.middle: _Fc.activate, parts.fc2: _Fc.end}
+    return _replace_parts(done, parts, forwards)
 
 
-def _t5(done: Patch, module: Any) -> bool:
-    gated = _linear(module, "wi_0", "wi_1", "wo")
-    if not (gated or _linear(module, "wi", "wo")) or not _has(module, "act", "dropout"):
-        return False
-    act = _activation(module.act)
-    if act is None:
-        return False
-    dropout, plain = module.dropout, module.forward
+class _Bert(_Parts):
+    """intermediate and output; the latter also adds and normalises."""
 
-    def forward(x: Tensor) -> Tensor:
-        if module.training and dropout.p or x.dtype != module.wo.weight.dtype:
-            return plain(x)  # wo may be kept in float32
-        if gated:
-            both = torch.cat([module.wi_0.weight, module.wi_1.weight])
-            return gated_mlp(x, both, None, module.wo.weight, None, activation=act)
-        return mlp(x, module.wi.weight, None, module.wo.weight, None, activation=act)
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.inner, self.output = module.intermediate, module.output
 
-    done._replace(module, forward)
-    return True
+    def activation(self) -> str | None:
+        m, inner, output = self.module, self.inner, self.output
+        same = m.intermediate is inner and m.output is output
+        plain = unadorned(inner, _ours(inner)) and unadorned(output, _ours(output))
+        if not (same and plain and _linear(inner, "dense") and _linear(output, "dense")):
+            return None
+        if not _has(output, "dropout", "LayerNorm"):
+            return None
+        norm, dropout = output.LayerNorm, output.dropout
+        if not fusible(norm, (nn.LayerNorm,), _ours(norm)):
+            return None
+        if type(dropout) is not nn.Dropout or not unadorned(dropout):
+            return None
+        return _activation(getattr(inner, "intermediate_act_fn", None))
 
+    def begin(self, x: Tensor) -> Tensor:
+        return self._begin(self.inner, x)
 
-def _llama(done: Patch, module: Any) -> bool:
-    if not _linear(module, "gate_proj", "up_proj", "down_proj") or not _has(module, "act_fn"):
-        return False
-    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
-    act = _activation(module.act_fn)
-    if act is None:
-        return False
-
-    def forward(x: Tensor) -> Tensor:
-        weight = torch.cat([gate.weight, up.weight])
-        bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
-        return gated_mlp(x, weight, bias, down.weight, down.bias, activation=act)
-
-    done._replace(module, forward)
-    return True
-
-
-def _bert(done: Patch, module: Any) -> bool:
-    """intermediate hands on what it gets, and output computes the MLP, adds and normalises."""
-    if not _has(module, "intermediate", "output") or not _has(module.output, "dropout"):
-        return False
-    inner, output = module.intermediate, module.output
-    act = _activation(getattr(inner, "intermediate_act_fn", None))
-    plain = _linear(inner, "dense") and _linear(output, "dense")
-    if act is None or not plain or type(getattr(output, "LayerNorm", None)) is not nn.LayerNorm:
-        return False
-    fc1, fc2, norm = inner.dense, output.dense, output.LayerNorm
-
-    def forward(x: Tensor, residual: Tensor) -> Tensor:
+    def end(self, x: Tensor, residual: Tensor) -> Tensor:
+        act, inner, output = self._end(), self.inner, self.output
+        if act is None:
+            return type(output).forward(output, x, residual)
+        fc1, fc2, norm, dropout = inner.dense, output.dense, output.LayerNorm, output.dropout
         y = mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=act)
-        p = output.dropout.p if output.training else 0.0
+        p = dropout.p if dropout.training else 0.0
         weights = (norm.weight, norm.bias)
         return layer_norm(y, *weights, residual=residual, dropout_p=p, eps=norm.eps)
 
-    done._replace(inner, lambda x: x)
-    done._replace(output, forward)
+
+def _bert(done: Patch, module: Any) -> bool:
+    if not _has(module, "intermediate", "output"):
+        return False
+    parts = _Bert(module)
+    return _replace_parts(done, parts, {parts.inner: _Bert.begin, parts.output: _Bert.end})
+
+
+def _replace_parts(
+    done: Patch, parts: _Parts, forwards: dict[nn.Module, Callable[..., Any]]
+) -> bool:
+    if parts.activation() is None or any("forward" in vars(m) for m in forwards):
+        return False
+    for module, forward in forwards.items():
+        done._replace(module, forward, parts)
     return True
 
 

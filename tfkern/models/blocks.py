@@ -7,10 +7,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from tfkern.models.config import TransformerConfig
 from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, Linear, NoNorm, RMSNorm
+from tfkern.nn.batch_norm import drop_and_add
 from tfkern.nn.rotary import rotate
 from tfkern.ops import attention, attention_weights
 
 KeysValues = tuple[Tensor, Tensor]
+_NORMS = (LayerNorm, RMSNorm, BatchNorm, NoNorm)  # which drop and add, too
 
 
 class Attention(nn.Module):
@@ -128,7 +130,7 @@ class Block(nn.Module):
         memory: Tensor | KeysValues | None = None,
         own: dict[str, Any] | None = None,
         other: dict[str, Any] | None = None,
-        counted: dict[str, Tensor] | None = None,
+        counted: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes and returns the output of the last sublayer, and the residual stream before it.
 
@@ -151,14 +153,31 @@ class Block(nn.Module):
         apply: nn.Module,
         x: Tensor,
         h: Tensor | None,
-        counted: dict[str, Tensor],
+        counted: dict[str, Any],
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout if self.training else 0.0
         if self.post_norm:
-            y = apply(x, **options)
-            return norm(y, residual=x, dropout_p=self.dropout, **counted), None
-        y, h = norm(x, residual=h, dropout_p=self.dropout, return_residual=True, **counted)
+            return add_and_norm(norm, apply(x, **options), x, dropout_p, **counted), None
+        y, h = add_and_norm(norm, x, h, dropout_p, return_residual=True, **counted)
         return apply(y, **options), h
+
+
+def add_and_norm(
+    norm: nn.Module,
+    x: Tensor,
+    residual: Tensor | None,
+    dropout_p: float,
+    return_residual: bool = False,
+    **counted: Tensor,
+) -> Any:
+    """What norms of ours return: that of `h = residual + dropout(x)`, and h. Others are given h."""
+    if isinstance(norm, _NORMS):
+        options: Any = {"dropout_p": dropout_p, "return_residual": return_residual}
+        return norm(x, residual=residual, **options, **counted)
+    h = drop_and_add(x, residual, dropout_p, True)
+    y = norm(h, **counted).to(x.dtype)
+    return (y, h) if return_residual else y
 
 
 def norm(config: TransformerConfig) -> nn.Module:

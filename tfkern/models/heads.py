@@ -1,8 +1,5 @@
 """What stands behind the last block: from hidden states to logits, and from logits to a loss."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,15 +7,8 @@ from torch.nn import functional as F
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
 from tfkern.nn import Linear
+from tfkern.nn.mlp import FUNCTIONS
 from tfkern.ops import linear
-
-# a model is pickled with its functions, which lambdas cannot be
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 class VocabularyHead(nn.Module):
@@ -32,7 +22,7 @@ class VocabularyHead(nn.Module):
         super().__init__()
         assert config.vocab_size is not None
         self.vocab_size, self.scale = config.vocab_size, config.logit_scale
-        self.act = _ACTIVATIONS[config.activation]
+        self.act = FUNCTIONS[config.activation]
         self.dense = Linear(config.dim, config.dim) if masked else None
         self.norm = norm(config) if masked else None
         self.bias: Tensor | None = None

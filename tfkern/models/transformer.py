@@ -19,7 +19,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tfkern.models import heads
-from tfkern.models.blocks import Attention, Block, KeysValues, norm, normalise_weights
+from tfkern.models.blocks import (
+    Attention,
+    Block,
+    KeysValues,
+    add_and_norm,
+    norm,
+    normalise_weights,
+)
 from tfkern.models.config import TransformerConfig
 from tfkern.models.initialise import initialise
 from tfkern.models.positions import RelativeBias, alibi_slopes, sinusoids
@@ -280,7 +287,7 @@ class Stack(nn.Module):
             kinds = torch.zeros_like(places) if token_types is None else token_types
             x = x + self.token_types(kinds)
         own = self._attention_options(x, mask, caches, places)
-        counted = {}
+        counted: dict[str, Any] = {}
         if config.norm == "batch_norm" and mask is not None:
             counted["mask"] = mask if mask.dim() == 2 else places < mask[:, None]
         if self.embedding_norm is not None:
@@ -300,7 +307,7 @@ class Stack(nn.Module):
                 x, h = block(*inputs)
         if self.norm is None:
             return x
-        return self.norm(x, residual=h, dropout_p=config.dropout, **counted)
+        return add_and_norm(self.norm, x, h, config.dropout if self.training else 0.0, **counted)
 
     def _places(self, x: Tensor, mask: Mask, caches: Sequence[KVCache] | None) -> Tensor:
         """Positions (B or 1, T) of the tokens, without those of padding on the left."""

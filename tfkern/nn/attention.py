@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkern.nn.functional import upper_left
+from tfkern.nn.fusible import fusible
 from tfkern.ops import attention, linear
 from tfkern.ops.attention_weights import attention_weights
 
@@ -92,7 +93,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         }
         dropout_p = self.dropout if self.training else 0.0
         o, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
-        output = linear(self._merge(o, batched), self.out_proj.weight, self.out_proj.bias)
+        output, out_proj = self._merge(o, batched), self.out_proj
+        if fusible(out_proj):
+            output = linear(output, out_proj.weight, out_proj.bias)
+        else:
+            output = out_proj(output)
         if not need_weights:
             return output, None
         weights = attention_weights(q, k, lse, **options)

@@ -5,7 +5,7 @@ Additive attention scores by a small network (Bahdanau et al. 2015). Soft attent
 what it looks at, hard attention one thing, drawn at random (Xu et al. 2015).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ def running_mean(x: Tensor) -> Tensor:
     return x.cumsum(1) / count[:, None]
 
 
-class AdditiveAttention(nn.Module):
-    """`softmax(v tanh(W query + U memory))`, the attention of Bahdanau et al. 2015.
+class AdditiveScores(nn.Module):
+    """`v tanh(W query + U memory)`, the scores of Bahdanau et al. 2015.
 
     Args:
         dim: of queries.
@@ -43,6 +43,19 @@ class AdditiveAttention(nn.Module):
         self.query = nn.Linear(dim, hidden)
         self.memory = nn.Linear(memory_dim or dim, hidden, bias=False)
         self.score = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Any:
+        """(B, T, S), -inf beyond lengths; arguments as in `AdditiveAttention`."""
+        hidden = (self.query(query)[:, :, None] + self.memory(memory)[:, None]).tanh()
+        return _within(self.score(hidden).squeeze(-1), lengths)
+
+
+class AdditiveAttention(AdditiveScores):
+    """`softmax(v tanh(W query + U memory))`, the attention of Bahdanau et al. 2015.
+
+    Args:
+        dim, memory_dim, hidden_dim: as in `AdditiveScores`.
+    """
 
     def forward(
         self, query: Tensor, memory: Tensor, lengths: Tensor | None = None
@@ -63,8 +76,7 @@ class AdditiveAttention(nn.Module):
 
     def scores(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T, S), -inf beyond lengths."""
-        hidden = (self.query(query)[:, :, None] + self.memory(memory)[:, None]).tanh()
-        return _within(self.score(hidden).squeeze(-1), lengths)
+        return super().forward(query, memory, lengths)
 
 
 class LuongAttention(nn.Module):
@@ -105,7 +117,7 @@ class LuongAttention(nn.Module):
         if score == "general":
             self.general = nn.Linear(dim, dim, bias=False)
         elif score == "concat":
-            self.additive = AdditiveAttention(dim)
+            self.additive = AdditiveScores(dim)
         elif score == "location":
             assert max_length is not None
             self.location = nn.Linear(dim, max_length)
@@ -143,7 +155,7 @@ class LuongAttention(nn.Module):
             context, weights = self._fused(q[:, None], memory[:, None], mask, fall, lengths)
         else:
             if self.kind == "concat":
-                scores = self.additive.scores(query, memory, lengths)
+                scores = self.additive(query, memory, lengths)
             else:
                 scores = _within(self.location(query)[..., : memory.shape[1]], lengths)
             if mask is not None:
@@ -345,6 +357,7 @@ def _within(scores: Tensor, lengths: Tensor | None) -> Tensor:
 
 __all__ = [
     "AdditiveAttention",
+    "AdditiveScores",
     "Choice",
     "HardAttention",
     "LuongAttention",

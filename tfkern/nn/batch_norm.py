@@ -48,7 +48,7 @@ class BatchNorm(nn.BatchNorm1d):
         if mask is not None:
             checks.boolean("mask", mask)
             checks.shape("mask", mask, input.shape[:-1], "that of input without features")
-        h = _add(input, residual, dropout_p, self.training)
+        h = drop_and_add(input, residual, dropout_p, self.training)
         if self.training or self.running_mean is None or self.running_var is None:
             mean, variance = self._statistics(h, mask)
         else:
@@ -93,10 +93,11 @@ class NoNorm(nn.Module):
         return_residual: bool = False,
     ) -> Any:
         """`h = residual + dropout(input)`, or (h, h)."""
-        h = _add(input, residual, dropout_p, self.training)
+        h = drop_and_add(input, residual, dropout_p, self.training)
         return (h.to(input.dtype), h) if return_residual else h.to(input.dtype)
 
 
-def _add(x: Tensor, residual: Tensor | None, dropout_p: float, training: bool) -> Tensor:
+def drop_and_add(x: Tensor, residual: Tensor | None, dropout_p: float, training: bool) -> Tensor:
+    """residual + dropout(x), the sum that norms are given."""
     x = F.dropout(x, dropout_p, training)
     return x if residual is None else residual + x

@@ -1,17 +1,30 @@
 """Feed-forward sublayers on the fused kernels."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tfkern.nn.fusible import fusible
 from tfkern.ops import checks, gated_mlp, mlp
 from tfkern.ops.mlp import ACTIVATIONS
+
+# torch's, by the names of ours; a model is pickled with its functions, which lambdas cannot be
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class MLP(nn.Module):
     """`fc2(act(fc1(x)))`, the feed-forward sublayer of Vaswani et al. 2017.
 
     fc1 (hidden_dim, dim) and fc2 (dim, hidden_dim) are `torch.nn.Linear`, initialised as there.
+    Where one of them has hooks, or another layer is in its place, they are called one by one.
 
     Args:
         dim: size of the last axis of input and output.
@@ -43,6 +56,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
         fc1, fc2 = self.fc1, self.fc2
+        if not (fusible(fc1) and fusible(fc2)):
+            return fc2(FUNCTIONS[self.activation](fc1(x)))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -53,8 +68,8 @@ class GatedMLP(nn.Module):
     """`down(act(gate(x)) * up(x))`, the gated feed-forward sublayer of Shazeer 2020.
 
     The rows of gate_up (2 * hidden_dim, dim) are those of gate, then those of up; down is
-    (dim, hidden_dim). Both are `torch.nn.Linear`, initialised as there. SiLU makes it SwiGLU, GELU
-    GEGLU.
+    (dim, hidden_dim). Both are `torch.nn.Linear`, initialised as there, and called one by one where
+    one of them has hooks, or another layer is in its place. SiLU makes it SwiGLU, GELU GEGLU.
 
     Args:
         dim: size of the last axis of input and output.
@@ -86,6 +101,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
         gate_up, down = self.gate_up, self.down
+        if not (fusible(gate_up) and fusible(down)):
+            gate, up = gate_up(x).chunk(2, -1)
+            return down(FUNCTIONS[self.activation](gate) * up)
         return gated_mlp(
             x, gate_up.weight, gate_up.bias, down.weight, down.bias, activation=self.activation
         )
