@@ -361,7 +361,7 @@ def test_a_shorter_context(tmp_path):
     _, _, ours, directory = made("bart", tmp_path)
     short = load(directory, max_length=7)
     source, tokens = torch.randint(61, (2, 7)), torch.randint(61, (2, 5))
-    assert torch.equal(short(tokens, source=source), ours(tokens, source=source))
+    torch.testing.assert_close(short(tokens, source=source), ours(tokens, source=source))
     with pytest.raises(ValueError, match="length up to 7"):
         short(tokens, source=torch.randint(61, (2, 8)))
 
@@ -420,7 +420,7 @@ def test_own_directories(changes, tmp_path):
     other = load(tmp_path)
     assert other.config == model.config
     tokens = torch.randint(11, (2, 5))
-    assert torch.equal(other(tokens), model(tokens))
+    torch.testing.assert_close(other(tokens), model(tokens))
 
 
 def test_dtype(tmp_path):

@@ -255,9 +255,9 @@ def test_dropout():
     kept = o != 0
     torch.testing.assert_close(o[kept], weights[kept] / 0.7, atol=1e-5, rtol=1e-4)
     assert 0.68 < kept.float().mean() < 0.72
-    assert not torch.equal(scaled_dot_product_attention(q, k, v, dropout_p=0.3), o)
+    assert not torch.allclose(scaled_dot_product_attention(q, k, v, dropout_p=0.3), o)
     torch.manual_seed(7)
-    assert torch.equal(scaled_dot_product_attention(q, k, v, dropout_p=0.3), o)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, dropout_p=0.3), o)
     assert not scaled_dot_product_attention(q, k, v, dropout_p=1.0).any()
 
 

@@ -94,7 +94,7 @@ def test_dtype_of_products(processor, rows, dtype):
 def test_float32_is_left_to_torch(processor):
     inputs = make((130, 33), 7, torch.float32)
     assert dispatch.find("linear", (*inputs.values(), torch.float32)) is None
-    assert torch.equal(tfkern.linear(**inputs), F.linear(**inputs))
+    torch.testing.assert_close(tfkern.linear(**inputs), F.linear(**inputs))
 
 
 def test_what_only_torch_has(processor):
@@ -105,12 +105,12 @@ def test_what_only_torch_has(processor):
         bias = torch.ones(1, 4, dtype=x.dtype, requires_grad=True)
         function(x, w, bias).sum().backward()
         assert bias.grad.shape == (1, 4)
-    assert torch.equal(tfkern.linear(x, w[0]), F.linear(x, w[0]))
-    assert torch.equal(tfkern.linear(nested, w).values(), F.linear(nested, w).values())
+    torch.testing.assert_close(tfkern.linear(x, w[0]), F.linear(x, w[0]))
+    torch.testing.assert_close(tfkern.linear(nested, w).values(), F.linear(nested, w).values())
     tangents = [
         torch.func.jvp(lambda x, f=f: f(x, w), (x,), (x,))[1] for f in (tfkern.linear, F.linear)
     ]
-    assert torch.equal(*tangents)
+    torch.testing.assert_close(*tangents)
 
 
 def test_what_no_gradient_needs_is_not_kept(processor):

@@ -197,7 +197,7 @@ def test_recomputing_changes_nothing(architecture, post_norm):
         kept.append(sum(sizes))
         results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
     assert kept[1] < kept[0] / 2
 
 

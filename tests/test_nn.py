@@ -445,7 +445,7 @@ def test_attention_dropout(need_weights):
     torch.manual_seed(1)
     dropped, returned = run()
     weights = module.eval()(query, key, value)[1]
-    assert torch.equal(module(query, key, value, need_weights=False)[0], run()[0])
+    torch.testing.assert_close(module(query, key, value, need_weights=False)[0], run()[0])
     torch.testing.assert_close(run()[0], weights, atol=1e-12, rtol=1e-12)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], weights[kept] / (1 - p), atol=1e-12, rtol=1e-12)
@@ -453,9 +453,9 @@ def test_attention_dropout(need_weights):
     if need_weights:  # those before dropout
         torch.testing.assert_close(returned, weights, atol=1e-12, rtol=1e-12)
     module.train()
-    assert not torch.equal(run()[0], dropped)
+    assert not torch.allclose(run()[0], dropped)
     torch.manual_seed(1)
-    assert torch.equal(run()[0], dropped)
+    torch.testing.assert_close(run()[0], dropped)
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ def test_later_tokens_do_not_reach_earlier_logits(config):
     changed = tokens.clone()
     changed[:, 8:] = (changed[:, 8:] + 1) % config.vocab_size
     before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :8], after[:, :8])
-    assert not torch.equal(before[:, 8], after[:, 8])
+    torch.testing.assert_close(before[:, :8], after[:, :8])
+    assert not torch.allclose(before[:, 8], after[:, 8])
 
 
 def test_loss_of_a_fresh_model_is_that_of_guessing(config):
@@ -151,8 +151,8 @@ def test_state_dict_round_trip(config):
     other = Transformer(config).double()
     assert not any(other.load_state_dict(model.state_dict()))
     tokens, _ = batch(config)
-    assert torch.equal(model(tokens), other(tokens))
-    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), other(tokens))
+    torch.testing.assert_close(model(tokens), other(tokens))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(tokens), other(tokens))
     names = set(model.state_dict())
     assert ("vocabulary.weight" in names) == (not config.tie_embeddings)
     assert ("decoder.positions.weight" in names) == (config.positions == "learned")
@@ -191,13 +191,13 @@ def test_dropout_in_training_only():
     tokens, _ = batch(SMALL)
     without = Transformer(SMALL).double()
     without.load_state_dict(model.state_dict())
-    assert torch.equal(model.eval()(tokens), without(tokens))
+    torch.testing.assert_close(model.eval()(tokens), without(tokens))
     model.train()
-    assert not torch.equal(model(tokens), model(tokens))
+    assert not torch.allclose(model(tokens), model(tokens))
     torch.manual_seed(5)
     first = model(tokens)
     torch.manual_seed(5)
-    assert torch.equal(model(tokens), first)
+    torch.testing.assert_close(model(tokens), first)
     # at the embedding and after every sublayer: with a probability near 1 only zeros are left
     model = make(dataclasses.replace(SMALL, dropout=1 - 1e-9))
     logits = model(tokens)
