@@ -37,7 +37,8 @@ def build(sources: list[Path], flavour: str = "plain") -> Path:
         f"-isystem{include}", *_FLAGS[flavour],
     ]  # fmt: skip
     if sources[0].suffix == ".cu":
-        command += ["-O2", "-DTFKERN_CUDA_HOST", f"-I{HOST}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        command += ["-O2", "-ffp-contract=off", "-DTFKERN_CUDA_HOST"]
+        command += [f"-I{HOST}", f"-I{ROOT / 'csrc' / 'cuda'}"]
         sources = [*sources, HOST / "cuda_host.cpp"]
     else:
         command += ["-O1", "-ffp-contract=fast", "-w"]  # the ordinary build has the warnings

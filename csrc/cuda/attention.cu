@@ -4,8 +4,11 @@
 // A block owns 64 queries, 16 to each warp, and walks over the keys. It keeps a running maximum m
 // and sum l per row, and rescales what it has when m grows:
 //
-//   m' = max(m, max s)   p = exp2(s - m')   l = l exp2(m - m') + sum p   acc = acc exp2(m - m') + p
-//   v
+//   m' = max(m, max s)   p = exp(s - m')   l = l exp(m - m') + sum p   acc = acc exp(m - m') + p v
+//
+// The maximum is subtracted before anything is multiplied: that is exact for all weights that
+// matter, however large the scores are, and no score overflows that is finite. A maximum drops NaN,
+// but p, l and acc do not.
 //
 // The next tile of keys and values is copied while this one is multiplied. Few queries of many
 // keys: the rows of a block are the queries of all heads that share a key head, and the keys are
@@ -34,9 +37,23 @@ struct Forward {
   bool packed;    // the rows of a block are those of all heads of a group
   int splits;
   void* o;
-  float* lse;
-  float *part_o, *part_lse;  // (splits, B, H, T, Dv) and (splits, B, H, T), lse in base 2
+  float* lse;                         // (2, B, H, T)
+  float *part_o, *part_m, *part_sum;  // (splits, B, H, T, Dv) and twice (splits, B, H, T)
+
+  __host__ __device__ int64_t rows() const { return int64_t{in.B} * in.H * in.T; }
 };
+
+// exp(x - most) for x <= most, which is -inf where nothing has been seen.
+__device__ inline float exp_below(float x, float most) {
+  return exp2_approx((x - (most == -kInfinity ? 0.0f : most)) * kLog2E);
+}
+
+// lse = m + log sum, and next to it what that lost in rounding.
+__device__ inline void store_lse(const Forward& a, int64_t row, float m, float sum) {
+  const float logarithm = logf(sum), lse = m + logarithm;
+  a.lse[row] = lse;
+  a.lse[a.rows() + row] = sum == 0 ? 0.0f : m - lse + logarithm;
+}
 
 template <class T>
 __device__ inline void store_pair(void* out, int64_t at, float x, float y, int left) {
@@ -93,8 +110,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   for (int half = 0; half < 2; ++half) {
     const int h = rows_of_warp.at(lane / 4 + 8 * half, 0).h;
     // The sink is a key whose value is 0.
-    m[half] = in.sink.data && split == 0 ? in.sink.number(0, h) * kLog2E : -kInfinity;
-    l[half] = m[half] > -kInfinity && lane % 4 == 0 ? 1.0f : 0.0f;
+    m[half] = in.sink.data && split == 0 ? in.sink.number(0, h) : -kInfinity;
+    l[half] = m[half] != -kInfinity && lane % 4 == 0 ? 1.0f : 0.0f;
   }
   int stage = 0;
   for (int s0 = keys.begin; s0 < keys.end; s0 += K::kSize) {
@@ -114,7 +131,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     window.s0 = s0;
     const bool limits = s0 + K::kSize > d.keys || t1 + d.offset() - s0 > in.left ||
                         s0 + K::kSize - 1 - t0 - d.offset() > in.right;
-    scores<N>(x, nullptr, in, d, window, limits);
+    scores<N>(x, nullptr, in, d, window);
+    each_hidden<N>(in, d, window, limits, [&](int n, int i) { x[n][i] = -kInfinity; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = m[half];
@@ -124,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
       }
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-      const float base = most == -kInfinity ? 0.0f : most, factor = exp2_approx(m[half] - base);
+      const float factor = exp_below(m[half], most);
       m[half] = most;
       l[half] *= factor;
 #pragma unroll
@@ -136,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
       for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          x[n][i] = exp2_approx(x[n][i] - base);
+          x[n][i] = exp_below(x[n][i], most);
           l[half] += x[n][i];
         }
       }
@@ -158,12 +176,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     const Place p = rows_of_warp.at(row, 0);
     const int64_t at = (static_cast<int64_t>(d.batch) * in.H + p.h) * in.T + d.query0 + p.t;
     const float scale = sum == 0 ? 0.0f : 1 / sum;
-    const int64_t row_count = static_cast<int64_t>(in.B) * in.H * in.T;
+    const int64_t part = split * a.rows() + at;
     if (lane % 4 == 0) {
       if (a.splits > 1) {
-        a.part_lse[split * row_count + at] = sum == 0 ? -kInfinity : m[half] + log2f(sum);
+        a.part_m[part] = m[half];
+        a.part_sum[part] = sum;
       } else {
-        a.lse[at] = sum == 0 ? -kInfinity : fmaf(m[half], kLn2, logf(sum));
+        store_lse(a, at, m[half], sum);
       }
     }
 #pragma unroll
@@ -172,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
       const float x = acc[n][2 * half] * scale, y = acc[n][2 * half + 1] * scale;
       if (left <= 0) continue;
       if (a.splits > 1) {
-        store_pair<float>(a.part_o, (split * row_count + at) * in.Dv + feature, x, y, left);
+        store_pair<float>(a.part_o, part * in.Dv + feature, x, y, left);
       } else {
         store_pair<T>(a.o, at * in.Dv + feature, x, y, left);
       }
@@ -184,23 +203,26 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Forward a) {
   const Attention& in = a.in;
-  const int64_t rows = static_cast<int64_t>(in.B) * in.H * in.T;
+  const int64_t rows = a.rows();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const Document d = document_of(in, static_cast<int>(row / in.T / in.H));
   if (row % in.T >= d.queries) return;
   float m = -kInfinity, sum = 0;
-  for (int i = 0; i < a.splits; ++i) m = fmaxf(m, a.part_lse[i * rows + row]);
-  const float base = m == -kInfinity ? 0.0f : m;
-  for (int i = 0; i < a.splits; ++i) sum += exp2_approx(a.part_lse[i * rows + row] - base);
+  for (int i = 0; i < a.splits; ++i) m = fmaxf(m, a.part_m[i * rows + row]);
+  const auto sum_of = [&](int i) {
+    return exp_below(a.part_m[i * rows + row], m) * a.part_sum[i * rows + row];
+  };
+  for (int i = 0; i < a.splits; ++i) sum += sum_of(i);
+  const float scale = sum == 0 ? 0.0f : 1 / sum;
   for (int n = threadIdx.x % 32; n < in.Dv; n += 32) {
     float o = 0;
     for (int i = 0; i < a.splits; ++i) {
-      o += exp2_approx(a.part_lse[i * rows + row] - base) * a.part_o[(i * rows + row) * in.Dv + n];
+      o += sum_of(i) * scale * a.part_o[(i * rows + row) * in.Dv + n];
     }
-    static_cast<T*>(a.o)[row * in.Dv + n] = from_float<T>(sum == 0 ? 0.0f : o / sum);
+    static_cast<T*>(a.o)[row * in.Dv + n] = from_float<T>(o);
   }
-  if (threadIdx.x % 32 == 0) a.lse[row] = sum == 0 ? -kInfinity : fmaf(m, kLn2, logf(sum));
+  if (threadIdx.x % 32 == 0) store_lse(a, row, m, sum);
 }
 
 template <class T, int D>
@@ -213,14 +235,16 @@ void run(const Device& device, Forward& a, const Tensor& like) {
   const int64_t most = std::min<int64_t>(kMaxSplits, tiles_of(in.S, 4 * Keys<T, D>::kSize));
   a.splits =
       in.cu_seqlens_q.data ? 1 : static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
-  const int64_t rows = a.splits > 1 ? int64_t{in.B} * in.H * in.T : 0;
-  Tensor part_o = empty(like, {a.splits, rows, in.Dv}, ScalarType::Float);
-  Tensor part_lse = empty(like, {a.splits, rows}, ScalarType::Float);
+  const int64_t rows = a.splits > 1 ? a.splits * a.rows() : 0;
+  Tensor part_o = empty(like, {rows, in.Dv}, ScalarType::Float);
+  Tensor part_sums = empty(like, {2, rows}, ScalarType::Float);
   a.part_o = static_cast<float*>(part_o.data_ptr());
-  a.part_lse = static_cast<float*>(part_lse.data_ptr());
+  a.part_m = static_cast<float*>(part_sums.data_ptr());
+  a.part_sum = a.part_m + rows;
   launch(device, forward_kernel<T, D>, blocks * a.splits, kThreads, Keys<T, D>::kShared, a);
   if (a.splits > 1) {
-    launch(device, combine_kernel<T>, (rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, a);
+    launch(device, combine_kernel<T>, (a.rows() + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0,
+           a);
   }
 }
 
@@ -260,11 +284,13 @@ std::tuple<Tensor, Tensor> attention_forward(
                dropout_p};
   Forward a{attention(in)};
   Tensor o = empty(q, {a.in.B, a.in.H, a.in.T, a.in.Dv}, q.scalar_type());
-  Tensor lse = empty(q, {a.in.B, a.in.H, a.in.T}, ScalarType::Float);
+  Tensor lse = empty(q, {2, a.in.B, a.in.H, a.in.T}, ScalarType::Float);
   const Device device(q);
   if (query_lengths || cu_seqlens_q) {  // rows may belong to no document
     torch::stable::zero_(o);
-    torch::stable::fill_(lse, -kInfinity);
+    torch::stable::zero_(lse);
+    Tensor high = torch::stable::select(lse, 0, 0);
+    torch::stable::fill_(high, -kInfinity);
   }
   if (a.in.T == 0 || a.in.H == 0 || a.in.documents == 0) return {o, lse};
   a.packed = !cu_seqlens_q && a.in.group() * a.in.T <= kRows;
@@ -337,7 +363,7 @@ Attention attention(Arguments& in) {
         (k.size(0) > 0 || in.page_table->numel() == 0));
     S *= in.page_table->size(1);
   }
-  fit(q.size(2) < kNoLimit && S < kNoLimit && B * H < kNoLimit);
+  fit(q.size(2) < kNoLimit && S < kNoLimit && B * H < kNoLimit && k.size(0) < kNoLimit);
   Attention a{};
   a.B = static_cast<int>(B);
   a.H = static_cast<int>(H);
@@ -351,7 +377,7 @@ Attention attention(Arguments& in) {
   a.documents = a.B;
   if (in.cu_seqlens_q) {
     fit(B == 1 && in.cu_seqlens_q->numel() == in.cu_seqlens_k->numel() &&
-        in.cu_seqlens_q->numel() > 0);
+        in.cu_seqlens_q->numel() > 0 && in.cu_seqlens_q->numel() < kNoLimit);
     a.documents = static_cast<int>(in.cu_seqlens_q->numel()) - 1;
   }
   const auto limit = [](std::optional<int64_t> x) {

@@ -4,7 +4,11 @@
 // describes: in an accumulator c[n][i], lane l has row l / 4 + 8 (i / 2) and column 8 n + 2 (l % 4)
 // + i % 2. float32 is cut into three bfloat16 planes, x = x0 + x1 + x2, of 8 bits each. Of the nine
 // products of planes, the six that float32 would not lose are formed; bfloat16 has float32's
-// exponents, so nothing overflows.
+// exponents, so that nothing below 3.39e38 overflows.
+//
+// Scores are in natural units, and forward and backward form the same ones to the last bit: a
+// softmax of large scores knows no other tolerance. So whatever a compiler could contract into an
+// FMA in one kernel and not in the other is written as an intrinsic.
 #pragma once
 
 #include "../philox.h"
@@ -12,7 +16,7 @@
 
 namespace tfkern::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kNoLimit = 1 << 29;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -103,11 +107,12 @@ __device__ inline Document document_of(const Attention& a, int number) {
 // Tiles of `size` queries, or keys, of all documents: as many as there can be.
 inline int64_t most_tiles(const Attention& a, bool of_keys, int size) {
   const int rows = of_keys ? a.S : a.T;
-  if (a.cu_seqlens_q.data) return tiles_of(rows, size) + a.documents;
+  if (a.cu_seqlens_q.data) return int64_t{rows} / size + a.documents;
   return int64_t{a.documents} * tiles_of(rows, size);
 }
 
 // The document that tile i belongs to; then `tile` is its number within. false if there is none.
+// Packed, the tiles of document n start at n + its first row / size, which leaves enough for each.
 __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, int size,
                                  Document& document, int& tile) {
   if (a.cu_seqlens_q.data == nullptr) {
@@ -116,16 +121,21 @@ __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, in
     tile = static_cast<int>(i % tiles);
     return true;
   }
-  for (int n = 0; n < a.documents; ++n) {
-    document = document_of(a, n);
-    const int tiles = tiles_of(of_keys ? document.keys : document.queries, size);
-    if (i < tiles) {
-      tile = static_cast<int>(i);
-      return true;
+  const Table& firsts = of_keys ? a.cu_seqlens_k : a.cu_seqlens_q;
+  const int rows = of_keys ? a.S : a.T;
+  const auto start = [&](int n) { return clamp(firsts.integer(0, n), 0, rows) / size + n; };
+  int low = 0;  // becomes the last document whose tiles start here or before
+  for (int high = a.documents - 1; low < high;) {
+    const int middle = (low + high + 1) / 2;
+    if (start(middle) <= i) {
+      low = middle;
+    } else {
+      high = middle - 1;
     }
-    i -= tiles;
   }
-  return false;
+  document = document_of(a, low);
+  tile = static_cast<int>(i) - start(low);
+  return tile >= 0 && tile < tiles_of(of_keys ? document.keys : document.queries, size);
 }
 
 // The keys that queries t0 to t1 of a document may see: begin to end.
@@ -183,15 +193,15 @@ struct Tile {
   }
 
   // Rows first to first + ROWS of a head, as far as they are before `end`; others are 0. With
-  // `per_head`, rows of one head after the other; with `lse`, that of row 0, rows where it is -inf
-  // are 0 as well. Complete after copy_commit, copy_wait and __syncthreads.
+  // `per_head`, rows of one head after the other; with `lse`, that of row 0, rows that see nothing
+  // are 0 as well: they may hold anything. Complete after copy_commit, copy_wait and __syncthreads.
   __device__ void load(const Heads& x, int batch, int head, int row0, int first, int end,
                        int per_head = 0, const float* lse = nullptr) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
     for (int i = threadIdx.x; i < ROWS * kPieces; i += blockDim.x) {
       const int row = i / kPieces, feature = i % kPieces * 8;
       const bool valid = first + row < end && feature < x.features &&
-                         (lse == nullptr || lse[first + row] > -kInfinity);
+                         (lse == nullptr || lse[first + row] != -kInfinity);
       const char* from = x.data;
       if (valid && x.pages.data) {
         const int page =
@@ -234,8 +244,10 @@ struct Tile {
 };
 
 // c += a b over all planes that count, the smallest first; b is a pair of fragments side by side.
-// Planes are summed up apart from c: tensor cores truncate where they add to what is large.
-template <class T>
+// Planes are summed up apart from c: tensor cores truncate where they add to what is large. With
+// `exchanged` their order is that of b a, which gives the same bits: the sum of a tensor core does
+// not depend on which side a factor is on.
+template <class T, bool exchanged>
 __device__ inline void multiply_planes(float (&c0)[4], float (&c1)[4],
                                        const uint32_t (&a)[kPlanes<T>][4],
                                        const uint32_t (&b)[kPlanes<T>][4]) {
@@ -248,8 +260,9 @@ __device__ inline void multiply_planes(float (&c0)[4], float (&c1)[4],
     for (int last = kPlanes<T> - 1; last >= 0; --last) {
 #pragma unroll
       for (int i = 0; i <= last; ++i) {
-        multiply(sum0, a[i], b[last - i][0], b[last - i][1], BFloat16{});
-        multiply(sum1, a[i], b[last - i][2], b[last - i][3], BFloat16{});
+        const int j = exchanged ? last - i : i;
+        multiply(sum0, a[j], b[last - j][0], b[last - j][1], BFloat16{});
+        multiply(sum1, a[j], b[last - j][2], b[last - j][3], BFloat16{});
       }
     }
 #pragma unroll
@@ -260,8 +273,8 @@ __device__ inline void multiply_planes(float (&c0)[4], float (&c1)[4],
   }
 }
 
-// c += a b^T: rows row0 to row0 + 16 of a, all rows of b.
-template <class T, int N, int R, int D>
+// c += a b^T: rows row0 to row0 + 16 of a, all rows of b. `exchanged` gives the bits of (b a^T)^T.
+template <class T, bool exchanged = false, int N, int R, int D>
 __device__ inline void multiply_rows(float (&c)[N][4], const Tile<T, R, D>& a, int row0,
                                      const Tile<T, 8 * N, D>& b) {
   const int lane = threadIdx.x % 32;
@@ -278,7 +291,7 @@ __device__ inline void multiply_rows(float (&c)[N][4], const Tile<T, R, D>& a, i
       for (int p = 0; p < kPlanes<T>; ++p) {
         load_matrices(right[p], b.piece(p, 8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
       }
-      multiply_planes<T>(c[n], c[n + 1], left, right);
+      multiply_planes<T, exchanged>(c[n], c[n + 1], left, right);
     }
   }
 }
@@ -306,7 +319,7 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
         load_matrices_transposed(right[p],
                                  b.piece(p, 16 * k + lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
       }
-      multiply_planes<T>(c[n], c[n + 1], left, right);
+      multiply_planes<T, false>(c[n], c[n + 1], left, right);
     }
   }
 }
@@ -346,21 +359,20 @@ struct Window {
   }
 };
 
-// From x = q k to scores in base 2, -inf where hidden. With `slopes`, which may be x's own type or
-// absent (null), also the derivative of the softcap. `limits` says that lengths or the window cut
-// through the tile.
+// From x = q k to scores, also where they are hidden. With `slopes`, which may be absent (null),
+// also the derivative of the softcap.
 template <int N>
 __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attention& a,
-                              const Document& d, const Window& window, bool limits) {
+                              const Document& d, const Window& window) {
   if (a.softcap > 0) {
     each<N>([&](int n, int i, int, int) {
-      const float tanh = tanhf(x[n][i] * (a.scale / a.softcap));
-      x[n][i] = tanh * (a.softcap * kLog2E);
+      const float tanh = tanhf(__fmul_rn(x[n][i], a.scale / a.softcap));
+      x[n][i] = __fmul_rn(tanh, a.softcap);
       if (slopes) slopes[n][i] = 1 - tanh * tanh;
     });
   } else {
     each<N>([&](int n, int i, int, int) {
-      x[n][i] *= a.scale * kLog2E;
+      x[n][i] = __fmul_rn(x[n][i], a.scale);
       if (slopes) slopes[n][i] = 1;
     });
   }
@@ -370,8 +382,7 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
       each<N>([&](int n, int i, int row, int column) {
         const Place p = window.at(row, column);
         if (p.t < d.queries && p.s < d.keys) {
-          x[n][i] +=
-              kLog2E * to_float(bias[p.h * a.bias.head + p.t * a.bias.query + p.s * a.bias.key]);
+          x[n][i] += to_float(bias[p.h * a.bias.head + p.t * a.bias.query + p.s * a.bias.key]);
         }
       });
     });
@@ -381,21 +392,29 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int h = window.at(threadIdx.x % 32 / 4 + 8 * half, 0).h;
-      slope[half] = kLog2E * a.alibi_slopes.number(d.number, h);
+      slope[half] = a.alibi_slopes.number(d.number, h);
     }
     each<N>([&](int n, int i, int row, int column) {
       const Place p = window.at(row, column);
       const int distance = p.t + d.offset() - p.s;
-      x[n][i] -= slope[i / 2] * static_cast<float>(distance < 0 ? -distance : distance);
+      x[n][i] =
+          fmaf(slope[i / 2], -static_cast<float>(distance < 0 ? -distance : distance), x[n][i]);
     });
   }
+}
+
+// Calls f(n, i) for the elements that are hidden. `limits` says that lengths or the window cut
+// through the tile.
+template <int N, class F>
+__device__ inline void each_hidden(const Attention& a, const Document& d, const Window& window,
+                                   bool limits, const F& f) {
   if (limits) {
     each<N>([&](int n, int i, int row, int column) {
       const Place p = window.at(row, column);
       const int distance = p.t + d.offset() - p.s;
       const bool seen =
           p.t < d.queries && p.s < d.keys && distance <= a.left && -distance <= a.right;
-      if (!seen) x[n][i] = -kInfinity;
+      if (!seen) f(n, i);
     });
   }
   if (a.mask.data) {
@@ -403,9 +422,7 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
     each<N>([&](int n, int i, int row, int column) {
       const Place p = window.at(row, column);
       const bool there = p.t < d.queries && p.s < d.keys;
-      if (!there || !mask[p.h * a.mask.head + p.t * a.mask.query + p.s * a.mask.key]) {
-        x[n][i] = -kInfinity;
-      }
+      if (!there || !mask[p.h * a.mask.head + p.t * a.mask.query + p.s * a.mask.key]) f(n, i);
     });
   }
 }

@@ -1,8 +1,9 @@
 // Softmax attention, backward: p = exp(s - lse) again, in two kernels. One owns a tile of keys and
 // sums dk and dv over the queries of all heads that share it; the other owns a tile of queries and
-// sums dq over the keys. A third owns a tile of dbias and sums over what bias is broadcast along.
-// There are no atomics, so every run gives the same bits, and the only workspace is one float per
-// query.
+// sums dq over the keys. A third owns a tile of dbias and sums over what bias is broadcast along;
+// if there are few tiles, in parts, which are added afterwards. There are no atomics, and how the
+// work is cut depends on the shapes only, so every run gives the same bits. The workspace is one
+// float per query, and the parts of dbias.
 //
 //   dv = (p keep)^T do,  ds = p (dp keep - delta),  dq = scale ds k,  dk = scale ds^T q
 //   dp = do v^T,  delta = rowsum(do o) - dlse
@@ -25,7 +26,8 @@ struct Backward {
   Attention in;
   int64_t tiles;  // of all documents
   Heads d_o, o;
-  const float *lse, *dlse;  // (B, H, T); dlse may be null
+  const float *lse, *low;  // (B, H, T) each: lse is their sum, -inf in rows that see nothing
+  const float* dlse;       // (B, H, T), may be null
   float *delta, *sink_terms;
   void *dq, *dk, *dv;
   void* dbias;
@@ -48,8 +50,8 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
       reinterpret_cast<const T*>(a.d_o.data + b * a.d_o.batch + h * a.d_o.head + t * a.d_o.row);
   const auto* o = reinterpret_cast<const T*>(a.o.data + b * a.o.batch + h * a.o.head + t * a.o.row);
   float sum = 0;
-  // Rows that see nothing may hold anything, NaN included.
-  const bool seen = a.lse[row] > -kInfinity;
+  // Rows that see nothing may hold anything, NaN included. A row that sees NaN is another one.
+  const bool seen = a.lse[row] != -kInfinity;
   for (int n = threadIdx.x % 32; seen && n < in.Dv; n += 32)
     sum += to_float(d_o[n]) * to_float(o[n]);
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
   a.delta[row] = sum;
   if (a.sink_terms == nullptr) return;
   const float sink = in.sink.number(0, h);
-  a.sink_terms[row] = seen ? -expf(sink - a.lse[row]) * sum : 0.0f;
+  a.sink_terms[row] = seen ? -expf(sink - a.lse[row] - a.low[row]) * sum : 0.0f;
 }
 
 __device__ inline void store_number(void* out, Dtype type, int64_t at, float x) {
@@ -89,20 +91,23 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
                                  bool of_bias) {
   const Attention& in = a.in;
   float slopes[N][4];
-  scores<N>(x, slopes, in, d, window, limits);
-  each<N>([&](int n, int i, int row, int column) {
-    const Place p = window.at(row, column);
-    const float lse = p.t < d.queries ? a.lse[a.row(d, p.h, p.t)] : -kInfinity;
-    x[n][i] = lse > -kInfinity ? exp2_approx(x[n][i] - lse * kLog2E) : 0.0f;
-  });
+  scores<N>(x, slopes, in, d, window);
   if (in.seed) drop(dp, in, d, window);
   each<N>([&](int n, int i, int row, int column) {
     const Place p = window.at(row, column);
-    const float delta = p.t < d.queries ? a.delta[a.row(d, p.h, p.t)] : 0.0f;
-    // What is not seen may hold anything, NaN included.
-    const float ds = x[n][i] == 0 ? 0.0f : x[n][i] * (dp[n][i] - delta);
-    dp[n][i] = of_bias ? ds : ds * slopes[n][i];
+    const bool there = p.t < d.queries;
+    const int64_t at = a.row(d, p.h, p.t);
+    const float lse = there ? a.lse[at] : 0.0f, low = there ? a.low[at] : 0.0f;
+    const float delta = there ? a.delta[at] : 0.0f;
+    // The difference is exact for all weights that matter, and low is small. Scores of a row that
+    // sees nothing are -inf, or hidden.
+    x[n][i] -= lse == -kInfinity ? 0.0f : lse;
+    x[n][i] = exp2_approx(fmaf(x[n][i], kLog2E, -kLog2E * low));
+    dp[n][i] = x[n][i] * (dp[n][i] - delta);
+    if (!of_bias) dp[n][i] *= slopes[n][i];
   });
+  // By now they may be anything.
+  each_hidden<N>(in, d, window, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
   if (in.seed) drop(x, in, d, window);
 }
 
@@ -137,8 +142,9 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   const int t1 = min(t0 + kOwn, d.queries) - 1;
   const Own q{shared_memory<uint4>()}, d_o{q.end()};
   const Step k{d_o.end()}, v{k.end()};
-  q.load(in.q, d.batch, h, d.query0, t0, d.queries);
-  d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries);
+  const float* lse = a.lse + a.row(d, h, 0);
+  q.load(in.q, d.batch, h, d.query0, t0, d.queries, 0, lse);
+  d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries, 0, lse);
   copy_commit();  // the loop may be empty
   const Range keys = keys_of(in, d, t0, t1);
   float dq[D / 8][4] = {};
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
 // dk and dv, by a block each: registers hold one of them whatever the head size, and only one
 // product is formed twice.
 template <class T, int D>
-__global__ void __launch_bounds__(2 * kRows<T, D>) dkv_kernel(Backward a) {
+__global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
   using Own = Tile<T, kOwn, D>;
   using Step = Tile<T, kSize, D>;
@@ -194,7 +200,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dkv_kernel(Backward a) {
       copy_wait<0>();
       __syncthreads();
       float x[N][4] = {}, dp[N][4] = {};
-      multiply_rows<T>(x, k, 16 * warp, q);
+      multiply_rows<T, true>(x, k, 16 * warp, q);
       if (part == 0) multiply_rows<T>(dp, v, 16 * warp, d_o);
       const Window window{h, t0, s0 + 16 * warp, 0, true, 0};
       gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kSize - 1, s0, s0 + kOwn - 1), false);
@@ -337,11 +343,11 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
     return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
            t.size(3) == sizes.Dv && t.scalar_type() == q.scalar_type();
   };
-  const auto saved = [&](const Tensor& t) {
-    return t.numel() == int64_t{sizes.B} * sizes.H * sizes.T &&
-           t.scalar_type() == ScalarType::Float;
+  const int64_t rows = int64_t{sizes.B} * sizes.H * sizes.T;
+  const auto saved = [](const Tensor& t, int64_t rows) {
+    return t.numel() == rows && t.scalar_type() == ScalarType::Float;
   };
-  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse) && (!dlse || saved(*dlse)),
+  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse, 2 * rows) && (!dlse || saved(*dlse, rows)),
                   "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
   d_o = with_contiguous_rows(d_o);
   o = with_contiguous_rows(o);
@@ -375,10 +381,11 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
     }
   }
   Tensor delta = empty(q, {sizes.B, sizes.H, sizes.T}, ScalarType::Float);
-  Tensor terms = empty(q, {sink ? int64_t{sizes.B} * sizes.H * sizes.T : 0}, ScalarType::Float);
+  Tensor terms = empty(q, {sink ? rows : 0}, ScalarType::Float);
   a.d_o = heads(d_o);
   a.o = heads(o);
   a.lse = static_cast<const float*>(lse.data_ptr());
+  a.low = a.lse + rows;
   a.dlse = dlse ? static_cast<const float*>(dlse->data_ptr()) : nullptr;
   a.delta = static_cast<float*>(delta.data_ptr());
   a.sink_terms = sink ? static_cast<float*>(terms.data_ptr()) : nullptr;

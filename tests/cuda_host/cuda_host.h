@@ -94,5 +94,6 @@ T __shfl_xor_sync(uint32_t mask, T x, int lanes) {
 
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }  // built with -ffp-contract=off
 using std::max;
 using std::min;
