@@ -7,7 +7,7 @@
 //
 //   dv = (p keep)^T do,  ds = p (dp keep - delta),  dq = scale ds k,  dk = scale ds^T q
 //   dp = do v^T,  delta = rowsum(do o) - dlse
-#include "attention.h"
+#include "attention_bias.h"
 
 namespace tfkern::cuda {
 namespace {
@@ -30,9 +30,9 @@ struct Backward {
   const float* dlse;       // (B, H, T), may be null
   float *delta, *sink_terms;
   void *dq, *dk, *dv;
-  void* dbias;
+  void* dbias;  // with parts, one after the other
   Dtype dbias_dtype;
-  int bias_B, bias_H, bias_T, bias_S;  // its sizes: 1 where bias is broadcast
+  BiasTiles bias;
 
   __device__ int64_t row(const Document& d, int h, int t) const {
     return (static_cast<int64_t>(d.batch) * in.H + h) * in.T + d.query0 + t;
@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
 }
 
 // dk and dv, by a block each: registers hold one of them whatever the head size, and only one
-// product is formed twice.
+// product is formed twice. The compiler is told that two blocks of the narrow types share an SM: it
+// would spill to make room for a third.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
@@ -219,38 +220,34 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_
                 part == 0 ? in.scale : 1.0f);
 }
 
-// A tile of dbias, which sums over the batches, heads, queries and keys that bias is broadcast
-// along.
+// A tile of dbias, or a part of its sum.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
   using Own = Tile<T, kOwn, D>;
   using Step = Tile<T, kSize, D>;
   const Attention& in = a.in;
+  const BiasTiles& bias = a.bias;
   const int warp = threadIdx.x / 32;
-  const int query_tiles = tiles_of(in.T, kOwn), key_tiles = tiles_of(in.S, kSize);
-  const int tiles_t = a.bias_T == 1 ? 1 : query_tiles, tiles_s = a.bias_S == 1 ? 1 : key_tiles;
-  int64_t index = blockIdx.x;
-  const int bias_s = static_cast<int>(index % tiles_s),
-            bias_t = static_cast<int>(index / tiles_s % tiles_t);
-  index /= static_cast<int64_t>(tiles_s) * tiles_t;
-  const int bias_h = static_cast<int>(index % a.bias_H),
-            bias_b = static_cast<int>(index / a.bias_H);
+  const int64_t part = blockIdx.x % bias.parts;
+  const BiasTile own = bias.tile(blockIdx.x / bias.parts);
   const Own q{shared_memory<uint4>()}, d_o{q.end()};
   const Step k{d_o.end()}, v{k.end()};
   float sum[N][4] = {};
-  const int B = a.bias_B == 1 ? in.B : 1, H = a.bias_H == 1 ? in.H : 1;
-  const int tiles = (a.bias_T == 1 ? query_tiles : 1) * (a.bias_S == 1 ? key_tiles : 1);
-  for (int i = 0; i < B * H; ++i) {
-    const Document d = document_of(in, bias_b + i / H);
-    const int h = bias_h + i % H;
-    for (int j = 0; j < tiles; ++j) {
-      const int t0 = (a.bias_T == 1 ? j % query_tiles : bias_t) * kOwn;
-      const int s0 = (a.bias_S == 1 ? j / (a.bias_T == 1 ? query_tiles : 1) : bias_s) * kSize;
-      const Range keys = keys_of(in, d, t0, t0 + kOwn - 1);
-      if (t0 >= d.queries || s0 >= keys.end || s0 + kSize <= keys.begin) continue;
-      q.load(in.q, d.batch, h, 0, t0, d.queries);
-      d_o.load(a.d_o, d.batch, h, 0, t0, d.queries);
+  const int64_t last = min((part + 1) * bias.part_terms, bias.terms());
+  for (int64_t i = part * bias.part_terms, next; i < last; i = next) {
+    next = min((i / bias.sum_s + 1) * bias.sum_s, last);  // those of the same queries
+    const BiasTile term = bias.term(own, i);
+    const Document d = document_of(in, term.b);
+    const int h = term.h, t0 = term.t * kOwn;
+    const Range keys = keys_of(in, d, t0, t0 + kOwn - 1);
+    const int begin = max(term.s, keys.begin / kSize);
+    const int end = min(term.s + static_cast<int>(next - i), tiles_of(keys.end, kSize));
+    if (t0 >= d.queries || begin >= end) continue;
+    const float* lse = a.lse + a.row(d, h, 0);
+    q.load(in.q, d.batch, h, 0, t0, d.queries, 0, lse);
+    d_o.load(a.d_o, d.batch, h, 0, t0, d.queries, 0, lse);
+    for (int s0 = begin * kSize; s0 < end * kSize; s0 += kSize) {
       k.load(in.k, d.batch, h / in.group(), 0, s0, d.keys);
       v.load(in.v, d.batch, h / in.group(), 0, s0, d.keys);
       copy_commit();
@@ -270,45 +267,56 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
     sums[(16 * warp + row) * kSize + column] = sum[n][i];
   });
   __syncthreads();
-  const int rows = a.bias_T == 1 ? 1 : kOwn, columns = a.bias_S == 1 ? 1 : kSize;
+  const int rows = bias.T == 1 ? 1 : kOwn, columns = bias.S == 1 ? 1 : kSize;
+  if (columns == 1) {
+    for (int t = threadIdx.x; t < kOwn; t += blockDim.x) {
+      for (int s = 1; s < kSize; ++s) sums[t * kSize] += sums[t * kSize + s];
+    }
+    __syncthreads();
+  }
+  if (rows == 1) {
+    for (int s = threadIdx.x; s < columns; s += blockDim.x) {
+      for (int t = 1; t < kOwn; ++t) sums[s] += sums[t * kSize + s];
+    }
+    __syncthreads();
+  }
+  const int64_t first = ((part * bias.B + own.b) * bias.H + own.h) * bias.T;
   for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
     const int row = i / columns, column = i % columns;
-    float total = 0;
-    for (int t = row; t < (a.bias_T == 1 ? kOwn : row + 1); ++t) {
-      for (int s = column; s < (a.bias_S == 1 ? kSize : column + 1); ++s) {
-        total += sums[t * kSize + s];
-      }
-    }
-    const int t = bias_t * kOwn + row, s = bias_s * kSize + column;
-    if (t >= a.bias_T || s >= a.bias_S) continue;
-    const int64_t at =
-        ((static_cast<int64_t>(bias_b) * a.bias_H + bias_h) * a.bias_T + t) * a.bias_S + s;
-    store_number(a.dbias, a.dbias_dtype, at, total);
+    const int t = own.t * kOwn + row, s = own.s * kSize + column;
+    if (t >= bias.T || s >= bias.S) continue;
+    store_number(a.dbias, a.dbias_dtype, (first + t) * bias.S + s, sums[row * kSize + column]);
   }
 }
 
+// dbias may be empty, if there is none.
 template <class T, int D>
-void run(const Device& device, Backward& a) {
+void run(const Device& device, Backward& a, const Tensor& dbias) {
   const Attention& in = a.in;
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>;
   a.tiles = most_tiles(in, false, kOwn);
   launch(device, dq_kernel<T, D>, a.tiles * in.H, 2 * kOwn, kShared<T, D>, a);
   a.tiles = most_tiles(in, true, kOwn);
   launch(device, dkv_kernel<T, D>, 2 * a.tiles * in.Hk, 2 * kOwn, kShared<T, D>, a);
-  if (a.dbias == nullptr) return;
-  const int64_t tiles = int64_t{a.bias_T == 1 ? 1 : tiles_of(in.T, kOwn)} *
-                        (a.bias_S == 1 ? 1 : tiles_of(in.S, kSize));
-  launch(device, dbias_kernel<T, D>, tiles * a.bias_B * a.bias_H, 2 * kOwn, kShared<T, D>, a);
+  if (dbias.numel() == 0) return;
+  const int64_t bias_sizes[] = {dbias.size(0), dbias.size(1), dbias.size(2), dbias.size(3)};
+  a.bias = BiasTiles(in, bias_sizes, kOwn, kSize);
+  const int64_t parts = a.bias.parts > 1 ? a.bias.parts : 0;
+  Tensor partial = empty(dbias, {parts, dbias.numel()}, ScalarType::Float);
+  a.dbias = parts ? partial.data_ptr() : dbias.data_ptr();
+  a.dbias_dtype = dtype(parts ? partial : dbias);
+  launch(device, dbias_kernel<T, D>, a.bias.tiles() * a.bias.parts, 2 * kOwn, kShared<T, D>, a);
+  if (parts) sum_partials(device, partial, parts, dbias);
 }
 
 template <class T>
-void run(const Device& device, Backward& a) {
+void run(const Device& device, Backward& a, const Tensor& dbias) {
   const int D = std::max(a.in.D, a.in.Dv);
   const int64_t rows = int64_t{a.in.B} * a.in.H * a.in.T;
   launch(device, delta_kernel<T>, (rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, a);
-  if (D <= 64) return run<T, 64>(device, a);
-  if (D <= 128) return run<T, 128>(device, a);
-  run<T, 256>(device, a);
+  if (D <= 64) return run<T, 64>(device, a, dbias);
+  if (D <= 128) return run<T, 128>(device, a, dbias);
+  run<T, 256>(device, a, dbias);
 }
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -359,13 +367,8 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
   Tensor dv = empty(q, {sizes.B, sizes.Hk, sizes.S, sizes.Dv}, type);
   Tensor dbias = absent(q, type), dsink = absent(q, type);
   if (bias && bias_grad) {
-    a.bias_B = static_cast<int>(bias->size(0));
-    a.bias_H = static_cast<int>(bias->size(1));
-    a.bias_T = static_cast<int>(bias->size(2));
-    a.bias_S = static_cast<int>(bias->size(3));
-    dbias = empty(q, {a.bias_B, a.bias_H, a.bias_T, a.bias_S}, bias->scalar_type());
-    a.dbias = dbias.data_ptr();
-    a.dbias_dtype = dtype(dbias);
+    dbias =
+        empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type());
   }
   if (sink) dsink = empty(q, {sizes.H}, sink->scalar_type());
   const Device device(q);
@@ -392,7 +395,7 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
   a.dq = dq.data_ptr();
   a.dk = dk.data_ptr();
   a.dv = dv.data_ptr();
-  TFKERN_CUDA_DTYPE(sizes.q_dtype, run<T>(device, a));
+  TFKERN_CUDA_DTYPE(sizes.q_dtype, run<T>(device, a, dbias));
   if (sink) {
     launch(device, sink_kernel, sizes.H, kThreads, kThreads * sizeof(double), a, dsink.data_ptr(),
            dtype(dsink));

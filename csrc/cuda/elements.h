@@ -169,8 +169,8 @@ __device__ inline void store(const Matrix& m, const float (&x)[K][V], const Piec
 
 // ---- sums of partial sums ----
 
-// out[n] = sum of partial[g][n] over g < G, in a fixed order; partial is (G, N) in float32.
-
+// out[n] = sum of partial[g][n] over g < G, in a fixed order; partial is (G, N) in float32, and out
+// is contiguous, of any shape.
 void sum_partials(const Device& device, const Tensor& partial, int64_t G, const Tensor& out);
 
 }  // namespace tfkern::cuda

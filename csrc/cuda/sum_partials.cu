@@ -24,7 +24,7 @@ void sum_partials(const Device& device, const Tensor& partial, int64_t G, const 
   const int64_t N = out.numel();
   launch(device, sum_partials_kernel, (N + kLanes - 1) / kLanes, kLanes * kGroups,
          kLanes * kGroups * sizeof(float), static_cast<const float*>(partial.data_ptr()), G, N,
-         matrix(out));
+         Matrix{static_cast<char*>(out.data_ptr()), 0, dtype(out)});
 }
 
 }  // namespace tfkern::cuda
