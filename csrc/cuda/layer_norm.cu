@@ -367,7 +367,7 @@ bool are_statistics(const std::optional<Tensor>& t, int64_t M) {
 // How many warps hold a row, a power of two; 0 if too many would be needed.
 int warps_per_row(int64_t N, int elements) {
   int warps = 1;
-  while (warps * 32 * elements < N) warps *= 2;
+  while (warps <= kMaxWarps && warps * 32 * elements < N) warps *= 2;
   return warps <= kMaxWarps ? warps : 0;
 }
 
