@@ -1,5 +1,6 @@
 """The kernels of csrc/cuda: what nvcc makes of them, and the tests of their ops on the host."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import emulation
 import pytest
+import torch
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
@@ -80,8 +82,8 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
 SPILLS = {
     "attention_forward_kernelIfLi128EE": 16,
     "attention_backward_dbias_kernelIfLi128EE": 16,
-    "attention_backward_dbias_kernelIfLi256EE": 56,
-    "attention_backward_dkv_kernelIfLi64EE": 24,
+    "attention_backward_dbias_kernelIfLi256EE": 72,
+    "attention_backward_dkv_kernelIfLi64EE": 32,
     "attention_backward_dkv_kernelIfLi128EE": 40,
     "attention_backward_dkv_kernelIfLi256EE": 136,
     "attention_backward_dq_kernelIfLi128EE": 24,
@@ -100,3 +102,134 @@ def test_no_kernel_spills(compiled):
 def test_a_spill_would_be_seen():
     text = "arch = sm_80\n Function _Z14forward_kernelILb0EEv:\n  REG:255 STACK:16 SHARED:4 LOCAL:0"
     assert resources(text)[0][2:] == (255, 16, 4)
+
+
+# ---- scores that leave no room for rounding, and NaN ----
+
+
+def attention(q, k, v, do=None, sink=None, query_lengths=None, key_lengths=None, window=None):
+    """o and lse of the CUDA kernels on the host, and with `do` the gradients."""
+    ops = emulation.load()
+    lengths = (query_lengths, key_lengths, None, None)
+    options = (None, window, window, q.shape[3] ** -0.5, 0.0, 0.0)
+    o, lse = ops.attention_forward(q, k, v, None, None, None, sink, *lengths, None, *options)
+    if do is None:
+        return o, lse
+    inputs = (q, k, v, o, lse, None, None, None, sink)
+    return o, lse, *ops.attention_backward(do, None, *inputs, *lengths, *options, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_backward_forms_the_scores_of_the_forward(dtype):
+    """To the last bit, which is 1 in scores of 1e7: each row sees a single key, of weight 1. A sum
+    of the planes of float32 in another order changes it once in a thousand rows."""
+    q, k = (3e3 * torch.randn(1, 1, 6000, 160) for _ in range(2))
+    q, k, v = q.to(dtype), k.to(dtype), torch.randn(1, 1, 6000, 16, dtype=dtype)
+    do = torch.randn_like(v)
+    o, _, _, _, dv, *_ = attention(q, k, v, do, window=0)
+    assert torch.equal(o, v) and torch.equal(dv, do)
+
+
+def test_weights_of_split_keys_sum_to_one():
+    """Also in the backward, which splits none; scores are of 1e6, half of them alike."""
+    q, k, v = (
+        1e3 * torch.randn(1, 4, 1, 48),
+        1e3 * torch.randn(1, 2, 600, 48),
+        torch.randn(1, 2, 600, 16),
+    )
+    k[:, :, ::2] = q[:, ::2]
+    *_, dv, _, _ = attention(q, k, v, torch.ones(1, 4, 1, 16))
+    torch.testing.assert_close(dv.sum(2), torch.full((1, 2, 16), 2.0))
+
+
+@pytest.mark.parametrize("T, S", [(1, 600), (70, 200)], ids=["split keys", "whole rows"])
+@pytest.mark.parametrize("where", ["q", "k", "v", "do", "sink"])
+def test_nan_reaches_what_depends_on_it(where, T, S):
+    x = {"q": torch.randn(2, 1, T, 16), "k": torch.randn(2, 1, S, 16)}
+    x |= {"v": torch.randn(2, 1, S, 16), "do": torch.randn(2, 1, T, 16), "sink": torch.zeros(1)}
+    x[where].view(-1)[:1] = torch.nan
+    if where == "sink":
+        x = {name: t[:1] for name, t in x.items()}
+    o, lse, dq, dk, dv, _, dsink = attention(**x)
+    assert o[0, 0, 0, 0].isnan() == (where != "do")
+    assert lse[0, 0, 0, 0].isnan() == (where not in ("v", "do"))
+    assert dq[0, 0, 0].isnan().all() and dk[0].isnan().all() and dsink.isnan().all()
+    assert dv[0, :, :, 0].isnan().all() == (where != "v")
+    assert not any(t[1:].isnan().any() for t in (o, dq, dk, dv)), "the other batch"
+
+
+def test_rows_that_are_not_there_have_no_logarithm():
+    q, k = torch.randn(2, 1, 5, 16), torch.randn(2, 1, 7, 16)
+    lengths = {"query_lengths": torch.tensor([3, 5]), "key_lengths": torch.tensor([7, 0])}
+    _, lse = attention(q, k, k, **lengths)
+    there = torch.arange(5) < torch.tensor([[3], [0]])
+    assert torch.equal(lse[0, :, 0] != -torch.inf, there)
+    assert not lse[1, :, 0][~there].any()
+
+
+# ---- tiles, also for sizes that no test could compute ----
+
+
+@pytest.fixture(scope="module")
+def counting():
+    torch.ops.load_library(emulation.build([emulation.HOST / "counting.cu"]))
+    return torch.ops.tfkern_counting
+
+
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[5], [0], [64, 64], [0, 0, 1, 0, 63, 65, 0, 200, 64, 0], [1] * 300, [2**29 - 200, 0, 129, 70]],
+    ids=lambda lengths: f"{len(lengths)} of {sum(lengths)}",
+)
+def test_every_tile_of_a_packed_batch_is_found_once(counting, lengths, of_keys):
+    size = 64 if sum(lengths) < 10**6 else 2**25
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    found = counting.packed_tiles(ends, sum(lengths), size, of_keys).tolist()
+    expected = [[b, i] for b, n in enumerate(lengths) for i in range(-(-n // size))]
+    assert [tile for tile in found if tile != [-1, -1]] == expected
+
+
+def test_tiles_of_lengths_that_are_out_of_order_stay_within(counting):
+    ends = torch.tensor([70, 30, 500, 200, -7, 90])
+    for document, tile in counting.packed_tiles(ends, 128, 64, False).tolist():
+        assert -1 <= document < 5 and -1 <= tile < 2
+
+
+@pytest.mark.parametrize("summed", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_dbias_sums_every_tile_of_scores_once(counting, summed):
+    scores = torch.tensor([3, 2, 130, 70])
+    bias = torch.where(torch.tensor(summed), 1, scores)
+    tiles, terms, parts, part_terms = counting.bias_counts(scores, bias, 64, 16).tolist()
+    assert (parts - 1) * part_terms < terms <= parts * part_terms
+    sizes = (3, 2, 3, 5)  # of the scores, in tiles
+    found = []
+    for tile, term in itertools.product(range(tiles), range(terms)):
+        place = counting.bias_term(scores, bias, 64, 16, tile, term).tolist()
+        owner = [0 if s else x for x, s in zip(place, summed, strict=True)]
+        first = counting.bias_term(scores, bias, 64, 16, tile, 0).tolist()
+        assert owner == first, "a term of another tile of dbias"
+        found.append(tuple(place))
+    assert sorted(found) == list(itertools.product(*map(range, sizes)))
+
+
+def test_a_bias_that_is_broadcast_everywhere_is_summed_by_many_blocks(counting):
+    """2^32 tiles of 2M queries and keys, more than an int can count."""
+    scalar = torch.ones(4, dtype=torch.long)
+    for B, H, T in ((4, 16, 4096), (1, 1, 2**21), (2, 3, 2**21), (1, 1, 2**29 - 1)):
+        scores = torch.tensor([B, H, T, T])
+        tiles, terms, parts, part_terms = counting.bias_counts(scores, scalar, 64, 16).tolist()
+        query_tiles, key_tiles = -(-T // 64), -(-T // 16)
+        assert tiles == 1 and terms == B * H * query_tiles * key_tiles
+        assert 512 < parts <= 1024 and (parts - 1) * part_terms < terms <= parts * part_terms
+        last = counting.bias_term(scores, scalar, 64, 16, 0, terms - 1).tolist()
+        assert last == [B - 1, H - 1, query_tiles - 1, key_tiles - 1]
+
+
+def test_rows_of_a_norm_that_an_int_cannot_count():
+    """The loop that looks for enough warps ends, and finds that the row is a long one."""
+    ops, x = emulation.load(), torch.empty(0, 2**31 + 8)
+    options = (None, None, None, None, 0.0)  # weight, bias, residual, seed, dropout
+    y, _, mean, rstd = ops.layer_norm_forward(x, *options, 1e-5, False)
+    dx, *_ = ops.layer_norm_backward(x, None, x, None, None, mean, rstd, None, 0.0, False)
+    assert y.shape == dx.shape == x.shape
