@@ -48,9 +48,22 @@ __device__ inline float exp_below(float x, float most) {
   return exp2_approx((x - (most == -kInfinity ? 0.0f : most)) * kLog2E);
 }
 
+// The binary logarithm of the largest weight, exp(m - m). Values near the largest number of float32
+// or bfloat16 then do not overflow in sums of some hundred; small weights would in those of
+// float16.
+template <class T>
+constexpr int kLargest = std::is_same_v<T, Half> ? 0 : -8;
+
+// 2^kLargest exp(x - most)
+template <class T>
+__device__ inline float weight(float x, float most) {
+  return exp2_approx(fmaf(x - (most == -kInfinity ? 0.0f : most), kLog2E, kLargest<T>));
+}
+
 // lse = m + log sum, and next to it what that lost in rounding.
+template <class T>
 __device__ inline void store_lse(const Forward& a, int64_t row, float m, float sum) {
-  const float logarithm = logf(sum), lse = m + logarithm;
+  const float logarithm = logf(ldexpf(sum, -kLargest<T>)), lse = m + logarithm;
   a.lse[row] = lse;
   a.lse[a.rows() + row] = sum == 0 ? 0.0f : m - lse + logarithm;
 }
@@ -111,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     const int h = rows_of_warp.at(lane / 4 + 8 * half, 0).h;
     // The sink is a key whose value is 0.
     m[half] = in.sink.data && split == 0 ? in.sink.number(0, h) : -kInfinity;
-    l[half] = m[half] != -kInfinity && lane % 4 == 0 ? 1.0f : 0.0f;
+    l[half] = lane % 4 == 0 ? weight<T>(m[half], m[half]) : 0.0f;
   }
   int stage = 0;
   for (int s0 = keys.begin; s0 < keys.end; s0 += K::kSize) {
@@ -154,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
       for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          x[n][i] = exp_below(x[n][i], most);
+          x[n][i] = weight<T>(x[n][i], most);
           l[half] += x[n][i];
         }
       }
@@ -182,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
         a.part_m[part] = m[half];
         a.part_sum[part] = sum;
       } else {
-        store_lse(a, at, m[half], sum);
+        store_lse<T>(a, at, m[half], sum);
       }
     }
 #pragma unroll
@@ -222,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Forward a) {
     }
     static_cast<T*>(a.o)[row * in.Dv + n] = from_float<T>(o);
   }
-  if (threadIdx.x % 32 == 0) store_lse(a, row, m, sum);
+  if (threadIdx.x % 32 == 0) store_lse<T>(a, row, m, sum);
 }
 
 template <class T, int D>
