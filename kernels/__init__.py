@@ -20,6 +20,12 @@ _library = torch.library.Library("tfkern_triton", "DEF")
 _INTERPRETED = triton.knobs.runtime.interpret  # as it stands when the kernels are defined
 
 
+if _INTERPRETED:
+    from . import interpreter
+
+    interpreter.patch()
+
+
 def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
     """Defines operator `schema` with its launcher and its fake, and returns the operator."""
 

@@ -8,7 +8,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which reads it
 
 import emulation  # noqa: E402
-import interpreter  # noqa: E402
 import pytest  # noqa: E402
 
 if os.environ.get("TFKERN_CPU_SANITIZED"):
@@ -16,8 +15,6 @@ if os.environ.get("TFKERN_CPU_SANITIZED"):
 
 import tfkern  # noqa: E402
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter.patch()
 if os.environ.get("TFKERN_CUDA_HOST"):
     emulation.patch(os.environ["TFKERN_CUDA_HOST"])
 

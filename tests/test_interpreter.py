@@ -1,12 +1,11 @@
 """The interpreter computes what a GPU would. Every test here fails without `interpreter.patch`."""
 
-import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-interpreter.patch()
+import tfkern.kernels  # noqa: F401  which installs the repairs
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1"
 )

@@ -14,7 +14,10 @@ Query t sees key s if t < query_length, s < key_length and -left <= s - t - offs
 in which nothing is seen are skipped, and only tiles in which something is not seen compute masks.
 Rows past a length are loaded as 0, so what they hold reaches nothing.
 
-Exponentials have base 2: exp(scale x) = exp2(scale log2(e) x), a multiply-add and one instruction.
+Exponentials have base 2: exp(scale x) = exp2(scale log2(e) x). Where nothing is added to the
+products x, m and s are in their units, and scale, which is positive, comes with log2(e) after the
+difference, which is exact beside the maximum however large scores are. lse is kept in two parts,
+its value and what rounding left out of it, so that the backward finds p of the forward.
 """
 
 import torch
@@ -24,7 +27,7 @@ from . import backward_kernels as _gradients
 from . import decode as _decode
 from . import forward_kernel as _tiles
 from .config import _config as _config
-from .tile import LOG2E, options
+from .tile import options
 
 
 def _forward(
@@ -34,7 +37,7 @@ def _forward(
     o, lse = _forward_outputs(q, k, v)
     if cu_seqlens_q is not None:  # rows may belong to no document
         o.zero_()
-        lse.fill_(-torch.inf)
+        lse.zero_()[0] = -torch.inf
     if o.numel() == 0 or _no_documents(cu_seqlens_q):
         return o, lse
     q, scale = (-q, -scale) if scale < 0 else (q, scale)
@@ -49,7 +52,7 @@ def _forward(
 
 def _forward_outputs(q, k, v, *options):
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    return o, q.new_empty(q.shape[:3], dtype=torch.float32)
+    return o, q.new_empty(2, *q.shape[:3], dtype=torch.float32)
 
 
 def _backward(
@@ -72,15 +75,16 @@ def _backward(
             x.zero_()
     if q.numel() == 0 or _no_documents(cu_seqlens_q):
         return outputs
-    dbias, lse2, delta = _gradients.backward(
+    dbias, delta = _gradients.backward(
         do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv, dbias
     )
     if negative:
         dq.neg_()
     # forward: lse = log (sum exp(s) + exp(sink))
     if sink is not None:
-        p = torch.exp2(sink.float().view(-1, 1) * LOG2E.value - lse2)
-        dsink = -(p * delta).sum((0, 2)).to(sink.dtype)
+        p = (sink.float().view(-1, 1) - lse[0] - lse[1]).exp()
+        p = torch.where(lse[0] == -torch.inf, 0, p)
+        dsink = -(p * delta[..., : q.shape[2]]).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dbias, dsink
 
 

@@ -34,18 +34,21 @@ from .tile import (
     strides,
 )
 
-PAD = tl.constexpr(128)  # lse2 and delta are padded to this, a multiple of BLOCK_T
+PAD = tl.constexpr(128)  # shift, rest and delta are padded to this, a multiple of BLOCK_T
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _delta_kernel(
-    LSE2, DELTA, LSE, DLSE, DO, O, H, T,
+    SHIFT, REST, DELTA, LSE, LOW, DLSE, DO, O, opt, H, T,
     stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
     ALIGN: tl.constexpr, Dv: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """lse in base 2, and delta, what the ds of all keys of a query have in common.
+    """shift and rest, which give p of what `scores` returns, and delta, what the ds of all keys of
+    a query have in common.
 
-    Queries that see no key, and the padding, get lse +inf and delta 0, so that p = 0 and ds = 0.
+    lse = late_scale shift + rest, so p = exp(late_scale (x - shift) - rest): beside a large score x
+    the difference is exact, and rest, in base 2, is small. Queries that see no key, and the
+    padding, get shift +inf, rest 0 and delta 0, so that p = 0 and ds = 0.
     """
     padded = tl.cdiv(T, PAD) * PAD
     tile, b, h = owner(None, padded, H, 0, False, BLOCK_T)
@@ -53,8 +56,10 @@ def _delta_kernel(
     DO += (b * stride_dob + h * stride_doh) * ALIGN
     t0 = tile * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
-    lse = tl.load(LSE + (b * H + h) * T + t, mask=t < T, other=-INF)
-    sees = lse > -INF
+    row = (b * H + h) * T + t
+    lse = tl.load(LSE + row, mask=t < T, other=-INF)
+    low = tl.load(LOW + row, mask=t < T, other=0.0)
+    sees = lse != -INF
     stride_ot = tl.cast(stride_ot, tl.int64) * ALIGN
     stride_dot = tl.cast(stride_dot, tl.int64) * ALIGN
     o = load_rows(O, t0, stride_ot, sees, Dv, BLOCK_T, BLOCK_DV).to(tl.float32)
@@ -63,14 +68,21 @@ def _delta_kernel(
     delta = tl.sum(do * o, 1)
     # forward: lse = log sum_s exp(s); so ds = p (... + dlse)
     if DLSE is not None:
-        delta -= tl.load(DLSE + (b * H + h) * T + t, mask=sees, other=0.0)
-    tl.store(LSE2 + (b * H + h) * padded + t, tl.where(sees, lse * LOG2E, INF))
-    tl.store(DELTA + (b * H + h) * padded + t, delta)
+        delta -= tl.load(DLSE + row, mask=sees, other=0.0)
+    scale = tl.cast(opt.late_scale, tl.float32)
+    shift = lse / scale
+    shift += (tl.fma(-shift, scale, lse) + low) / scale  # the division may be off by a little
+    shift = tl.where(tl.abs(shift) < INF, shift, 0.0)  # a tiny scale
+    rest = (tl.fma(-shift, scale, lse) + low) * LOG2E
+    row = (b * H + h) * padded + t
+    tl.store(SHIFT + row, tl.where(sees, shift, INF))
+    tl.store(REST + row, tl.where(sees, rest, 0.0))
+    tl.store(DELTA + row, delta)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _dkv_kernel(
-    DK, DV, DO, Q, K, V, LSE2, DELTA, opt, H, group, T, S, documents, pages, left, right, limit,
+    DK, DV, DO, Q, K, V, SHIFT, REST, DELTA, opt, H, group, T, S, documents, pages, left, right, limit,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -95,10 +107,11 @@ def _dkv_kernel(
     Q += (batch * stride_qb + h * stride_qh + q_start * stride_qt) * ALIGN
     DO += (batch * stride_dob + h * stride_doh + q_start * stride_dot) * ALIGN
     padded = tl.cdiv(T, PAD) * PAD
-    LSE2 += (batch * H + h) * padded + q_start
+    SHIFT += (batch * H + h) * padded + q_start
+    REST += (batch * H + h) * padded + q_start
     DELTA += (batch * H + h) * padded + q_start
     queries = Queries(
-        Q, DO, LSE2, DELTA, h, group, padded,
+        Q, DO, SHIFT, REST, DELTA, h, group, padded,
         tl.cast(stride_qh, tl.int64) * ALIGN, tl.cast(stride_qt, tl.int64) * ALIGN,
         tl.cast(stride_doh, tl.int64) * ALIGN, tl.cast(stride_dot, tl.int64) * ALIGN,
     )  # fmt: skip
@@ -161,14 +174,16 @@ def _dkv_loop(
         valid = t < band.t_end
         rows = queries.padded * h + t
         if opt.cu_seqlens_q is None:
-            lse2 = tl.load(queries.LSE2 + rows)
+            shift = tl.load(queries.SHIFT + rows)
+            rest = tl.load(queries.REST + rows)
             delta = tl.load(queries.DELTA + rows)
         else:  # another document follows instead of padding
-            lse2 = tl.load(queries.LSE2 + rows, mask=valid, other=INF)
+            shift = tl.load(queries.SHIFT + rows, mask=valid, other=INF)
+            rest = tl.load(queries.REST + rows, mask=valid, other=0.0)
             delta = tl.load(queries.DELTA + rows, mask=valid, other=0.0)
         # Queries that see no key may hold anything.
         if opt.bias is not None or opt.mask is not None:
-            valid = lse2 < INF
+            valid = shift != INF
         elif MASKED:
             offset = band.s_end - band.t_end
             if band.right is not None:
@@ -186,7 +201,7 @@ def _dkv_loop(
         dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p, ds, slope = gradients(
-            x, dp, lse2[None, :], delta[None, :], t[None, :], s[:, None], s0,
+            x, dp, shift[None, :], rest[None, :], delta[None, :], t[None, :], s[:, None], s0,
             head_at(queries.h + h, scoring), scoring, MASKED, True, k.shape[0],
         )  # fmt: skip
         # forward: o = (p keep / (1 - dropout_p)) v
@@ -198,7 +213,7 @@ def _dkv_loop(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _dq_kernel(
-    DQ, DO, Q, K, V, LSE2, DELTA, opt, H, group, T, S, documents, pages, left, right, limit,
+    DQ, DO, Q, K, V, SHIFT, REST, DELTA, opt, H, group, T, S, documents, pages, left, right, limit,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -231,36 +246,39 @@ def _dq_kernel(
     t = t0 + tl.arange(0, BLOCK_T)
     padded = tl.cdiv(T, PAD) * PAD
     row = (batch * H + h) * padded + q_start + t
-    lse2 = tl.load(LSE2 + row, mask=t < t_end, other=INF)
+    shift = tl.load(SHIFT + row, mask=t < t_end, other=INF)
+    rest = tl.load(REST + row, mask=t < t_end, other=0.0)
     delta = tl.load(DELTA + row, mask=t < t_end, other=0.0)
     stride_qt = tl.cast(stride_qt, tl.int64) * ALIGN
     stride_dot = tl.cast(stride_dot, tl.int64) * ALIGN
-    q = load_rows(Q, t0, stride_qt, lse2 < INF, D, BLOCK_T, BLOCK_D)
-    do = load_rows(DO, t0, stride_dot, lse2 < INF, Dv, BLOCK_T, BLOCK_DV)
+    sees = shift != INF
+    q = load_rows(Q, t0, stride_qt, sees, D, BLOCK_T, BLOCK_D)
+    do = load_rows(DO, t0, stride_dot, sees, Dv, BLOCK_T, BLOCK_DV)
     start, full, full_stop, stop = key_ranges(
         band, t0, tl.minimum(t0 + BLOCK_T, t_end) - 1, BLOCK_S
     )
     dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if left is not None:
         dq = _dq_loop(
-            dq, q, do, lse2, delta, k, v, t, head, scoring, start, tl.minimum(full, stop),
+            dq, q, do, shift, rest, delta, k, v, t, head, scoring, start, tl.minimum(full, stop),
             True, PRECISION, D, Dv, BLOCK_S,
         )  # fmt: skip
     dq = _dq_loop(
-        dq, q, do, lse2, delta, k, v, t, head, scoring, full, full_stop,
+        dq, q, do, shift, rest, delta, k, v, t, head, scoring, full, full_stop,
         False, PRECISION, D, Dv, BLOCK_S,
     )  # fmt: skip
     dq = _dq_loop(
-        dq, q, do, lse2, delta, k, v, t, head, scoring, tl.maximum(full, full_stop), stop,
+        dq, q, do, shift, rest, delta, k, v, t, head, scoring, tl.maximum(full, full_stop), stop,
         True, PRECISION, D, Dv, BLOCK_S,
     )  # fmt: skip
     row = (batch * H + h) * T + q_start
-    store(DQ + row * D, dq * tl.cast(opt.scale, tl.float32), t0, t_rows, D, BLOCK_T, BLOCK_D)
+    dq = tl.where(sees[:, None], dq * tl.cast(opt.scale, tl.float32), 0.0)  # it may be NaN
+    store(DQ + row * D, dq, t0, t_rows, D, BLOCK_T, BLOCK_D)
 
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse2, delta, k, v, t, head, scoring, start, stop,
+    dq, q, do, shift, rest, delta, k, v, t, head, scoring, start, stop,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -274,8 +292,8 @@ def _dq_loop(
         dp = minus_delta(delta[:, None], scoring.opt, q.shape[0], BLOCK_S)
         dp = tl.dot(do, tl.trans(values), dp, input_precision=PRECISION)
         _, ds, slope = gradients(
-            x, dp, lse2[:, None], delta[:, None], t[:, None], s[None, :], s0, head, scoring,
-            MASKED, False, BLOCK_S,
+            x, dp, shift[:, None], rest[:, None], delta[:, None], t[:, None], s[None, :], s0, head,
+            scoring, MASKED, False, BLOCK_S,
         )  # fmt: skip
         # forward: s = softcap tanh(scale q k^T / softcap)
         dq = tl.dot((ds * slope).to(keys.dtype), keys, dq, input_precision=PRECISION)
@@ -283,19 +301,20 @@ def _dq_loop(
 
 
 def backward(do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv, dbias):
-    """Writes dq, dk and dv. Returns dbias, and lse in base 2 and delta, (B, H, T) and padding."""
+    """Writes dq, dk and dv. Returns dbias, and delta, (B, H, T) and padding."""
     (B, H, T, D), Hk, S, Dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
     do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
-    lse2, delta = lse.new_empty(2, B, H, triton.cdiv(T, PAD.value) * PAD.value)
+    shift, rest, delta = lse.new_empty(3, B, H, triton.cdiv(T, PAD.value) * PAD.value)
     row_strides, align = strides(do, o)
     _delta_kernel[(delta.numel() // 16,)](
-        lse2, delta, lse.contiguous(), None if dlse is None else dlse.contiguous(), do, o, H, T,
+        shift, rest, delta, *lse.contiguous(), None if dlse is None else dlse.contiguous(), do, o,
+        opt, H, T,
         *row_strides, ALIGN=align, Dv=Dv, BLOCK_T=16, BLOCK_DV=block(Dv),
     )  # fmt: skip
     row_strides, align = strides(do, q, k, v)
     score_strides, bias_align = matrix_strides(opt.bias, opt.mask)
     numbers = integers(q, k, opt, left, right, dropout_p)
-    inputs = (do, q, k, v, lse2, delta, opt, *numbers, *row_strides, *score_strides)
+    inputs = (do, q, k, v, shift, rest, delta, opt, *numbers, *row_strides, *score_strides)
     aligns = {"ALIGN": align, "BIAS_ALIGN": bias_align}
     arch = architecture(q.device)
     config = _config("dkv", D, Dv, q.dtype, arch, options=heavy(opt))
@@ -305,5 +324,5 @@ def backward(do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv,
     grid = (H * blocks(B, T, config["BLOCK_T"], opt),)
     _dq_kernel[grid](dq, *inputs, **aligns, **config)
     if dbias.numel() and S:
-        dbias = bias_gradient.backward(dbias, inputs, aligns, lse2.shape[-1])
-    return dbias, lse2, delta
+        dbias = bias_gradient.backward(dbias, inputs, aligns, delta.shape[-1])
+    return dbias, delta

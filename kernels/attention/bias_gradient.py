@@ -28,7 +28,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _dbias_kernel(
-    DBIAS, DO, Q, K, V, LSE2, DELTA, opt, H, group, T, S, documents, pages, left, right, limit,
+    DBIAS, DO, Q, K, V, SHIFT, REST, DELTA, opt, H, group, T, S, documents, pages, left, right, limit,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -77,14 +77,17 @@ def _dbias_kernel(
         scoring = Scoring(opt, b, H, band, bias, mask, limit)
         t = t0 + tl.arange(0, BLOCK_T)
         s = s0 + tl.arange(0, BLOCK_S)
-        lse2 = tl.load(LSE2 + (b * H + h) * padded + t, mask=t < t_end, other=INF)
-        delta = tl.load(DELTA + (b * H + h) * padded + t, mask=t < t_end, other=0.0)
+        row = (b * H + h) * padded + t
+        shift = tl.load(SHIFT + row, mask=t < t_end, other=INF)
+        rest = tl.load(REST + row, mask=t < t_end, other=0.0)
+        delta = tl.load(DELTA + row, mask=t < t_end, other=0.0)
+        sees = shift != INF
         q = load_rows(
-            Q + (b * stride_qb + h * stride_qh) * ALIGN, t0, stride_qt, lse2 < INF,
+            Q + (b * stride_qb + h * stride_qh) * ALIGN, t0, stride_qt, sees,
             D, BLOCK_T, BLOCK_D,
         )  # fmt: skip
         do = load_rows(
-            DO + (b * stride_dob + h * stride_doh) * ALIGN, t0, stride_dot, lse2 < INF,
+            DO + (b * stride_dob + h * stride_doh) * ALIGN, t0, stride_dot, sees,
             Dv, BLOCK_T, BLOCK_DV,
         )  # fmt: skip
         k = keys_at(
@@ -99,11 +102,11 @@ def _dbias_kernel(
         dp = minus_delta(delta[:, None], opt, BLOCK_T, BLOCK_S)
         dp = tl.dot(do, tl.trans(values), dp, input_precision=PRECISION)
         _, ds, _ = gradients(
-            x, dp, lse2[:, None], delta[:, None], t[:, None], s[None, :], s0,
+            x, dp, shift[:, None], rest[:, None], delta[:, None], t[:, None], s[None, :], s0,
             head_at(h, scoring), scoring, True, False, BLOCK_S,
         )  # fmt: skip
         # forward: s = softcap tanh(scale q k^T / softcap) + bias
-        dbias += ds
+        dbias += tl.where(sees[:, None], ds, 0.0)  # it may be NaN
 
     rows = tl.where(SUM_T, 1, T)
     columns = tl.where(SUM_S, 1, S)

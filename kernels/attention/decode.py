@@ -2,7 +2,7 @@
 """o and lse of few queries over many keys, which are split among programs.
 
 The rows of a tile are the queries of all heads that share a key head, so that keys are read once.
-Each program leaves the o and lse of its part of the keys; a second kernel weighs and adds them.
+Each program leaves acc, m and l of its part of the keys; a second kernel weighs and adds them.
 """
 
 import functools
@@ -13,15 +13,15 @@ import triton.language as tl
 
 from .. import architecture
 from .config import _config
-from .forward_kernel import attend, no_keys, result
+from .forward_kernel import attend, result
 from .tile import (
     INF,
-    LN2,
     RUNTIME,
     Band,
     Scoring,
     extent,
     head_at,
+    in_base_2,
     integers,
     key_ranges,
     keys_at,
@@ -54,7 +54,7 @@ def processors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _decode_kernel(
-    Q, K, V, O, LSE, opt, H, group, T, S, documents, pages, left, right, limit,
+    Q, K, V, ACC, M, L, opt, H, group, T, S, documents, pages, left, right, limit,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -63,8 +63,8 @@ def _decode_kernel(
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """o (B, H, T, splits, Dv) and lse (B, H, T, splits) in base 2 of BLOCK_T rows of one key head
-    over one of the parts of its keys."""
+    """acc (B, H, T, splits, Dv), m and l (B, H, T, splits) of BLOCK_T rows of one key head over one
+    of the parts of its keys."""
     pid = tl.program_id(0)
     split = pid % splits
     tiles = tl.cdiv(group * T, BLOCK_T)
@@ -94,39 +94,41 @@ def _decode_kernel(
     stop = tl.minimum(start + part, stop)
     full_stop = tl.maximum(tl.minimum(full_stop, stop), start)
     ranges = (start, tl.maximum(full, start), full_stop, stop)
-    m, l = no_keys(h, opt, BLOCK_T)
-    m = tl.where(split == 0, m, -INF)  # the sink belongs to the first part
-    l = tl.where(split == 0, l, 0.0)
     acc, m, l = attend(
-        m, l, q, k, v, t[:, None], head_at(h[:, None], scoring), scoring, ranges,
+        q, k, v, t[:, None], head_at(h[:, None], scoring), scoring, ranges,
         PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV,
     )  # fmt: skip
-    o, lse2 = result(acc, m, l, exists, opt)
     row = ((b * H + h) * T + t) * splits + split
     col = tl.arange(0, BLOCK_DV)
-    tl.store(O + row[:, None] * Dv + col, o, mask=in_group[:, None] & (col < Dv)[None, :])
-    tl.store(LSE + row, lse2, mask=in_group)
+    tl.store(ACC + row[:, None] * Dv + col, acc, mask=in_group[:, None] & (col < Dv)[None, :])
+    tl.store(M + row, m, mask=in_group)
+    tl.store(L + row, l, mask=in_group)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _combine_kernel(
-    O, LSE, PART_O, PART_LSE, splits,
+    O, LSE, LOW, ACC, M, L, opt, H, T, splits,
     MAX_SPLITS: tl.constexpr, Dv: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query from those of the parts of its keys."""
+    """o and lse of one query from the parts of its keys."""
     row = tl.program_id(0).to(tl.int64)
+    b = row // T // H
+    _, _, t_end, _ = extent(None, opt.query_lengths, b, T)
     split = tl.arange(0, MAX_SPLITS)
     col = tl.arange(0, BLOCK_DV)
-    lse = tl.load(PART_LSE + row * splits + split, mask=split < splits, other=-INF)
-    elements = PART_O + (row * splits + split)[:, None] * Dv + col[None, :]
-    o = tl.load(elements, mask=(split < splits)[:, None] & (col < Dv)[None, :], other=0.0)
-    m = tl.max(lse, 0)
-    p = tl.exp2(lse - tl.where(m == -INF, 0.0, m))
-    l = tl.sum(p, 0)
-    l = tl.where(l == 0, 1.0, l)
-    o = tl.sum(o * (p / l)[:, None], 0)
-    tl.store(O + row * Dv + col, o.to(O.dtype.element_ty), mask=col < Dv)
-    tl.store(LSE + row, (m + tl.log2(l)) * LN2)
+    m = tl.load(M + row * splits + split, mask=split < splits, other=-INF)
+    l = tl.load(L + row * splits + split, mask=split < splits, other=0.0)
+    elements = ACC + (row * splits + split)[:, None] * Dv + col[None, :]
+    acc = tl.load(elements, mask=(split < splits)[:, None] & (col < Dv)[None, :], other=0.0)
+    m_all = tl.max(m, 0, keep_dims=True)
+    weight = tl.exp2((m - tl.where(m_all == -INF, 0.0, m_all)) * in_base_2(opt))
+    l = tl.sum(l * weight, 0, keep_dims=True)
+    acc = tl.sum(acc * weight[:, None], 0, keep_dims=True)
+    row = row + tl.zeros_like(m_all).to(tl.int64)
+    o, lse, low = result(acc, m_all, l, row // T % H, row % T < t_end, opt)
+    tl.store(O + row[:, None] * Dv + col, o.to(O.dtype.element_ty), mask=(col < Dv)[None, :])
+    tl.store(LSE + row, lse)
+    tl.store(LOW + row, low)
 
 
 def forward(q, k, v, o, lse, opt, left, right, dropout_p):
@@ -140,13 +142,13 @@ def forward(q, k, v, o, lse, opt, left, right, dropout_p):
     programs = B * Hk * triton.cdiv(group * T, config["BLOCK_T"])
     wanted = triton.cdiv(2 * processors(q.device), programs)
     splits = min(wanted, triton.cdiv(S, 2 * config["BLOCK_S"]), _MAX_SPLITS.value)
-    part_o = lse.new_empty(B, H, T, splits, Dv)
-    part_lse = lse.new_empty(B, H, T, splits)
+    acc = lse.new_empty(B, H, T, splits, Dv)
+    m, l = lse.new_empty(2, B, H, T, splits)
     _decode_kernel[(programs * splits,)](
-        q, k, v, part_o, part_lse, opt, *numbers, *row_strides, *score_strides, splits,
+        q, k, v, acc, m, l, opt, *numbers, *row_strides, *score_strides, splits,
         ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), **config,
     )  # fmt: skip
     _combine_kernel[(B * H * T,)](
-        o, lse, part_o, part_lse, splits,
+        o, *lse, acc, m, l, opt, H, T, splits,
         MAX_SPLITS=_MAX_SPLITS.value, Dv=Dv, BLOCK_DV=config["BLOCK_DV"],
     )  # fmt: skip

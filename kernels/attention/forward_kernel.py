@@ -8,7 +8,6 @@ from .. import architecture
 from .config import _config
 from .tile import (
     INF,
-    LN2,
     LOG2E,
     RUNTIME,
     Band,
@@ -17,6 +16,7 @@ from .tile import (
     extent,
     head_at,
     heavy,
+    in_base_2,
     integers,
     keep,
     key_ranges,
@@ -36,7 +36,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward_kernel(
-    Q, K, V, O, LSE, opt, H, group, T, S, documents, pages, left, right, limit,
+    Q, K, V, O, LSE, LOW, opt, H, group, T, S, documents, pages, left, right, limit,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -68,37 +68,29 @@ def _forward_kernel(
     q = load_rows(Q, t0, tl.cast(stride_qt, tl.int64) * ALIGN, t < t_end, D, BLOCK_T, BLOCK_D)
     scoring = Scoring(opt, b, H, band, bias, mask, limit)
     ranges = key_ranges(band, t0, tl.minimum(t0 + BLOCK_T, t_end) - 1, BLOCK_S)
-    m, l = no_keys(h, opt, BLOCK_T)
     acc, m, l = attend(
-        m, l, q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
+        q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
         PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV,
     )  # fmt: skip
-    o, lse = result(acc, m, l, t < t_end, opt)
+    o, lse, low = result(acc, m, l, h, t < t_end, opt)
     row = (batch * H + h) * T + q_start
     store(O + row * Dv, o, t0, t_rows, Dv, BLOCK_T, BLOCK_DV)
-    tl.store(LSE + row + t, lse * LN2, mask=t < t_rows)
-
-
-@triton.jit
-def no_keys(h, opt, BLOCK_T: tl.constexpr):
-    """m and l before the first key of rows of head h, or of one head for each row. The sink is a
-    key whose value is 0."""
-    m = tl.full([BLOCK_T], -INF, tl.float32)
-    if opt.sink is not None:
-        m = tl.zeros([BLOCK_T], tl.float32) + tl.load(opt.sink + h) * LOG2E
-    return m, tl.where(m > -INF, 1.0, 0.0)
+    tl.store(LSE + row + t, lse, mask=t < t_rows)
+    tl.store(LOW + row + t, low, mask=t < t_rows)
 
 
 @triton.jit
 def attend(
-    m, l, q, k, v, t, head, scoring, ranges,
+    q, k, v, t, head, scoring, ranges,
     PAGE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """(acc, m, l) of a tile of queries over the keys in `ranges`: see key_ranges. m counts in
-    base 2."""
+    """(acc, m, l) of a tile of queries over the keys in `ranges`: see key_ranges. m is the maximum
+    of what `scores` returns."""
     start, full, full_stop, stop = ranges
     acc = tl.zeros([q.shape[0], BLOCK_DV], tl.float32)
+    m = tl.full([q.shape[0]], -INF, tl.float32)
+    l = tl.zeros([q.shape[0]], tl.float32)
     rest = full_stop
     if scoring.band.left is not None:
         rest = tl.maximum(full, full_stop)
@@ -124,34 +116,50 @@ def _attend(
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys start ... stop to acc, m and l of a tile of queries."""
-    for s0 in range(start, stop, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)
-        valid = s < scoring.band.s_end if MASKED else None
-        keys = load_keys(k, s0, valid, PAGE, D, BLOCK_S, q.shape[1])
-        values = load_keys(v, s0, valid, PAGE, Dv, BLOCK_S, acc.shape[1])
-        x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-        x, unit, _ = scores(x, t, s[None, :], head, scoring, MASKED)
-        m_new = tl.maximum(m, tl.max(x, 1) * unit)
-        shift = tl.where(m_new == -INF, 0.0, m_new)
-        p = tl.exp2(x * unit - shift[:, None])
-        rescale = tl.exp2(m - shift)
-        l = l * rescale + tl.sum(p, 1)
-        if scoring.opt.seed is not None:
-            p = tl.where(keep(t, s0, head, scoring, False, BLOCK_S), p, 0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
-        m = m_new
+    unit = in_base_2(scoring.opt)
+    if start < stop:  # ptxas would have products of a loop that may not run wait for each other
+        for s0 in range(start, stop, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
+            valid = s < scoring.band.s_end if MASKED else None
+            keys = load_keys(k, s0, valid, PAGE, D, BLOCK_S, q.shape[1])
+            values = load_keys(v, s0, valid, PAGE, Dv, BLOCK_S, acc.shape[1])
+            x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+            x, _ = scores(x, t, s[None, :], head, scoring, MASKED)
+            m_new = tl.maximum(m, tl.max(x, 1))
+            # Differences come before factors: a rounded product of m would be far from its scores.
+            shift = tl.where(m_new == -INF, 0.0, m_new)
+            p = tl.exp2((x - shift[:, None]) * unit)
+            rescale = tl.exp2((m - shift) * unit)
+            l = l * rescale + tl.sum(p, 1)
+            if scoring.opt.seed is not None:
+                p = tl.where(keep(t, s0, head, scoring, False, BLOCK_S), p, 0.0)
+            acc *= rescale[:, None]
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+            m = m_new
     return acc, m, l
 
 
 @triton.jit
-def result(acc, m, l, exists, opt):
-    """o and lse in base 2. A query that saw no key has l = 0 and m = -inf, and gets 0 and -inf."""
+def result(acc, m, l, h, exists, opt):
+    """o, lse, and what the rounding of lse lost, of rows of head h, or of one head for each row. A
+    query that saw no key has l = 0 and m = -inf, and gets 0, -inf and 0."""
+    scale = tl.cast(opt.late_scale, tl.float32)
+    factor = 1.0
+    if opt.sink is not None:  # one more key, whose value is 0
+        sink = tl.load(opt.sink + h) + tl.zeros_like(m)
+        lead = tl.where(sink == -INF, INF, tl.fma(m, scale, -sink))
+        less = tl.exp2(-tl.abs(lead) * LOG2E)
+        l = tl.where(lead >= 0, l + less, l * less + tl.exp2(sink - sink))  # NaN beside inf
+        factor = tl.where(lead >= 0, 1.0, less)
+        m = tl.where(lead >= 0, m, sink)
+        scale = tl.where(lead >= 0, scale, 1.0)
     l = tl.where(l == 0, 1.0, l)
-    factor = 1 / l
+    lse = tl.where(exists, tl.fma(m, scale, tl.log(l)), -INF)
+    low = tl.where(lse == -INF, 0.0, tl.fma(m, scale, -lse) + tl.log(l))
     if opt.seed is not None:
         factor *= tl.cast(opt.keep_scale, tl.float32)
-    o = tl.where(exists[:, None], acc * factor[:, None], 0.0)
-    return o, tl.where(exists, m + tl.log2(l), -INF)
+    o = tl.where(exists[:, None], acc * (factor / l)[:, None], 0.0)
+    return o, lse, low
 
 
 def forward(q, k, v, o, lse, opt, left, right, dropout_p):
@@ -163,6 +171,6 @@ def forward(q, k, v, o, lse, opt, left, right, dropout_p):
     config = _config("forward", D, Dv, q.dtype, architecture(q.device), options=heavy(opt))
     grid = (H * blocks(B, T, config["BLOCK_T"], opt),)
     _forward_kernel[grid](
-        q, k, v, o, lse, opt, *numbers, *row_strides, *score_strides,
+        q, k, v, o, *lse, opt, *numbers, *row_strides, *score_strides,
         ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), **config,
     )  # fmt: skip

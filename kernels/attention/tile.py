@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 # Integers that vary from call to call: no kernel is compiled again for their values.
@@ -28,6 +27,7 @@ class Options(NamedTuple):
     """Tensors and floats of a call. Kernels are compiled for those that are None."""
 
     scale: float  # not negative
+    late_scale: float  # positive: what makes scores of what `scores` returns
     softcap: float | None
     bias: Tensor | None
     mask: Tensor | None
@@ -61,8 +61,8 @@ class Matrix(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the scores of a query head take: the rows of its bias and mask, its slope in base 2,
-    and its word of the dropout's counter."""
+    """What the scores of a query head take: the rows of its bias and mask, its slope, and its word
+    of the dropout's counter."""
 
     bias: object
     mask: object
@@ -87,11 +87,12 @@ class Queries(NamedTuple):
 
     Q: object
     DO: object
-    LSE2: object
+    SHIFT: object
+    REST: object
     DELTA: object
     h: object
     group: object
-    padded: object  # rows of a head of LSE2 and DELTA
+    padded: object  # rows of a head of SHIFT, REST and DELTA
     stride_qh: object
     stride_qt: object
     stride_doh: object
@@ -113,8 +114,12 @@ def options(
     bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
     page_table, seed, scale, softcap, dropout_p,
 ) -> Options:  # fmt: skip
+    late_scale = softcap if softcap > 0 else max(scale, 1e-45)  # the least float32 there is
+    if bias is not None or alibi_slopes is not None:
+        late_scale = 1.0
     return Options(
         scale,
+        late_scale,
         softcap if softcap > 0 else None,
         bias,
         mask,
@@ -322,7 +327,7 @@ def head_at(h, scoring):
     if opt.mask is not None:
         mask = opt.mask + b * scoring.mask.stride_b + h * scoring.mask.stride_h
     if opt.alibi_slopes is not None:
-        slope = tl.load(opt.alibi_slopes + b * scoring.H + h) * LOG2E
+        slope = tl.load(opt.alibi_slopes + b * scoring.H + h)
     return Head(bias, mask, slope, b * scoring.H + h)
 
 
@@ -371,33 +376,38 @@ def query_ranges(band, s0, opt, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def scores(x, t, s, head, scoring, MASKED: tl.constexpr):
-    """(scores, unit, slope): scores times unit are the scores of the products x, in base 2. slope
-    is their derivative in scale x. Unless MASKED, all queries that exist see all keys."""
+    """(scores, slope): scores times late_scale are the scores of the products x, and slope is their
+    derivative in scale x. Unless MASKED, all queries that exist see all keys.
+
+    What is added to products is added in units of its own: a mask of the lowest number there is
+    would overflow in units of base 2. The products of forward and backward round at the same steps.
+    """
     opt = scoring.opt
     band = scoring.band
-    # max(scale x) = scale max(x) needs scale >= 0, and scale -inf = -inf needs scale > 0.
-    scale = tl.maximum(tl.cast(opt.scale, tl.float32), 1e-30)
+    scale = tl.cast(opt.scale, tl.float32)
     slope = 1.0
-    unit = 1.0
     if opt.softcap is not None:
         softcap = tl.cast(opt.softcap, tl.float32)
-        tanh = _tanh(x * (scale / softcap))
-        slope = 1 - tanh * tanh
-        x = tanh * (softcap * LOG2E)
-    elif opt.bias is not None or opt.alibi_slopes is not None:
-        x *= scale * LOG2E
-    else:
-        unit = scale * LOG2E
+        x = _tanh(x * (scale / softcap))
+        slope = 1 - x * x
+        scale = softcap
     if opt.bias is not None:
-        x += _elements(scoring.bias, head.bias, t, s, band, MASKED).to(tl.float32) * LOG2E
-    if opt.alibi_slopes is not None:
-        shift = (t + (band.s_end - band.t_end)).to(tl.float32)
-        x -= head.slope * tl.abs(shift - s.to(tl.float32))
+        added = _elements(scoring.bias, head.bias, t, s, band, MASKED).to(tl.float32)
+        if opt.alibi_slopes is not None:
+            added = tl.fma(-head.slope, _distance(t, s, band), added)
+        x = tl.fma(x, scale, added)
+    elif opt.alibi_slopes is not None:
+        x = tl.fma(x, scale, -head.slope * _distance(t, s, band))
     if opt.mask is not None:
         x = tl.where(_elements(scoring.mask, head.mask, t, s, band, MASKED) != 0, x, -INF)
     if MASKED:
         x = tl.where(_visible(t, s, band), x, -INF)
-    return x, unit, slope
+    return x, slope
+
+
+@triton.jit
+def _distance(t, s, band):
+    return tl.abs((t + (band.s_end - band.t_end)).to(tl.float32) - s.to(tl.float32))
 
 
 @triton.jit
@@ -452,14 +462,14 @@ def keep(t, s0, head, scoring, TRANSPOSED: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def gradients(
-    x, dp, lse2, delta, t, s, s0, head, scoring,
+    x, dp, shift, rest, delta, t, s, s0, head, scoring,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """(p keep, ds, slope) of a tile, from x = q k^T and dp = do v^T + `minus_delta`. ds is that of
     the scores after the softcap, whose derivative is slope."""
     # forward: p = exp(s - lse)
-    x, unit, slope = scores(x, t, s, head, scoring, MASKED)
-    p = tl.exp2(x * unit - lse2)
+    x, slope = scores(x, t, s, head, scoring, MASKED)
+    p = tl.exp2(tl.fma(x - shift, in_base_2(scoring.opt), -rest))
     kept = p
     # forward: o = (p keep / (1 - dropout_p)) v
     if scoring.opt.seed is not None:
@@ -468,6 +478,12 @@ def gradients(
         dp = tl.where(keeps, dp * tl.cast(scoring.opt.keep_scale, tl.float32), 0.0) - delta
     # forward: p = softmax(s)
     return kept, p * dp, slope
+
+
+@triton.jit
+def in_base_2(opt):
+    """The factor of differences of what `scores` returns, as exp2 takes them."""
+    return tl.cast(opt.late_scale, tl.float32) * LOG2E
 
 
 @triton.jit

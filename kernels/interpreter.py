@@ -5,9 +5,12 @@ Triton 3.6 keeps bfloat16 as uint16 bit patterns in numpy, and
 - truncates on the way from float32, loses subnormals on the way back, and takes the *value* of
   an integer or a float64 for the pattern;
 - lets `tl.maximum(nan, x)` be NaN, which is x on a GPU unless `propagate_nan` asks otherwise;
+- rounds the product within `tl.fma`, which is there to keep it exact;
+- leaves the order of the sums of `tl.dot` to a BLAS, which takes another one for a tile of another
+  shape, or transposed: products of float32 and less are summed in float64 and rounded once;
 - turns a loop bound into an index by way of an array of one dimension, which numpy 2.4 refuses.
 
-Left as they are: `tl.sum`, `tl.fma` and atomics over bfloat16. Kernels accumulate in float32.
+Left as they are: `tl.sum` and atomics over bfloat16. Kernels accumulate in float32.
 """
 
 import functools
@@ -42,11 +45,23 @@ def _widened(handle: TensorHandle) -> TensorHandle:
 @functools.cache  # so that a second call does not wrap the wrappers
 def patch() -> None:
     """Installs the repairs for the rest of the process."""
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    dot, fma = InterpreterBuilder.create_dot, InterpreterBuilder.create_fma
+    cast = InterpreterBuilder.cast_impl
     binary, patch_tensor = InterpreterBuilder.binary_op, interpreter._patch_lang_tensor
 
-    def create_dot(self, a, b, *args):
-        return dot(self, _widened(a), _widened(b), *args)
+    def create_dot(self, a, b, acc, *args):
+        a, b = _widened(a), _widened(b)
+        if acc.dtype.scalar != tl.float32 or a.data.itemsize == 1 or b.data.itemsize == 1:
+            return dot(self, a, b, acc, *args)
+        product = np.matmul(a.data, b.data, dtype=np.float64)
+        return TensorHandle((product + acc.data).astype(np.float32), tl.float32)
+
+    def create_fma(self, x, y, z):
+        dtype = z.dtype.scalar
+        if dtype not in (tl.float32, tl.float16, tl.bfloat16):
+            return fma(self, x, y, z)
+        x, y, z = (_widened(a).data.astype(np.float64) for a in (x, y, z))
+        return self.cast_impl(TensorHandle(x * y + z, tl.float64), dtype)
 
     def cast_impl(self, src, dst_type):
         src = _widened(src)
@@ -66,6 +81,7 @@ def patch() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.binary_op = binary_op
     InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
