@@ -13,6 +13,7 @@ cannot compile.
 
 import contextlib
 import functools
+import io
 import itertools
 import json
 import multiprocessing
@@ -41,6 +42,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 # technical specifications per compute capability).
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
+# What ptxas says when it has asynchronous products of sm_90 wait for each other.
+SERIALISED = re.compile(r"C751[0-5]\b.*")
+
 INSTRUCTIONS = re.compile(r"\b(cp\.async(?=\.c[ag])|mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma)\b")
 
 GROUPS: dict[str, Callable[[], None]] = {}
@@ -52,6 +56,7 @@ class Resources:
     stack_bytes: int  # per thread; Triton's kernels have a stack only where registers spill
     shared_bytes: int  # per block
     instructions: dict[str, int]  # asynchronous copies and matrix products, as counted in the PTX
+    serialised: list[str]  # messages of ptxas
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,19 @@ class Launch:
     def compile(self) -> Resources:
         source = ASTSource(self.fn, self.signature, self.constexprs, self.attrs)
         target = GPUTarget("cuda", self.arch, 32)
-        kernel = triton.compile(source, target=target, options=self.options)
+        # The log is in Triton's cache, too, under options that no other compilation has.
+        options = self.options | {"ptx_options": "--verbose"}
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.add_stages_inspection_hook = _keep_log
+            kernel = triton.compile(source, target=target, options=options)
         registers, stack = _usage(kernel.asm["cubin"])
         instructions = Counter(INSTRUCTIONS.findall(kernel.asm["ptx"]))
         # Triton asks for shared memory at launch: the cubin itself says 0.
         tensor_memory = getattr(kernel.metadata, "tmem_size", 0)
         if tensor_memory > 512:  # of sm_100, in columns: more compiles, but to an empty kernel
             raise RuntimeError(f"{tensor_memory} columns of tensor memory, there are 512")
-        return Resources(registers, stack, kernel.metadata.shared, dict(instructions))
+        serialised = SERIALISED.findall(kernel.metadata.ptxas_log)
+        return Resources(registers, stack, kernel.metadata.shared, dict(instructions), serialised)
 
 
 def compile(
@@ -99,6 +109,21 @@ def compile(
         arch=arch,
         options={"num_warps": num_warps, "num_stages": num_stages},
     ).compile()
+
+
+def _keep_log(backend, stages, *_) -> None:
+    """Puts what ptxas says into the metadata of what it assembles."""
+    assemble = stages["cubin"]
+
+    def cubin(ptx, metadata):
+        log = io.StringIO()
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            assembled = assemble(ptx, metadata)
+        metadata["ptxas_log"] = log.getvalue()
+        return assembled
+
+    stages["cubin"] = cubin
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -180,7 +205,8 @@ def report(group: str, *arches: int) -> list[dict]:
 
 
 def check(group: str, spills: Mapping[str, int] | None = None) -> None:
-    """Fails on a kernel of `group` that spills or asks for more shared memory than there is.
+    """Fails on a kernel of `group` that spills, asks for more shared memory than there is, or has
+    its products serialised.
 
     `spills` allows a kernel that many bytes of stack, in float32 only.
     """
@@ -189,6 +215,7 @@ def check(group: str, spills: Mapping[str, int] | None = None) -> None:
         label = {k: row[k] for k in ("kernel", "arch", "dtypes", "constexprs", "num_warps")}
         assert row["stack"] <= allowed, f"{row['stack']} bytes of spills: {label}"
         assert row["shared"] <= row["limit"], f"{row['shared']} > {row['limit']} bytes: {label}"
+        assert not row["serialised"], f"{row['serialised']}: {label}"
 
 
 def _row(launch: Launch) -> dict:
@@ -208,6 +235,7 @@ def _row(launch: Launch) -> dict:
         "shared": used.shared_bytes,
         "limit": SHARED_LIMIT[launch.arch],
         "instructions": used.instructions,
+        "serialised": used.serialised,
         "seconds": round(time.perf_counter() - start, 2),  # near 0 from Triton's cache
     }
 
@@ -300,7 +328,7 @@ def _launch_attention(
     numbers = (left, right, 0.1, softcap, dropout_p)
     op._forward(q, k, k, *map(tensors.get, names), *numbers)
     if T > 1:
-        lse = torch.empty(B, 8, T, device="cuda")
+        lse = torch.empty(2, B, 8, T, device="cuda")
         options = [tensors.get(name) for name in names if name != "page_table"]
         op._backward(q, None, q, k, k, q, lse, *options, *numbers, bias_grad)
 

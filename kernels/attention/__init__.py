@@ -37,7 +37,9 @@ def _forward(
     o, lse = _forward_outputs(q, k, v)
     if cu_seqlens_q is not None:  # rows may belong to no document
         o.zero_()
-        lse.zero_()[0] = -torch.inf
+        value, low = lse
+        value.fill_(-torch.inf)
+        low.zero_()
     if o.numel() == 0 or _no_documents(cu_seqlens_q):
         return o, lse
     q, scale = (-q, -scale) if scale < 0 else (q, scale)
@@ -82,9 +84,10 @@ def _backward(
         dq.neg_()
     # forward: lse = log (sum exp(s) + exp(sink))
     if sink is not None:
-        p = (sink.float().view(-1, 1) - lse[0] - lse[1]).exp()
-        p = torch.where(lse[0] == -torch.inf, 0, p)
-        dsink = -(p * delta[..., : q.shape[2]]).sum((0, 2)).to(sink.dtype)
+        value, low = lse
+        p = (sink.float().view(-1, 1) - value - low).exp()
+        p = torch.where(value == -torch.inf, 0, p)
+        dsink = -(p * delta.narrow(2, 0, q.shape[2])).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dbias, dsink
 
 

@@ -90,6 +90,7 @@ def _dkv_kernel(
     ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GUARD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_S keys of one key head."""
     tile, b, key_head = owner(opt.cu_seqlens_k, S, H // group, documents, False, BLOCK_S)
@@ -131,15 +132,16 @@ def _dkv_kernel(
     if right is not None or opt.bias is not None or opt.mask is not None:
         dk, dv = _dkv_loop(
             dk, dv, k, v, queries, s0, scoring, first, tl.minimum(full, stop),
-            True, PRECISION, D, Dv, BLOCK_T,
+            True, PRECISION, D, Dv, BLOCK_T, GUARD,
         )  # fmt: skip
     dk, dv = _dkv_loop(
-        dk, dv, k, v, queries, s0, scoring, full, full_stop, False, PRECISION, D, Dv, BLOCK_T
-    )
+        dk, dv, k, v, queries, s0, scoring, full, full_stop,
+        False, PRECISION, D, Dv, BLOCK_T, GUARD,
+    )  # fmt: skip
     if left is not None:
         dk, dv = _dkv_loop(
             dk, dv, k, v, queries, s0, scoring, tl.maximum(full, full_stop), stop,
-            True, PRECISION, D, Dv, BLOCK_T,
+            True, PRECISION, D, Dv, BLOCK_T, GUARD,
         )  # fmt: skip
 
     if opt.seed is not None:
@@ -155,7 +157,7 @@ def _dkv_kernel(
 def _dkv_loop(
     dk, dv, k, v, queries, s0, scoring, start, stop,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries start ... stop of a group of heads to dk (without scale) and dv of a tile of
     keys. Tiles are transposed, (keys, queries), so that p and ds enter products from registers.
@@ -167,47 +169,54 @@ def _dkv_loop(
     band = scoring.band
     s = s0 + tl.arange(0, k.shape[0])
     tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_T)
-    for i in range(queries.group * tiles):
-        h = tl.cast(i // tiles, tl.int64)
-        t0 = start + i % tiles * BLOCK_T
-        t = t0 + tl.arange(0, BLOCK_T)
-        valid = t < band.t_end
-        rows = queries.padded * h + t
-        if opt.cu_seqlens_q is None:
-            shift = tl.load(queries.SHIFT + rows)
-            rest = tl.load(queries.REST + rows)
-            delta = tl.load(queries.DELTA + rows)
-        else:  # another document follows instead of padding
-            shift = tl.load(queries.SHIFT + rows, mask=valid, other=INF)
-            rest = tl.load(queries.REST + rows, mask=valid, other=0.0)
-            delta = tl.load(queries.DELTA + rows, mask=valid, other=0.0)
-        # Queries that see no key may hold anything.
-        if opt.bias is not None or opt.mask is not None:
-            valid = shift != INF
-        elif MASKED:
-            offset = band.s_end - band.t_end
-            if band.right is not None:
-                valid &= t + (offset + band.right) >= 0
-            if band.left is not None:
-                valid &= t + (offset - band.left) < band.s_end
-        q = load_rows(
-            queries.Q + h * queries.stride_qh, t0, queries.stride_qt, valid, D, BLOCK_T, k.shape[1]
-        )
-        do = load_rows(
-            queries.DO + h * queries.stride_doh, t0, queries.stride_dot, valid,
-            Dv, BLOCK_T, v.shape[1],
-        )  # fmt: skip
-        dp = minus_delta(delta[None, :], opt, k.shape[0], BLOCK_T)
-        dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
-        x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p, ds, slope = gradients(
-            x, dp, shift[None, :], rest[None, :], delta[None, :], t[None, :], s[:, None], s0,
-            head_at(queries.h + h, scoring), scoring, MASKED, True, k.shape[0],
-        )  # fmt: skip
-        # forward: o = (p keep / (1 - dropout_p)) v
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        # forward: s = softcap tanh(scale q k^T / softcap)
-        dk = tl.dot((ds * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+    if not GUARD or tiles > 0:  # see _attend
+        for i in range(queries.group * tiles):
+            h = tl.cast(i // tiles, tl.int64)
+            t0 = start + i % tiles * BLOCK_T
+            t = t0 + tl.arange(0, BLOCK_T)
+            valid = t < band.t_end
+            rows = queries.padded * h + t
+            if opt.cu_seqlens_q is None:
+                shift = tl.load(queries.SHIFT + rows)
+                rest = tl.load(queries.REST + rows)
+                delta = tl.load(queries.DELTA + rows)
+            else:  # another document follows instead of padding
+                shift = tl.load(queries.SHIFT + rows, mask=valid, other=INF)
+                rest = tl.load(queries.REST + rows, mask=valid, other=0.0)
+                delta = tl.load(queries.DELTA + rows, mask=valid, other=0.0)
+            # Queries that see no key may hold anything.
+            if opt.bias is not None or opt.mask is not None:
+                valid = shift != INF
+            elif MASKED:
+                offset = band.s_end - band.t_end
+                if band.right is not None:
+                    valid &= t + (offset + band.right) >= 0
+                if band.left is not None:
+                    valid &= t + (offset - band.left) < band.s_end
+            q = load_rows(
+                queries.Q + h * queries.stride_qh,
+                t0,
+                queries.stride_qt,
+                valid,
+                D,
+                BLOCK_T,
+                k.shape[1],
+            )
+            do = load_rows(
+                queries.DO + h * queries.stride_doh, t0, queries.stride_dot, valid,
+                Dv, BLOCK_T, v.shape[1],
+            )  # fmt: skip
+            dp = minus_delta(delta[None, :], opt, k.shape[0], BLOCK_T)
+            dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
+            x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            p, ds, slope = gradients(
+                x, dp, shift[None, :], rest[None, :], delta[None, :], t[None, :], s[:, None], s0,
+                head_at(queries.h + h, scoring), scoring, MASKED, True, k.shape[0],
+            )  # fmt: skip
+            # forward: o = (p keep / (1 - dropout_p)) v
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            # forward: s = softcap tanh(scale q k^T / softcap)
+            dk = tl.dot((ds * slope).to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 

@@ -12,8 +12,10 @@ _TILES = {
     ("sm_80", "forward"): ((128, 32, 4, 4), (128, 64, 8, 3), (64, 32, 8, 3)),
     ("sm_80", "dkv"): ((32, 128, 8, 3), (64, 64, 8, 3), (64, 32, 8, 2)),
     ("sm_80", "dq"): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-    ("sm_90", "forward"): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 32, 8, 3)),
-    ("sm_90", "dkv"): ((64, 128, 8, 3), (32, 128, 8, 3), (64, 32, 8, 3)),
+    ("sm_90", "forward"): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+    ("sm_90", "forward with options"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("sm_90", "dkv with options"): ((32, 128, 8, 3), (16, 128, 8, 2), (32, 32, 8, 3)),
+    ("sm_90", "dkv"): ((64, 128, 8, 2), (32, 128, 8, 3), (64, 32, 8, 3)),
     ("sm_90", "dq"): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
     ("sm_100", "forward"): ((128, 64, 8, 4), (128, 64, 8, 3), (128, 32, 8, 2)),
     ("sm_100", "dkv"): ((64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2)),
@@ -27,7 +29,7 @@ _TILES = {
 }
 _FAMILIES = {80: "sm_80", 87: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
 
-# The sides of those tiles that options halve.
+# The sides of those tiles that options halve, where there are no tiles for them.
 _HALVED = {
     ("sm_80", "dq"): ("BLOCK_T", "BLOCK_S"),
     ("others", "forward"): ("BLOCK_T", "BLOCK_S"),
@@ -43,7 +45,7 @@ _HALVED = {
 _OTHER_TILES = {
     ("decode", False): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
     ("decode", True): ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
-    ("dbias", False): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
+    ("dbias", False): ((64, 32, 8, 2), (64, 32, 8, 3), (32, 32, 4, 2)),
     ("dbias", True): ((32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
 }
 
@@ -56,15 +58,18 @@ def _config(
     size = max(D, Dv)
     float32 = dtype == torch.float32
     family = "float32" if float32 else _FAMILIES.get(arch, "others")
-    tiles = _OTHER_TILES.get((kernel, float32)) or _TILES[family, kernel]
+    own = _TILES.get((family, f"{kernel} with options")) if options else None
+    tiles = own or _OTHER_TILES.get((kernel, float32)) or _TILES[family, kernel]
     tile = tiles[0 if size <= 64 else 1 if size <= 128 else 2]
     config = dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), tile, strict=True))
-    if options:
+    if options and not own:
         for side in _HALVED.get((family, kernel)) or _HALVED.get(("", kernel), ()):
             config[side] = max(16, config[side] // 2)
         if (family, kernel) == ("others", "forward"):
             config["num_stages"] = 2
     sizes = {"D": D, "Dv": Dv, "BLOCK_D": block(D), "BLOCK_DV": block(Dv)}
+    if kernel in ("forward", "dkv"):
+        config["GUARD"] = arch == 90
     PRECISION = precision(dtype)
     if PRECISION == "tf32x3" and size > 128:
         PRECISION = "ieee"  # three products would need more registers than there are

@@ -44,6 +44,7 @@ def _forward_kernel(
     ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr, PAGE: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GUARD: tl.constexpr,
 ):  # fmt: skip
     """o and lse of BLOCK_T queries of one head."""
     # With a limit to the right the last queries see most keys: they start first.
@@ -70,7 +71,7 @@ def _forward_kernel(
     ranges = key_ranges(band, t0, tl.minimum(t0 + BLOCK_T, t_end) - 1, BLOCK_S)
     acc, m, l = attend(
         q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
-        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV,
+        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, GUARD,
     )  # fmt: skip
     o, lse, low = result(acc, m, l, h, t < t_end, opt)
     row = (batch * H + h) * T + q_start
@@ -83,7 +84,7 @@ def _forward_kernel(
 def attend(
     q, k, v, t, head, scoring, ranges,
     PAGE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """(acc, m, l) of a tile of queries over the keys in `ranges`: see key_ranges. m is the maximum
     of what `scores` returns."""
@@ -96,15 +97,15 @@ def attend(
         rest = tl.maximum(full, full_stop)
         acc, m, l = _attend(
             acc, m, l, q, k, v, t, head, scoring, start, tl.minimum(full, stop),
-            True, PAGE, PRECISION, D, Dv, BLOCK_S,
+            True, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD,
         )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, q, k, v, t, head, scoring, full, full_stop,
-        False, PAGE, PRECISION, D, Dv, BLOCK_S,
+        False, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD,
     )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, q, k, v, t, head, scoring, rest, stop,
-        True, PAGE, PRECISION, D, Dv, BLOCK_S,
+        True, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD,
     )  # fmt: skip
     return acc, m, l
 
@@ -113,11 +114,15 @@ def attend(
 def _attend(
     acc, m, l, q, k, v, t, head, scoring, start, stop,
     MASKED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, Dv: tl.constexpr, BLOCK_S: tl.constexpr,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_S: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys start ... stop to acc, m and l of a tile of queries."""
+    """Adds the keys start ... stop to acc, m and l of a tile of queries.
+
+    With GUARD the loop is not entered if it would not run: ptxas serialises the asynchronous
+    products of sm_90 where acc could come to their end without them.
+    """
     unit = in_base_2(scoring.opt)
-    if start < stop:  # ptxas would have products of a loop that may not run wait for each other
+    if not GUARD or start < stop:
         for s0 in range(start, stop, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             valid = s < scoring.band.s_end if MASKED else None
