@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 import tfkern.kernels  # noqa: F401  which installs the repairs
+
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1"
 )

@@ -125,7 +125,8 @@ def _combine_kernel(
     l = tl.sum(l * weight, 0, keep_dims=True)
     acc = tl.sum(acc * weight[:, None], 0, keep_dims=True)
     row = row + tl.zeros_like(m_all).to(tl.int64)
-    o, lse, low = result(acc, m_all, l, row // T % H, row % T < t_end, opt)
+    dtype: tl.constexpr = O.dtype.element_ty
+    o, lse, low = result(acc, m_all, l, row // T % H, row % T < t_end, opt, dtype)
     tl.store(O + row[:, None] * Dv + col, o.to(O.dtype.element_ty), mask=(col < Dv)[None, :])
     tl.store(LSE + row, lse)
     tl.store(LOW + row, low)

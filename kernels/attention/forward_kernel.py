@@ -73,11 +73,14 @@ def _forward_kernel(
         q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
         PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, GUARD,
     )  # fmt: skip
-    o, lse, low = result(acc, m, l, h, t < t_end, opt)
+    o, lse, low = result(acc, m, l, h, t < t_end, opt, O.dtype.element_ty)
     row = (batch * H + h) * T + q_start
     store(O + row * Dv, o, t0, t_rows, Dv, BLOCK_T, BLOCK_DV)
     tl.store(LSE + row + t, lse, mask=t < t_rows)
     tl.store(LOW + row + t, low, mask=t < t_rows)
+
+
+_SMALLER = tl.constexpr(8)  # weights are 2^-8 exp(s - m)
 
 
 @triton.jit
@@ -122,6 +125,9 @@ def _attend(
     products of sm_90 where acc could come to their end without them.
     """
     unit = in_base_2(scoring.opt)
+    # Sums of values near the largest number of float32 or bfloat16 do not overflow if weights are
+    # small; small weights would in float16.
+    SMALLER: tl.constexpr = 0 if q.dtype == tl.float16 else _SMALLER
     if not GUARD or start < stop:
         for s0 in range(start, stop, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
@@ -133,7 +139,7 @@ def _attend(
             m_new = tl.maximum(m, tl.max(x, 1))
             # Differences come before factors: a rounded product of m would be far from its scores.
             shift = tl.where(m_new == -INF, 0.0, m_new)
-            p = tl.exp2((x - shift[:, None]) * unit)
+            p = tl.exp2((x - shift[:, None]) * unit - SMALLER)
             rescale = tl.exp2((m - shift) * unit)
             l = l * rescale + tl.sum(p, 1)
             if scoring.opt.seed is not None:
@@ -145,17 +151,19 @@ def _attend(
 
 
 @triton.jit
-def result(acc, m, l, h, exists, opt):
+def result(acc, m, l, h, exists, opt, DTYPE: tl.constexpr):
     """o, lse, and what the rounding of lse lost, of rows of head h, or of one head for each row. A
-    query that saw no key has l = 0 and m = -inf, and gets 0, -inf and 0."""
+    query that saw no key has l = 0 and m = -inf, and gets 0, -inf and 0. DTYPE is that of q."""
     scale = tl.cast(opt.late_scale, tl.float32)
-    factor = 1.0
+    FACTOR: tl.constexpr = 1.0 if DTYPE == tl.float16 else 2.0**_SMALLER.value
+    l *= FACTOR
+    factor = FACTOR
     if opt.sink is not None:  # one more key, whose value is 0
         sink = tl.load(opt.sink + h) + tl.zeros_like(m)
         lead = tl.where(sink == -INF, INF, tl.fma(m, scale, -sink))
         less = tl.exp2(-tl.abs(lead) * LOG2E)
         l = tl.where(lead >= 0, l + less, l * less + tl.exp2(sink - sink))  # NaN beside inf
-        factor = tl.where(lead >= 0, 1.0, less)
+        factor = tl.where(lead >= 0, FACTOR, FACTOR * less)
         m = tl.where(lead >= 0, m, sink)
         scale = tl.where(lead >= 0, scale, 1.0)
     l = tl.where(l == 0, 1.0, l)
