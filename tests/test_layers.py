@@ -15,6 +15,7 @@ RANKS = {
     "tfkern.kernels": 0,
     "tfkern.native": 0,
     "tfkern._C": -1,
+    "tfkern.files": 0,
     "tfkern.dispatch": 1,
     "tfkern.ops": 2,
     "tfkern.nn": 3,

@@ -1,0 +1,205 @@
+"""Files that are replaced whole or not at all, and files that may hold anything."""
+
+import fcntl
+import json
+import os
+import reprlib
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_PREFIX = ".tfkern-"  # of the folders in which files are written
+_STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others hold these open, and would see no new file
+_LIMIT = 1 << 28  # bytes of a text
+
+
+class Beside:
+    """A folder within a directory, for files that are to take the places of those there.
+
+    Attributes:
+        folder: where they are written.
+    """
+
+    def __init__(self, directory: Path, folder: Path) -> None:
+        self.directory, self.folder = directory, folder
+
+    def settle(self) -> None:
+        """Brings all files to the disk, with the modes that files of this process have."""
+        fresh = self.folder / ".mode"
+        fresh.touch()  # reading the umask would change it for other threads
+        mode = stat.S_IMODE(fresh.stat().st_mode)
+        fresh.unlink()
+        for file in self.folder.iterdir():
+            if stat.S_IMODE(file.stat().st_mode) != mode:
+                file.chmod(mode)
+            _sync(file)
+            if (self.directory / file.name).is_dir():
+                raise IsADirectoryError(21, "Is a directory", str(self.directory / file.name))
+
+    def place(self, *names: str) -> None:
+        """Puts settled files into the directory in this order, each by one rename."""
+        for name in names:
+            os.replace(self.folder / name, self.directory / name)
+        _sync(self.directory)
+
+    def remove(self, *names: str) -> None:
+        """Removes files from the directory."""
+        for name in names:
+            (self.directory / name).unlink(missing_ok=True)
+        _sync(self.directory)
+
+
+@contextmanager
+def beside(directory: Path) -> Iterator[Beside]:
+    """A folder for new files of a directory.
+
+    Nobody else who asks for one gets it before the block ends, and what a process left that ended
+    in such a block is removed. Where the file system cannot lock, there is neither.
+
+    Raises:
+        OSError: with the name of the directory, where a file cannot be written.
+    """
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for left in directory.glob(f"{_PREFIX}*"):  # of the dead: the living hold the lock
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+        try:
+            yield Beside(directory, folder)
+        except OSError as error:
+            if error.errno is None or error.filename and str(folder) not in str(error.filename):
+                raise
+            raise OSError(error.errno, error.strerror, str(directory)) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, in place of `path`, which takes its place when the block ends.
+
+    If the block fails, or the process ends in it, `path` is as it was. Links are followed. What is
+    no regular file, such as /dev/stdout, a pipe or a device, is written to itself.
+
+        with replacing("rows.csv") as new:
+            new.write_text("a,b\\n")
+
+    Raises:
+        OSError: where it cannot be written, or its folder is not there.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() or str(path.absolute()).startswith(_STREAMS):
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    with beside(path.parent) as new:
+        yield new.folder / path.name
+        new.settle()
+        new.place(path.name)
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Replaces a file by one with this content, whole or not at all: see `replacing`."""
+    with replacing(path) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def regular(path: Path) -> Path:
+    """The path, if there is a file that can be read to its end: no pipe, device or folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        kind = os.stat(path).st_mode
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(kind):
+        raise ValueError(f"{path} is not a regular file")
+    return path
+
+
+def read(path: Path) -> bytes:
+    """What a regular file holds that is small enough to be text.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    try:
+        if (size := regular(path).stat().st_size) > _LIMIT:
+            raise ValueError(f"{path} has {size} bytes, more than {_LIMIT}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def parse(content: bytes | str, source: object) -> dict[str, Any]:
+    """The JSON object of a text, whoever wrote it.
+
+    Args:
+        source: what errors call it.
+
+    Raises:
+        ValueError: it is no object of JSON, or has a name twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{shown(name)} stands there twice")
+            found[name] = value
+        return found
+
+    try:
+        found = json.loads(content, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} must hold an object, got {type(found).__name__}")
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds: `read` and `parse`."""
+    return parse(read(path), path)
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a short piece of one line."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an int of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, as a piece of one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 2, 3, 3
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
