@@ -1,9 +1,11 @@
 """The configuration of a transformer."""
 
+import math
+import sys
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import Any, get_args
 
-from tfkern.ops import checks
+from tfkern import files
 from tfkern.ops.mlp import ACTIVATIONS
 
 _CHOICES = {
@@ -30,6 +32,20 @@ _CHOICES = {
         "none",
     ),
     "init": ("gpt2", "normal", "truncated", "t5", "xavier"),
+}
+_SIZE = 2**31
+_RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it is below
+    **dict.fromkeys(("dim", "head_dim", "kv_heads", "hidden_dim", "vocab_size"), (1, _SIZE)),
+    **dict.fromkeys(("vocab_multiple", "image_size", "patch_size", "channels"), (1, _SIZE)),
+    **dict.fromkeys(("max_length", "classes"), (1, _SIZE)),
+    **dict.fromkeys(("relative_buckets", "relative_distance"), (1, _SIZE)),
+    **dict.fromkeys(("token_types", "position_offset"), (0, _SIZE)),
+    **dict.fromkeys(("pad_token", "start_token", "end_token"), (0, _SIZE)),
+    **dict.fromkeys(("layers", "encoder_layers"), (1, 2**14)),
+    "heads": (1, 2**20),
+    **dict.fromkeys(("dropout", "attention_dropout"), (0, 1)),
+    "norm_eps": (0, math.inf),
+    "rotary_base": (sys.float_info.min, math.inf),
 }
 
 
@@ -149,14 +165,8 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            kind, value = field.type, getattr(self, field.name)
-            whole = isinstance(value, int) and float in (kind, *get_args(kind))
-            if not isinstance(value, kind) and not whole:  # type: ignore[arg-type]
-                named = kind.__name__ if isinstance(kind, type) else kind
-                raise ValueError(f"{field.name} must be {named}, got {value!r}")
+            check_field(field.name, getattr(self, field.name))
         self._check_numbers()
-        for name, choices in _CHOICES.items():
-            checks.choice(name, getattr(self, name), choices)
         self._check_input()
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
@@ -174,15 +184,6 @@ class TransformerConfig:
             raise ValueError(f"head {self.head!r} needs pooler=True")
 
     def _check_numbers(self) -> None:
-        sizes = "dim layers heads encoder_layers head_dim kv_heads hidden_dim vocab_size"
-        sizes += " vocab_multiple image_size patch_size channels max_length classes"
-        for name in sizes.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("token_types", "position_offset", "norm_eps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ValueError(
                 f"relative_buckets must be a multiple of 4, got {self.relative_buckets}"
@@ -192,11 +193,6 @@ class TransformerConfig:
                 f"relative_distance must exceed half of relative_buckets, {self.relative_buckets}, "
                 f"got {self.relative_distance}"
             )
-        if not self.rotary_base > 0:
-            raise ValueError(f"rotary_base must be positive, got {self.rotary_base}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("pad_token", "start_token", "end_token"):
             token, size = getattr(self, name), self.vocab_size or 0
             if token is not None and not 0 <= token < size:
@@ -228,3 +224,34 @@ class TransformerConfig:
     @property
     def hidden_size(self) -> int:
         return self.hidden_dim or (-(-self.dim // 3) * 8 if self.gated else 4 * self.dim)
+
+
+_TYPES: dict[str, Any] = {field.name: field.type for field in fields(TransformerConfig)}
+
+
+def check_field(name: str, value: Any) -> None:
+    """Checks the type and the range of a value of one field, without a look at the others.
+
+    Raises:
+        ValueError: `TransformerConfig` cannot have it.
+    """
+    kind = _TYPES[name]
+    kinds = get_args(kind) or (kind,)
+    kinds = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        named = kind.__name__ if isinstance(kind, type) else kind
+        raise ValueError(f"{name} must be {named}, got {files.shown(value)}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(
+            f"{name} must be one of {', '.join(_CHOICES[name])}, got {files.shown(value)}"
+        )
+    if value is None or isinstance(value, (bool, str)):
+        return
+    least, limit = _RANGES.get(name, (-math.inf, math.inf))
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {files.shown(value)}")
+    if value < least or value >= limit:
+        what = f"lie in [0, {limit})" if limit == 1 else f"be less than {limit}"
+        if value < least and limit != 1:
+            what = "be positive" if least > 0 else "not be negative"
+        raise ValueError(f"{name} must {what}, got {files.shown(value)}")

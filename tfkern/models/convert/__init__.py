@@ -4,28 +4,29 @@ Both hold config.json and safetensors, in one file or in several with an index. 
 and nothing is fetched from a network.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from tfkern.files import shown
 from tfkern.models.config import TransformerConfig
+from tfkern.models.convert import store
 from tfkern.models.convert.bart import BART
 from tfkern.models.convert.bert import BERT
-from tfkern.models.convert.family import Family, State
+from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
+from tfkern.models.convert.store import State
 from tfkern.models.convert.t5 import T5
 from tfkern.models.convert.vit import VIT
 from tfkern.models.transformer import Transformer
 
 FAMILIES = {family.model_type: family for family in (GPT1, GPT2, BERT, BART, T5, VIT)}
 _OWN = "tfkern"  # the model_type of tfkern's own directories
-_WEIGHTS = "model.safetensors"
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NEXT_SENTENCE = {"pretraining", "next_sentence"}
 
 
@@ -49,35 +50,40 @@ def load(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: a directory without weights or in an unknown form, weights that lack, that are
-            too many or do not fit, a dtype that is not floating, or changes that do not fit.
+        ValueError: a directory without weights or in an unknown form, files that cannot be read or
+            that different saves wrote, values in config.json that no model has, weights that lack,
+            that are too many or do not fit, a dtype that is not floating, or changes that do not
+            fit. All of it is found before any weights are read or any model is built.
     """
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and dtype not in _FLOATING:
         raise ValueError(f"dtype must be floating, got {dtype}")
     directory = Path(directory)
-    theirs = _read_config(directory)
-    family = None
-    if theirs.get("model_type") == _OWN:
-        fields = {k: v for k, v in theirs.items() if k != "model_type"}
-        try:
-            config = TransformerConfig(**fields)
-        except TypeError as error:
-            raise ValueError(f"{directory / 'config.json'}: {error}") from None
-    else:
-        family = _family(theirs, directory)
-        config = family.config(theirs)
-    state = _read_weights(directory)
-    if family is not None:
-        config = family.fit(theirs, state)
-    changed = replace(config, **changes)
-    with torch.device("meta"):
-        shapes = {name: x.shape for name, x in Transformer(config).state_dict().items()}
+    stored = store.read(directory)
+    with _about(directory / "config.json"):
+        family = _family(stored.description)
+        config = _own(stored.description) if family is None else family.config(stored.description)
+    with _about(directory):
+        _check_depth(config, stored.like)
+        if family is not None:
+            config = family.fit(stored.description, stored.like)
+        expected = _like(config)
+        shapes = {name: x.shape for name, x in expected.items()}
+        like = stored.like
+        if family is not None:
+            like = family.load(like, config, shapes)
+        _check(like, expected)
+    changed, new = config, _changed_heads(config, config)
+    if changes:
+        changed = _changed(config, changes)
+        _check_depth(changed, stored.like)
+        new = _changed_heads(config, changed)
+        _adopt(_like(changed), like, new)
+    state = stored.read()
     if family is not None:
         state = family.load(state, config, shapes)
-    _check(state, shapes, directory)
     kind = dtype or next(x.dtype for x in state.values() if x.is_floating_point())
     model = Transformer(changed).to(kind)
-    _adopt(model, state, new=_changed_heads(config, changed))
+    _adopt(model.state_dict(), state, new)
     return model.to(device).eval()
 
 
@@ -90,6 +96,11 @@ def save(
 ) -> None:
     """Writes config.json and the weights into a directory, which is made if need be.
 
+    Whatever ends a save, `load` finds the whole model that was there or the whole new one, as it
+    does while others save; of several that save at once, one waits for the other. A reader other
+    than `load` may for a moment, or after a power cut at that moment, see the new weights beside
+    the old config.json. Other files of the directory are left alone.
+
     Args:
         model: what is saved.
         directory: where to; files of these names, shards included, are replaced.
@@ -98,6 +109,7 @@ def save(
 
     Raises:
         ValueError: another form, or a model that no family of Hugging Face can express.
+        OSError: the files cannot be written; the directory is as it was.
     """
     if form not in ("huggingface", _OWN):
         raise ValueError(f"form must be huggingface or tfkern, got {form!r}")
@@ -115,10 +127,7 @@ def save(
         dtype = next(iter(state.values())).dtype
         description["torch_dtype"] = str(dtype).removeprefix("torch.")
         state = family.save(state, bare)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_weights(directory, state, shard_bytes)
-    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    store.write(Path(directory), description, state, shard_bytes)
 
 
 def _expressed(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
@@ -132,92 +141,74 @@ def _expressed(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} has no config.json")
-    try:
-        theirs = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{path} must hold an object, got {type(theirs).__name__}")
-    return theirs
-
-
-def _family(theirs: dict[str, Any], directory: Path) -> Family:
+def _family(theirs: dict[str, Any]) -> Family | None:
+    """That of a config.json, None for our own form."""
     kind = theirs.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"{directory / 'config.json'} has model_type {kind!r}, expected one of "
-            f"{', '.join(FAMILIES)}, {_OWN}"
-        )
+    if kind == _OWN:
+        return None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"model_type {shown(kind)}, expected one of {', '.join(FAMILIES)}, {_OWN}")
     return FAMILIES[kind]
 
 
-def _read_weights(directory: Path) -> State:
-    index = directory / f"{_WEIGHTS}.index.json"
-    if (directory / _WEIGHTS).is_file():
-        names = [_WEIGHTS]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is no JSON with a weight_map of names to files") from None
-    else:
-        raise ValueError(f"{directory} has neither {_WEIGHTS} nor {index.name}")
-    state: State = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is not a file of that directory")
-        try:
-            state |= load_file(directory / name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{directory / name}: {error}") from None
-    return state
+def _own(description: dict[str, Any]) -> TransformerConfig:
+    given = {name: value for name, value in description.items() if name != "model_type"}
+    known = {field.name for field in fields(TransformerConfig)}
+    if unknown := given.keys() - known:
+        raise ValueError(f"unknown field {shown(min(unknown))}")
+    if lacking := [name for name in ("dim", "layers", "heads") if name not in given]:
+        raise ValueError(f"it lacks {lacking[0]!r}")
+    return TransformerConfig(**given)
 
 
-def _write_weights(directory: Path, state: State, shard_bytes: int) -> None:
-    shards = list(_shards(state, shard_bytes))
-    names = [_WEIGHTS]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    index = directory / f"{_WEIGHTS}.index.json"
-    shards_before = directory.glob("model-?????-of-?????.safetensors")
-    for old in [directory / _WEIGHTS, *shards_before, index]:
-        old.unlink(missing_ok=True)  # what another save left would be read with these
-    for name, shard in zip(names, shards, strict=True):
-        contiguous = {k: x.detach().contiguous().cpu() for k, x in shard.items()}
-        save_file(contiguous, directory / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-        size = sum(x.nbytes for x in state.values())
-        content = {"metadata": {"total_size": size}, "weight_map": where}
-        index.write_text(json.dumps(content, indent=2) + "\n")
+def _changed(config: TransformerConfig, changes: dict[str, Any]) -> TransformerConfig:
+    try:
+        return replace(config, **changes)
+    except TypeError as error:
+        raise ValueError(f"the changes do not fit: {error}") from None
 
 
-def _shards(state: State, limit: int) -> Iterator[State]:
-    shard: State = {}
-    size = 0
+def _check_depth(config: TransformerConfig, like: State) -> None:
+    """Every block has a weight, so that this bounds what is built."""
+    layers = config.layers + (config.encoder_layers or 0)
+    if layers > len(like):
+        raise ValueError(f"the weights lack those of {layers} layers, there are {len(like)} in all")
+
+
+def _like(config: TransformerConfig) -> State:
+    """The weights of a model, without values."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config).state_dict()
+    except (RuntimeError, OverflowError):  # numbers of bytes beyond 64 bits
+        raise ValueError("the sizes of the configuration are larger than any memory") from None
+
+
+def _check(state: State, expected: State) -> None:
+    if missing := sorted(set(expected) - set(state)):
+        raise ValueError(f"the weights lack {', '.join(missing[:3])}")
+    if excess := sorted(set(state) - set(expected)):
+        raise ValueError(f"unexpected weights {', '.join(map(shown, excess[:3]))}")
     for name, x in state.items():
-        if shard and size + x.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = x
-        size += x.nbytes
-    yield shard
-
-
-def _check(state: State, shapes: dict[str, torch.Size], directory: Path) -> None:
-    if missing := sorted(set(shapes) - set(state)):
-        raise ValueError(f"{directory}: the weights lack {', '.join(missing[:3])}")
-    if excess := sorted(set(state) - set(shapes)):
-        raise ValueError(f"{directory}: unexpected weights {', '.join(excess[:3])}")
-    for name, x in state.items():
-        if x.shape != shapes[name]:
+        if x.shape != expected[name].shape:
             raise ValueError(
-                f"{directory}: {name} has shape {tuple(x.shape)}, expected {tuple(shapes[name])}"
+                f"{name} has shape {tuple(x.shape)}, expected {tuple(expected[name].shape)}"
             )
+        floating = expected[name].is_floating_point()
+        if x.dtype not in _FLOATING if floating else x.dtype != expected[name].dtype:
+            raise ValueError(
+                f"{name} has type {x.dtype}, expected "
+                f"{'a floating one' if floating else expected[name].dtype}"
+            )
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Errors begin with the path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _changed_heads(old: TransformerConfig, new: TransformerConfig) -> tuple[str, ...]:
@@ -231,9 +222,9 @@ def _changed_heads(old: TransformerConfig, new: TransformerConfig) -> tuple[str,
 
 
 @torch.no_grad()
-def _adopt(model: Transformer, state: State, new: tuple[str, ...]) -> None:
-    """Copies the weights of a file into a model whose head may be another."""
-    for name, x in model.state_dict().items():
+def _adopt(into: State, state: State, new: tuple[str, ...]) -> None:
+    """Copies the weights of a file into those of a model whose head may be another."""
+    for name, x in into.items():
         if name.startswith(new):
             continue
         if name not in state:

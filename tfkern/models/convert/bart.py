@@ -5,21 +5,48 @@ from typing import Any
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.family import (
+    ABSENT,
+    ACTIVATIONS,
     Family,
     Rule,
-    activation,
     activation_name,
+    among,
+    like,
     linear,
+    only,
     rule,
-    supported,
+    same_number,
 )
+
+_FIELDS = {
+    "d_model": like("dim"),
+    "decoder_layers": like("layers"),
+    "encoder_layers": like("layers"),
+    "decoder_attention_heads": like("heads"),
+    "encoder_attention_heads": like("heads", ABSENT),
+    "decoder_ffn_dim": like("hidden_dim"),
+    "encoder_ffn_dim": like("hidden_dim", ABSENT),
+    "vocab_size": like("vocab_size"),
+    "max_position_embeddings": like("max_length"),
+    "scale_embedding": like("scale_embedding", False),
+    "activation_function": among(ACTIVATIONS, "gelu"),
+    "dropout": like("dropout", 0.1),
+    "attention_dropout": like("attention_dropout", 0.0),
+    "tie_word_embeddings": like("tie_embeddings", True),
+    "pad_token_id": like("pad_token", 1, null=True),
+    "decoder_start_token_id": like("start_token", 2, null=True),
+    "eos_token_id": like("end_token", 2, null=True),
+    "normalize_before": only(False),
+    "add_final_layer_norm": only(False),
+    "normalize_embedding": only(True),
+    "static_position_embeddings": only(False),
+    "extra_pos_embeddings": only(2),
+}
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    supported(theirs, normalize_before=False, add_final_layer_norm=False, normalize_embedding=True)
-    supported(theirs, static_position_embeddings=False, extra_pos_embeddings=2)
     for size in ("attention_heads", "ffn_dim"):
-        supported(theirs, **{f"encoder_{size}": theirs[f"decoder_{size}"]})
+        same_number(theirs, f"encoder_{size}", f"decoder_{size}")
     return {
         "architecture": "encoder_decoder",
         "dim": theirs["d_model"],
@@ -32,14 +59,14 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "position_offset": 2,
         "embedding_norm": True,
         "post_norm": True,
-        "scale_embedding": theirs.get("scale_embedding", False),
-        "activation": activation(theirs.get("activation_function", "gelu")),
-        "dropout": theirs.get("dropout", 0.1),
-        "attention_dropout": theirs.get("attention_dropout", 0.0),
-        "tie_embeddings": theirs.get("tie_word_embeddings", True),
-        "pad_token": theirs.get("pad_token_id", 1),
-        "start_token": theirs.get("decoder_start_token_id", 2),
-        "end_token": theirs.get("eos_token_id", 2),
+        "scale_embedding": theirs["scale_embedding"],
+        "activation": ACTIVATIONS[theirs["activation_function"]],
+        "dropout": theirs["dropout"],
+        "attention_dropout": theirs["attention_dropout"],
+        "tie_embeddings": theirs["tie_word_embeddings"],
+        "pad_token": theirs["pad_token_id"],
+        "start_token": theirs["decoder_start_token_id"],
+        "end_token": theirs["eos_token_id"],
         "init": "normal",
     }
 
@@ -110,6 +137,7 @@ BART = Family(
         "BartModel": {"head": "none"},
         "BartForSequenceClassification": {"head": "classification", "pooler": True},
     },
+    _FIELDS,
     _read,
     _write,
     _rules,

@@ -5,18 +5,37 @@ from typing import Any
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.family import (
+    ACTIVATIONS,
     Family,
     Rule,
-    activation,
     activation_name,
+    among,
+    like,
     linear,
+    only,
     rule,
-    supported,
 )
+
+_FIELDS = {
+    "hidden_size": like("dim"),
+    "num_hidden_layers": like("layers"),
+    "num_attention_heads": like("heads"),
+    "intermediate_size": like("hidden_dim"),
+    "vocab_size": like("vocab_size"),
+    "type_vocab_size": like("token_types", 2),
+    "max_position_embeddings": like("max_length"),
+    "layer_norm_eps": like("norm_eps", 1e-12),
+    "hidden_act": among(ACTIVATIONS, "gelu"),
+    "hidden_dropout_prob": like("dropout", 0.1),
+    "attention_probs_dropout_prob": like("attention_dropout", 0.1),
+    "tie_word_embeddings": like("tie_embeddings", True),
+    "pad_token_id": like("pad_token", 0, null=True),
+    "position_embedding_type": only("absolute"),
+    "is_decoder": only(False),
+}
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    supported(theirs, position_embedding_type="absolute", is_decoder=False)
     return {
         "architecture": "encoder",
         "dim": theirs["hidden_size"],
@@ -24,16 +43,16 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "heads": theirs["num_attention_heads"],
         "hidden_dim": theirs["intermediate_size"],
         "vocab_size": theirs["vocab_size"],
-        "token_types": theirs.get("type_vocab_size", 2),
+        "token_types": theirs["type_vocab_size"],
         "max_length": theirs["max_position_embeddings"],
         "embedding_norm": True,
         "post_norm": True,
-        "norm_eps": theirs.get("layer_norm_eps", 1e-12),
-        "activation": activation(theirs.get("hidden_act", "gelu")),
-        "dropout": theirs.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": theirs.get("attention_probs_dropout_prob", 0.1),
-        "tie_embeddings": theirs.get("tie_word_embeddings", True),
-        "pad_token": theirs.get("pad_token_id", 0),
+        "norm_eps": theirs["layer_norm_eps"],
+        "activation": ACTIVATIONS[theirs["hidden_act"]],
+        "dropout": theirs["hidden_dropout_prob"],
+        "attention_dropout": theirs["attention_probs_dropout_prob"],
+        "tie_embeddings": theirs["tie_word_embeddings"],
+        "pad_token": theirs["pad_token_id"],
         "init": "normal",
     }
 
@@ -106,6 +125,7 @@ BERT = Family(
         "BertForTokenClassification": {"head": "token", "pooler": False},
         "BertForQuestionAnswering": {"head": "span", "pooler": False},
     },
+    _FIELDS,
     _read,
     _write,
     _rules,

@@ -1,15 +1,84 @@
 """How a family of Hugging Face models is told: its configuration, and the names of its weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tfkern.models.config import TransformerConfig
+from tfkern.files import shown
+from tfkern.models.config import TransformerConfig, check_field
+from tfkern.models.convert.store import State
 
-State = dict[str, Tensor]
+NEEDED = object()  # the default of a field that config.json must have
+ABSENT = object()  # and of one whose absence `read` understands
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of config.json: what it may hold, and what its absence means.
+
+    Attributes:
+        check: raises ValueError for any other value; takes the name of the field and the value.
+    """
+
+    check: Callable[[str, Any], None]
+    default: Any = NEEDED
+
+
+def like(ours: str, default: Any = NEEDED, null: bool = False) -> Field:
+    """A field that holds what a field of `TransformerConfig` does; null if told or the default."""
+
+    def check(name: str, value: Any) -> None:
+        try:
+            check_field(ours, value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if value is None and default is not None and not null:
+            raise ValueError(f"{name} must not be null")
+
+    return Field(check, default)
+
+
+def among(names: Iterable[str], default: Any = NEEDED) -> Field:
+    """A field that holds one of these names."""
+    names = tuple(names)
+
+    def check(name: str, value: Any) -> None:
+        if value not in names:
+            raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(names)}")
+
+    return Field(check, default)
+
+
+def only(supported: Any) -> Field:
+    """A field that holds nothing but this, or is absent."""
+
+    def check(name: str, value: Any) -> None:
+        if type(value) is not type(supported) or value != supported:
+            raise ValueError(f"{name} = {shown(value)} is not supported, only {supported!r}")
+
+    return Field(check, ABSENT)
+
+
+def strings(kind: type) -> Field:
+    """A field that holds a list or an object of strings, or null."""
+
+    def check(name: str, value: Any) -> None:
+        items = value.values() if isinstance(value, dict) else value
+        if value is None or isinstance(value, kind) and all(isinstance(x, str) for x in items):
+            return
+        raise ValueError(f"{name} must be a {kind.__name__} of strings or null, got {shown(value)}")
+
+    return Field(check, None)
+
+
+# what all families have
+_COMMON = {
+    "architectures": strings(list),
+    "id2label": strings(dict),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +93,13 @@ class Rule:
 
     def load(self, state: State, shapes: dict[str, torch.Size]) -> State:
         """Takes theirs out of `state` and returns ours, whose shapes are given."""
+        dims = len(self.shape) + len(shapes[self.ours[0]])
         parts = [state.pop(name) for name in self.theirs]
+        for name, x in zip(self.theirs, parts, strict=True):
+            if x.dim() != dims or x.shape[: len(self.shape)] != self.shape:
+                raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {dims} dimensions")
+            if x.dtype != parts[0].dtype or x.shape != parts[0].shape:
+                raise ValueError(f"{name} does not fit to {self.theirs[0]}")
         if self.transposed:
             parts = [x.t() for x in parts]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -71,7 +146,8 @@ class Family:
         model_type: as in config.json.
         prefix: of the names of weights that the bare model has, in a model with a head.
         heads: class in `architectures` -> the fields of a configuration that it means.
-        read: config.json -> further fields.
+        fields: of config.json, those that matter.
+        read: config.json, with its defaults and without other fields -> further fields.
         write: a configuration -> config.json without model_type and architectures.
         rules: a configuration -> which tensors are which; theirs begin with "<prefix>." where the
             bare model has them.
@@ -83,6 +159,7 @@ class Family:
     model_type: str
     prefix: str
     heads: dict[str, dict[str, Any]]
+    fields: dict[str, Field]
     read: Callable[[dict[str, Any]], dict[str, Any]]
     write: Callable[[TransformerConfig], dict[str, Any]]
     rules: Callable[[TransformerConfig], Iterator[Rule]]
@@ -92,26 +169,36 @@ class Family:
 
     def config(self, theirs: dict[str, Any]) -> TransformerConfig:
         """The configuration that config.json describes."""
-        names = theirs.get("architectures") or [next(iter(self.heads))]
+        theirs = self._checked(theirs)
+        names = theirs["architectures"] or [next(iter(self.heads))]
         known = [name for name in names if name in self.heads]
         if not known:
             raise ValueError(
-                f"architecture {', '.join(names)} of {self.model_type} is not one of "
+                f"architecture {_some(names)} of {self.model_type} is not one of "
                 f"{', '.join(self.heads)}"
             )
-        try:
-            fields = self.read(theirs) | self.heads[known[0]]
-        except KeyError as error:
-            raise ValueError(f"config.json of {self.model_type} lacks {error}") from None
+        fields = self.read(theirs) | self.heads[known[0]]
         if fields["head"] in ("classification", "token"):
-            fields["classes"] = len(theirs.get("id2label") or range(2))
+            fields["classes"] = len(theirs["id2label"] or range(2))
         if fields.get("architecture") == "encoder" and "encoder_layers" in fields:
             fields["layers"] = fields.pop("encoder_layers")
         for token in ("pad_token", "start_token", "end_token"):
-            given = fields.get(token)
-            if isinstance(given, int) and given >= (fields.get("vocab_size") or 0):
+            if (fields.get(token) or 0) >= (fields.get("vocab_size") or 1):
                 fields[token] = None  # the defaults of transformers in a model of fewer tokens
         return TransformerConfig(**fields)
+
+    def _checked(self, theirs: dict[str, Any]) -> dict[str, Any]:
+        """The fields that matter, with their defaults."""
+        found = {}
+        for name, known in (_COMMON | self.fields).items():
+            if name in theirs:
+                known.check(name, theirs[name])
+                found[name] = theirs[name]
+            elif known.default is NEEDED:
+                raise ValueError(f"it lacks {name!r}, which {self.model_type} needs")
+            elif known.default is not ABSENT:
+                found[name] = known.default
+        return found
 
     def fit(self, theirs: dict[str, Any], state: State) -> TransformerConfig:
         """`config`, but with the head of another class if that is the one whose weights are all
@@ -161,7 +248,7 @@ class Family:
         theirs = self._today(state, expected)
         for alias, name in self.aliases(config).items():
             if alias in theirs:
-                if name in theirs and not torch.equal(theirs[alias], theirs[name]):
+                if name in theirs and not _same(theirs[alias], theirs[name]):
                     raise ValueError(f"{alias} differs from {name}, of which it is a copy")
                 theirs.setdefault(name, theirs[alias])
                 del theirs[alias]
@@ -185,9 +272,13 @@ class Family:
         return {(n.removeprefix(start) if bare else n): x for n, x in theirs.items()}
 
     def _names(self, config: TransformerConfig, state: State) -> tuple[set[str], set[str]]:
-        """Their weights that a configuration has, and those that there are, each tensor once."""
+        """Their weights that a configuration has, and those that there are, each tensor once.
+
+        Of the former no more than one beyond the number of all that there are.
+        """
         aliases = self.aliases(config)
-        needed = {name for r in self.rules(config) for name in r.theirs}
+        names = (name for r in self.rules(config) for name in r.theirs)
+        needed = set(islice(names, len(state) + 1))
         found = self._today(state, needed | set(aliases))
         return needed, {aliases.get(name, name) for name in found}
 
@@ -205,13 +296,6 @@ class Family:
         return theirs
 
 
-def supported(theirs: dict[str, Any], **values: Any) -> None:
-    """Raises ValueError where config.json has another value than the only one that is supported."""
-    for name, value in values.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(f"{name} = {theirs[name]!r} is not supported, only {value!r}")
-
-
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -222,15 +306,8 @@ ACTIVATIONS = {
 }
 
 
-def activation(name: str, names: dict[str, str] = ACTIVATIONS) -> str:
-    """Ours, of the name that config.json has."""
-    if name not in names:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(names)}")
-    return names[name]
-
-
 def activation_name(ours: str, names: dict[str, str] = ACTIVATIONS) -> str:
-    """The inverse of `activation`: KeyError if there is none."""
+    """Of ours, the name that config.json has: KeyError if there is none."""
     return {b: a for a, b in reversed(names.items())}[ours]
 
 
@@ -247,6 +324,20 @@ def _plain(config: TransformerConfig) -> TransformerConfig:
     )
 
 
+def same_number(theirs: dict[str, Any], name: str, other: str) -> None:
+    """Raises ValueError if config.json has the first field, and it is not equal to the second."""
+    if theirs.get(name, theirs[other]) != theirs[other]:
+        raise ValueError(f"{name} = {theirs[name]} is not supported, only {theirs[other]}")
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether tensors are equal, those without values in what they have."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return x.is_meta or torch.equal(x, y)
+
+
 def _some(names: Any) -> str:
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    first = (name if name.isprintable() and len(name) < 200 else shown(name) for name in names[:3])
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,35 +5,57 @@ from typing import Any
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.family import (
+    ACTIVATIONS,
     Family,
     Rule,
-    activation,
     activation_name,
+    among,
+    like,
     linear,
+    only,
     rule,
-    supported,
 )
 
 # In GPT-1 "gelu" means its tanh form.
 _GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+_FIELDS = {
+    "n_embd": like("dim"),
+    "n_layer": like("layers"),
+    "n_head": like("heads"),
+    "vocab_size": like("vocab_size"),
+    "n_positions": like("max_length"),
+    "layer_norm_epsilon": like("norm_eps", 1e-5),
+    "resid_pdrop": like("dropout", 0.1),
+    "attn_pdrop": like("attention_dropout", 0.1),
+    "tie_word_embeddings": like("tie_embeddings", True),
+    "pad_token_id": like("pad_token", None),
+    "bos_token_id": like("start_token", None),
+    "eos_token_id": like("end_token", None),
+    "add_cross_attention": only(False),
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "scale_attn_weights": only(True),
+}
+_FIELDS1 = _FIELDS | {"afn": among(_GPT1_ACTIVATIONS, "gelu")}
+_FIELDS2 = _FIELDS | {
+    "activation_function": among(ACTIVATIONS, "gelu_new"),
+    "n_inner": like("hidden_dim", None),
+}
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    supported(theirs, add_cross_attention=False, scale_attn_by_inverse_layer_idx=False)
-    supported(theirs, scale_attn_weights=True)
     return {
         "dim": theirs["n_embd"],
         "layers": theirs["n_layer"],
         "heads": theirs["n_head"],
         "vocab_size": theirs["vocab_size"],
         "max_length": theirs["n_positions"],
-        "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
-        "dropout": theirs.get("resid_pdrop", 0.1),
-        "attention_dropout": theirs.get("attn_pdrop", 0.1),
-        "tie_embeddings": theirs.get("tie_word_embeddings", True),
-        "pad_token": theirs.get("pad_token_id"),
-        "start_token": theirs.get("bos_token_id"),
-        "end_token": theirs.get("eos_token_id"),
+        "norm_eps": theirs["layer_norm_epsilon"],
+        "dropout": theirs["resid_pdrop"],
+        "attention_dropout": theirs["attn_pdrop"],
+        "tie_embeddings": theirs["tie_word_embeddings"],
+        "pad_token": theirs["pad_token_id"],
+        "start_token": theirs["bos_token_id"],
+        "end_token": theirs["eos_token_id"],
     }
 
 
@@ -56,7 +78,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read1(theirs: dict[str, Any]) -> dict[str, Any]:
-    act = activation(theirs.get("afn", "gelu"), _GPT1_ACTIVATIONS)
+    act = _GPT1_ACTIVATIONS[theirs["afn"]]
     return _read(theirs) | {"activation": act, "post_norm": True, "init": "normal"}
 
 
@@ -65,8 +87,8 @@ def _write1(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read2(theirs: dict[str, Any]) -> dict[str, Any]:
-    act = activation(theirs.get("activation_function", "gelu_new"))
-    return _read(theirs) | {"activation": act, "hidden_dim": theirs.get("n_inner")}
+    act = ACTIVATIONS[theirs["activation_function"]]
+    return _read(theirs) | {"activation": act, "hidden_dim": theirs["n_inner"]}
 
 
 def _write2(config: TransformerConfig) -> dict[str, Any]:
@@ -110,6 +132,7 @@ GPT1 = Family(
     "openai-gpt",
     "transformer",
     {"OpenAIGPTLMHeadModel": {"head": "lm"}, "OpenAIGPTModel": {"head": "none"}},
+    _FIELDS1,
     _read1,
     _write1,
     _rules1,
@@ -120,6 +143,7 @@ GPT2 = Family(
     "gpt2",
     "transformer",
     {"GPT2LMHeadModel": {"head": "lm"}, "GPT2Model": {"head": "none"}},
+    _FIELDS2,
     _read2,
     _write2,
     _rules2,

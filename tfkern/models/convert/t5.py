@@ -4,42 +4,69 @@ from collections.abc import Iterator
 from typing import Any
 
 from tfkern.models.config import TransformerConfig
-from tfkern.models.convert.family import Family, Rule, activation, activation_name, rule
+from tfkern.models.convert.family import (
+    ABSENT,
+    ACTIVATIONS,
+    Family,
+    Rule,
+    activation_name,
+    among,
+    like,
+    rule,
+)
 
 # What follows "gated-", where "gelu" means its tanh form, and what stands alone.
 _GATED = {"gelu": "gelu_tanh", "silu": "silu", "relu": "relu"}
 
+_FIELDS = {
+    "d_model": like("dim"),
+    "num_layers": like("layers"),
+    "num_decoder_layers": like("layers", None),
+    "num_heads": like("heads"),
+    "d_kv": like("head_dim"),
+    "d_ff": like("hidden_dim"),
+    "vocab_size": like("vocab_size"),
+    "relative_attention_num_buckets": like("relative_buckets", 32),
+    "relative_attention_max_distance": like("relative_distance", 128),
+    "layer_norm_epsilon": like("norm_eps", 1e-6),
+    "feed_forward_proj": among([*ACTIVATIONS, *(f"gated-{name}" for name in _GATED)], "relu"),
+    "dropout_rate": like("dropout", 0.1),
+    "tie_word_embeddings": like("tie_embeddings", True),
+    "pad_token_id": like("pad_token", 0, null=True),
+    "decoder_start_token_id": like("start_token", ABSENT, null=True),
+    "eos_token_id": like("end_token", 1, null=True),
+}
+
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    act = theirs.get("feed_forward_proj", "relu")
+    act, tied = theirs["feed_forward_proj"], theirs["tie_word_embeddings"]
+    pad = theirs["pad_token_id"]
     gated = act.startswith("gated-")
-    tied = theirs.get("tie_word_embeddings", True)
-    pad = theirs.get("pad_token_id", 0)
     return {
         "architecture": "encoder_decoder",
         "dim": theirs["d_model"],
-        "layers": theirs.get("num_decoder_layers") or theirs["num_layers"],
+        "layers": theirs["num_decoder_layers"] or theirs["num_layers"],
         "encoder_layers": theirs["num_layers"],
         "heads": theirs["num_heads"],
         "head_dim": theirs["d_kv"],
         "hidden_dim": theirs["d_ff"],
         "vocab_size": theirs["vocab_size"],
         "positions": "relative",
-        "relative_buckets": theirs.get("relative_attention_num_buckets", 32),
-        "relative_distance": theirs.get("relative_attention_max_distance", 128),
+        "relative_buckets": theirs["relative_attention_num_buckets"],
+        "relative_distance": theirs["relative_attention_max_distance"],
         "norm": "rms_norm",
-        "norm_eps": theirs.get("layer_norm_epsilon", 1e-6),
+        "norm_eps": theirs["layer_norm_epsilon"],
         "gated": gated,
-        "activation": activation(act.removeprefix("gated-"), _GATED) if gated else activation(act),
+        "activation": _GATED[act.removeprefix("gated-")] if gated else ACTIVATIONS[act],
         "attention_scale": 1.0,
         "bias": False,
-        "dropout": theirs.get("dropout_rate", 0.1),
-        "attention_dropout": theirs.get("dropout_rate", 0.1),
+        "dropout": theirs["dropout_rate"],
+        "attention_dropout": theirs["dropout_rate"],
         "tie_embeddings": tied,
         "logit_scale": theirs["d_model"] ** -0.5 if tied else 1.0,
         "pad_token": pad,
         "start_token": theirs.get("decoder_start_token_id", pad),
-        "end_token": theirs.get("eos_token_id", 1),
+        "end_token": theirs["eos_token_id"],
         "init": "t5",
     }
 
@@ -121,6 +148,7 @@ T5 = Family(
         "T5Model": {"head": "none"},
         "T5EncoderModel": {"head": "none", "architecture": "encoder"},
     },
+    _FIELDS,
     _read,
     _write,
     _rules,

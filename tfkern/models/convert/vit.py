@@ -5,19 +5,39 @@ from typing import Any
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.family import (
+    ABSENT,
+    ACTIVATIONS,
     Family,
     Rule,
-    activation,
     activation_name,
+    among,
+    like,
     linear,
+    only,
     rule,
-    supported,
+    same_number,
 )
+
+_FIELDS = {
+    "hidden_size": like("dim"),
+    "num_hidden_layers": like("layers"),
+    "num_attention_heads": like("heads"),
+    "intermediate_size": like("hidden_dim"),
+    "image_size": like("image_size"),
+    "patch_size": like("patch_size"),
+    "num_channels": like("channels", 3),
+    "layer_norm_eps": like("norm_eps", 1e-12),
+    "hidden_act": among(ACTIVATIONS, "gelu"),
+    "hidden_dropout_prob": like("dropout", 0.0),
+    "attention_probs_dropout_prob": like("attention_dropout", 0.0),
+    "pooler_output_size": like("dim", ABSENT),
+    "qkv_bias": only(True),
+    "pooler_act": only("tanh"),
+}
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    supported(theirs, qkv_bias=True, pooler_act="tanh")
-    supported(theirs, pooler_output_size=theirs["hidden_size"])
+    same_number(theirs, "pooler_output_size", "hidden_size")
     return {
         "architecture": "encoder",
         "dim": theirs["hidden_size"],
@@ -26,11 +46,11 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "hidden_dim": theirs["intermediate_size"],
         "image_size": theirs["image_size"],
         "patch_size": theirs["patch_size"],
-        "channels": theirs.get("num_channels", 3),
-        "norm_eps": theirs.get("layer_norm_eps", 1e-12),
-        "activation": activation(theirs.get("hidden_act", "gelu")),
-        "dropout": theirs.get("hidden_dropout_prob", 0.0),
-        "attention_dropout": theirs.get("attention_probs_dropout_prob", 0.0),
+        "channels": theirs["num_channels"],
+        "norm_eps": theirs["layer_norm_eps"],
+        "activation": ACTIVATIONS[theirs["hidden_act"]],
+        "dropout": theirs["hidden_dropout_prob"],
+        "attention_dropout": theirs["attention_probs_dropout_prob"],
         "init": "truncated",
     }
 
@@ -78,6 +98,7 @@ VIT = Family(
         "ViTForImageClassification": {"head": "classification", "pooler": False},
         "ViTModel": {"head": "none", "pooler": True},
     },
+    _FIELDS,
     _read,
     _write,
     _rules,

@@ -1,0 +1,251 @@
+"""The files of a model: config.json and safetensors, in one file or in several with an index.
+
+Those of one save belong together. They carry its name, so that a mixture is noticed, and what holds
+the weights (or the index of them) also holds config.json, so that one rename replaces the model.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tfkern import files
+
+State = dict[str, Tensor]
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+_SHARD = re.compile(r"model(-[0-9a-f]{16})?-\d{5}-of-\d{5}\.safetensors")
+# In the metadata: the name of the save, its config.json, and a digest of the one that it replaced.
+_SAVE, _CONTENT, _REPLACED = "tfkern_save", "tfkern_config", "tfkern_replaced"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+_TRIES = 100
+
+
+def write(directory: Path, description: dict[str, Any], state: State, shard_bytes: int) -> None:
+    """Replaces the model of a directory, which is made if need be.
+
+    Raises:
+        OSError: it cannot be written; the directory has the model that it had.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with files.beside(directory) as new:
+        save = secrets.token_hex(8)
+        content = json.dumps({**description, _SAVE: save}, indent=2) + "\n"
+        (new.folder / _CONFIG).write_text(content)
+        name = {"format": "pt", _SAVE: save}
+        about: dict[str, Any] = name | {_CONTENT: content, _REPLACED: _digest(_config(directory))}
+        shards = list(_shards(state, shard_bytes))
+        if len(shards) == 1:
+            names = [_WEIGHTS]
+            _save(shards[0], new.folder / _WEIGHTS, about)
+        else:
+            stem = f"model-{save}" if any(_old_shards(directory)) else "model"
+            names = [
+                f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+            ]
+            for file, shard in zip(names, shards, strict=True):
+                _save(shard, new.folder / file, name)
+            where = {k: file for file, shard in zip(names, shards, strict=True) for k in shard}
+            about["total_size"] = sum(x.nbytes for x in state.values())
+            text = json.dumps({"metadata": about, "weight_map": where}, indent=2) + "\n"
+            (new.folder / _INDEX).write_text(text)
+            names.append(_INDEX)
+        new.settle()
+        new.place(*names)  # the last one replaces the model
+        if _WEIGHTS not in names:
+            new.remove(_WEIGHTS)  # or this does, as it is read rather than an index
+        new.place(_CONFIG)
+        new.remove(*{*_old_shards(directory), _INDEX} - {*names})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model on disk, of which only the headers have been read.
+
+    Attributes:
+        description: what config.json says.
+        like: the weights, without values (on the device "meta").
+    """
+
+    description: dict[str, Any]
+    like: State
+    _opened: dict[str, Any]
+
+    def read(self) -> State:
+        """The weights. Files that were replaced since are read as they were."""
+        return {name: self._opened[name].get_tensor(name) for name in self.like}
+
+
+def read(directory: Path) -> Stored:
+    """The model of a directory.
+
+    Raises:
+        ValueError: there is none, its files belong to several saves, or they cannot be read.
+    """
+    for _ in range(_TRIES):
+        before = _seen(directory)
+        try:
+            return _read(directory)
+        except ValueError:
+            if _seen(directory) == before:  # no save has come between
+                raise
+    raise ValueError(f"{directory} is written to all the time")
+
+
+def _read(directory: Path) -> Stored:
+    config, index = directory / _CONFIG, directory / _INDEX
+    if not _there(config):
+        raise ValueError(f"{directory} has no {_CONFIG}")
+    content = files.read(config)
+    description = files.parse(content, config)
+    about: dict[str, Any] = {}
+    where = None
+    if _there(directory / _WEIGHTS):
+        names = [_WEIGHTS]
+    elif _there(index):
+        about, where = _read_index(index)
+        names = sorted(set(where.values()))
+    else:
+        raise ValueError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}")
+    like: State = {}
+    opened: dict[str, Any] = {}
+    saves = set() if where is None else {about.get(_SAVE)}
+    for name in names:
+        file = _open(directory / name)
+        metadata = file.metadata() or {}
+        saves.add(metadata.get(_SAVE))
+        about = about or metadata
+        found = _shapes(directory / name, file)
+        if twice := found.keys() & like.keys():
+            raise ValueError(f"{directory}: {files.shown(min(twice))} is in several files")
+        like |= found
+        opened |= dict.fromkeys(found, file)
+    for name, place in (where or {}).items():
+        if name not in like:
+            raise ValueError(
+                f"{directory / place} lacks {files.shown(name)}, which the index names"
+            )
+    if len(saves) > 1:
+        raise ValueError(f"{directory} holds files of different saves, which do not fit together")
+    (save,) = saves
+    if save is not None and description.get(_SAVE) != save:
+        if about.get(_REPLACED) != _digest(content):
+            raise ValueError(f"{config} is of another save than the weights")
+        description = files.parse(str(about.get(_CONTENT)), f"{_CONFIG} within the weights")
+    description.pop(_SAVE, None)
+    return Stored(description, like, opened)
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    wrong = f"{path} is no JSON with a weight_map of names to files"
+    content = files.read(path)
+    try:
+        index = files.parse(content, path)
+    except ValueError as error:
+        raise ValueError(f"{wrong}: {error}") from None
+    about, where = index.get("metadata") or {}, index.get("weight_map")
+    if not isinstance(about, dict) or not isinstance(where, dict) or not where:
+        raise ValueError(wrong)
+    for name in where.values():
+        if not isinstance(name, str):
+            raise ValueError(f"{wrong}: it has {files.shown(name)} in place of a file")
+        if Path(name).name != name:
+            raise ValueError(
+                f"{path} names {files.shown(name)}, which is not a file of that directory"
+            )
+    return about, where
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(files.regular(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: {files.one_line(error)}") from None
+
+
+def _shapes(path: Path, file: Any) -> State:
+    found: State = {}
+    for name in file.keys():  # noqa: SIM118, it is no dict
+        x = file.get_slice(name)
+        shape, kind = x.get_shape(), x.get_dtype()
+        if kind not in _DTYPES:
+            raise ValueError(f"{path}: {files.shown(name)} has the unknown type {kind}")
+        if 0 in shape:
+            raise ValueError(f"{path}: {files.shown(name)} has no values, its shape is {shape}")
+        found[name] = torch.empty(shape, dtype=_DTYPES[kind], device="meta")
+    return found
+
+
+def _save(shard: State, path: Path, metadata: dict[str, Any]) -> None:
+    contiguous = {k: x.detach().contiguous().cpu() for k, x in shard.items()}
+    try:
+        save_file(contiguous, path, metadata)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise OSError(f"{path.name}: {files.one_line(error)}") from None
+
+
+def _shards(state: State, limit: int) -> Iterator[State]:
+    shard: State = {}
+    size = 0
+    for name, x in state.items():
+        if shard and size + x.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = x
+        size += x.nbytes
+    yield shard
+
+
+def _old_shards(directory: Path) -> Iterator[str]:
+    return (file.name for file in directory.iterdir() if _SHARD.fullmatch(file.name))
+
+
+def _config(directory: Path) -> bytes:
+    try:
+        return files.read(directory / _CONFIG)
+    except ValueError:
+        return b""  # no save can have been made of it
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # reading it tells why it cannot be read
+    return True
+
+
+def _seen(directory: Path) -> list[Any]:
+    """What changes with every save."""
+    seen: list[Any] = []
+    for name in (_CONFIG, _WEIGHTS, _INDEX):
+        try:
+            found = (directory / name).lstat()
+            seen.append((found.st_ino, found.st_mtime_ns, found.st_size))
+        except OSError:
+            seen.append(None)
+    return seen
