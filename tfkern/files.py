@@ -7,14 +7,16 @@ import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _PREFIX = ".tfkern-"  # of the folders in which files are written
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others hold these open, and would see no new file
 _LIMIT = 1 << 28  # bytes of a text
+_TRIES = 100
+T = TypeVar("T")
 
 
 class Beside:
@@ -44,7 +46,7 @@ class Beside:
         """Puts settled files into the directory in this order, each by one rename."""
         for name in names:
             os.replace(self.folder / name, self.directory / name)
-        _sync(self.directory)
+            _sync(self.directory)
 
     def remove(self, *names: str) -> None:
         """Removes files from the directory."""
@@ -141,6 +143,25 @@ def read(path: Path) -> bytes:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
+def steadily(read: Callable[[], T], *paths: Path) -> T:
+    """What a function returns or raises that reads files, once none was replaced meanwhile.
+
+    Raises:
+        ValueError: they are replaced all the time.
+    """
+    for _ in range(_TRIES):
+        before = [_seen(path) for path in paths]
+        try:
+            found = read()
+        except ValueError:
+            if [_seen(path) for path in paths] == before:
+                raise
+        else:
+            if [_seen(path) for path in paths] == before:
+                return found
+    raise ValueError(f"{paths[0]} is written to all the time")
+
+
 def parse(content: bytes | str, source: object) -> dict[str, Any]:
     """The JSON object of a text, whoever wrote it.
 
@@ -192,6 +213,15 @@ def one_line(error: BaseException) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 2, 3, 3
+
+
+def _seen(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,9 @@
 """A tokenizer with its special tokens by role, batches with padding, and decoding as a stream."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,12 @@ from tokenizers import AddedToken, Encoding
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from tfkern import files
+
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_TOKENIZER, _CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+# In the configuration: which tokenizer.json it belongs to, and the roles of the one before that.
+_OF, _BEFORE = "tfkern_of", "tfkern_before"
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,16 @@ class Tokenizer:
             are added to the vocabulary if it lacks them.
 
     Raises:
-        ValueError: an unknown role.
+        ValueError: an unknown role, or a token that is no string.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str]) -> None:
         unknown = set(special) - set(ROLES)
         if unknown:
             raise ValueError(f"role {sorted(unknown)[0]!r} is not one of {', '.join(ROLES)}")
+        for role, token in special.items():
+            if not isinstance(token, str):
+                raise ValueError(f"the {role} token must be a string, got {files.shown(token)}")
         self.backend, self.special = backend, dict(special)
         known = {str(token): token for token in backend.get_added_tokens_decoder().values()}
         new = [t for t in special.values() if t not in known or not known[t].special]
@@ -83,34 +93,56 @@ class Tokenizer:
         from tfkern.tokenize.vocabularies import bert, gpt2, t5
 
         path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-                return gpt2(path / "vocab.json", path / "merges.txt")
-            if (path / "vocab.txt").is_file():
-                return bert(path / "vocab.txt")
-            if (path / "spiece.model").is_file():
-                return t5(path / "spiece.model")
-            raise ValueError(
-                f"{path} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt or "
-                "spiece.model"
-            )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(f"{file}: {error}") from None
+            file = path / _TOKENIZER if path.is_dir() else path
+            if file.exists():
+                paths = (file, file.parent / _CONFIG, file.parent / _MAP)
+                return files.steadily(lambda: cls._read(file), *paths)
+            if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+                return gpt2(path / "vocab.json", path / "merges.txt")
+            if (path / "vocab.txt").exists():
+                return bert(path / "vocab.txt")
+            if (path / "spiece.model").exists():
+                return t5(path / "spiece.model")
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        raise ValueError(
+            f"{path} has neither {_TOKENIZER} nor vocab.json and merges.txt, vocab.txt or "
+            "spiece.model"
+        )
+
+    @classmethod
+    def _read(cls, file: Path) -> "Tokenizer":
+        content = files.read(file)
+        with refusing(str(file)):
+            backend = tokenizers.Tokenizer.from_str(content.decode())
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, _roles(file.parent))
+        return cls(backend, _roles(file.parent, content))
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers reads, too."""
+        """Writes tokenizer.json and tokenizer_config.json, which transformers reads, too.
+
+        Whatever ends it, `load` finds the whole tokenizer that was there or the whole new one.
+
+        Raises:
+            OSError: the files cannot be written; the directory is as it was.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= {f"{role}_token": token for role, token in self.special.items()}
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with files.beside(directory) as new:
+            content = self.backend.to_str(pretty=True).encode()
+            config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            config |= {f"{role}_token": token for role, token in self.special.items()}
+            config[_OF] = _digest(content)
+            with suppress(ValueError):  # there is none that could be read until the new one is
+                before = files.read(directory / _TOKENIZER)
+                config[_BEFORE] = {_OF: _digest(before), **_roles(directory, before)}
+            (new.folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (new.folder / _TOKENIZER).write_bytes(content)
+            new.settle()
+            new.place(_CONFIG, _TOKENIZER)
+            new.remove(_MAP)  # of the roles before
 
     @property
     def vocab_size(self) -> int:
@@ -226,7 +258,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with refusing("the tokens cannot be decoded"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True) -> "Stream":
         """Decodes ids that come one by one."""
@@ -254,9 +287,8 @@ class Tokenizer:
             backend.enable_truncation(limit, stride=stride)
         inputs: Any = texts if pairs is None else list(zip(texts, pairs, strict=True))
         try:
-            return backend.encode_batch(inputs, add_special_tokens=template)
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(f"the text cannot be encoded: {error}") from None
+            with refusing("the text cannot be encoded"):
+                return backend.encode_batch(inputs, add_special_tokens=template)
         finally:
             backend.no_truncation()
             backend.encode_special_tokens = False
@@ -275,7 +307,8 @@ class Stream:
     def push(self, token: int) -> str:
         """The text that is certain now, often that of the token alone, sometimes none."""
         self._ids.append(int(token))
-        piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
+        with refusing("the tokens cannot be decoded"):
+            piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
         self._length += len(piece)
         return piece
 
@@ -292,21 +325,39 @@ class Stream:
         yield self.finish()
 
 
-def _roles(directory: Path) -> dict[str, str]:
-    """The special tokens that a directory of transformers tells."""
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Makes ValueErrors of what the library raises: nothing more precise than Exception, and
+    panics, which are not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what}: {files.one_line(error)}") from None
+        raise
+
+
+def _roles(directory: Path, tokenizer: bytes) -> dict[str, str]:
+    """The special tokens that a directory tells, of the tokenizer.json with this content."""
+    config = directory / _CONFIG
+    told = files.read_object(config) if config.exists() else {}
+    before = told.get(_BEFORE)
+    of = _digest(tokenizer)
+    if isinstance(before, dict) and before.get(_OF) == of:  # a save has put only one in its place
+        return {role: before[role] for role in ROLES if role in before}
+    others = directory / _MAP
+    if told.get(_OF) != of and others.exists():
+        told = files.read_object(others) | told
     special: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if not (directory / name).is_file():
-            continue
-        try:
-            told = json.loads((directory / name).read_text())
-        except ValueError as error:
-            raise ValueError(f"{directory / name} is not JSON: {error}") from None
-        if not isinstance(told, dict):
-            raise ValueError(f"{directory / name} must hold an object, got {type(told).__name__}")
-        for role in ROLES:
-            token = told.get(f"{role}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token:
-                special[role] = token
+    for role in ROLES:
+        token = told.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise ValueError(f"{config}: {role}_token must be a string, got {files.shown(token)}")
+        if token:
+            special[role] = token
     return special
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -7,7 +7,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from tfkern.tokenize.tokenizer import Tokenizer
+from tfkern import files
+from tfkern.tokenize.tokenizer import Tokenizer, refusing
 
 _Path = str | Path
 
@@ -65,7 +66,7 @@ def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
     """
     import sentencepiece
 
-    tokenizer = unigram(_read(sentencepiece.SentencePieceProcessor, model))
+    tokenizer = _read(lambda file: unigram(sentencepiece.SentencePieceProcessor(file)), model)
     backend = tokenizer.backend
     backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
     backend.post_processor = processors.TemplateProcessing(
@@ -76,12 +77,10 @@ def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
     return tokenizer
 
 
-def _read(read: Callable[..., Any], *files: _Path) -> Any:
-    names = [str(file) for file in files]
-    try:
+def _read(read: Callable[..., Any], *paths: _Path) -> Any:
+    names = [str(files.regular(Path(path))) for path in paths]
+    with refusing(", ".join(names)):
         return read(*names)
-    except Exception as error:  # the libraries raise nothing more precise
-        raise ValueError(f"{', '.join(names)}: {error}") from None
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:

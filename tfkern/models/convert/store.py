@@ -34,7 +34,6 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
-_TRIES = 100
 
 
 def write(directory: Path, description: dict[str, Any], state: State, shard_bytes: int) -> None:
@@ -98,14 +97,8 @@ def read(directory: Path) -> Stored:
     Raises:
         ValueError: there is none, its files belong to several saves, or they cannot be read.
     """
-    for _ in range(_TRIES):
-        before = _seen(directory)
-        try:
-            return _read(directory)
-        except ValueError:
-            if _seen(directory) == before:  # no save has come between
-                raise
-    raise ValueError(f"{directory} is written to all the time")
+    paths = (directory / name for name in (_CONFIG, _WEIGHTS, _INDEX))
+    return files.steadily(lambda: _read(directory), *paths)
 
 
 def _read(directory: Path) -> Stored:
@@ -237,15 +230,3 @@ def _there(path: Path) -> bool:
     except OSError:
         pass  # reading it tells why it cannot be read
     return True
-
-
-def _seen(directory: Path) -> list[Any]:
-    """What changes with every save."""
-    seen: list[Any] = []
-    for name in (_CONFIG, _WEIGHTS, _INDEX):
-        try:
-            found = (directory / name).lstat()
-            seen.append((found.st_ino, found.st_mtime_ns, found.st_size))
-        except OSError:
-            seen.append(None)
-    return seen
