@@ -19,14 +19,13 @@ from tfkern.models.convert.bart import BART
 from tfkern.models.convert.bert import BERT
 from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
-from tfkern.models.convert.store import State
+from tfkern.models.convert.store import FLOATING, State
 from tfkern.models.convert.t5 import T5
 from tfkern.models.convert.vit import VIT
 from tfkern.models.transformer import Transformer
 
 FAMILIES = {family.model_type: family for family in (GPT1, GPT2, BERT, BART, T5, VIT)}
 _OWN = "tfkern"  # the model_type of tfkern's own directories
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NEXT_SENTENCE = {"pretraining", "next_sentence"}
 
 
@@ -55,7 +54,7 @@ def load(
             that are too many or do not fit, a dtype that is not floating, or changes that do not
             fit. All of it is found before any weights are read or any model is built.
     """
-    if dtype is not None and dtype not in _FLOATING:
+    if dtype is not None and dtype not in FLOATING:
         raise ValueError(f"dtype must be floating, got {dtype}")
     directory = Path(directory)
     stored = store.read(directory)
@@ -195,7 +194,7 @@ def _check(state: State, expected: State) -> None:
                 f"{name} has shape {tuple(x.shape)}, expected {tuple(expected[name].shape)}"
             )
         floating = expected[name].is_floating_point()
-        if x.dtype not in _FLOATING if floating else x.dtype != expected[name].dtype:
+        if x.dtype not in FLOATING if floating else x.dtype != expected[name].dtype:
             raise ValueError(
                 f"{name} has type {x.dtype}, expected "
                 f"{'a floating one' if floating else expected[name].dtype}"

@@ -79,7 +79,8 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
     embeddings = "bert.embeddings"
     yield rule("embedding.weight", f"{embeddings}.word_embeddings.weight")
     yield rule("encoder.positions.weight", f"{embeddings}.position_embeddings.weight")
-    yield rule("encoder.token_types.weight", f"{embeddings}.token_type_embeddings.weight")
+    if config.token_types:
+        yield rule("encoder.token_types.weight", f"{embeddings}.token_type_embeddings.weight")
     yield from linear("encoder.embedding_norm", f"{embeddings}.LayerNorm")
     for i in range(config.layers):
         ours, theirs = f"encoder.blocks.{i}", f"bert.encoder.layer.{i}"

@@ -9,7 +9,7 @@ import torch
 
 from tfkern.files import shown
 from tfkern.models.config import TransformerConfig, check_field
-from tfkern.models.convert.store import State
+from tfkern.models.convert.store import FLOATING, State
 
 NEEDED = object()  # the default of a field that config.json must have
 ABSENT = object()  # and of one whose absence `read` understands
@@ -98,8 +98,10 @@ class Rule:
         for name, x in zip(self.theirs, parts, strict=True):
             if x.dim() != dims or x.shape[: len(self.shape)] != self.shape:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {dims} dimensions")
-            if x.dtype != parts[0].dtype or x.shape != parts[0].shape:
-                raise ValueError(f"{name} does not fit to {self.theirs[0]}")
+            if x.shape != parts[0].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}, {self.theirs[0]} {tuple(parts[0].shape)}"
+                )
         if self.transposed:
             parts = [x.t() for x in parts]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -252,6 +254,9 @@ class Family:
                     raise ValueError(f"{alias} differs from {name}, of which it is a copy")
                 theirs.setdefault(name, theirs[alias])
                 del theirs[alias]
+        for name, x in theirs.items():
+            if x.dtype not in FLOATING:
+                raise ValueError(f"{_some([name])} has type {x.dtype}, expected a floating one")
         missing = [name for r in rules for name in r.theirs if name not in theirs]
         if missing:
             raise ValueError(f"the weights lack {_some(missing)}")

@@ -22,6 +22,7 @@ from torch import Tensor
 from tfkern import files
 
 State = dict[str, Tensor]
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what weights may be
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -158,7 +159,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     for name in where.values():
         if not isinstance(name, str):
             raise ValueError(f"{wrong}: it has {files.shown(name)} in place of a file")
-        if Path(name).name != name:
+        if Path(name).name != name or len(name) > 255:
             raise ValueError(
                 f"{path} names {files.shown(name)}, which is not a file of that directory"
             )
