@@ -1,13 +1,20 @@
 """Hugging Face directories in and out: the same logits, the same bits, and what must not pass."""
 
 import json
-from dataclasses import replace
+import os
+import random
+import shutil
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from huggingface import CASES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 safetensors = pytest.importorskip("safetensors.torch")
+
+from safetensors import safe_open  # noqa: E402
 
 from tfkern.models import Transformer, TransformerConfig, preset  # noqa: E402
 from tfkern.models.convert import FAMILIES as FAMILY  # noqa: E402
@@ -493,6 +500,231 @@ def test_bad_directories(spoil, message, tmp_path):
     with pytest.raises(ValueError) as error:
         load(tmp_path)
     assert message in str(error.value)
+
+
+# values that no field has, and some that a field of another type has
+HOSTILE = (
+    None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, -0.5, 1e308, float("nan"),
+    float("inf"), "", "8", "two\nlines", "x" * 10**6, [], [1], ["x"], [None], {}, {"a": 1}, [[[]]],
+)  # fmt: skip
+
+
+def loads_or_tells(directory):
+    """Whether there is a model; anything but a model or a ValueError of one line is a fault."""
+    try:
+        load(directory)
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "own"])
+def test_hostile_fields(name, tmp_path):
+    """Of every field that matters, and of those that are absent, any value of JSON is a model or a
+    ValueError that names the file and the field."""
+    if name == "own":
+        config = TransformerConfig(dim=16, layers=2, heads=2, vocab_size=11, max_length=8)
+        save(Transformer(config), tmp_path, form="tfkern")
+        names = [field.name for field in fields(TransformerConfig)]
+    else:
+        CASES[name].model().save_pretrained(tmp_path)
+        family = FAMILY[json.loads((tmp_path / "config.json").read_text())["model_type"]]
+        names = [*family.fields, "architectures", "id2label"]
+    good = json.loads((tmp_path / "config.json").read_text())
+    for field in [*names, "model_type"]:
+        for value in random.Random(field).sample(HOSTILE, 7):
+            (tmp_path / "config.json").write_text(json.dumps(good | {field: value}))
+            loads_or_tells(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(good))
+    assert loads_or_tells(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """For each family and for our own form a directory."""
+    made = {}
+    for name in FAMILIES:
+        made[name] = tmp_path_factory.mktemp(name)
+        CASES[name].model().save_pretrained(made[name])
+    made["own"] = tmp_path_factory.mktemp("own")
+    config = TransformerConfig(
+        dim=16, layers=2, heads=2, vocab_size=11, positions="alibi", norm="batch_norm"
+    )
+    save(Transformer(config), made["own"], form="tfkern")
+    return made
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([2**31, 2**62, 2**63, 10**9, "gelu", "x" * 10**5]),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_json_in_any_field(small, tmp_path_factory, data):
+    directory = small[data.draw(st.sampled_from(sorted(small)))]
+    path = directory / "config.json"
+    good = path.read_text()
+    names = sorted(
+        {*json.loads(good), "n_inner", "encoder_layers", "id2label", "num_decoder_layers"}
+    )
+    changes = data.draw(st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=3))
+    try:
+        path.write_text(json.dumps(json.loads(good) | changes))
+        loads_or_tells(directory)
+    finally:
+        path.write_text(good)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("gpt2", "n_layer", 10**9, "config.json: n_layer: layers must be less than"),
+        ("gpt2", "n_layer", 9999, "the weights lack those of 9999 layers"),
+        ("gpt2", "n_inner", True, "n_inner: hidden_dim must be int | None, got True"),
+        ("gpt2", "vocab_size", "8", "vocab_size: vocab_size must be int | None, got '8'"),
+        ("gpt2", "vocab_size", None, "vocab_size must not be null"),
+        ("gpt2", "n_embd", 2**63, "n_embd: dim must be less than"),
+        ("gpt2", "architectures", 1, "architectures must be a list of strings or null, got 1"),
+        ("gpt2", "model_type", [], "config.json: model_type [], expected one of openai-gpt"),
+        ("gpt2", "layer_norm_epsilon", float("nan"), "norm_eps must be finite, got nan"),
+        ("gpt2", "resid_pdrop", -0.1, "resid_pdrop: dropout must lie in [0, 1), got -0.1"),
+        ("gpt2", "tie_word_embeddings", 1, "tie_embeddings must be bool, got 1"),
+        ("gpt2", "add_cross_attention", 0, "add_cross_attention = 0 is not supported, only False"),
+        ("bert", "type_vocab_size", 0, "unexpected weights bert.embeddings.token_type"),
+        ("bert", "hidden_act", ["gelu"], "hidden_act: ['gelu'] is not one of relu"),
+        ("bart", "encoder_ffn_dim", 41, "encoder_ffn_dim = 41 is not supported, only 40"),
+        ("t5", "feed_forward_proj", "gated-", "feed_forward_proj: 'gated-' is not one of"),
+        ("vit", "id2label", "LABEL", "id2label must be a dict of strings or null, got 'LABEL'"),
+        ("own", "heads", 2**20 - 1, "dim must be a multiple of heads"),
+        ("own", "tokens", 1, "config.json: unknown field 'tokens'"),
+    ],
+)
+def test_what_is_wrong_is_named(small, name, field, value, message):
+    path = small[name] / "config.json"
+    good = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(good) | {field: value}))
+        with pytest.raises(ValueError) as error:
+            load(small[name])
+    finally:
+        path.write_text(good)
+    assert message in str(error.value)
+
+
+def test_sizes_beyond_any_memory_are_refused_before_they_are_taken(small):
+    """Each is in its range, and none is built: their product has no number of bytes."""
+    path = small["t5"] / "config.json"
+    good = path.read_text()
+    try:
+        for change in ({"vocab_size": 2**31 - 1}, {"d_kv": 2**31 - 1}, {"d_model": 2**31 - 1}):
+            path.write_text(json.dumps(json.loads(good) | {"num_heads": 2**20 - 1, **change}))
+            assert not loads_or_tells(small["t5"])
+    finally:
+        path.write_text(good)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x.reshape(-1)[0].clone(), lambda x: x[None], lambda x: x[:0], lambda x: x.long(),
+        lambda x: x.int(), lambda x: x.bool(), lambda x: x.to(torch.complex64),
+        lambda x: x.to(torch.float8_e4m3fn), lambda x: torch.cat([x, x], -1),
+    ],
+    ids=["0-d", "dimension", "empty", "int64", "int32", "bool", "complex", "float8", "wider"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["gpt2", "bart", "vit", "own"])
+def test_hostile_tensors(small, name, spoil, tmp_path):
+    """One of another shape or type, in each place, and none is cast."""
+    shutil.copytree(small[name], tmp_path, dirs_exist_ok=True)
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    metadata = safe_open(tmp_path / "model.safetensors", "pt").metadata()
+    for key in random.Random(0).sample(sorted(k for k, x in state.items() if x.dim()), 6):
+        changed = spoil(state[key]).contiguous()
+        if (changed.shape, changed.dtype) == (state[key].shape, state[key].dtype):
+            continue
+        safetensors.save_file(state | {key: changed}, tmp_path / "model.safetensors", metadata)
+        assert not loads_or_tells(tmp_path), key
+
+
+def test_integers_alone(small, tmp_path):
+    """All weights: no floating one tells the type of the model."""
+    shutil.copytree(small["gpt2"], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    safetensors.save_file({k: x.int() for k, x in safetensors.load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="has type torch.int32, expected a floating one"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, "..", "/dev/zero", "nul\0", "\ud800", "n" * 300])
+def test_hostile_indexes(small, value, tmp_path):
+    names = list(safetensors.load_file(small["gpt2"] / "model.safetensors"))
+    shutil.copytree(small["gpt2"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    where = dict.fromkeys(names, "a.safetensors")
+    for content in (value, {"weight_map": value}, {"weight_map": where | {names[0]: value}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+        assert not loads_or_tells(tmp_path)
+    content = {"metadata": value, "weight_map": where}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    loads_or_tells(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_no_file(small, name, tmp_path):
+    """Nothing waits for a pipe, and nothing reads a device."""
+    kinds = {
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+        "loop": lambda path: os.symlink(path, path),
+        "device": lambda path: os.symlink("/dev/zero", path),
+        "nowhere": lambda path: os.symlink("/nowhere/x", path),
+        "empty": lambda path: path.touch(),
+    }
+    for kind, make in kinds.items():
+        directory = tmp_path / kind
+        shutil.copytree(small["gpt2"], directory)
+        (directory / name).unlink()
+        make(directory / name)
+        with pytest.raises(ValueError, match=name):
+            load(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"", b'{"n_embd": 1, "n_embd": 2}', b"[]", b"NaN"],
+)
+def test_configurations_that_are_no_object(small, content, tmp_path):
+    shutil.copytree(small["gpt2"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json"):
+        load(tmp_path)
+
+
+def test_changes_are_checked_before_anything_is_built(small):
+    for change in ({"layers": 10**4}, {"dim": 2**30, "heads": 1}, {"vocab_size": True}, {"no": 1}):
+        with pytest.raises(ValueError):
+            load(small["gpt2"], **change)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bits_and_truncations_are_found(small, seed, tmp_path):
+    """Of the header, and of what the header tells the length of."""
+    shutil.copytree(small["bert"], tmp_path, dirs_exist_ok=True)
+    file, draw = tmp_path / "model.safetensors", random.Random(seed)
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(50):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(header)] ^= 1 << draw.randrange(8)
+        for content in (flipped, whole[: draw.randrange(len(whole))]):
+            file.write_bytes(content)
+            loads_or_tells(tmp_path)
+        assert not loads_or_tells(tmp_path)
 
 
 def test_pickles_are_not_read(tmp_path):

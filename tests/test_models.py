@@ -456,6 +456,18 @@ def test_config_errors():
         ({"norm_eps": -1.0}, "norm_eps must not be negative"),
         ({"dim": 24.0}, "dim must be int, got 24.0"),
         ({"layers": None}, "layers must be int, got None"),
+        ({"dim": True}, "dim must be int, got True"),
+        ({"norm_eps": True}, "norm_eps must be float, got True"),
+        ({"bias": 1}, "bias must be bool, got 1"),
+        ({"positions": ["rotary"]}, "positions must be str, got"),
+        ({"dim": 2**63}, "dim must be less than 2147483648, got 9223372036854775808"),
+        ({"vocab_size": 2**31}, "vocab_size must be less than"),
+        ({"layers": 10**9}, "layers must be less than"),
+        ({"rotary_base": float("inf")}, "rotary_base must be finite, got inf"),
+        ({"logit_scale": float("nan")}, "logit_scale must be finite, got nan"),
+        ({"logit_scale": 10**400}, "logit_scale must be finite"),
+        ({"dropout": float("nan")}, "dropout must be finite"),
+        ({"init": "x" * 10**7}, "init must be one of .{,300}$"),
         ({"attention_scale": "1"}, r"attention_scale must be float \| None, got '1'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Saves that end in the middle, at once or on a full disk: the old model or the new one is there."""
+"""Saves that are killed, that fail, or that meet others: there is the old model or the new one."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # the forms in which a directory may hold a model
 FORMS = {
     "one file": {},
-    "shards": {"shard_bytes": 20_000},
+    "shards": {"shard_bytes": 30_000},
     "own": {"form": "tfkern"},
-    "own shards": {"form": "tfkern", "shard_bytes": 30_000},
+    "own shards": {"form": "tfkern", "shard_bytes": 20_000},
 }
-CONFIG = TransformerConfig(dim=32, layers=2, heads=2, vocab_size=64, max_length=16)
+CONFIG = TransformerConfig(dim=32, layers=1, heads=2, vocab_size=64, max_length=16)
 
 
 def model(number):
@@ -82,10 +83,7 @@ def killed_saves(directory, tries, seed):
     old = 0
     for _ in range(tries):
         form = FORMS[draw.choice(list(FORMS))]
-        in_child(
-            lambda form=form: save(models[1 - old], directory, **form),
-            draw.uniform(0, 1.5 * duration),
-        )
+        in_child(partial(save, models[1 - old], directory, **form), draw.uniform(0, 1.5 * duration))
         try:
             found = int(number_in(directory)) - 1
         except (ValueError, AssertionError) as error:
@@ -99,8 +97,8 @@ def killed_saves(directory, tries, seed):
 
 
 def test_a_killed_save_leaves_a_model(tmp_path):
-    counts = killed_saves(tmp_path, 60, 0)
-    assert counts["lost"] == 0 and sum(counts.values()) == 60, counts
+    counts = killed_saves(tmp_path, 40, 0)
+    assert counts["lost"] == 0 and sum(counts.values()) == 40, counts
     save(model(3), tmp_path)
     assert number_in(tmp_path) == 3
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
@@ -146,8 +144,10 @@ def unsynced(monkeypatch):
 
 
 @pytest.mark.usefixtures("unsynced")
-@pytest.mark.parametrize("new", ["one file", "shards"])
-@pytest.mark.parametrize("old", ["one file", "shards", "own", "own shards"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("one file", "shards"), ("own shards", "one file"), ("shards", "own shards"), ("own", "own")],
+)
 def test_a_save_may_end_at_every_step(tmp_path, old, new):
     a, b, seen = model(1), model(2), []
 
@@ -191,3 +191,152 @@ def test_an_error_at_every_step_leaves_a_model(tmp_path, old, new, error):
             if steps.count < stop:
                 return
     raise AssertionError("no save came to its end")
+
+
+def limited(act, limit):
+    """The errors of a function in a fork that cannot write files beyond so many bytes."""
+
+    def inside():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            os._exit(7 if "File too large" in str(error) and "\n" not in str(error) else 8)
+
+    return os.waitstatus_to_exitcode(in_child(inside))
+
+
+@pytest.mark.parametrize("new", FORMS)
+@pytest.mark.parametrize("old", ["one file", "shards"])
+def test_a_full_disk_leaves_the_old_model(tmp_path, old, new):
+    save(model(1), tmp_path, **FORMS[old])
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for limit in (1, 300, 2000, 10_000):  # within config.json, an index, or the weights
+        assert limited(lambda: save(model(2), tmp_path, **FORMS[new]), limit) == 7
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert number_in(tmp_path) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_written_to(tmp_path):
+    save(model(1), tmp_path)
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        save(model(2), tmp_path)
+    tmp_path.chmod(0o700)
+    assert number_in(tmp_path) == 1
+
+
+def test_a_folder_of_that_name_is_found_first(tmp_path):
+    save(model(1), tmp_path)
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="index.json"):
+        save(model(2), tmp_path, **FORMS["shards"])
+    assert number_in(tmp_path) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("form", FORMS)
+def test_modes_are_those_of_the_umask(tmp_path, form, umask):
+    before = os.umask(umask)
+    try:
+        save(model(1), tmp_path, **FORMS[form])
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_links_are_replaced_and_not_followed(tmp_path):
+    """As in the cache of Hugging Face, where what they point to is shared."""
+    save(model(1), tmp_path / "cache")
+    (tmp_path / "here").mkdir()
+    for file in (tmp_path / "cache").iterdir():
+        (tmp_path / "here" / file.name).symlink_to(file)
+    assert number_in(tmp_path / "here") == 1
+    save(model(2), tmp_path / "here")
+    assert number_in(tmp_path / "here") == 2 and number_in(tmp_path / "cache") == 1
+
+
+def test_what_is_of_others_stays_and_what_is_of_the_last_save_goes(tmp_path):
+    theirs = ["tokenizer.json", "README.md", "model-mine-00001-of-00002.safetensors", ".hidden"]
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoints").mkdir()
+    for form in (*FORMS, *FORMS):
+        save(model(1), tmp_path, **FORMS[form])
+        written = {file.name for file in tmp_path.iterdir()} - {*theirs, "checkpoints"}
+        if "shards" in form:
+            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+            shards = set(index["weight_map"].values())
+            assert written == {"config.json", "model.safetensors.index.json", *shards}
+        else:
+            assert written == {"config.json", "model.safetensors"}
+    assert all((tmp_path / name).read_text() == "mine" for name in theirs)
+
+
+def copy(name, source, target):
+    (target / name).write_bytes((source / name).read_bytes())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mixture_of_saves_is_refused(tmp_path, form):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for directory, number in ((one, 1), (other, 2)):
+        save(model(number), directory, **FORMS[form])
+    for file in sorted(one.iterdir()):
+        save(model(2), other, form="tfkern")  # so that shards have their usual names
+        save(model(2), other, **FORMS[form])
+        copy(file.name, one, other)
+        with pytest.raises(ValueError, match="different saves|another save"):
+            load(other)
+
+
+def test_a_configuration_may_be_edited(tmp_path):
+    """By hand, or by transformers, which keeps what it does not know."""
+    save(model(1), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resid_pdrop": 0.5}))
+    assert load(tmp_path).config.dropout == 0.5
+    transformers = pytest.importorskip("huggingface").transformers
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.config.resid_pdrop = 0.25
+    theirs.config.save_pretrained(tmp_path)
+    assert load(tmp_path).config.dropout == 0.25
+    for again in (tmp_path, tmp_path / "elsewhere"):
+        theirs.save_pretrained(again)
+        assert number_in(again) == 1
+    save(model(2), tmp_path)
+    assert number_in(tmp_path) == 2
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    """Every model that is loaded meanwhile, and the last one, is that of one save."""
+    save(model(1), tmp_path)
+    code = textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {sys.path!r}
+        from test_saving import FORMS, model, save
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for form in list(FORMS.values()) * 3:
+            save(model(int(sys.argv[1])), {str(tmp_path)!r}, **form)
+        """)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in (2, 3)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        number_in(tmp_path)
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert number_in(tmp_path) in (2, 3)
+    assert not list(tmp_path.glob(".tfkern-*"))

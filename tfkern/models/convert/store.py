@@ -159,7 +159,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     for name in where.values():
         if not isinstance(name, str):
             raise ValueError(f"{wrong}: it has {files.shown(name)} in place of a file")
-        if Path(name).name != name or len(name) > 255:
+        if Path(name).name != name or len(name) > 255 or not name.isprintable():
             raise ValueError(
                 f"{path} names {files.shown(name)}, which is not a file of that directory"
             )
