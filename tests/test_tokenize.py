@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pydoc_data.topics
 import subprocess
 import sys
@@ -348,3 +349,143 @@ def test_errors(gpt2, tmp_path):
         with pytest.raises(ValueError, match=message):
             gpt2.batch(["a b", "a"], **options)
     assert torch.is_tensor(gpt2.batch([]).tokens)
+
+
+def strange(**changes):
+    """A tokenizer.json of two words, and in it other things."""
+    plain = Backend(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    return json.dumps(json.loads(plain.to_str()) | changes)
+
+
+def split(pattern):
+    kind = {"type": "Split", "behavior": "Isolated", "invert": False}
+    return {"pre_tokenizer": kind | {"pattern": {"Regex": pattern}}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        split("("),
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # a panic
+        {"model": {"type": "WordLevel", "vocab": {"a": "x"}, "unk_token": "a"}},
+        {"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}},
+        {"model": {"type": "Unigram", "vocab": [], "unk_id": 5}},
+        {"model": []},
+        {"added_tokens": [1]},
+    ],
+)
+def test_strange_files(changes, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(strange(**changes))
+    with pytest.raises(ValueError, match="tokenizer.json: ") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        split("(a|aa)+$"),  # the library panics where a search takes too long
+        split(r"(a+)+\1$"),
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+)
+def test_patterns_that_end_in_a_panic(changes, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(strange(**changes))
+    tokenizer = Tokenizer.load(tmp_path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.batch([text, text])):
+        with pytest.raises(ValueError, match="the text cannot be encoded: ") as error:
+            encode("a" * 40 + "b")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [5, True, ["a"], {"content": 3}, {"content": ["a"]}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_maps_that_hold_no_tokens(value, name, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(strange())
+    (tmp_path / name).write_text(json.dumps({"pad_token": value}))
+    with pytest.raises(ValueError, match="pad_token must be a string, got"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="the pad token must be a string, got 5"):
+        Tokenizer(Backend(models.BPE()), {"pad": 5})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"],
+)
+def test_tokenizers_of_no_files(name, tmp_path):
+    if name != "vocab.txt":
+        (tmp_path / "tokenizer.json").write_text(strange())
+        (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b"[" * 10**5)
+    if name == "vocab.txt":
+        (tmp_path / name).write_bytes(b"\xff\xfe\n" * 9)
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.load(tmp_path)
+
+
+def test_ids_that_are_none(bert):
+    for ids in ([-1], [2**40]):
+        with pytest.raises(ValueError, match="the tokens cannot be decoded"):
+            bert.decode(ids)
+        with pytest.raises(ValueError, match="the tokens cannot be decoded"):
+            bert.stream().push(ids[0])
+
+
+def with_role(token):
+    return Tokenizer(Backend(models.WordLevel({token: 0}, unk_token=token)), {"unk": token})
+
+
+def test_a_save_of_a_tokenizer_may_end_at_every_step(tmp_path, monkeypatch):
+    """The roles belong to the vocabulary: there is the old tokenizer or the new one."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    old, new = with_role("old"), with_role("new")
+    replace, seen = os.replace, []
+    for stop in range(4):
+        old.save(tmp_path)
+        (tmp_path / "special_tokens_map.json").write_text('{"mask_token": "mine"}')
+        told = Tokenizer.load(tmp_path)
+        assert told.special == {"unk": "old"}  # that of the other file is of another tokenizer
+        done = []
+
+        def ends(a, b, done=done, stop=stop):
+            if len(done) == stop:
+                raise KeyboardInterrupt
+            done.append(replace(a, b))
+
+        monkeypatch.setattr(os, "replace", ends)
+        try:
+            new.save(tmp_path)
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(os, "replace", replace)
+        found = Tokenizer.load(tmp_path)
+        (token,) = found.special.values()
+        assert found.backend.get_vocab() == {token: 0}
+        seen.append(token)
+    assert seen == ["old", "old", "new", "new"]
+    assert not (tmp_path / "special_tokens_map.json").exists()
+
+
+def test_transformers_reads_and_writes_what_was_saved(bert, tmp_path):
+    transformers = pytest.importorskip("huggingface").transformers
+    bert.save(tmp_path)
+    bert.save(tmp_path)  # which knows of the one before
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("a text")["input_ids"] == bert.encode("a text")
+    theirs.add_special_tokens({"bos_token": "[BOS]"})
+    theirs.save_pretrained(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.special == bert.special | {"bos": "[BOS]"}
+    assert again.encode("a text") == bert.encode("a text")
