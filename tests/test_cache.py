@@ -204,6 +204,28 @@ def test_growth():
         assert got == capacities
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_may_change_between_calls(kind):
+    """A tensor that inference mode has made may not be written to outside of it."""
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for first in modes:
+        for second in modes:
+            q, k, v = draw()
+            with first():
+                cache = make(kind)
+                for t in range(3):  # past the first buffer of the growing one
+                    cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+            with second():
+                for t in range(3, 7):
+                    keys, values, lengths = cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+                o = tfkern.attention(q[:, :, 6:7], keys, values, causal=True, key_lengths=lengths)
+                left = window_of(cache) and window_of(cache)[0]
+                expected = full(q[:, :, :7], k[:, :, :7], v[:, :, :7], left)[:, :, 6:]
+                torch.testing.assert_close(o, expected)
+                cache.reorder(torch.zeros(B, dtype=torch.int64))
+                cache.reset()
+
+
 def test_static_and_ring_stay_where_they_are():
     """One address for ever, which is what CUDA graphs need."""
     _, k, v = draw()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -83,6 +84,56 @@ def test_use_backend_nests_and_restores():
     assert tfkern.explain("layer_norm", x).backend == "native"
 
 
+def test_blocks_of_two_threads_may_not_overlap():
+    """The one that ends last would leave behind what the other had forced."""
+    entered, release, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with tfkern.use_backend("reference"):
+            entered.set()
+            release.wait()
+        seen.append(tfkern.explain("layer_norm", x).backend)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        entered.wait()
+        with pytest.raises(RuntimeError, match="another thread is inside of use_backend"):
+            with tfkern.use_backend("triton"):
+                pytest.fail("the block was entered")
+        assert tfkern.explain("layer_norm", x).backend == "reference"
+        assert tfkern.explain("layer_norm", x, backend="triton").backend == "triton"
+    finally:
+        release.set()
+        thread.join()
+    assert seen == ["native"]
+    with tfkern.use_backend("triton"):
+        assert tfkern.explain("layer_norm", x).backend == "triton"
+    assert tfkern.explain("layer_norm", x).backend == "native"
+
+
+def test_blocks_that_end_in_the_order_of_their_beginnings_leave_nothing_forced():
+    first, second = tfkern.use_backend("reference"), tfkern.use_backend("triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tfkern.explain("layer_norm", x).backend == "triton"
+    second.__exit__(None, None, None)
+    assert tfkern.explain("layer_norm", x).backend == "native"
+
+
+def test_a_block_inside_of_what_is_compiled():
+    def fn(x):
+        with tfkern.use_backend("reference"):
+            return tfkern.layer_norm(x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    with tfkern.use_backend("native"):
+        torch.testing.assert_close(compiled(x), tfkern.layer_norm(x))
+    assert tfkern.explain("layer_norm", x).backend == "native"
+
+
 def test_a_forced_backend_never_falls_back():
     double = x.double()
     assert tfkern.layer_norm(double).dtype == torch.float64
@@ -112,6 +163,17 @@ def test_needs_grad_reaches_why_not(monkeypatch):
         tfkern.layer_norm(leaf)
     tfkern.layer_norm(x)
     assert seen == [True, False, False]
+
+
+def test_needs_grad_is_seen_through_the_wrappers_of_vmap(monkeypatch):
+    seen = []
+    module = dispatch.implementation("layer_norm", "native")
+    monkeypatch.setattr(module, "why_not", lambda *a, needs_grad: seen.append(needs_grad))
+    for leaf in (x.clone().requires_grad_(), x):
+        torch.func.vmap(tfkern.layer_norm)(leaf)
+    torch.func.vmap(torch.func.grad(lambda x: tfkern.layer_norm(x).sum()))(x)
+    torch.func.vmap(torch.func.vmap(tfkern.layer_norm))(x.view(3, 2, 4).requires_grad_())
+    assert seen == [True, False, True, True]
 
 
 def test_environment_forces_a_backend():

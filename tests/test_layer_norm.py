@@ -394,6 +394,93 @@ def test_compile(backend, device, residual):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+LEAVES = {"1-D": (8,), "2-D": (3, 8), "3-D": (2, 3, 8), "transposed": (2, 8, 3)}
+
+
+@pytest.mark.parametrize("shape", LEAVES)
+@pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
+def test_gradients_of_two_leaves_share_no_memory(backend, device, compiler, shape):
+    """Sharing shows in whatever changes gradients in place: accumulation, clipping, zeroing."""
+    if compiler == "inductor" and (backend, shape) != ("native", "3-D"):
+        pytest.skip("a compilation takes seconds")
+    torch._dynamo.reset()
+
+    def fn(x, r):
+        x, r = (t.mT if shape == "transposed" else t for t in (x, r))
+        y, h = tfkern.layer_norm(x, residual=r, return_residual=True, backend=backend)
+        return y * 3 + h
+
+    run = fn if compiler is None else torch.compile(fn, backend=compiler)
+    x, r = (torch.randn(LEAVES[shape], device=device, requires_grad=True) for _ in range(2))
+    h = (x + r).detach().double().requires_grad_()
+    wide = h.mT if shape == "transposed" else h
+    weights = torch.randn(wide.shape, device=device)
+    ((F.layer_norm(wide, wide.shape[-1:]) * 3 + wide) * weights).sum().backward()
+    for times in (1, 2, 3):
+        (run(x, r) * weights).sum().backward()
+        for leaf in (x, r):
+            torch.testing.assert_close(leaf.grad.double(), h.grad * times, rtol=1e-4, atol=1e-4)
+    x.grad.zero_()
+    torch.testing.assert_close(r.grad.double(), h.grad * 3, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+@pytest.mark.parametrize("changed", ["x", "h"])
+def test_changes_in_place_are_refused(backend, device, changed, shape, compiler):
+    """As F.layer_norm does where backward would compute with the changed values."""
+    torch._dynamo.reset()
+
+    def fn(x, r):
+        options = {} if changed == "x" else {"residual": r}
+        return tfkern.rms_norm(x, return_residual=True, backend=backend, **options)
+
+    run = fn if compiler is None else torch.compile(fn, backend=compiler)
+    x, r = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
+    y, h = run(x, r)
+    loss = y.square().sum()
+    with torch.no_grad():
+        (x if changed == "x" else h).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_results_may_be_changed_in_place(backend, device):
+    x, r = (torch.randn(2, 3, 8, device=device, requires_grad=True) for _ in range(2))
+    y, h = tfkern.layer_norm(x, residual=r, return_residual=True, backend=backend)
+    y.relu_()
+    y.sum().backward()
+    wide = (x + r).detach().double().requires_grad_()
+    F.layer_norm(wide, (8,)).relu().sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    assert h._base is None  # what is done to it in place is done to no other tensor
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 8), (3, 8), (0, 3, 8)])
+def test_several_axes(backend, device, shape, residual):
+    """Normalised as if they were one, also where two leaves are added in front."""
+    weight, bias = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
+    x, r = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
+    options = {"residual": r} if residual else {}
+    dy = torch.randn(shape, device=device)
+    leaves = (x, weight, bias, r) if residual else (x, weight, bias)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = F.layer_norm(wide[0] + (wide[3] if residual else 0), (3, 8), *wide[1:3])
+    for _ in range(2):
+        y, h = tfkern.layer_norm(
+            x, weight, bias, axes=2, return_residual=True, backend=backend, **options
+        )
+        y.backward(dy)
+        expected.backward(dy.double(), retain_graph=True)
+    assert h.shape == x.shape
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="axes must lie in 1 to"):
+        tfkern.rms_norm(x, axes=len(shape) + 1)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(backend, device):
     x, weight = torch.randn(3, 4, 10, device=device), torch.randn(10, device=device)

@@ -148,7 +148,7 @@ def _attention_map(
         text[a:b] if b > a else token
         for token, (a, b) in zip(encoding.tokens, encoding.offsets, strict=True)
     ]
-    words = torch.tensor([not special for special in encoding.special_tokens_mask])
+    words = ~torch.tensor(encoding.special_tokens_mask, dtype=torch.bool, device="cpu")
     for i in words.nonzero()[:, 0].tolist():
         best = int(weights[i].masked_fill(~words, -1).argmax())
         print(f"{names[i].strip()} -> {names[best].strip()} {weights[i, best]:.3f}")

@@ -9,7 +9,8 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -27,7 +28,11 @@ _missing: dict[
     str, str | None
 ] = {}  # backend -> why its package cannot be imported, None if it can
 _implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, op)
+# Each thread's own setting would need a threading.local or a ContextVar. Dynamo does not trace the
+# latter, and does not notice when the former changes.
 _forced: str | None = None
+_initial: str | None = None
+_blocks: list[tuple] = []  # the open ones of use_backend: thread, backend, identity
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,27 @@ def load(backend: str) -> None:
         for op in _ops:
             name = f"{_PACKAGE[backend]}.{op}"
             if (backend, op) not in _implementations and importlib.util.find_spec(name):
-                _implementations[backend, op] = importlib.import_module(name)
+                _implementations[backend, op] = module = importlib.import_module(name)
+                for operator in vars(module).values():
+                    if isinstance(operator, torch._ops.OpOverload):
+                        _refuse_derivatives(operator)
+
+
+def _refuse_derivatives(operator: torch._ops.OpOverload) -> None:
+    """Lets a trace fail that would differentiate a kernel: its derivative would be 0 silently.
+
+    Outside traces the functions that call kernels see to this, and a kernel of the dispatcher in
+    Python would cost as much as a small op. Traces ask the table that this adds to, and no others.
+    """
+
+    def run(*args):
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise NotImplementedError(f"{operator} has no derivative here")
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    operator.py_impl(torch._C.DispatchKey.Autograd)(run)
 
 
 def register(op: str) -> None:
@@ -84,12 +109,24 @@ def why_not(op: str, backend: str, args: tuple) -> str | None:
     """Why `backend` cannot run `op` on the normalised arguments, or None if it can."""
     if backend not in _missing:
         load(backend)
-    if (backend, op) not in _implementations:
+    implementation = _implementations.get((backend, op))
+    if implementation is None:
         return _missing[backend] or f"does not implement {op}"
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(a, torch.Tensor) and a.requires_grad for a in args
-    )
-    return _implementations[backend, op].why_not(*args, needs_grad=needs_grad)
+    needs_grad = torch.is_grad_enabled() and requires_grad(args)
+    return implementation.why_not(*args, needs_grad=needs_grad)
+
+
+def requires_grad(args: Iterable) -> bool:
+    """Whether one of the arguments does, or what transforms of torch.func have wrapped in it."""
+    for a in args:  # any() of a generator takes longer
+        if isinstance(a, torch.Tensor) and a.requires_grad:
+            return True
+    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    wrapped = [t for t in tensors if functorch.is_functorch_wrapped_tensor(t)]
+    return bool(wrapped) and requires_grad([functorch.get_unwrapped(t) for t in wrapped])
 
 
 def _order(args: tuple, backend: str | None) -> tuple[str, ...]:
@@ -146,16 +183,33 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     A forced backend never falls back: a call that it cannot serve raises NotImplementedError; only
     `tfkern.linear` then is torch's. The backward of a call uses the backend of its forward. The
-    setting holds for the whole process, and TFKERN_BACKEND sets it from the start.
+    setting holds for the whole process, and TFKERN_BACKEND sets it from the start. Blocks of one
+    thread nest; while one is open, another thread that opens one gets a RuntimeError, and may give
+    `backend=` to its calls instead.
     """
     global _forced
     if name is not None:
         load(check_backend(name))
-    previous, _forced = _forced, name
+    if torch.compiler.is_compiling():  # a trace is through with the block before others run
+        previous, _forced = _forced, name
+        try:
+            yield
+        finally:
+            _forced = previous
+        return
+    block = (threading.get_ident(), name, object())
+    _blocks.append(block)  # before the others are looked at, so that of two threads one sees both
     try:
+        if any(thread != block[0] for thread, *_ in _blocks):
+            raise RuntimeError(
+                "another thread is inside of use_backend, which holds for the whole process: give "
+                "backend= to the calls of this thread"
+            )
+        _forced = name
         yield
     finally:
-        _forced = previous
+        _blocks.remove(block)
+        _forced = _blocks[-1][1] if _blocks else _initial
 
 
 _UNCHANGED = contextlib.nullcontext()
@@ -185,4 +239,4 @@ def distinct(args: tuple) -> tuple:
 
 
 if os.environ.get("TFKERN_BACKEND"):
-    _forced = check_backend(os.environ["TFKERN_BACKEND"])
+    _forced = _initial = check_backend(os.environ["TFKERN_BACKEND"])

@@ -156,7 +156,8 @@ def _run(fn, inputs, dtype, gradients, grad_outputs, seed):
         # drawn in the dtype of the call, so that all three runs get the same numbers
         narrow = next((inputs[n].dtype for n in wanted), torch.float32)
         grad_outputs = tuple(
-            torch.randn(o.shape, generator=generator).to(o.device, narrow) for o in outputs
+            torch.randn(o.shape, generator=generator, device="cpu").to(o.device, narrow)
+            for o in outputs
         )
     grad_outputs = [g.to(o.dtype) for g, o in zip(grad_outputs, outputs, strict=True)]
     pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]

@@ -60,7 +60,7 @@ def generate(
         for row, token in zip(written, step, strict=True):
             if token is not None:
                 row.append(token)
-    return [torch.tensor(row, dtype=torch.int64) for row in written]
+    return [torch.tensor(row, dtype=torch.int64, device="cpu") for row in written]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfkern.generate.request import Rows, Seeds, check_context, check_writer, request, seeds_of
-from tfkern.generate.sampling import Sampling, draw
+from tfkern.generate.sampling import Sampling, draw, uniform
 from tfkern.generate.session import Session
 from tfkern.models import Transformer
 
@@ -60,7 +60,7 @@ def speculative(
         new = _one(
             pair, asked.prompts[i], max_tokens, lookahead, asked.sampling, generator, asked.ends
         )
-        results.append(torch.tensor(new, dtype=torch.int64))
+        results.append(torch.tensor(new, dtype=torch.int64, device="cpu"))
     return results
 
 
@@ -102,7 +102,7 @@ def _one(
                 tokens.append(int(draw(p, [generator])))
                 break
             token = text[start + j]
-            u = torch.rand((), dtype=torch.float64, generator=generator).item()
+            u = uniform(generator).item()
             if u * q[j][0, token].item() < p[0, token].item():
                 tokens.append(token)
                 if token in ends:

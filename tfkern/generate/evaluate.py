@@ -34,7 +34,7 @@ def perplexity(
     check_writer(model)
     if model.encoder is not None:
         raise ValueError("perplexity needs a decoder-only model")
-    text = torch.as_tensor(tokens)
+    text = torch.as_tensor(tokens, device="cpu")
     stride = window - 1 if stride is None else stride
     if text.dim() != 1 or len(text) < 2:
         raise ValueError(f"tokens must be (n,) with n >= 2, got {tuple(text.shape)}")

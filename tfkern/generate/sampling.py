@@ -115,10 +115,15 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
+def uniform(generator: torch.Generator) -> Tensor:
+    """A number in [0, 1), on the generator's device."""
+    return torch.rand((), dtype=torch.float64, generator=generator, device=generator.device)
+
+
 def draw(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """A token of each row (B, V) of probabilities, by one number of the row's own generator, so
     that what else is in the batch does not matter. (B,) int64."""
-    u = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators])
+    u = torch.stack([uniform(g) for g in generators])
     sums = p.cumsum(-1)
     # the first whose sum exceeds u: never one of probability 0
     return torch.searchsorted(sums, u.to(p.device)[:, None] * sums[:, -1:], right=True)[:, 0].clamp(

@@ -1,6 +1,7 @@
 """What tells a transformer where a token stands, besides rotary positions (`tfkern.nn.rotary`)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def sinusoids(positions: Tensor, dim: int, halves: bool = False) -> Tensor:
     return torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: Any = None) -> Tensor:
     """The slope of each head, (heads,) float32 (Press et al. 2022).
 
     2^(-8 i / heads) for a power of 2. Otherwise those of the next lower power, then every second
@@ -32,7 +33,7 @@ def alibi_slopes(heads: int) -> Tensor:
     power = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)
 
 
 def relative_bucket(distance: Tensor, causal: bool, buckets: int, furthest: int) -> Tensor:

@@ -330,7 +330,7 @@ class Stack(nn.Module):
             table = rotary_table(places, config.head_size, config.rotary_base, x)
             options["rotation"] = tuple(y[:, None] for y in table)
         elif config.positions == "alibi":
-            options["alibi_slopes"] = alibi_slopes(config.heads).to(x.device)
+            options["alibi_slopes"] = alibi_slopes(config.heads, x.device)
         elif isinstance(self.positions, RelativeBias):
             for cache in caches or ():
                 cache.reserve(x.shape[1])

@@ -46,6 +46,8 @@ class AdditiveScores(nn.Module):
 
     def forward(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Any:
         """(B, T, S), -inf beyond lengths; arguments as in `AdditiveAttention`."""
+        checks.dense("query", query)
+        checks.dense("memory", memory)
         hidden = (self.query(query)[:, :, None] + self.memory(memory)[:, None]).tanh()
         return _within(self.score(hidden).squeeze(-1), lengths)
 
@@ -144,6 +146,8 @@ class LuongAttention(nn.Module):
         Raises:
             ValueError: with the score "location", a memory longer than max_length.
         """
+        checks.dense("query", query)
+        checks.dense("memory", memory)
         if self.kind == "location" and memory.shape[1] > self.location.out_features:
             raise ValueError(
                 f"memory has length {memory.shape[1]}, more than max_length, "

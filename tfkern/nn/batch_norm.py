@@ -41,6 +41,7 @@ class BatchNorm(nn.BatchNorm1d):
         Raises:
             ValueError: another number of features, or a mask of another shape.
         """
+        checks.dense("input", input)
         if input.shape[-1:] != (self.num_features,):
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, expected (..., {self.num_features})"
@@ -99,5 +100,6 @@ class NoNorm(nn.Module):
 
 def drop_and_add(x: Tensor, residual: Tensor | None, dropout_p: float, training: bool) -> Tensor:
     """residual + dropout(x), the sum that norms are given."""
+    checks.dense("input", x)
     x = F.dropout(x, dropout_p, training)
     return x if residual is None else residual + x

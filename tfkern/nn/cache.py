@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfkern import dispatch
 from tfkern.ops import checks
 
 _KINDS = ("static", "growing", "ring")
@@ -65,9 +66,10 @@ class KVCache:
                 raise ValueError(f"{name} must be positive, got {x}")
         self.kind = kind
         options = {"dtype": dtype, "device": device}
-        self._k = torch.zeros(batch, heads, capacity, size, **options)
-        self._v = torch.zeros(batch, heads, capacity, value_size, **options)
-        self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # whose tensors nobody may write to outside of it
+            self._k = torch.zeros(batch, heads, capacity, size, **options)
+            self._v = torch.zeros(batch, heads, capacity, value_size, **options)
+            self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self._rows = 0  # of a growing cache: no sequence is longer
 
     @property
@@ -137,10 +139,11 @@ class KVCache:
         if self.kind != "growing" or needed <= self.capacity:
             return
         more = max(needed, 2 * self.capacity) - self.capacity
-        self._k, self._v = (
-            torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2)
-            for x in (self._k, self._v)
-        )
+        with torch.inference_mode(False):
+            self._k, self._v = (
+                torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2)
+                for x in (self._k, self._v)
+            )
 
     def reset(self) -> None:
         """Forgets all tokens. Keeps the memory."""
@@ -188,7 +191,7 @@ class KVCache:
             checks.same_dtype("the cache", cache, name, x)
             T = max(k.shape[2], 1) if k.dim() == 4 else "T"
             checks.shape(name, x, (B, Hk, T, D), "as the cache was made, and T >= 1")
-            if x.requires_grad and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and dispatch.requires_grad([x]):
                 raise ValueError(f"{name} requires a gradient: detach it, or use torch.no_grad()")
         if self.kind == "static" and k.shape[2] > self.capacity:
             raise ValueError(f"{k.shape[2]} rows do not fit into a cache of {self.capacity}")

@@ -44,6 +44,7 @@ def scaled_dot_product_attention(
         ValueError: what does not fit together, where torch raises RuntimeError.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.dense(name, x)
         if x.dim() < 2:
             raise ValueError(f"{name} must be (..., length, size), got {tuple(x.shape)}")
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
@@ -71,7 +72,7 @@ def scaled_dot_product_attention(
         bias=None if boolean else mask,
         dropout_p=dropout_p,
     )
-    return o.reshape(*lead, L, v.shape[-1])
+    return o if len(lead) == 2 else o.reshape(*lead, L, v.shape[-1])
 
 
 def upper_left(k: Tensor, v: Tensor, T: int) -> tuple[Tensor, Tensor, tuple[None, int]]:
@@ -98,6 +99,7 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
 
 
 def _check_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
+    checks.dense("attn_mask", mask)
     wide = mask.dtype == torch.float64 != query.dtype
     if wide or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfkern.ops import layer_norm, rms_norm
+from tfkern.ops import checks, layer_norm, rms_norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -40,20 +40,17 @@ class LayerNorm(nn.LayerNorm):
         Raises:
             ValueError: shapes, dtypes, devices or numbers that do not fit together.
         """
-        x, residual, weight, bias = _flatten(
-            self.normalized_shape, input, residual, self.weight, self.bias
-        )
-        y, h = layer_norm(
-            x,
-            weight,
-            bias,
+        _check(self.normalized_shape, input)
+        return layer_norm(
+            input,
+            self.weight,
+            self.bias,
             residual=residual,
             dropout_p=dropout_p if self.training else 0.0,
             eps=self.eps,
-            return_residual=True,
+            axes=len(self.normalized_shape),
+            return_residual=return_residual,
         )
-        y = y.view(input.shape)
-        return (y, h.view(input.shape)) if return_residual else y
 
 
 class RMSNorm(nn.RMSNorm):
@@ -71,33 +68,21 @@ class RMSNorm(nn.RMSNorm):
         return_residual: bool = False,
     ) -> Any:
         """As `LayerNorm.forward`, but divides by the root mean square and subtracts no mean."""
-        shape = x.shape
-        x, residual, weight, _ = _flatten(self.normalized_shape, x, residual, self.weight, None)
-        y, h = rms_norm(
+        _check(self.normalized_shape, x)
+        return rms_norm(
             x,
-            weight,
+            self.weight,
             residual=residual,
             dropout_p=dropout_p if self.training else 0.0,
             eps=self.eps,
-            return_residual=True,
+            axes=len(self.normalized_shape),
+            return_residual=return_residual,
         )
-        y = y.view(shape)
-        return (y, h.view(shape)) if return_residual else y
 
 
-def _flatten(normalized_shape, x, residual, weight, bias):
-    """The same tensors with the normalised axes as one, which is what the op takes."""
-    axes = len(normalized_shape)
-    if tuple(x.shape[-axes:]) != normalized_shape:
+def _check(normalized_shape, x):
+    checks.dense("input", x)
+    if tuple(x.shape[-len(normalized_shape) :]) != normalized_shape:
         raise ValueError(
             f"input has shape {tuple(x.shape)}, expected its last axes to be {normalized_shape}"
         )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}, that of input"
-        )
-    if axes == 1:
-        return x, residual, weight, bias
-    x, residual = (t if t is None else t.flatten(-axes) for t in (x, residual))
-    weight, bias = (p if p is None else p.flatten() for p in (weight, bias))
-    return x, residual, weight, bias

@@ -323,7 +323,7 @@ def _check_pages(page_table: Tensor, key_lengths: Tensor | None, k: Tensor) -> N
     if not all(checks.values_at_hand(x) for x in (page_table, key_lengths) if x is not None):
         return
     if key_lengths is not None:
-        first = torch.arange(page_table.shape[1]) * k.shape[2]
+        first = torch.arange(page_table.shape[1], device=page_table.device) * k.shape[2]
         page_table = page_table[first < key_lengths[:, None]]
     checks.within("page_table", page_table, 0, k.shape[0] - 1)
 
@@ -359,7 +359,7 @@ def _per_head(q: Tensor, B: int, alibi_slopes: Tensor | None, sink: Tensor | Non
     if sink is not None:
         checks.shape("sink", sink, (H,), "one logit for each head of q")
     if alibi_slopes is not None:
-        if alibi_slopes.requires_grad:
+        if dispatch.requires_grad([alibi_slopes]):
             raise ValueError("alibi_slopes has no gradient: detach it, or pass it as bias")
         if tuple(alibi_slopes.shape) not in ((H,), (B, H)):
             raise ValueError(
@@ -375,20 +375,22 @@ def _options(q, causal, window, scale, softcap, dropout_p, seed) -> tuple:
     if causal:
         right = 0 if right is None else min(right, 0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    checks.number("scale", scale)
-    checks.number("softcap", softcap)
+    scale, softcap = checks.number("scale", scale), checks.number("softcap", softcap)
     if softcap < 0 or 0 < softcap < 1e-30:  # which could be 0 in float32
         raise ValueError(f"softcap must be at least 1e-30, or 0 for none, got {softcap}")
-    checks.probability("dropout_p", dropout_p)
+    dropout_p = checks.probability("dropout_p", dropout_p)
     seed = checks.seed(seed, q.device) if dropout_p > 0 else None
-    return seed, left, right, float(scale), float(softcap), float(dropout_p)
+    return seed, left, right, scale, softcap, dropout_p
 
 
 def _limits(window: _Window | None) -> _Window:
     if window is None:
         return None, None
     wrong = not isinstance(window, (tuple, list)) or len(window) != 2
-    if wrong or not all(x is None or (isinstance(x, int) and 0 <= x < 2**31) for x in window):
+    if not wrong and torch.jit.is_tracing():  # where sizes are tensors
+        left, right = (x.item() if isinstance(x, Tensor) else x for x in window)
+        window = left, right
+    if wrong or not all(x is None or (checks.is_integer(x) and 0 <= x < 2**31) for x in window):
         raise ValueError(
             f"window must be two of None (no limit) or integers from 0 to 2^31 - 1, got {window!r}"
         )

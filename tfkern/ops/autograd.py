@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
+
+from tfkern import dispatch
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -14,7 +15,9 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     longer than a whole layer norm of a small input. Where nothing is differentiated, `forward` is
     all there is to do.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return _compiling(function, args)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not _differentiated(args):
         return function.forward(*args)
@@ -22,10 +25,26 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def _compiling(function: type[torch.autograd.Function], args: tuple) -> Any:
+    """`apply` where Dynamo traces it.
+
+    Under transforms of torch.func and in forward mode it would lose derivatives of a Function
+    without a word: the first where it does not see that a wrapped tensor requires one, the second
+    and those of forward mode always. Of `forward` it traces what torch can differentiate. Kernels
+    refuse to be (`dispatch.load`), and Dynamo leaves the call to eager mode then.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("there are no derivatives in forward mode under torch.compile")
+    if torch._C._are_functorch_transforms_active():
+        return function.forward(*args)
+    return function.apply(*args)
+
+
 def _differentiated(args: tuple) -> bool:
-    """Whether a backward could be asked for, or an argument may have a forward-mode tangent."""
+    """Whether a backward could be asked for, or an argument may have a forward-mode tangent.
+
+    What torch.jit.trace records may be given others, which require a gradient.
+    """
     if forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return torch.is_grad_enabled() and (dispatch.requires_grad(args) or torch._C._is_tracing())

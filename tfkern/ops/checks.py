@@ -1,33 +1,48 @@
 """The checks that public functions share. A ValueError says what was got and what is taken."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tfkern import dispatch
 
+_STRIDED = torch.strided
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def floating(name: str, x: Tensor) -> None:
+def dense(name: str, x: Tensor) -> None:
+    """Of others, torch has no shape or strides, and says so by an internal error."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor: pad it, or take its values, and for attention "
+            "attention_varlen with its offsets"
+        )
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got one of {x.layout}")
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.is_nested or x.layout is not _STRIDED:
+        dense(name, x)  # raises
     if x.dtype not in _FLOATING:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
 def boolean(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.bool:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a bool tensor, got {got}")
+    dense(name, x)
+    if x.dtype != torch.bool:
+        raise ValueError(f"{name} must be a bool tensor, got {x.dtype}")
 
 
 def integers(name: str, x: Tensor, q: Tensor) -> None:
     """Lengths, offsets or indices beside a tensor q."""
-    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be an int32 or int64 tensor, got {got}")
+    dense(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be an int32 or int64 tensor, got {x.dtype}")
     same_device("q", q, name, x)
 
 
@@ -73,17 +88,27 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
 
 
-def number(name: str, x: float) -> None:
+def number(name: str, x: Any) -> float:
+    """x as a float: of a size, it may be symbolic, or a tensor while torch.jit.trace runs."""
     if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
-        raise ValueError(f"{name} must be a number, got {x!r}")
+        if not isinstance(x, Tensor) or not torch.jit.is_tracing():
+            raise ValueError(f"{name} must be a number, got {x!r}")
+        x = x.item()
     if not torch.compiler.is_compiling() and not math.isfinite(x):
         raise ValueError(f"{name} must be finite, got {x}")
+    return float(x)
 
 
-def probability(name: str, p: float) -> None:
-    number(name, p)
+def probability(name: str, p: Any) -> float:
+    p = number(name, p)
     if not 0 <= p <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")
+    return p
+
+
+def is_integer(x: object) -> bool:
+    """Whether x is an integer, which torch.export and torch.compile may have made symbolic."""
+    return isinstance(x, (int, torch.SymInt))
 
 
 def autocast(*tensors: Tensor | None) -> tuple:
@@ -110,7 +135,7 @@ def seed(value: Tensor | int | None, device: torch.device) -> Tensor:
     if value is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if not isinstance(value, Tensor):
-        if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        if not is_integer(value) or not -(2**63) <= value < 2**63:
             raise ValueError(f"seed must be an int of 64 bits or a tensor, got {value!r}")
         return torch.full((), value, dtype=torch.int64, device=device)  # no copy to wait for
     if value.dtype != torch.int64 or value.dim() != 0 or value.device != device:

@@ -10,6 +10,8 @@ from tfkern.ops import autograd, checks
 
 dispatch.register("layer_norm")
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def layer_norm(
     x: Tensor,
@@ -20,6 +22,7 @@ def layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     eps: float = 1e-5,
+    axes: int = 1,
     return_residual: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -39,6 +42,8 @@ def layer_norm(
         seed: key of the dropout mask, a 0-d int64 tensor or an int; the same seed gives the same
             mask on every backend. None draws one from torch's generator of the device.
         eps: added to the variance.
+        axes: how many of the last axes are normalised as if they were one; weight and bias have
+            their sizes.
         return_residual: also return h, the residual stream for the next sublayer.
         backend: forces "native", "triton" or "reference" for this call.
 
@@ -51,8 +56,10 @@ def layer_norm(
 
     Layer normalization: Ba, Kiros, Hinton 2016. Mask: Philox4x32-10, Salmon et al. 2011.
     """
-    args = bind(x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps)
-    return _apply(x, args, return_residual, backend)
+    args = bind(
+        x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, axes=axes
+    )
+    return _apply(x, residual, args, axes, return_residual, backend)
 
 
 def rms_norm(
@@ -63,6 +70,7 @@ def rms_norm(
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     eps: float | None = None,
+    axes: int = 1,
     return_residual: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -75,86 +83,120 @@ def rms_norm(
 
     Root mean square layer normalization: Zhang, Sennrich 2019.
     """
-    args = bind_rms(x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps)
-    return _apply(x, args, return_residual, backend)
+    args = bind_rms(
+        x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, axes=axes
+    )
+    return _apply(x, residual, args, axes, return_residual, backend)
 
 
 def bind(
-    x, weight=None, bias=None, *, residual=None, dropout_p=0.0, seed=None, eps=1e-5, rms=False
+    x,
+    weight=None,
+    bias=None,
+    *,
+    residual=None,
+    dropout_p=0.0,
+    seed=None,
+    eps=1e-5,
+    axes=1,
+    rms=False,
 ):
-    """The public arguments, checked, as the positional arguments of an implementation's forward."""
+    """The public arguments, checked, as the positional arguments of an implementation's forward,
+    but for leading axes."""
     checks.floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a 0-d tensor")
-    N = x.shape[-1]
+    if axes != 1 and not 1 < axes <= x.dim():
+        raise ValueError(f"axes must lie in 1 to {x.dim()}, the axes of x, got {axes}")
+    sizes = (x.shape[-1],) if axes == 1 else x.shape[-axes:]
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             checks.floating(name, parameter)
             checks.same_device("x", x, name, parameter)
-            checks.shape(name, parameter, (N,), "the size of the last axis of x")
+            checks.shape(name, parameter, sizes, "the size of the last axis of x")
     if residual is not None:
         checks.floating("residual", residual)
         checks.same_device("x", x, "residual", residual)
         checks.shape("residual", residual, x.shape, "the shape of x")
-    checks.probability("dropout_p", dropout_p)
-    checks.number("eps", eps)
+    dropout_p, eps = checks.probability("dropout_p", dropout_p), checks.number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     seed = checks.seed(seed, x.device) if dropout_p > 0 else None
-    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
-    residual = None if residual is None else _rows(residual)
-    return _rows(x), weight, bias, residual, seed, float(dropout_p), float(eps), rms
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if axes > 1:
+        x, weight, bias, residual = (
+            t if t is None else t.flatten(-axes) for t in (x, weight, bias, residual)
+        )
+    return x, weight, bias, residual, seed, dropout_p, eps, rms
 
 
-def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=None):
+def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=None, axes=1):
     """`bind` for RMS norm."""
     checks.floating("x", x)
     if eps is None:
         sums = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         eps = torch.finfo(torch.promote_types(sums, torch.float32)).eps
-    return bind(x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, rms=True)
+    return bind(
+        x,
+        weight,
+        residual=residual,
+        dropout_p=dropout_p,
+        seed=seed,
+        eps=eps,
+        axes=axes,
+        rms=True,
+    )
 
 
-def _rows(x: Tensor) -> Tensor:
+def _apply(x, residual, args, axes, return_residual: bool, backend: str | None) -> Any:
+    backend = dispatch.select("layer_norm", args, backend)
+    args = dispatch.distinct((x, *args[1:3], residual, *args[4:]))
+    with dispatch.no_autocast(x.device):
+        y, h, _, _ = autograd.apply(_LayerNorm, *args, axes, backend)
+    y = y if x.dim() == 2 else y.view(x.shape)
+    if not return_residual:
+        return y
+    separate_h = residual is not None or args[4] is not None
+    return y, h if separate_h else x
+
+
+def _rows(x: Tensor, axes: int) -> Tensor:
     """x as a matrix whose rows are contiguous; a view where strides allow."""
+    x = x.flatten(-axes) if axes > 1 else x
     if x.dim() != 2:
         x = x.flatten(0, -2) if x.dim() > 1 else x[None]
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _shaped(rows: Tensor, x: Tensor) -> Tensor:
-    return rows if x.dim() == 2 else rows.view(x.shape)
-
-
-def _apply(x: Tensor, args: tuple, return_residual: bool, backend: str | None) -> Any:
-    backend = dispatch.select("layer_norm", args, backend)
-    with dispatch.no_autocast(x.device):
-        y, h, _, _ = autograd.apply(_LayerNorm, *dispatch.distinct(args), backend)
-    y = _shaped(y, x)
-    if not return_residual:
-        return y
-    separate_h = args[3] is not None or args[4] is not None
-    return y, _shaped(h, x) if separate_h else x
-
-
 class _LayerNorm(torch.autograd.Function):
+    """Of tensors of any shape: what it saves and the gradients that it returns are the caller's own
+    tensors and not views of them, so that autograd sees changes in place, and memory that two
+    gradients share."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, residual, seed, dropout_p, eps, rms, backend):
+    def forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes, backend):
         op = dispatch.implementation("layer_norm", backend)
-        return op.forward(x, weight, bias, residual, seed, dropout_p, eps, rms)
+        rows = None if residual is None else _rows(residual, axes)
+        y, h, mean, rstd = op.forward(_rows(x, axes), weight, bias, rows, seed, dropout_p, eps, rms)
+        if x.dim() != 2 and (residual is not None or seed is not None):
+            # What autograd knows to be a view may not leave a function. The trace of torch.jit
+            # would take the shape for a constant.
+            h = h.view(x.shape) if torch.jit.is_tracing() else _unsafe_view(h, x.shape)
+        return y, h, mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, residual, seed, dropout_p, _, rms, backend = inputs
+        x, weight, bias, residual, seed, dropout_p, _, rms, axes, backend = inputs
         _, h, mean, rstd = output
         separate_h = residual is not None or seed is not None
         ctx.mark_non_differentiable(mean, rstd, *(() if separate_h else (h,)))
         ctx.save_for_backward(
             h if separate_h else x, weight, bias, None if rms else mean, rstd, seed
         )
-        ctx.separate_h, ctx.dropout_p, ctx.backend = separate_h, dropout_p, backend
+        ctx.separate_h, ctx.dropout_p, ctx.axes, ctx.backend = separate_h, dropout_p, axes, backend
         ctx.dtype = x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)  # dh is often absent, and as large as dy
@@ -162,18 +204,21 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh, _mean, _rstd):
         h, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(h, dtype=ctx.dtype)
-        # Without dropout between them, and in the same dtype, dx and dresidual are one tensor.
+        shape, rows = h.shape, _rows(h, ctx.axes)
+        dy = torch.zeros_like(rows, dtype=ctx.dtype) if dy is None else _rows(dy, 1)
+        # Without dropout between them, and in the same dtype, dx and dresidual are one tensor, and
+        # autograd copies it where two leaves would share it. Inductor hands out two views instead.
         separate_residual = ctx.residual_dtype is not None and (
-            seed is not None or ctx.residual_dtype != dy.dtype
+            seed is not None
+            or ctx.residual_dtype != dy.dtype
+            or (torch.compiler.is_compiling() and shape != dy.shape)
         )
         with dispatch.no_autocast(dy.device):
             dx, dresidual, dweight, dbias = autograd.apply(
                 _LayerNormBackward,
-                _rows(dy),
-                _rows(dh) if ctx.separate_h and dh is not None else None,
-                h,
+                dy,
+                _rows(dh, ctx.axes) if ctx.separate_h and dh is not None else None,
+                rows,
                 weight,
                 bias,
                 mean,
@@ -183,13 +228,14 @@ class _LayerNorm(torch.autograd.Function):
                 separate_residual,
                 ctx.backend,
             )
+        dx = dx.view(shape)
         if ctx.residual_dtype is None:
             dresidual = None
         else:
-            dresidual = dresidual.to(ctx.residual_dtype) if separate_residual else dx
+            dresidual = dresidual.to(ctx.residual_dtype).view(shape) if separate_residual else dx
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
-        return dx, dweight, dbias, dresidual, None, None, None, None, None
+        return dx, dweight, dbias, dresidual, *(None,) * 6
 
 
 class _LayerNormBackward(torch.autograd.Function):

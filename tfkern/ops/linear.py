@@ -54,8 +54,12 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     """Whether nothing is asked for that torch's function has and `_Linear` has not."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     matrices = x.dim() > 1 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
-    alike = all(_dtype(t) == dtype and not t.is_nested for t in tensors)
+    alike = all(_dtype(t) == dtype and _is_dense(t) for t in tensors)
     return matrices and alike and forward_ad._current_level < 0
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
 
 
 class _Linear(torch.autograd.Function):
@@ -71,7 +75,7 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, weight, _, ctx.backend = inputs
         ctx.save_for_backward(
-            x if weight.requires_grad else None, weight if x.requires_grad else None
+            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
         )
 
     @staticmethod

@@ -42,9 +42,11 @@ def unpad(x: Tensor, keep: Tensor) -> Unpadded:
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit together.
     """
-    if not isinstance(x, Tensor) or x.dim() < 2:
+    checks.dense("x", x)
+    if x.dim() < 2:
         raise ValueError(f"x must be a tensor (batch, length, ...), got {_what(x)}")
-    if not isinstance(keep, Tensor) or keep.dtype not in (torch.bool, torch.int32, torch.int64):
+    checks.dense("keep", keep)
+    if keep.dtype not in (torch.bool, torch.int32, torch.int64):
         raise ValueError(f"keep must be a bool mask or int32 or int64 lengths, got {_what(keep)}")
     checks.same_device("x", x, "keep", keep)
     B, T = x.shape[:2]
@@ -76,7 +78,8 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
         ValueError: shapes or indices that do not fit (on a GPU and under torch.compile the values
             of indices are not checked).
     """
-    if not isinstance(x, Tensor) or x.dim() == 0:
+    checks.dense("x", x)
+    if x.dim() == 0:
         raise ValueError(f"x must be a tensor (total, ...), got {_what(x)}")
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise ValueError(f"indices must be an int64 tensor, got {_what(indices)}")
@@ -85,7 +88,8 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     if batch < 0 or length < 0:
         raise ValueError(f"batch and length must not be negative, got {batch} and {length}")
     rows = batch * length
-    checks.within(f"indices, of batch {batch} and length {length},", indices, 0, rows - 1)
+    if checks.values_at_hand(indices):  # a trace would take the sizes in the name for constants
+        checks.within(f"indices, of batch {batch} and length {length},", indices, 0, rows - 1)
     padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, indices, x)
     return padded.reshape(batch, length, *x.shape[1:])
 

@@ -39,7 +39,7 @@ def forward(
     if residual is not None:
         h = h + residual.to(dtype)
 
-    mean = h.new_zeros(len(h)) if rms else h.mean(-1)
+    mean = h.new_zeros(h.shape[0]) if rms else h.mean(-1)
     if not rms:  # what rounding left over, which matters when the mean is large
         mean = mean + (h - mean[:, None]).mean(-1)
     centred = h - mean[:, None]

@@ -247,14 +247,15 @@ class Tokenizer:
             if "pad" not in self.special:
                 raise ValueError('texts of unequal length need a token with the role "pad"')
             pad = self.special_id("pad")
-        tokens = torch.full((len(encodings), T), pad)
-        types, mask = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.bool)
+        tokens = torch.full((len(encodings), T), pad, device="cpu")
+        types, mask = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
         for i, e in enumerate(encodings):
             n = len(e.ids)
             where = slice(T - n, T) if side == "left" else slice(n)
-            tokens[i, where], types[i, where] = torch.tensor(e.ids), torch.tensor(e.type_ids)
+            tokens[i, where] = tokens.new_tensor(e.ids)
+            types[i, where] = types.new_tensor(e.type_ids)
             mask[i, where] = True
-        return Batch(tokens, mask, types, torch.tensor(source, dtype=torch.int64), encodings)
+        return Batch(tokens, mask, types, tokens.new_tensor(source), encodings)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids. Bytes that are no UTF-8 become U+FFFD."""

@@ -26,6 +26,6 @@ def cases(
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     yield from itertools.islice(_DRAWS[op](random.Random(seed), tensor, backend), count)

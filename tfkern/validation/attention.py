@@ -125,8 +125,8 @@ def _cut(name: str, which: str, inputs: dict, options: dict, rng: random.Random)
     """Gives the batches lengths, one of them all or nothing, and makes what lies beyond NaN."""
     B, _, size, _ = inputs[which[0]].shape
     lengths = [rng.choice((0, size)), *(rng.randint(size // 2, size) for _ in range(B - 1))]
-    options[name] = torch.tensor(lengths).to(inputs["q"].device)
-    beyond = torch.arange(size).to(options[name]) >= options[name][:, None]
+    options[name] = torch.tensor(lengths, device=inputs["q"].device)
+    beyond = torch.arange(size, device=inputs["q"].device) >= options[name][:, None]
     for x in which:
         inputs[x] = inputs[x].masked_fill(beyond[:, None, :, None], math.nan)
 
@@ -136,8 +136,8 @@ def _pack(inputs: dict, options: dict, rng: random.Random) -> None:
     for name, x in (("cu_seqlens_q", "q"), ("cu_seqlens_k", "k")):
         B, _, size, _ = inputs[x].shape
         cuts = sorted(rng.randint(0, B * size) for _ in range(B - 1))
-        cu = torch.tensor([0, *cuts, B * size], dtype=torch.int32)
-        options[name] = cu.to(inputs["q"].device)
+        cu = [0, *cuts, B * size]
+        options[name] = torch.tensor(cu, dtype=torch.int32, device=inputs["q"].device)
     for x in "qkv":
         inputs[x] = inputs[x].transpose(1, 2).flatten(0, 1)
 
@@ -147,7 +147,8 @@ def _page(inputs: dict, options: dict, rng: random.Random, size: int = 12) -> No
     B, _, S, _ = inputs["k"].shape
     count = -(-S // size)
     order = rng.sample(range(B * count + 2), B * count)
-    table = torch.tensor(order, dtype=torch.int32).view(B, count)
+    device = inputs["k"].device
+    table = torch.tensor(order, dtype=torch.int32, device=device).view(B, count)
     for name in "kv":
         x = F.pad(inputs[name], (0, 0, 0, count * size - S), value=math.nan)
         pages = x.new_full((B * count + 2, x.shape[1], size, x.shape[3]), math.nan)
@@ -156,8 +157,8 @@ def _page(inputs: dict, options: dict, rng: random.Random, size: int = 12) -> No
     for name, of in (("bias", inputs), ("mask", options)):
         if name in of and of[name].shape[3] > 1:
             of[name] = F.pad(of[name], (0, count * size - S))
-    unused = torch.arange(count) * size >= options["key_lengths"].cpu()[:, None]
-    options["page_table"] = table.masked_fill(unused, -7).to(inputs["k"].device)
+    unused = torch.arange(count, device=device) * size >= options["key_lengths"][:, None]
+    options["page_table"] = table.masked_fill(unused, -7)
 
 
 def draws(rng: random.Random, tensor: Callable[..., Tensor], backend: str | None) -> Iterator[Case]:

@@ -1,0 +1,416 @@
+"""Every op and module under torch.func, torch.compile, torch.jit.trace and torch.export, against
+plain torch in float64. What has no derivative raises: none is 0 or None without a word."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import tfkern
+import tfkern.nn
+from tfkern.models import Transformer, TransformerConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+def attention(q, k, v):
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def documents(q, k, v):
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    parts = [attention(*(x[:, a:b] for x in (q, k, v))) for a, b in ((0, 2), (2, 5))]
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+def gated(x, w1, w2):
+    gate, up = F.linear(x, w1).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, w2)
+
+
+OPS = {  # ours, torch's, the shapes of the arguments
+    "attention": (tfkern.attention, attention, [(1, 2, 5, 8)] * 3),
+    "attention_varlen": (
+        lambda q, k, v, **kw: tfkern.attention_varlen(q, k, v, CU, CU, **kw),
+        documents,
+        [(5, 2, 8)] * 3,
+    ),
+    "layer_norm": (
+        lambda x, r, w, b, **kw: tfkern.layer_norm(x, w, b, residual=r, **kw),
+        lambda x, r, w, b: F.layer_norm(x + r, (8,), w, b),
+        [(2, 3, 8), (2, 3, 8), (8,), (8,)],
+    ),
+    "rms_norm": (
+        lambda x, w, **kw: tfkern.rms_norm(x, w, eps=1e-6, **kw),
+        lambda x, w: F.rms_norm(x, (8,), w, 1e-6),
+        [(2, 3, 8), (8,)],
+    ),
+    "mlp": (
+        lambda x, w1, b1, w2, **kw: tfkern.mlp(x, w1, b1, w2, None, activation="gelu", **kw),
+        lambda x, w1, b1, w2: F.linear(F.gelu(F.linear(x, w1, b1)), w2),
+        [(2, 3, 8), (16, 8), (16,), (8, 16)],
+    ),
+    "gated_mlp": (
+        lambda x, w1, w2, **kw: tfkern.gated_mlp(x, w1, None, w2, None, **kw),
+        gated,
+        [(2, 3, 8), (16, 8), (8, 8)],
+    ),
+}
+BACKENDS = [(op, backend) for op in OPS for backend in ("native", "triton", "reference")]
+
+
+def pair(op, chosen):
+    ours, theirs, shapes = OPS[op]
+    kernel = {"attention_varlen": "attention", "rms_norm": "layer_norm", "gated_mlp": "mlp"}
+    if reason := tfkern.backends(kernel.get(op, op))[chosen]:
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    return lambda *a: ours(*a, backend=chosen), theirs, [torch.randn(s) for s in shapes]
+
+
+def scalar(f):
+    return lambda *a: f(*a).float().sin().sum()
+
+
+def every(args):
+    return tuple(range(len(args)))
+
+
+def batch(args):
+    return [torch.stack([x, 2 * x]) for x in args]
+
+
+def jacobian(f, a):
+    return jacrev(lambda *a: f(*a).sum(-1).flatten(), 0)(*a)
+
+
+def through_vmap(f, a):
+    """The backward runs outside of the transform, where a wrapped tensor hides what it requires."""
+    a = [x.detach().requires_grad_() for x in batch(a)]
+    return torch.autograd.grad(vmap(f)(*a).float().sin().sum(), a)
+
+
+RIGHT = {
+    "grad": lambda f, a: grad(scalar(f), every(a))(*a),
+    "vjp": lambda f, a: vjp(scalar(f), *a)[1](torch.ones(())),
+    "jacrev": jacobian,
+    "vmap": lambda f, a: vmap(f)(*batch(a)),
+    "vmap of vmap": lambda f, a: vmap(vmap(f))(*batch(batch(a))),
+    "vmap of grad": lambda f, a: vmap(grad(scalar(f), every(a)))(*batch(a)),
+    "grad of vmap": lambda f, a: grad(lambda *b: vmap(scalar(f))(*b).sum(), every(a))(*batch(a)),
+    "grad through vmap": through_vmap,
+}
+
+
+def forward_mode(f, a):
+    with forward_ad.dual_level():
+        y = f(*(forward_ad.make_dual(x, torch.ones_like(x)) for x in a))
+        return forward_ad.unpack_dual(y).tangent
+
+
+def second(f, a):
+    return grad(lambda *b: sum(g.sin().sum() for g in grad(scalar(f), every(a))(*b)))(*a)
+
+
+def second_outside(f, a):
+    """The first derivative by a transform, the second by autograd."""
+    a = [x.detach().requires_grad_() for x in a]
+    first = grad(scalar(f))(*a)
+    return torch.autograd.grad(first.sin().sum() + sum(x.sum() for x in a), a)
+
+
+REFUSED = {
+    "jvp": lambda f, a: jvp(f, tuple(a), tuple(torch.ones_like(x) for x in a))[1],
+    "dual numbers": forward_mode,
+    "jacfwd": lambda f, a: jacfwd(lambda *b: f(*b).sum(-1).flatten(), 0)(*a),
+    "hessian": lambda f, a: hessian(scalar(f), 0)(*a),
+    "second derivative": second,
+    "second derivative outside": second_outside,
+}
+
+
+def same(got, expected, **limits):
+    limits = limits or {"rtol": 1e-3, "atol": 1e-4}
+    got, expected = (torch.utils._pytree.tree_leaves(x) for x in (got, expected))
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), **limits)
+
+
+@pytest.mark.parametrize("transform", RIGHT)
+@pytest.mark.parametrize("op, chosen", BACKENDS)
+def test_transforms(op, chosen, transform):
+    ours, theirs, args = pair(op, chosen)
+    same(RIGHT[transform](ours, args), RIGHT[transform](theirs, [x.double() for x in args]))
+
+
+@pytest.mark.parametrize("transform", REFUSED)
+@pytest.mark.parametrize("op, chosen", BACKENDS)
+def test_what_has_no_derivative_raises(op, chosen, transform):
+    ours, _, args = pair(op, chosen)
+    with pytest.raises(NotImplementedError):
+        REFUSED[transform](ours, args)
+
+
+COMPILED = [(op, b) for op, b in BACKENDS if b == "native"] + [
+    ("layer_norm", "triton"),
+    ("layer_norm", "reference"),
+]
+KERNELS = [c for c in COMPILED if c[1] != "reference"]
+
+
+def compiled(run, fullgraph=False):
+    return torch.compile(run, backend="aot_eager", fullgraph=fullgraph)
+
+
+@pytest.mark.parametrize("transform", RIGHT)
+@pytest.mark.parametrize("op, chosen", COMPILED)
+def test_compiled_transforms(op, chosen, transform):
+    ours, theirs, args = pair(op, chosen)
+    expected = RIGHT[transform](theirs, [x.double() for x in args])
+    same(compiled(lambda *a: RIGHT[transform](ours, a))(*args), expected)
+    try:
+        result = compiled(lambda *a: RIGHT[transform](ours, a), fullgraph=True)(*args)
+    except torch._dynamo.exc.Unsupported:
+        return  # for want of a graph break
+    same(result, expected)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("transform", REFUSED)
+@pytest.mark.parametrize("op, chosen", KERNELS)
+def test_compiled_transforms_raise_where_eager_mode_does(op, chosen, transform, fullgraph):
+    ours, _, args = pair(op, chosen)
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported)):
+        compiled(lambda *a: REFUSED[transform](ours, a), fullgraph)(*args)
+
+
+@pytest.mark.parametrize("op, chosen", COMPILED)
+def test_dual_numbers_of_a_compiled_function(op, chosen):
+    ours, _, args = pair(op, chosen)
+    with pytest.raises(NotImplementedError):
+        forward_mode(compiled(ours), args)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "attention", "mlp_activation"])
+def test_kernels_refuse_to_be_differentiated_in_traces(op):
+    """Whatever calls an operator without the function that differentiates it."""
+    pytest.importorskip("tfkern._C", reason="no native build")
+    x = torch.randn(1, 2, 3, 8, requires_grad=True)
+    call = {
+        "layer_norm": lambda x: torch.ops.tfkern.layer_norm_forward(
+            x[0, 0], None, None, None, None, 0.0, 1e-5, False
+        )[0],
+        "attention": lambda x: torch.ops.tfkern.attention_forward(
+            x, x.clone(), x.clone(), *[None] * 12, 1.0, 0.0, 0.0
+        )[0],
+        "mlp_activation": lambda x: torch.ops.tfkern.mlp_activation_forward(
+            x[0, 0], "relu", False, torch.float32
+        )[0],
+    }[op]
+    torch._dynamo.reset()
+    run = compiled(call, fullgraph=True)
+    with pytest.raises(Exception, match="has no derivative here"):
+        run(x)
+    torch.testing.assert_close(run(x.detach()), call(x.detach()))
+
+
+@pytest.fixture
+def widened(monkeypatch):
+    """tfkern.linear takes its own way on every processor."""
+    native = pytest.importorskip("tfkern.native.linear", reason="no native build")
+    monkeypatch.setattr(native, "why_not", lambda *a, needs_grad: None)
+
+
+SECOND = {"second": second, "jvp": REFUSED["jvp"], "jacfwd": REFUSED["jacfwd"]}
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("transform", RIGHT | SECOND)
+def test_linear(widened, transform, compiler):
+    """Torch's function has derivatives of every order."""
+    torch._dynamo.reset()
+    run = (RIGHT | SECOND)[transform]
+    args = [torch.randn(s).bfloat16() for s in ((150, 8), (6, 8), (6,))]
+    fn = lambda *a: run(tfkern.linear, a)  # noqa: E731
+    fn = fn if compiler is None else compiled(fn)
+    got = torch.utils._pytree.tree_leaves(fn(*args))
+    expected = torch.utils._pytree.tree_leaves(run(F.linear, [x.double() for x in args]))
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() <= 0.05 * b.norm()
+
+
+def test_functional_call_has_gradients_for_each_sample():
+    """The gradients of DP-SGD: of a module's parameters, for each row of a batch."""
+    module = nn.Sequential(tfkern.nn.LayerNorm(8), tfkern.nn.MLP(8), tfkern.nn.RMSNorm(8))
+    parameters = dict(module.named_parameters())
+    x = torch.randn(4, 3, 8)
+
+    def loss(parameters, x):
+        return functional_call(module, parameters, (x,)).square().sum()
+
+    ours = vmap(grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        same([ours[name][i] for name in parameters], expected)
+
+
+def test_alibi_slopes_with_a_gradient_are_refused_under_vmap():
+    q, slopes = torch.randn(2, 1, 2, 3, 8), torch.rand(2, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="alibi_slopes has no gradient"):
+        vmap(lambda q, a: tfkern.attention(q, q, q, alibi_slopes=a))(q, slopes)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x, residual=2 * x, return_residual=True)
+
+
+class Multihead(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.attention = tfkern.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        o, weights = self.attention(x, x, x, **self.options)
+        return o if weights is None else (o, weights)
+
+
+class Call(nn.Module):
+    """A module of a function of x (2, T, 8)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def heads(x):
+    return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+
+def attend(**options):
+    return Call(lambda x: tfkern.attention(heads(x), heads(x), heads(x), **options))
+
+
+MODULES = {
+    "attention": lambda: attend(),
+    "attention causal": lambda: attend(causal=True, return_lse=True),
+    "attention window": lambda: attend(causal=True, window=(2, None), softcap=5.0),
+    "attention lengths": lambda: attend(causal=True, key_lengths=torch.tensor([2, 4])),
+    "attention dropout": lambda: attend(dropout_p=0.3, seed=5),
+    "attention scale of a size": lambda: Call(
+        lambda x: tfkern.attention(heads(x), heads(x), heads(x), scale=1 / x.shape[-1])
+    ),
+    "attention bias": lambda: Call(
+        lambda x: tfkern.attention(
+            heads(x),
+            heads(x),
+            heads(x),
+            bias=x.new_ones(x.shape[1], x.shape[1]).tril(),
+            sink=x.new_ones(2),
+            alibi_slopes=x.new_ones(2),
+        )
+    ),
+    "scaled_dot_product_attention": lambda: Call(
+        lambda x: tfkern.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    ),
+    "layer_norm": lambda: tfkern.nn.LayerNorm(8),
+    "layer_norm residual": lambda: Residual(tfkern.nn.LayerNorm(8)),
+    "rms_norm residual": lambda: Residual(tfkern.nn.RMSNorm(8)),
+    "layer_norm dropout": lambda: Call(lambda x: tfkern.layer_norm(x, dropout_p=0.2, seed=3)),
+    "mlp": lambda: tfkern.nn.MLP(8),
+    "gated_mlp": lambda: tfkern.nn.GatedMLP(8, 16),
+    "linear": lambda: tfkern.nn.Linear(8, 4),
+    "multihead attention": lambda: Multihead(),
+    "multihead attention causal": lambda: Multihead(is_causal=True, need_weights=False),
+    "pad": lambda: Call(
+        lambda x: tfkern.pad(
+            x.flatten(0, 1), torch.arange(x.shape[0] * x.shape[1]), x.shape[0], x.shape[1]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("chosen", ["native", "reference"])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_jit_trace(name, chosen, gradients):
+    """The traced function at its own length and at another one."""
+    module = MODULES[name]()
+    with tfkern.use_backend(chosen), torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(module, torch.randn(2, 5, 8), check_trace=False)
+        for T in (5, 9):
+            x = torch.randn(2, T, 8, requires_grad=gradients)
+            ours, expected = traced(x), module(x)
+            same(ours, expected)
+            if gradients:
+                ours, expected = (y[0] if isinstance(y, tuple) else y for y in (ours, expected))
+                same(
+                    torch.autograd.grad(ours.sin().sum(), x),
+                    torch.autograd.grad(expected.sin().sum(), x),
+                )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_export(name, strict):
+    torch._dynamo.reset()
+    module = MODULES[name]()
+    shapes = ({1: torch.export.Dim("T", min=2, max=64)},)
+    program = torch.export.export(
+        module, (torch.randn(2, 6, 8),), dynamic_shapes=shapes, strict=strict
+    )
+    for length in (6, 11):
+        x = torch.randn(2, length, 8)
+        same(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_window_and_a_seed_made_of_sizes(strict):
+    torch._dynamo.reset()
+    module = Call(
+        lambda x: tfkern.attention(
+            heads(x),
+            heads(x),
+            heads(x),
+            window=(x.shape[1] - 2, x.shape[1] // 2),
+            dropout_p=0.5,
+            seed=x.shape[1],
+        )
+    )
+    shapes = ({1: torch.export.Dim("T", min=2, max=64)},)
+    program = torch.export.export(
+        module, (torch.randn(2, 6, 8),), dynamic_shapes=shapes, strict=strict
+    )
+    for length in (6, 11):
+        x = torch.randn(2, length, 8)
+        same(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "relative"])
+def test_export_of_a_model(positions):
+    torch._dynamo.reset()
+    config = TransformerConfig(vocab_size=50, dim=16, layers=2, heads=2, positions=positions)
+    model = Transformer(config).eval()
+    shapes = {"tokens": {1: torch.export.Dim("T", min=2, max=64)}}
+    program = torch.export.export(model, (torch.randint(50, (2, 6)),), dynamic_shapes=shapes)
+    for length in (6, 11):
+        tokens = torch.randint(50, (2, length))
+        same(program.module()(tokens), model(tokens))
