@@ -42,7 +42,7 @@ def _forward(
         low.zero_()
     if o.numel() == 0 or _no_documents(cu_seqlens_q):
         return o, lse
-    q, scale = (-q, -scale) if scale < 0 else (q, scale)
+    q, scale, _ = _scaled(q, scale)
     opt = options(
         bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
         page_table, seed, scale, softcap, dropout_p,
@@ -66,8 +66,7 @@ def _backward(
         cu_seqlens_q, cu_seqlens_k, seed, left, right, scale, softcap, dropout_p, bias_grad,
     )  # fmt: skip
     dq, dk, dv, dbias, dsink = outputs
-    negative = scale < 0
-    q, scale = (-q, -scale) if negative else (q, scale)
+    q, scale, factor = _scaled(q, scale)
     opt = options(
         bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
         None, seed, scale, softcap, dropout_p,
@@ -80,8 +79,8 @@ def _backward(
     dbias, delta = _gradients.backward(
         do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv, dbias
     )
-    if negative:
-        dq.neg_()
+    if factor != 1:
+        dq.mul_(factor)
     # forward: lse = log (sum exp(s) + exp(sink))
     if sink is not None:
         value, low = lse
@@ -89,6 +88,17 @@ def _backward(
         p = torch.where(value == -torch.inf, 0, p)
         dsink = -(p * delta.narrow(2, 0, q.shape[2])).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dbias, dsink
+
+
+def _scaled(q, scale):
+    """(q, scale, factor): the arguments of the kernels, and what their dq is to be multiplied by.
+
+    The scale must not be negative. In float32 it is 1, so that lse, whose second part would be
+    taken up by the rounding of a scaled maximum, has the logarithm of the sum beside any score.
+    """
+    if q.dtype == torch.float32:
+        return q * scale, 1.0, scale
+    return (-q, -scale, -1.0) if scale < 0 else (q, scale, 1.0)
 
 
 def _no_documents(cu_seqlens):

@@ -82,8 +82,8 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _dkv_kernel(
-    DK, DV, DO, Q, K, V, SHIFT, REST, DELTA, opt, H, group, T, S, documents, pages,
-    left, right, limit,
+    DK, DV, DO, Q, K, V, SHIFT, REST, DELTA, opt,
+    H, group, T, S, documents, pages, left, right, limit,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,

@@ -28,8 +28,8 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _dbias_kernel(
-    DBIAS, DO, Q, K, V, SHIFT, REST, DELTA, opt, H, group, T, S, documents, pages,
-    left, right, limit,
+    DBIAS, DO, Q, K, V, SHIFT, REST, DELTA, opt,
+    H, group, T, S, documents, pages, left, right, limit,
     stride_dob, stride_doh, stride_dot, stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
