@@ -74,7 +74,7 @@ def pair(op, chosen):
     if reason := tfkern.backends(kernel.get(op, op))[chosen]:
         pytest.skip(reason)
     torch._dynamo.reset()
-    return lambda *a: ours(*a, backend=chosen), theirs, [torch.randn(s) for s in shapes]
+    return lambda *a: ours(*a, backend=chosen), theirs, [torch.randn(s) / 2 for s in shapes]
 
 
 def scalar(f):
@@ -161,10 +161,9 @@ def test_what_has_no_derivative_raises(op, chosen, transform):
         REFUSED[transform](ours, args)
 
 
-COMPILED = [(op, b) for op, b in BACKENDS if b == "native"] + [
-    ("layer_norm", "triton"),
-    ("layer_norm", "reference"),
-]
+COMPILED = [(op, b) for op, b in BACKENDS if b == "native"] + [("layer_norm", "reference")]
+if torch.cuda.is_available():  # Dynamo cannot trace the interpreter of Triton
+    COMPILED.append(("layer_norm", "triton"))
 KERNELS = [c for c in COMPILED if c[1] != "reference"]
 
 

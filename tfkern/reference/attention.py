@@ -131,7 +131,8 @@ def backward(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         dq, dk, dv, ds, dsink = _backward(do, dlse, q, k, v, lse, options)
     else:
-        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+        # From do, which may be a batch of vmap where q is none.
+        dq, dk, dv = (do.new_zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
         dsink = lse.new_zeros(q.shape[1])
         for t, s, of_document in _documents(cu_seqlens_q, cu_seqlens_k, options):
             dlse_t = None if dlse is None else dlse[t]
