@@ -37,7 +37,7 @@ def assert_means(o, do, dv, v, factor=1.0):
     torch.testing.assert_close(dv.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("S", [1, 3, 150])
+@pytest.mark.parametrize("S", [3, 150])
 @pytest.mark.parametrize("H, Hk, T", ROWS)
 def test_equal_scores_of_any_size(backend, dtype, device, H, Hk, T, S):
     """q k is exact: 2^30, or 2^60 where the dtype has such factors. The scale makes it round."""
@@ -51,7 +51,7 @@ def test_equal_scores_of_any_size(backend, dtype, device, H, Hk, T, S):
         assert_means(o, do, grads["v"], v)
 
 
-@pytest.mark.parametrize("value", [-1e4, -1e10, -1e20, -1e38, -LARGEST, 1e10, 1e38])
+@pytest.mark.parametrize("value", [-1e10, -LARGEST, 1e38])
 @pytest.mark.parametrize("H, Hk, T", ROWS)
 def test_one_bias_on_all_scores(backend, dtype, device, H, Hk, T, value):
     """A row that an additive mask hides altogether sees everything alike, as in F.softmax."""
@@ -97,14 +97,13 @@ def masked_attention(q, k, v, mask):
     return torch.where(mask < 0, masked, s).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("D", [64, 80])
-@pytest.mark.parametrize("size", [1.0, 30.0, 362.0, 1e4, 1e6])
-@pytest.mark.parametrize("H, Hk, T", [*ROWS, (1, 1, 5), (1, 1, 65), (3, 1, 67)])
-def test_the_only_key_has_weight_1(backend, dtype, device, H, Hk, T, size, D):
+@pytest.mark.parametrize("size", [30.0, 362.0, 1e6])
+@pytest.mark.parametrize("H, Hk, T", [*ROWS, (1, 1, 65), (3, 1, 67)])
+def test_the_only_key_has_weight_1(backend, dtype, device, H, Hk, T, size):
     """In the backward as well, although scores are rounded by units."""
     if dtype == torch.float16 and size > 1e3:
         pytest.skip("float16 has no such numbers")
-    B = 32
+    B, D = 8, 80  # whose scale is no power of two
     q = (torch.randn(B, H, T, D, device=device) * size).to(dtype)
     k = (torch.randn(B, Hk, 1, D, device=device) * size).to(dtype)
     v = torch.randn(B, Hk, 1, 8, device=device).to(dtype)
@@ -172,7 +171,7 @@ NAN = {
 }
 
 
-@pytest.mark.parametrize("T, S", [(3, 6), (7, 300), (70, 130)])
+@pytest.mark.parametrize("T, S", [(3, 6), (70, 130)])
 @pytest.mark.parametrize("what", NAN)
 def test_nan_reaches_what_depends_on_it(backend, dtype, device, what, T, S):
     name, place = NAN[what]

@@ -154,7 +154,7 @@ def _apply(x, residual, args, axes, return_residual: bool, backend: str | None) 
     args = dispatch.distinct((x, *args[1:3], residual, *args[4:]))
     with dispatch.no_autocast(x.device):
         y, h, _, _ = autograd.apply(_LayerNorm, *args, axes, backend)
-    y = y if x.dim() == 2 else y.view(x.shape)
+    y = y if x.dim() == 2 and axes == 1 else y.view(x.shape)
     if not return_residual:
         return y
     separate_h = residual is not None or args[4] is not None
@@ -181,7 +181,7 @@ class _LayerNorm(torch.autograd.Function):
         op = dispatch.implementation("layer_norm", backend)
         rows = None if residual is None else _rows(residual, axes)
         y, h, mean, rstd = op.forward(_rows(x, axes), weight, bias, rows, seed, dropout_p, eps, rms)
-        if x.dim() != 2 and (residual is not None or seed is not None):
+        if (x.dim() != 2 or axes > 1) and (residual is not None or seed is not None):
             # What autograd knows to be a view may not leave a function. The trace of torch.jit
             # would take the shape for a constant.
             h = h.view(x.shape) if torch.jit.is_tracing() else _unsafe_view(h, x.shape)

@@ -88,7 +88,7 @@ def backward(
     if dh is not None:
         g = g + dh.to(dtype)
     # forward: h = residual + dropout(x)
-    dresidual = g.to(h.dtype) if separate_residual else absent
+    dresidual = g.to(h.dtype, copy=True) if separate_residual else absent  # never dx itself
     if seed is not None:
         g = dropout(g, _draws(seed, g.shape), dropout_p)
     return g.to(dy.dtype), dresidual, dweight, dbias
