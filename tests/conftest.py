@@ -2,7 +2,11 @@
 
 import os
 
-import torch
+# Inductor knows a graph by the names of its operators: one that it kept from before would have the
+# shapes that our operators had then.
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which reads it
