@@ -69,9 +69,9 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
   return rescale;
 }
 
-// What a walk over keys leaves of each row: an estimate of the maximum of the scores s, sum = sum
-// exp(s - maximum), and o = sum exp(s - maximum) v, which is divided by sum in the end. Feature d
-// of row i of o lies at i * row + d * column.
+// This is what a walk over keys leaves of each row: an estimate of the maximum of the scores s, sum
+// = sum exp(s - maximum), and o = sum exp(s - maximum) v, which is divided by sum in the end.
+// Feature d of row i of o lies at i * row + d * column.
 template <class C>
 struct Partial {
   C *maximum, *sum, *o;
@@ -87,7 +87,7 @@ inline Partial<C> partial_at(C* data, const AttentionShape& a, const Block& bloc
   return {data, data + kBlock, o, 1, kBlock};
 }
 
-// Before any key.
+// Sets the results to those of a walk that has seen no key.
 template <class C>
 inline void start(const Partial<C>& partial, const Block& block, int64_t Dv) {
   std::fill(partial.maximum, partial.maximum + kBlock, -std::numeric_limits<C>::infinity());
@@ -327,7 +327,7 @@ struct ForwardRoom {
   }
 };
 
-// A given weight multiplies all p of a row, though not their sum.
+// If `weight` is given, it multiplies all p of a row, but not their sum.
 template <class C, class Products>
 void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
                int64_t end, Products& products, ForwardRoom<C>& room, const Partial<C>& partial,

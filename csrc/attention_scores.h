@@ -251,7 +251,7 @@ struct NarrowScores {
     k_buffer = scratch.get<C>(kKeys * padded<C>(D));
     rows = scratch.get<C>(kLanes<C> * kKeys);
   }
-  // Those of keys [s0, s0 + keys), with kKeys of each row.
+  // Returns the scores of keys [s0, s0 + keys): each row of the block has kKeys of them.
   C* by_rows(const AttentionScores<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
              const C* q_rows) {
     const int64_t Dp = padded<C>(a.D);
@@ -260,7 +260,7 @@ struct NarrowScores {
                     row_product(keys, block.rows(), Dp, matrix<T>(k), q_rows, Dp, rows, kKeys));
     return rows;
   }
-  // The same as a tile, whose other lanes are 0.
+  // Writes the same scores as a tile, whose lanes beyond the rows of the block are 0.
   void multiply(const AttentionScores<C>& a, const Block& block, int64_t hk, int64_t s0,
                 int64_t keys, const C* q_rows, C* scores) {
     by_rows(a, block, hk, s0, keys, q_rows);

@@ -44,7 +44,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(first);
 }
 
-// Whether x is a vector of n elements, one after the other.
+// Tells whether x is a vector of n elements that lie one after the other.
 inline bool is_vector(const Tensor& x, int64_t n) {
   return x.dim() == 1 && x.size(0) == n && (n <= 1 || x.stride(0) == 1);
 }

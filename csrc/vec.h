@@ -168,7 +168,7 @@ inline V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
-// A product that is rounded, which a sum with it would leave out.
+// a * b, rounded. The compiler would not round it if it fused the product with a sum that follows.
 template <class V>
 inline V rounded_product(V a, V b) {
   V product = a * b;

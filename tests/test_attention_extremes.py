@@ -160,7 +160,7 @@ def test_values_of_1e37(backend, dtype, device, T):
     torch.testing.assert_close(o.double(), true, rtol=8 * eps(dtype) + 1e-5, atol=0)
 
 
-# What is NaN, and where: beside plain math in float64.
+# The argument that has a NaN, and its place. Plain math in float64 says what it reaches.
 NAN = {
     "a key": ("k", (0, 0, 3, 2)),
     "a value": ("v", (0, 1, 5, 1)),

@@ -106,7 +106,7 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
     dp[n][i] = x[n][i] * (dp[n][i] - delta);
     if (!of_bias) dp[n][i] *= slopes[n][i];
   });
-  // By now they may be anything.
+  // Scores that are hidden went through the exponential as well, so their p and ds may be anything.
   each_hidden<N>(in, d, window, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
   if (in.seed) drop(x, in, d, window);
 }
