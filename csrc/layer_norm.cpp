@@ -1,20 +1,21 @@
-// Layer norm and RMS norm of the rows of (M, N) matrices, on the CPU. Rows lie `stride` elements
-// apart and are contiguous within. All that happens to a row (dropout, residual, statistics,
-// output) happens before the next, while it is in the L1 cache.
+// Layer norm and RMS norm on the CPU. The operators take tensors of any rank; kernels take them as
+// matrices (M, N), where all but the last `axes` axes are rows. All that happens to a row (dropout,
+// residual, statistics, output) happens before the next, while it is in the L1 cache.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
 
 #include "isa.h"
+#include "rows.h"
 #include "scratch.h"
 #include "tensor.h"
 
 namespace tfkern {
 
-// A matrix of any element type; null data stands for an absent one.
+// A matrix of any element type with contiguous rows; null data stands for an absent one.
 struct Rows {
   char* data = nullptr;
-  int64_t stride = 0;  // in bytes
+  int64_t stride = 0;  // bytes from one row to the next
   Dtype dtype = Dtype::f32;
 };
 
@@ -68,14 +69,12 @@ void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C*
 // N, rounded up to whole vectors of every instruction set.
 int64_t padded(int64_t N) { return round_up(N, 16); }
 
-Rows rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1),
-                  "tfkern::layer_norm: expected matrices with contiguous rows");
+Rows rows(const Tensor& t, int64_t axes) {
   const int64_t bytes = static_cast<int64_t>(t.element_size());
-  return {data<char>(t), t.stride(0) * bytes, dtype(t)};
+  return {data<char>(t), *row_stride(t, axes) * bytes, dtype(t)};
 }
 
-Rows rows(const std::optional<Tensor>& t) { return t ? rows(*t) : Rows{}; }
+Rows rows(const std::optional<Tensor>& t, int64_t axes) { return t ? rows(*t, axes) : Rows{}; }
 
 // N parameters in the computing type, or as many times the value that does nothing, padded.
 template <class C>
@@ -96,16 +95,14 @@ Dropout dropout(const std::optional<Tensor>& seed, double p) {
   return {p, seed_of(*seed)};
 }
 
-// Whether x is an (M, N) matrix, or absent.
-bool fits(const std::optional<Tensor>& x, int64_t M, int64_t N) {
-  return !x || (x->dim() == 2 && x->size(0) == M && x->size(1) == N);
-}
+// Whether t is absent or has the shape of x.
+bool fits(const std::optional<Tensor>& t, const Tensor& x) { return has_last_sizes(t, x, x.dim()); }
 
 void check_parameters(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                      int64_t N) {
+                      const Tensor& x, int64_t axes) {
   for (const std::optional<Tensor>* t : {&weight, &bias}) {
-    STD_TORCH_CHECK(!*t || is_vector(**t, N),
-                    "tfkern::layer_norm: expected contiguous vectors of N parameters");
+    STD_TORCH_CHECK(!*t || (has_last_sizes(*t, x, axes) && row_stride(**t, axes)),
+                    "tfkern::layer_norm: expected contiguous parameters of the size of a row");
     if (*t) dtype(**t);
   }
 }
@@ -115,18 +112,18 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <class C>
 Four forward(const Tensor& x, const std::optional<Tensor>& weight,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-             const std::optional<Tensor>& seed, double p, double eps, bool rms) {
+             const std::optional<Tensor>& seed, double p, double eps, bool rms, int64_t axes) {
   constexpr ScalarType kCompute =
       std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
-  const int64_t M = x.size(0), N = x.size(1);
+  const auto [M, N] = matrix_size(x, axes);
   const bool separate_h = residual || seed;
   const Dropout drop = dropout(seed, p);
-  const Rows x_rows = rows(x), residual_rows = rows(residual);
+  const Rows x_rows = rows(x, axes), residual_rows = rows(residual, axes);
   Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
   Tensor rstd = empty(x, {M}, kCompute);
-  Tensor y = empty(x, {M, N}, x.scalar_type());
+  Tensor y = empty(x, x.sizes(), x.scalar_type());
   const ScalarType h_type = promote(x, residual);
-  Tensor h = separate_h ? empty(x, {M, N}, h_type) : absent(x, h_type);
+  Tensor h = separate_h ? empty(x, x.sizes(), h_type) : absent(x, h_type);
 
   Scratch scratch;
   const LayerNormForward<C> a{
@@ -138,8 +135,8 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight,
       residual_rows,
       parameters(weight, N, C{1}, scratch),
       parameters(bias, N, C{0}, scratch),
-      rows(y),
-      separate_h ? rows(h) : Rows{},
+      rows(y, axes),
+      separate_h ? rows(h, axes) : Rows{},
       rms ? nullptr : static_cast<C*>(mean.data_ptr()),
       static_cast<C*>(rstd.data_ptr()),
   };
@@ -153,17 +150,19 @@ template <class C>
 Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h,
               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& mean, const Tensor& rstd,
-              const std::optional<Tensor>& seed, double p, bool separate_residual) {
-  const int64_t M = dy.size(0), N = dy.size(1);
+              const std::optional<Tensor>& seed, double p, bool separate_residual, int64_t axes) {
+  const auto [M, N] = matrix_size(dy, axes);
   const Dropout drop = dropout(seed, p);
-  const Rows dy_rows = rows(dy), dh_rows = rows(dh), h_rows = rows(h);
+  const Rows dy_rows = rows(dy, axes), dh_rows = rows(dh, axes), h_rows = rows(h, axes);
   const C* mean_data = mean ? data<const C>(*mean) : nullptr;
   const C* rstd_data = data<const C>(rstd);
-  Tensor dx = empty(dy, {M, N}, dy.scalar_type());
+  const auto like = [&](const std::optional<Tensor>& t) {
+    return t ? empty(dy, t->sizes(), t->scalar_type()) : absent(dy, dy.scalar_type());
+  };
+  Tensor dx = empty(dy, dy.sizes(), dy.scalar_type());
   Tensor dresidual =
-      separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
-  Tensor dweight = weight ? empty(dy, {N}, weight->scalar_type()) : absent(dy, dy.scalar_type());
-  Tensor dbias = bias ? empty(dy, {N}, bias->scalar_type()) : absent(dy, dy.scalar_type());
+      separate_residual ? empty(dy, h.sizes(), h.scalar_type()) : absent(dy, h.scalar_type());
+  Tensor dweight = like(weight), dbias = like(bias);
 
   Scratch scratch;
   const LayerNormBackward<C> a{
@@ -176,8 +175,8 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
       parameters(weight, N, C{1}, scratch),
       mean_data,
       rstd_data,
-      rows(dx),
-      separate_residual ? rows(dresidual) : Rows{},
+      rows(dx, axes),
+      separate_residual ? rows(dresidual, axes) : Rows{},
   };
   // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the
   // shape alone, so that the result does not depend on the number of threads.
@@ -203,45 +202,50 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
 
 Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
                         std::optional<Tensor> residual, std::optional<Tensor> seed,
-                        double dropout_p, double eps, bool rms) {
-  STD_TORCH_CHECK(x.dim() == 2 && fits(residual, x.size(0), x.size(1)),
+                        double dropout_p, double eps, bool rms, int64_t axes) {
+  matrix_size(x, axes);
+  STD_TORCH_CHECK(fits(residual, x),
                   "tfkern::layer_norm_forward: residual and x must have the same shape");
-  check_parameters(weight, bias, x.size(1));
+  check_parameters(weight, bias, x, axes);
   const bool wide = promote(x, residual) == ScalarType::Double;
-  return (wide ? forward<double> : forward<float>)(x, weight, bias, residual, seed, dropout_p, eps,
-                                                   rms);
+  return (wide ? forward<double> : forward<float>)(with_row_stride(x, axes), weight, bias,
+                                                   with_row_stride(residual, axes), seed, dropout_p,
+                                                   eps, rms, axes);
 }
 
 Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
                          std::optional<Tensor> weight, std::optional<Tensor> bias,
                          std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
-                         double dropout_p, bool separate_residual) {
-  STD_TORCH_CHECK(dy.dim() == 2, "tfkern::layer_norm_backward: expected a matrix dy");
-  const int64_t M = dy.size(0), N = dy.size(1);
+                         double dropout_p, bool separate_residual, int64_t axes) {
+  const int64_t M = matrix_size(dy, axes).rows;
   const bool wide = dtype(h) == Dtype::f64;
   const auto saved = [&](const Tensor& x) {
     return is_vector(x, M) && x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
   };
-  STD_TORCH_CHECK(fits(h, M, N) && fits(dh, M, N) && saved(rstd) && (!mean || saved(*mean)) &&
+  STD_TORCH_CHECK(fits(h, dy) && fits(dh, dy) && saved(rstd) && (!mean || saved(*mean)) &&
                       (wide || dtype(dy) != Dtype::f64),
                   "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
-  check_parameters(weight, bias, N);
-  return (wide ? backward<double> : backward<float>)(dy, dh, h, weight, bias, mean, rstd, seed,
-                                                     dropout_p, separate_residual);
+  check_parameters(weight, bias, dy, axes);
+  return (wide ? backward<double>
+               : backward<float>)(with_row_stride(dy, axes), with_row_stride(dh, axes),
+                                  with_row_stride(h, axes), weight, bias, mean, rstd, seed,
+                                  dropout_p, separate_residual, axes);
 }
 
 }  // namespace
 }  // namespace tfkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
+  // clang-format off
   m.def(
       "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
-      "float dropout_p, float eps, bool rms) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
+      "float dropout_p, float eps, bool rms, int axes) "
+      "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
   m.def(
-      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, Tensor? "
-      "mean, "
-      "Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
+      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
+      "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual, int axes) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  // clang-format on
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {

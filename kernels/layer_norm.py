@@ -1,4 +1,7 @@
-"""Layer norm and RMS norm of the rows of (M, N) matrices, dropout and residual addition in front.
+"""Layer norm and RMS norm of the rows of tensors, dropout and residual addition in front.
+
+The operators take tensors of any rank, and the kernels (M, N) matrices: the last `axes` axes have N
+elements, and all others M.
 
 Forward: a program holds whole rows in registers, so x is read once; the variance is summed from the
 register copy, which is as stable as Welford's method. Backward: a fixed number of programs stride
@@ -85,9 +88,18 @@ def _forward_kernel(
     tl.store(Y + m[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=mask)
 
 
-def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms):
+def _rows(x: Tensor | None, axes: int) -> Tensor | None:
+    """x as a matrix with contiguous rows; a view where strides allow."""
+    if x is None:
+        return None
+    x = x.reshape(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]))
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
+    y, h, mean, rstd = _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
+    x, residual = _rows(x, axes), _rows(residual, axes)
     M, N = x.shape
-    y, h, mean, rstd = _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms)
     if x.numel():
         BLOCK_M, BLOCK_N, num_warps = _config(N)
         _forward_kernel[(triton.cdiv(M, BLOCK_M),)](
@@ -99,12 +111,13 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms):
     return y, h, mean, rstd
 
 
-def _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms):
+def _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     separate_h = residual is not None or seed is not None
     h = x.new_empty(x.shape if separate_h else 0, dtype=h_dtype)
-    mean = x.new_empty(0 if rms else x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), h, mean, x.new_empty(x.shape[0], dtype=torch.float32)
+    M = math.prod(x.shape[:-axes])
+    mean = x.new_empty(0 if rms else M, dtype=torch.float32)
+    return x.new_empty(x.shape), h, mean, x.new_empty(M, dtype=torch.float32)
 
 
 def _dropout(p: float) -> tuple[int, float]:
@@ -185,12 +198,13 @@ def _sum_partials_kernel(
         tl.store(DB + n, tl.sum(db, 0).to(DB.dtype.element_ty), mask=n < N)
 
 
-def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual):
-    M, N = dy.shape
+def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes):
     outputs = _backward_outputs(
-        dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual
+        dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
     )
     dx, dresidual, dweight, dbias = outputs
+    dy, dh, h = (_rows(x, axes) for x in (dy, dh, h))
+    M, N = dy.shape
     if not dx.numel():
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     BLOCK_M, BLOCK_N, num_warps = _config(N)
@@ -212,16 +226,21 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
     return outputs
 
 
-def _backward_outputs(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual):
+def _backward_outputs(
+    dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
+):
     dresidual = h.new_empty(h.shape if separate_residual else 0)
     dweight = dy.new_empty(0) if weight is None else torch.empty_like(weight)
     dbias = dy.new_empty(0) if bias is None else torch.empty_like(bias)
     return dy.new_empty(dy.shape), dresidual, dweight, dbias
 
 
-def why_not(x, weight, bias, residual, seed, dropout_p, eps, rms, *, needs_grad) -> str | None:
-    if x.shape[-1] > _MAX_N:
-        return f"holds whole rows in registers, at most {_MAX_N} elements, got {x.shape[-1]}"
+def why_not(
+    x, weight, bias, residual, seed, dropout_p, eps, rms, axes, *, needs_grad
+) -> str | None:
+    N = math.prod(x.shape[-axes:])
+    if N > _MAX_N:
+        return f"holds whole rows in registers, at most {_MAX_N} elements, got {N}"
     for tensor in (x, weight, bias, residual):
         if tensor is not None and (reason := unavailable(tensor)):
             return reason
@@ -230,14 +249,15 @@ def why_not(x, weight, bias, residual, seed, dropout_p, eps, rms, *, needs_grad)
 
 forward = register(
     "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
-    "float dropout_p, float eps, bool rms) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    "float dropout_p, float eps, bool rms, int axes) "
+    "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     _forward,
     _forward_outputs,
 )
 backward = register(
     "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
-    "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual, "
+    "int axes) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _backward,
     _backward_outputs,
 )

@@ -343,10 +343,10 @@ def layer_norm():
         x = torch.empty(4096, N, dtype=dtype, device="cuda")
         w = torch.empty(N, dtype=dtype, device="cuda")
         stat = torch.empty(4096, device="cuda")
-        op._forward(x, w, w, x, seed, 0.1, 1e-5, False)
-        op._backward(x, x, x, w, w, stat, stat, seed, 0.1, True)
-        op._forward(x, w, None, None, None, 0.0, 1e-5, True)
-        op._backward(x, None, x, w, None, None, stat, None, 0.0, False)
+        op._forward(x, w, w, x, seed, 0.1, 1e-5, False, 1)
+        op._backward(x, x, x, w, w, stat, stat, seed, 0.1, True, 1)
+        op._forward(x, w, None, None, None, 0.0, 1e-5, True, 1)
+        op._backward(x, None, x, w, None, None, stat, None, 0.0, False, 1)
 
 
 @group

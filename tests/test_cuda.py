@@ -230,6 +230,6 @@ def test_rows_of_a_norm_that_an_int_cannot_count():
     """The loop that looks for enough warps ends, and finds that the row is a long one."""
     ops, x = emulation.load(), torch.empty(0, 2**31 + 8)
     options = (None, None, None, None, 0.0)  # weight, bias, residual, seed, dropout
-    y, _, mean, rstd = ops.layer_norm_forward(x, *options, 1e-5, False)
-    dx, *_ = ops.layer_norm_backward(x, None, x, None, None, mean, rstd, None, 0.0, False)
+    y, _, mean, rstd = ops.layer_norm_forward(x, *options, 1e-5, False, 1)
+    dx, *_ = ops.layer_norm_backward(x, None, x, None, None, mean, rstd, None, 0.0, False, 1)
     assert y.shape == dx.shape == x.shape

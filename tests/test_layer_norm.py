@@ -1,5 +1,6 @@
 """Layer norm and RMS norm on every backend against torch in float64."""
 
+import itertools
 import math
 
 import aot
@@ -359,12 +360,13 @@ def test_opcheck(backend, device, with_residual):
         0.2,
         1e-5,
         not with_residual,
+        1,
     )
     torch.library.opcheck(ops.layer_norm_forward.default, args)
     _, h, mean, rstd = ops.layer_norm_forward(*args)
     args = (
         x, h if with_residual else None, h if with_residual else x, weight, args[2],
-        mean if with_residual else None, rstd, seed, 0.2, with_residual,
+        mean if with_residual else None, rstd, seed, 0.2, with_residual, 1,
     )  # fmt: skip
     torch.library.opcheck(ops.layer_norm_backward.default, args)
 
@@ -424,8 +426,10 @@ def test_gradients_of_two_leaves_share_no_memory(backend, device, compiler, shap
     torch.testing.assert_close(r.grad.double(), h.grad * 3, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager"])
-@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+@pytest.mark.parametrize(
+    "compiler, shape",
+    [*itertools.product([None, "aot_eager"], [(8,), (3, 8), (2, 3, 8)]), ("inductor", (2, 3, 8))],
+)
 @pytest.mark.parametrize("changed", ["x", "h"])
 def test_changes_in_place_are_refused(backend, device, changed, shape, compiler):
     """As F.layer_norm does where backward would compute with the changed values."""

@@ -49,7 +49,7 @@ def attention_backward(**changes):
 
 def layer_norm_forward(**changes):
     args = (torch.randn(M, N), torch.rand(N), torch.rand(N), torch.randn(M, N), torch.tensor(3),
-            0.25, 1e-5, False)  # fmt: skip
+            0.25, 1e-5, False, 1)  # fmt: skip
     return OPS.layer_norm_forward, named(OPS.layer_norm_forward, args) | changes
 
 
@@ -57,7 +57,7 @@ def layer_norm_backward(**changes):
     forward, args = layer_norm_forward()
     _, h, mean, rstd = forward(*args.values())
     args = (torch.randn(M, N), torch.randn(M, N), h, args["weight"], args["bias"], mean, rstd,
-            args["seed"], 0.25, True)  # fmt: skip
+            args["seed"], 0.25, True, 1)  # fmt: skip
     return OPS.layer_norm_backward, named(OPS.layer_norm_backward, args) | changes
 
 
@@ -101,7 +101,12 @@ HOSTILE = [
     (layer_norm_forward, {"weight": torch.rand(1).expand(N)}),
     (layer_norm_forward, {"bias": torch.rand(N // 2)}),
     (layer_norm_forward, {"bias": torch.rand(2 * N)[::2]}),
-    (layer_norm_forward, {"x": torch.randn(N, M).t()}),
+    (layer_norm_forward, {"x": torch.randn(N, M)}),
+    (layer_norm_forward, {"axes": 0}),
+    (layer_norm_forward, {"axes": 3}),
+    (layer_norm_forward, {"axes": 2}),  # as many as x has, but weight has one
+    (layer_norm_backward, {"axes": 2}),
+    (layer_norm_backward, {"axes": -1}),
     (layer_norm_forward, {"residual": torch.randn(M, 1)}),
     (layer_norm_forward, {"residual": torch.ones(M, N, dtype=torch.int32)}),
     (layer_norm_forward, {"seed": torch.zeros(0, dtype=torch.int64)}),
@@ -175,8 +180,8 @@ def test_what_does_not_fit_is_refused(call, changes):
 def test_checks_come_before_memory():
     """These would take terabytes."""
     huge = torch.zeros(1).expand(2**20, 2**20)
-    with pytest.raises(RuntimeError, match="vectors of N parameters"):
-        OPS.layer_norm_forward(huge, torch.rand(3), None, None, None, 0.0, 0.0, False)
+    with pytest.raises(RuntimeError, match="contiguous parameters"):
+        OPS.layer_norm_forward(huge, torch.rand(3), None, None, None, 0.0, 0.0, False, 1)
     with pytest.raises(RuntimeError, match="unknown activation"):
         OPS.mlp_activation_forward(huge, "tanh", False, torch.float32)
     with pytest.raises(RuntimeError, match="products have the dtype of pre"):

@@ -207,7 +207,7 @@ def test_kernels_refuse_to_be_differentiated_in_traces(op):
     x = torch.randn(1, 2, 3, 8, requires_grad=True)
     call = {
         "layer_norm": lambda x: torch.ops.tfkern.layer_norm_forward(
-            x[0, 0], None, None, None, None, 0.0, 1e-5, False
+            x[0, 0], None, None, None, None, 0.0, 1e-5, False, 1
         )[0],
         "attention": lambda x: torch.ops.tfkern.attention_forward(
             x, x.clone(), x.clone(), *[None] * 12, 1.0, 0.0, 0.0

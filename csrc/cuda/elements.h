@@ -5,6 +5,7 @@
 // such branch holds all loads of a call, so that they are under way together.
 #pragma once
 
+#include "../rows.h"
 #include "launch.h"
 #include "ptx.h"
 
@@ -76,20 +77,20 @@ struct Matrix {
   bool aligned = false;  // every row starts at a multiple of 16 bytes
 };
 
-inline Matrix matrix(const Tensor& t) {
-  const auto bytes = static_cast<int64_t>(t.element_size());
-  const bool rows = t.dim() == 2;
-  STD_TORCH_CHECK((rows || t.dim() == 1) &&
-                      (t.numel() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1),
-                  "tfkern: expected a matrix with contiguous rows, or a contiguous vector");
-  const int64_t stride = rows ? t.stride(0) * bytes : 0;
+// A tensor whose last `axes` axes are the columns.
+inline Matrix matrix(const Tensor& t, int64_t axes = 1) {
+  const std::optional<int64_t> elements = row_stride(t, axes);
+  STD_TORCH_CHECK(elements, "tfkern: expected a matrix with contiguous rows");
+  const int64_t stride = *elements * static_cast<int64_t>(t.element_size());
   const Dtype type = dtype(t);
   STD_TORCH_CHECK(type != Dtype::f64, "tfkern: the CUDA kernels take no float64");
   auto* data = static_cast<char*>(t.data_ptr());
   return {data, stride, type, (reinterpret_cast<uintptr_t>(data) | stride) % 16 == 0};
 }
 
-inline Matrix matrix(const std::optional<Tensor>& t) { return t ? matrix(*t) : Matrix{}; }
+inline Matrix matrix(const std::optional<Tensor>& t, int64_t axes = 1) {
+  return t ? matrix(*t, axes) : Matrix{};
+}
 
 // Where one thread's K pieces of V elements lie: piece i is in row `row + i * row_step`, from
 // column `column + i * column_step` on. What lies past `rows` and `columns` is 0, and not stored.

@@ -1,5 +1,6 @@
-// Layer norm and RMS norm of the rows of (M, N) matrices, with dropout and residual addition in
-// front; tfkern/reference/layer_norm.py has the formulas.
+// Layer norm and RMS norm of the rows of tensors, with dropout and residual addition in front;
+// tfkern/reference/layer_norm.py has the formulas. Kernels take tensors as matrices (M, N), where
+// all but the last `axes` axes are rows.
 //
 // Forward: some warps hold a row in registers, so x is read once. Backward: a fixed number of
 // blocks stride over the rows, read h and dy once, and keep their part of dweight and dbias in
@@ -351,17 +352,15 @@ void check_shapes(bool fit) {
   STD_TORCH_CHECK(fit, "tfkern::layer_norm: the shapes of the arguments do not fit together");
 }
 
-bool is_matrix(const std::optional<Tensor>& t, int64_t M, int64_t N) {
-  return !t || (t->dim() == 2 && t->size(0) == M && t->size(1) == N);
-}
+// Whether t is absent or has the shape of x.
+bool fits(const std::optional<Tensor>& t, const Tensor& x) { return has_last_sizes(t, x, x.dim()); }
 
-bool is_vector(const std::optional<Tensor>& t, int64_t N) {
-  return !t || (t->dim() == 1 && t->size(0) == N);
+bool are_parameters(const std::optional<Tensor>& t, const Tensor& x, int64_t axes) {
+  return !t || (has_last_sizes(t, x, axes) && row_stride(*t, axes));
 }
 
 bool are_statistics(const std::optional<Tensor>& t, int64_t M) {
-  return !t || (is_vector(t, M) && (M <= 1 || t->stride(0) == 1) &&
-                t->scalar_type() == ScalarType::Float);
+  return !t || (is_vector(*t, M) && t->scalar_type() == ScalarType::Float);
 }
 
 // How many warps hold a row, a power of two; 0 if too many would be needed.
@@ -375,14 +374,16 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
                         std::optional<Tensor> residual, std::optional<Tensor> seed,
-                        double dropout_p, double eps, bool rms) {
-  check_shapes(x.dim() == 2);
-  const int64_t M = x.size(0), N = x.size(1);
-  check_shapes(is_matrix(residual, M, N) && is_vector(weight, N) && is_vector(bias, N));
+                        double dropout_p, double eps, bool rms, int64_t axes) {
+  const auto [M, N] = matrix_size(x, axes);
+  check_shapes(fits(residual, x) && are_parameters(weight, x, axes) &&
+               are_parameters(bias, x, axes));
+  x = with_row_stride(x, axes);
+  residual = with_row_stride(residual, axes);
   const bool separate_h = residual || seed;
   const ScalarType h_type = promote(x, residual);
-  Tensor y = empty(x, {M, N}, x.scalar_type());
-  Tensor h = separate_h ? empty(x, {M, N}, h_type) : absent(x, h_type);
+  Tensor y = empty(x, x.sizes(), x.scalar_type());
+  Tensor h = separate_h ? empty(x, x.sizes(), h_type) : absent(x, h_type);
   Tensor mean = rms ? absent(x, ScalarType::Float) : empty(x, {M}, ScalarType::Float);
   Tensor rstd = empty(x, {M}, ScalarType::Float);
 
@@ -395,12 +396,12 @@ Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Te
                   rms,
                   per_row,
                   dropout(seed, dropout_p),
-                  matrix(x),
-                  matrix(residual),
-                  matrix(weight),
-                  matrix(bias),
-                  matrix(y),
-                  separate_h ? matrix(h) : Matrix{},
+                  matrix(x, axes),
+                  matrix(residual, axes),
+                  matrix(weight, axes),
+                  matrix(bias, axes),
+                  matrix(y, axes),
+                  separate_h ? matrix(h, axes) : Matrix{},
                   rms ? nullptr : static_cast<float*>(mean.data_ptr()),
                   static_cast<float*>(rstd.data_ptr())};
   launch(Device(x), held ? forward_kernel<false> : forward_kernel<true>, (M + rows - 1) / rows,
@@ -411,16 +412,21 @@ Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Te
 Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
                          std::optional<Tensor> weight, std::optional<Tensor> bias,
                          std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
-                         double dropout_p, bool separate_residual) {
-  check_shapes(dy.dim() == 2);
-  const int64_t M = dy.size(0), N = dy.size(1);
-  check_shapes(is_matrix(h, M, N) && is_matrix(dh, M, N) && is_vector(weight, N) &&
-               is_vector(bias, N) && are_statistics(mean, M) && are_statistics(rstd, M));
-  Tensor dx = empty(dy, {M, N}, dy.scalar_type());
+                         double dropout_p, bool separate_residual, int64_t axes) {
+  const auto [M, N] = matrix_size(dy, axes);
+  check_shapes(fits(h, dy) && fits(dh, dy) && are_parameters(weight, dy, axes) &&
+               are_parameters(bias, dy, axes) && are_statistics(mean, M) &&
+               are_statistics(rstd, M));
+  dy = with_row_stride(dy, axes);
+  dh = with_row_stride(dh, axes);
+  h = with_row_stride(h, axes);
+  const auto like = [&](const std::optional<Tensor>& t) {
+    return t ? empty(dy, t->sizes(), t->scalar_type()) : absent(dy, dy.scalar_type());
+  };
+  Tensor dx = empty(dy, dy.sizes(), dy.scalar_type());
   Tensor dresidual =
-      separate_residual ? empty(dy, {M, N}, h.scalar_type()) : absent(dy, h.scalar_type());
-  Tensor dweight = weight ? empty(dy, {N}, weight->scalar_type()) : absent(dy, dy.scalar_type());
-  Tensor dbias = bias ? empty(dy, {N}, bias->scalar_type()) : absent(dy, dy.scalar_type());
+      separate_residual ? empty(dy, h.sizes(), h.scalar_type()) : absent(dy, h.scalar_type());
+  Tensor dweight = like(weight), dbias = like(bias);
 
   const Device device(dy);
   const int held = warps_per_row(N, kBackwardElements);
@@ -440,14 +446,14 @@ Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
                    !mean,
                    per_row,
                    dropout(seed, dropout_p),
-                   matrix(dy),
-                   matrix(dh),
-                   matrix(h),
-                   matrix(weight),
+                   matrix(dy, axes),
+                   matrix(dh, axes),
+                   matrix(h, axes),
+                   matrix(weight, axes),
                    mean ? static_cast<const float*>(mean->data_ptr()) : nullptr,
                    static_cast<const float*>(rstd.data_ptr()),
-                   matrix(dx),
-                   separate_residual ? matrix(dresidual) : Matrix{},
+                   matrix(dx, axes),
+                   separate_residual ? matrix(dresidual, axes) : Matrix{},
                    weight ? matrix(part_dweight) : Matrix{},
                    bias ? matrix(part_dbias) : Matrix{},
                    column_blocks,

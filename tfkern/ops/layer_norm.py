@@ -10,8 +10,6 @@ from tfkern.ops import autograd, checks
 
 dispatch.register("layer_norm")
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
-
 
 def layer_norm(
     x: Tensor,
@@ -59,7 +57,7 @@ def layer_norm(
     args = bind(
         x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, axes=axes
     )
-    return _apply(x, residual, args, axes, return_residual, backend)
+    return _apply(args, return_residual, backend)
 
 
 def rms_norm(
@@ -86,7 +84,7 @@ def rms_norm(
     args = bind_rms(
         x, weight, residual=residual, dropout_p=dropout_p, seed=seed, eps=eps, axes=axes
     )
-    return _apply(x, residual, args, axes, return_residual, backend)
+    return _apply(args, return_residual, backend)
 
 
 def bind(
@@ -101,8 +99,7 @@ def bind(
     axes=1,
     rms=False,
 ):
-    """The public arguments, checked, as the positional arguments of an implementation's forward,
-    but for leading axes."""
+    """The public arguments, checked, as the positional arguments of an implementation's forward."""
     checks.floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a 0-d tensor")
@@ -124,11 +121,7 @@ def bind(
     seed = checks.seed(seed, x.device) if dropout_p > 0 else None
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if axes > 1:
-        x, weight, bias, residual = (
-            t if t is None else t.flatten(-axes) for t in (x, weight, bias, residual)
-        )
-    return x, weight, bias, residual, seed, dropout_p, eps, rms
+    return x, weight, bias, residual, seed, dropout_p, eps, rms, axes
 
 
 def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=None, axes=1):
@@ -149,43 +142,26 @@ def bind_rms(x, weight=None, *, residual=None, dropout_p=0.0, seed=None, eps=Non
     )
 
 
-def _apply(x, residual, args, axes, return_residual: bool, backend: str | None) -> Any:
+def _apply(args: tuple, return_residual: bool, backend: str | None) -> Any:
+    x, _, _, residual, seed, *_ = args
     backend = dispatch.select("layer_norm", args, backend)
-    args = dispatch.distinct((x, *args[1:3], residual, *args[4:]))
     with dispatch.no_autocast(x.device):
-        y, h, _, _ = autograd.apply(_LayerNorm, *args, axes, backend)
-    y = y if x.dim() == 2 and axes == 1 else y.view(x.shape)
+        y, h, _, _ = autograd.apply(_LayerNorm, *dispatch.distinct(args), backend)
     if not return_residual:
         return y
-    separate_h = residual is not None or args[4] is not None
-    return y, h if separate_h else x
-
-
-def _rows(x: Tensor, axes: int) -> Tensor:
-    """x as a matrix whose rows are contiguous; a view where strides allow."""
-    x = x.flatten(-axes) if axes > 1 else x
-    if x.dim() != 2:
-        x = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return y, x if residual is None and seed is None else h
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Of tensors of any shape: what it saves and the gradients that it returns are the caller's own
-    tensors and not views of them, so that autograd sees changes in place, and memory that two
-    gradients share."""
+    """What it saves, and the gradients that it returns, are the caller's own tensors and not views
+    of them: autograd sees changes in place, and memory that two gradients share."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes, backend):
         op = dispatch.implementation("layer_norm", backend)
-        rows = None if residual is None else _rows(residual, axes)
-        y, h, mean, rstd = op.forward(_rows(x, axes), weight, bias, rows, seed, dropout_p, eps, rms)
-        if (x.dim() != 2 or axes > 1) and (residual is not None or seed is not None):
-            # What autograd knows to be a view may not leave a function. The trace of torch.jit
-            # would take the shape for a constant.
-            h = h.view(x.shape) if torch.jit.is_tracing() else _unsafe_view(h, x.shape)
-        return y, h, mean, rstd
+        return op.forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -204,21 +180,19 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh, _mean, _rstd):
         h, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        shape, rows = h.shape, _rows(h, ctx.axes)
-        dy = torch.zeros_like(rows, dtype=ctx.dtype) if dy is None else _rows(dy, 1)
+        if dy is None:
+            dy = torch.zeros_like(h, dtype=ctx.dtype)
         # Without dropout between them, and in the same dtype, dx and dresidual are one tensor, and
-        # autograd copies it where two leaves would share it. Inductor hands out two views instead.
+        # autograd copies it where two leaves would share it.
         separate_residual = ctx.residual_dtype is not None and (
-            seed is not None
-            or ctx.residual_dtype != dy.dtype
-            or (torch.compiler.is_compiling() and shape != dy.shape)
+            seed is not None or ctx.residual_dtype != dy.dtype
         )
         with dispatch.no_autocast(dy.device):
             dx, dresidual, dweight, dbias = autograd.apply(
                 _LayerNormBackward,
                 dy,
-                _rows(dh, ctx.axes) if ctx.separate_h and dh is not None else None,
-                rows,
+                dh if ctx.separate_h else None,
+                h,
                 weight,
                 bias,
                 mean,
@@ -226,13 +200,13 @@ class _LayerNorm(torch.autograd.Function):
                 seed,
                 ctx.dropout_p,
                 separate_residual,
+                ctx.axes,
                 ctx.backend,
             )
-        dx = dx.view(shape)
         if ctx.residual_dtype is None:
             dresidual = None
         else:
-            dresidual = dresidual.to(ctx.residual_dtype).view(shape) if separate_residual else dx
+            dresidual = dresidual.to(ctx.residual_dtype) if separate_residual else dx
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
         return dx, dweight, dbias, dresidual, *(None,) * 6
@@ -244,9 +218,13 @@ class _LayerNormBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, backend):
+    def forward(
+        dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes, backend
+    ):
         op = dispatch.implementation("layer_norm", backend)
-        return op.backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual)
+        return op.backward(
+            dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):

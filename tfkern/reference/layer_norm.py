@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm over the last axis in plain PyTorch: the definition of the op.
+"""Layer norm and RMS norm over the last axes in plain PyTorch: the definition of the op.
 
     h     = residual + dropout(x)
     xhat  = (h - mean) rstd            rstd = (var + eps)^(-1/2)
@@ -9,9 +9,12 @@
     dx      = dropout'(dh),  dresidual = dh
     dweight = sum(dy xhat),  dbias = sum(dy)
 
-RMS norm is the same with mean = 0 and c2 = 0. Tensors are (M, N) matrices and vectors of N. An
-output that a call does not have is an empty tensor of shape (0,).
+RMS norm is the same with mean = 0 and c2 = 0. Tensors have any number of axes. The last `axes` of
+them, with N elements in all, are the sizes of weight and bias; the others have M. An output that a
+call does not have is an empty tensor of shape (0,).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -29,30 +32,33 @@ def forward(
     dropout_p: float,
     eps: float,
     rms: bool,
+    axes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y in the dtype of x, h (absent if it is x), mean (absent if rms) and rstd (M,)."""
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = torch.promote_types(h_dtype, torch.float32)
-    h = x.to(dtype)
+    h = x.to(dtype).contiguous()
     if seed is not None:
-        h = dropout(h, _draws(seed, x.shape), dropout_p)
+        h = dropout(h, _draws(seed, x, axes), dropout_p)
     if residual is not None:
         h = h + residual.to(dtype)
 
-    mean = h.new_zeros(h.shape[0]) if rms else h.mean(-1)
-    if not rms:  # what rounding left over, which matters when the mean is large
-        mean = mean + (h - mean[:, None]).mean(-1)
-    centred = h - mean[:, None]
-    rstd = (centred.square().mean(-1) + eps).rsqrt()
-    y = centred * rstd[:, None]
+    last = tuple(range(-axes, 0))
+    centred, mean = h, x.new_empty(0)
+    if not rms:
+        mean = h.mean(last, keepdim=True)
+        # Adds what rounding left over, which matters when the mean is large.
+        mean = mean + (h - mean).mean(last, keepdim=True)
+        centred = h - mean
+    rstd = (centred.square().mean(last, keepdim=True) + eps).rsqrt()
+    y = centred * rstd
     if weight is not None:
         y = y * weight.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
-    absent = x.new_empty(0)
     separate_h = residual is not None or seed is not None
-    h = rounded(h, h_dtype) if separate_h else absent
-    return rounded(y, x.dtype), h, absent if rms else mean, rstd
+    h = rounded(h, h_dtype) if separate_h else x.new_empty(0)
+    return rounded(y, x.dtype), h, mean.flatten(), rstd.flatten()
 
 
 def backward(
@@ -66,31 +72,35 @@ def backward(
     seed: Tensor | None,
     dropout_p: float,
     separate_residual: bool,
+    axes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dresidual in the dtype of h (absent unless asked for), dweight and dbias."""
     dtype, absent = rstd.dtype, dy.new_empty(0)
-    g, xhat = dy.to(dtype), h.to(dtype)
+    last, sizes = tuple(range(-axes, 0)), h.shape[-axes:]
+    of_rows = (*h.shape[:-axes], *(1,) * axes)
+    g, xhat = dy.to(dtype).contiguous(), h.to(dtype).contiguous()
+    rstd = rstd.view(of_rows)
     if mean is not None:
-        xhat = xhat - mean[:, None]
-    xhat = xhat * rstd[:, None]
+        xhat = xhat - mean.view(of_rows)
+    xhat = xhat * rstd
     # forward: y = xhat * weight + bias
-    dweight = absent if weight is None else (g * xhat).sum(0).to(weight.dtype)
-    dbias = absent if bias is None else g.sum(0).to(bias.dtype)
+    dweight = absent if weight is None else (g * xhat).sum_to_size(sizes).to(weight.dtype)
+    dbias = absent if bias is None else g.sum_to_size(sizes).to(bias.dtype)
     if weight is not None:
         g = g * weight.to(dtype)
     # forward: xhat = (h - mean) * rstd
     g = (
         g
-        - xhat * (g * xhat).mean(-1, keepdim=True)
-        - (0 if mean is None else g.mean(-1, keepdim=True))
+        - xhat * (g * xhat).mean(last, keepdim=True)
+        - (0 if mean is None else g.mean(last, keepdim=True))
     )
-    g = g * rstd[:, None]
+    g = g * rstd
     if dh is not None:
         g = g + dh.to(dtype)
     # forward: h = residual + dropout(x)
     dresidual = g.to(h.dtype, copy=True) if separate_residual else absent  # never dx itself
     if seed is not None:
-        g = dropout(g, _draws(seed, g.shape), dropout_p)
+        g = dropout(g, _draws(seed, g, axes), dropout_p)
     return g.to(dy.dtype), dresidual, dweight, dbias
 
 
@@ -98,9 +108,10 @@ def why_not(*args, needs_grad: bool) -> str | None:
     return None
 
 
-def _draws(seed: Tensor, shape: torch.Size) -> Tensor:
-    """Element (m, n) takes lane n % 4 of the counter (n // 4, m, m >> 32, 1)."""
-    M, N = shape
+def _draws(seed: Tensor, x: Tensor, axes: int) -> Tensor:
+    """Draws for the elements of x: that of column n of row m takes lane n % 4 of the counter
+    (n // 4, m, m >> 32, 1)."""
+    M, N = math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:])
     m = torch.arange(M, device=seed.device)[:, None]
     n = torch.arange((N + 3) // 4, device=seed.device)
-    return philox(seed, n, m & 0xFFFFFFFF, m >> 32, 1).flatten(-2)[:, :N]
+    return philox(seed, n, m & 0xFFFFFFFF, m >> 32, 1).flatten(-2)[:, :N].reshape(x.shape)

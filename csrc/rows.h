@@ -1,0 +1,63 @@
+// Tensors of any rank as the matrices that norms take: the last `axes` axes are the columns, all
+// others the rows.
+#pragma once
+
+#include "tensor.h"
+
+namespace tfkern {
+
+struct MatrixSize {
+  int64_t rows = 1, columns = 1;
+};
+
+inline MatrixSize matrix_size(const Tensor& x, int64_t axes) {
+  STD_TORCH_CHECK(axes >= 1 && axes <= x.dim(),
+                  "tfkern::layer_norm: expected at least one axis, and at most those of x");
+  MatrixSize size;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    (i < x.dim() - axes ? size.rows : size.columns) *= x.size(i);
+  }
+  return size;
+}
+
+// The number of elements from one row to the next, 0 if there is one row; none if rows lie at
+// different distances, or the elements of a row not one after the other.
+inline std::optional<int64_t> row_stride(const Tensor& x, int64_t axes) {
+  if (x.numel() == 0) return 0;
+  int64_t next = 1;  // the stride at which an axis continues those after it
+  int64_t i = x.dim() - 1;
+  for (; i >= x.dim() - axes; --i) {
+    if (x.size(i) == 1) continue;
+    if (x.stride(i) != next) return std::nullopt;
+    next *= x.size(i);
+  }
+  std::optional<int64_t> rows;  // the stride of the last axis of rows that has more than one
+  for (; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (rows && x.stride(i) != next) return std::nullopt;
+    if (!rows) rows = x.stride(i);
+    next = x.stride(i) * x.size(i);
+  }
+  return rows.value_or(0);
+}
+
+// x itself, or a contiguous copy where its rows have no common stride.
+inline Tensor with_row_stride(const Tensor& x, int64_t axes) {
+  return row_stride(x, axes) ? x : torch::stable::contiguous(x);
+}
+
+inline std::optional<Tensor> with_row_stride(const std::optional<Tensor>& x, int64_t axes) {
+  return x ? std::optional(with_row_stride(*x, axes)) : std::nullopt;
+}
+
+// Tells whether `t` is absent or has the sizes of the last `axes` axes of x.
+inline bool has_last_sizes(const std::optional<Tensor>& t, const Tensor& x, int64_t axes) {
+  if (!t) return true;
+  if (t->dim() != axes) return false;
+  for (int64_t i = 0; i < axes; ++i) {
+    if (t->size(i) != x.size(x.dim() - axes + i)) return false;
+  }
+  return true;
+}
+
+}  // namespace tfkern
