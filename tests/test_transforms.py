@@ -413,3 +413,58 @@ def test_export_of_a_model(positions):
     for length in (6, 11):
         tokens = torch.randint(50, (2, length))
         same(program.module()(tokens), model(tokens))
+
+
+PAGES = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+LENGTHS = torch.tensor([5, 7], dtype=torch.int32)
+CU_OF_TWO = torch.tensor([0, 1, 2], dtype=torch.int32)
+MAKES_TENSORS = {  # calls that need tensors beside their arguments
+    "paged": lambda x, **kw: tfkern.attention(
+        x.detach(), *[x.detach().view(4, 1, 6, 8)[:, :, :4]] * 2,
+        page_table=PAGES, key_lengths=LENGTHS, causal=True, **kw,
+    ),
+    "window": lambda x, **kw: tfkern.attention(x, x, x, window=(1, 2), **kw),
+    "dropout": lambda x, **kw: tfkern.attention(x, x, x, dropout_p=0.5, seed=7, **kw),
+    "scores": lambda x, **kw: tfkern.attention(
+        x, x, x, bias=x @ x.mT, alibi_slopes=x[0, :, 0, 0].detach(), sink=x[0, :, 0, 1],
+        softcap=2.0, query_lengths=LENGTHS - 2, key_lengths=LENGTHS - 1, **kw,
+    ),
+    "varlen": lambda x, **kw: tfkern.attention_varlen(
+        x[0], x[0], x[0], CU_OF_TWO, CU_OF_TWO, causal=True, dropout_p=0.5, seed=7, **kw
+    ),
+    "layer_norm": lambda x, **kw: tfkern.layer_norm(x, residual=x, dropout_p=0.5, seed=7, **kw),
+    "rms_norm": lambda x, **kw: tfkern.rms_norm(x, **kw),
+    "mlp": lambda x, **kw: tfkern.mlp(x, x[0, 0], None, x[0, 0].mT, None, **kw),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", ["native", "triton", "reference"])
+@pytest.mark.parametrize("name", MAKES_TENSORS)
+def test_the_default_device_does_not_matter(name, chosen):
+    """It says where users build their models, and nothing about the arguments of a call."""
+    if reason := tfkern.backends("attention")[chosen]:
+        pytest.skip(reason)
+    x = torch.randn(2, 2, 6, 8, requires_grad=True)
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            y = MAKES_TENSORS[name](x, backend=chosen)
+            gradients = torch.autograd.grad(y.sin().sum(), x) if y.requires_grad else ()
+            results.append((y, *gradients))
+    same(*results)
+
+
+@pytest.mark.parametrize("kind", ["jagged", "strided", "sparse"])
+@pytest.mark.parametrize("op", OPS)
+def test_tensors_that_are_not_dense_are_refused(op, kind):
+    """In the place of each argument, with its name."""
+    ours, _, shapes = OPS[op]
+    dense = [torch.randn(s) for s in shapes]
+    for i, x in enumerate(dense):
+        if kind == "sparse":
+            other = x.to_sparse()
+        else:
+            layout = torch.jagged if kind == "jagged" else torch.strided
+            other = torch.nested.nested_tensor([torch.randn(n, 8) for n in (2, 3)], layout=layout)
+        with pytest.raises(ValueError, match=r"^\w+ (is a nested|must be a dense) tensor"):
+            ours(*dense[:i], other, *dense[i + 1 :])
