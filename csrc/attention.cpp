@@ -15,8 +15,8 @@
 
 #include <array>
 
+#include "attention_arguments.h"
 #include "isa.h"
-#include "tensor.h"
 
 #define TFKERN_KERNEL "attention_kernel.h"
 #include "each_isa.h"
@@ -81,8 +81,6 @@ void prepare_amx(AttentionScores<C>& a, const Heads& x, int64_t N, Scratch& scra
 
 // ---- arguments ----
 
-using Optional = std::optional<Tensor>;
-
 template <class C>
 constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
 
@@ -91,18 +89,10 @@ Heads heads(const Tensor& t) {
   return {data<char>(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes, dtype(t)};
 }
 
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
-Elements elements(const Optional& t, const AttentionShape& a) {
+Elements elements(const Optional& t) {
   if (!t) return {};
-  const std::array<int64_t, 4> sizes{a.B, a.H, a.T, a.S};
-  std::array<int64_t, 4> strides{};
-  STD_TORCH_CHECK(t->dim() == 4, "tfkern::attention: expected bias and mask with 4 dimensions");
+  int64_t strides[4] = {};
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(t->size(i) == 1 || t->size(i) == sizes[i],
-                    "tfkern::attention: bias and mask must broadcast to (B, H, T, S)");
     if (t->size(i) != 1) strides[i] = t->stride(i) * static_cast<int64_t>(t->element_size());
   }
   const bool boolean = t->scalar_type() == ScalarType::Bool;
@@ -116,11 +106,9 @@ Elements elements(const Optional& t, const AttentionShape& a) {
 }
 
 // The elements of a vector or, row by row, of a matrix of integers.
-std::vector<int64_t> integers(const Tensor& t, int64_t dim) {
+std::vector<int64_t> integers(const Tensor& t) {
   const bool wide = t.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK((wide || t.scalar_type() == ScalarType::Int) && t.dim() == dim,
-                  "tfkern::attention: expected int32 or int64 lengths, positions and pages");
-  const int64_t rows = dim == 2 ? t.size(0) : 1, columns = t.size(dim - 1);
+  const int64_t dim = t.dim(), rows = dim == 2 ? t.size(0) : 1, columns = t.size(dim - 1);
   const int64_t row = dim == 2 ? t.stride(0) : 0, column = t.stride(dim - 1);
   std::vector<int64_t> result;
   result.reserve(rows * columns);
@@ -133,19 +121,15 @@ std::vector<int64_t> integers(const Tensor& t, int64_t dim) {
   return result;
 }
 
-// The elements of a (rows, columns) tensor, or with one row of a vector, in the computing type;
-// empty if absent.
+// The elements of a vector or, row by row, of a matrix in the computing type; empty if absent.
 template <class C>
-std::vector<C> parameters(const Optional& t, int64_t rows, int64_t columns) {
+std::vector<C> parameters(const Optional& t) {
   if (!t) return {};
-  const bool matrix = t->dim() == 2;
-  STD_TORCH_CHECK(matrix ? t->size(0) == rows && t->size(1) == columns
-                         : t->dim() == 1 && rows == 1 && t->size(0) == columns,
-                  "tfkern::attention: alibi_slopes or sink do not fit q");
-  std::vector<C> result(rows * columns);
-  for (int64_t i = 0; i < rows * columns; ++i) {
-    const int64_t from =
-        (matrix ? i / columns * t->stride(0) : 0) + i % columns * t->stride(matrix ? 1 : 0);
+  const int64_t dim = t->dim(), columns = t->size(dim - 1);
+  const int64_t row = dim == 2 ? t->stride(0) : 0, column = t->stride(dim - 1);
+  std::vector<C> result(t->numel());
+  for (int64_t i = 0; i < t->numel(); ++i) {
+    const int64_t from = i / columns * row + i % columns * column;
     TFKERN_DTYPE(dtype(*t), baseline::convert(result.data() + i, data<const T>(*t) + from, 1));
   }
   return result;
@@ -154,34 +138,19 @@ std::vector<C> parameters(const Optional& t, int64_t rows, int64_t columns) {
 // Lengths clamped to [0, limit]; absent ones are `limit`.
 std::vector<int64_t> lengths(const Optional& t, int64_t B, int64_t limit) {
   if (!t) return std::vector<int64_t>(B, limit);
-  std::vector<int64_t> result = integers(*t, 1);
-  STD_TORCH_CHECK(static_cast<int64_t>(result.size()) == B,
-                  "tfkern::attention: expected lengths of shape (B,)");
+  std::vector<int64_t> result = integers(*t);
   for (int64_t& length : result) length = std::clamp<int64_t>(length, 0, limit);
   return result;
 }
 
-// The operators' arguments that forward and backward share.
-struct Arguments {
-  Tensor q, k, v;
-  Optional bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-      page_table, seed;
-  std::optional<int64_t> left, right;
-  double scale, softcap, dropout_p;
-
-  bool wide() const { return q.scalar_type() == ScalarType::Double; }
-};
-
-std::vector<Document> documents(const Arguments& in, int64_t B, int64_t T, int64_t S) {
+std::vector<Document> documents(const AttentionArguments& in, int64_t B, int64_t T, int64_t S) {
   std::vector<Document> result;
   if (!in.cu_seqlens_q) {
     const auto queries = lengths(in.query_lengths, B, T), keys = lengths(in.key_lengths, B, S);
     for (int64_t b = 0; b < B; ++b) result.push_back({b, 0, 0, queries[b], keys[b]});
     return result;
   }
-  const auto queries = integers(*in.cu_seqlens_q, 1), keys = integers(*in.cu_seqlens_k, 1);
-  STD_TORCH_CHECK(B == 1 && queries.size() == keys.size(),
-                  "tfkern::attention: cu_seqlens_q and cu_seqlens_k do not fit together");
+  const auto queries = integers(*in.cu_seqlens_q), keys = integers(*in.cu_seqlens_k);
   int64_t query_end = 0, key_end = 0;
   for (size_t i = 0; i + 1 < queries.size(); ++i) {
     const int64_t query0 = std::clamp(queries[i], query_end, T);
@@ -193,37 +162,18 @@ std::vector<Document> documents(const Arguments& in, int64_t B, int64_t T, int64
   return result;
 }
 
-AttentionShape shape(const Arguments& in) {
-  const Tensor &q = in.q, &k = in.k, &v = in.v;
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
-                  "tfkern::attention: expected q, k and v with 4 dimensions");
-  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), T = q.size(2);
-  STD_TORCH_CHECK((in.page_table || k.size(0) == B) && v.size(0) == k.size(0) && v.size(1) == Hk &&
-                      v.size(2) == k.size(2) && k.size(3) == q.size(3) &&
-                      (Hk == 0 ? H == 0 : H % Hk == 0),
-                  "tfkern::attention: q, k and v do not fit together");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "tfkern::attention: q, k and v must have the same dtype");
-  STD_TORCH_CHECK(in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value() &&
-                      !(in.cu_seqlens_q && (in.bias || in.mask || in.page_table)),
-                  "tfkern::attention: cu_seqlens come in pairs, without bias, mask and pages");
-  int64_t S = k.size(2);
-  if (in.page_table) {
-    STD_TORCH_CHECK(in.page_table->dim() == 2 && in.page_table->size(0) == B &&
-                        (k.size(0) > 0 || in.page_table->numel() == 0),
-                    "tfkern::attention: expected a page table of shape (B, pages)");
-    S *= in.page_table->size(1);
-  }
+AttentionShape shape(const AttentionArguments& in) {
+  const int64_t B = in.q.size(0), T = in.q.size(2), S = in.S();
   const auto limit = [](std::optional<int64_t> x) {
     return std::clamp(x.value_or(kNoLimit), -kNoLimit, kNoLimit);
   };
   return {B,
-          H,
-          Hk,
+          in.q.size(1),
+          in.k.size(1),
           T,
           S,
-          q.size(3),
-          v.size(3),
+          in.q.size(3),
+          in.v.size(3),
           limit(in.left),
           limit(in.right),
           documents(in, B, T, S)};
@@ -232,23 +182,23 @@ AttentionShape shape(const Arguments& in) {
 // The arguments as the kernels see them, and what they point to.
 template <class C>
 struct Converted {
-  std::vector<C> alibi_slopes, sink;  // first, since they are checked before anything is copied
   Tensor q, k, v;
+  std::vector<C> alibi_slopes, sink;
   std::vector<int64_t> pages;
 
-  Converted(const Arguments& in, const AttentionShape& a)
-      : alibi_slopes(parameters<C>(in.alibi_slopes, a.documents.size(), a.H)),
-        sink(parameters<C>(in.sink, 1, a.H)),
-        q(with_contiguous_rows(in.q)),
+  explicit Converted(const AttentionArguments& in)
+      : q(with_contiguous_rows(in.q)),
         k(with_contiguous_rows(in.k)),
-        v(with_contiguous_rows(in.v)) {
+        v(with_contiguous_rows(in.v)),
+        alibi_slopes(parameters<C>(in.alibi_slopes)),
+        sink(parameters<C>(in.sink)) {
     if (!in.page_table) return;
-    pages = integers(*in.page_table, 2);
+    pages = integers(*in.page_table);
     // Entries beyond a length may hold anything.
     for (int64_t& page : pages) page = std::clamp<int64_t>(page, 0, in.k.size(0) - 1);
   }
 
-  AttentionScores<C> scores(const Arguments& in, AttentionShape shape) const {
+  AttentionScores<C> scores(const AttentionArguments& in, AttentionShape shape) const {
     AttentionScores<C> a{std::move(shape)};
     a.scale = static_cast<C>(in.scale);
     a.softcap = static_cast<C>(in.softcap);
@@ -258,18 +208,17 @@ struct Converted {
     if (in.page_table) {
       for (Heads* x : {&a.k, &a.v}) {
         x->pages = pages.data();
-        x->pages_per_batch = in.page_table->size(1);
+        x->pages_per_batch = in.pages();
         x->page_size = in.k.size(2);
       }
     }
-    a.bias = elements(in.bias, a);
-    a.mask = elements(in.mask, a);
+    a.bias = elements(in.bias);
+    a.mask = elements(in.mask);
     a.alibi_slopes = in.alibi_slopes ? alibi_slopes.data() : nullptr;
     a.sink = in.sink ? sink.data() : nullptr;
-    check_probability(in.dropout_p);
     a.dropout = in.seed && in.dropout_p > 0;
     if (a.dropout) {
-      a.seed = seed_of(*in.seed);
+      a.seed = static_cast<uint64_t>(*data<const int64_t>(*in.seed));
       const double threshold = std::ceil(std::ldexp(in.dropout_p, 32));
       const bool any = threshold < std::ldexp(1.0, 32);  // else no draw is large enough
       a.threshold = any ? static_cast<uint32_t>(threshold) : 0;
@@ -317,9 +266,9 @@ void zero_rest(Tensor& x, const AttentionShape& a, bool keys) {
 // ---- operators ----
 
 template <class C>
-std::tuple<Tensor, Tensor> forward(const Arguments& in) {
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
   AttentionShape sizes = shape(in);
-  const Converted<C> converted(in, sizes);
+  const Converted<C> converted(in);
   AttentionForward<C> a{converted.scores(in, std::move(sizes))};
   Tensor o = empty(in.q, {a.B, a.H, a.T, a.Dv}, in.q.scalar_type());
   Tensor lse = empty(in.q, {2, a.B, a.H, a.T}, kCompute<C>);
@@ -350,12 +299,10 @@ std::tuple<Tensor, Tensor> forward(const Arguments& in) {
   return {o, lse};
 }
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class C>
-Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, const Optional& dlse,
-              const Tensor& o, const Tensor& lse, bool bias_grad) {
-  const Converted<C> converted(in, sizes);
+Five backward(const AttentionArguments& in, const AttentionGradients& g) {
+  AttentionShape sizes = shape(in);
+  const Converted<C> converted(in);
   AttentionBackward<C> a{converted.scores(in, std::move(sizes))};
   const ScalarType type = in.q.scalar_type();
   Tensor dq = empty(in.q, {a.B, a.H, a.T, a.D}, type);
@@ -364,10 +311,10 @@ Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, cons
   zero_rest(dq, a, false);
   zero_rest(dk, a, true);
   zero_rest(dv, a, true);
-  a.d_o = heads(d_o);
-  a.o = heads(o);
-  a.dlse = dlse ? data<const C>(*dlse) : nullptr;
-  a.lse = data<const C>(lse);
+  a.d_o = heads(g.d_o);
+  a.o = heads(g.o);
+  a.dlse = g.dlse ? data<const C>(*g.dlse) : nullptr;
+  a.lse = data<const C>(g.lse);
   a.lse_rest = a.lse + a.B * a.H * a.T;
   a.dq = heads(dq);
   a.dk = heads(dk);
@@ -392,7 +339,7 @@ Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, cons
   }
 
   Tensor dbias = absent(in.q, type), dsink = absent(in.q, type);
-  if (in.bias && bias_grad) {
+  if (in.bias && g.bias_grad) {
     const std::array<int64_t, 4> sizes{in.bias->size(0), in.bias->size(1), in.bias->size(2),
                                        in.bias->size(3)};
     dbias = empty(in.q, {sizes[0], sizes[1], sizes[2], sizes[3]}, in.bias->scalar_type());
@@ -416,72 +363,14 @@ Five backward(const Arguments& in, AttentionShape sizes, const Tensor& d_o, cons
   return {dq, dk, dv, dbias, dsink};
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    Tensor q, Tensor k, Tensor v, Optional bias, Optional mask, Optional alibi_slopes,
-    Optional sink, Optional query_lengths, Optional key_lengths, Optional cu_seqlens_q,
-    Optional cu_seqlens_k, Optional page_table, Optional seed, std::optional<int64_t> left,
-    std::optional<int64_t> right, double scale, double softcap, double dropout_p) {
-  const Arguments in{q,
-                     k,
-                     v,
-                     bias,
-                     mask,
-                     alibi_slopes,
-                     sink,
-                     query_lengths,
-                     key_lengths,
-                     cu_seqlens_q,
-                     cu_seqlens_k,
-                     page_table,
-                     seed,
-                     left,
-                     right,
-                     scale,
-                     softcap,
-                     dropout_p};
-  return (in.wide() ? forward<double> : forward<float>)(in);
+bool wide(const AttentionArguments& in) { return in.q.scalar_type() == ScalarType::Double; }
+
+std::tuple<Tensor, Tensor> forward_as_wide(const AttentionArguments& in) {
+  return (wide(in) ? forward<double> : forward<float>)(in);
 }
 
-Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v, Tensor o,
-                        Tensor lse, Optional bias, Optional mask, Optional alibi_slopes,
-                        Optional sink, Optional query_lengths, Optional key_lengths,
-                        Optional cu_seqlens_q, Optional cu_seqlens_k, Optional seed,
-                        std::optional<int64_t> left, std::optional<int64_t> right, double scale,
-                        double softcap, double dropout_p, bool bias_grad) {
-  const Arguments in{q,
-                     k,
-                     v,
-                     bias,
-                     mask,
-                     alibi_slopes,
-                     sink,
-                     query_lengths,
-                     key_lengths,
-                     cu_seqlens_q,
-                     cu_seqlens_k,
-                     std::nullopt,
-                     seed,
-                     left,
-                     right,
-                     scale,
-                     softcap,
-                     dropout_p};
-  AttentionShape sizes = shape(in);
-  const auto fits = [&](const Tensor& t) {
-    return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
-           t.size(3) == sizes.Dv && t.scalar_type() == q.scalar_type();
-  };
-  const auto saved = [&](const Tensor& t, int64_t parts) {
-    return t.numel() == parts * sizes.B * sizes.H * sizes.T &&
-           t.scalar_type() == (in.wide() ? ScalarType::Double : ScalarType::Float);
-  };
-  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse, 2) && (!dlse || saved(*dlse, 1)),
-                  "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
-  if (dlse) dlse = torch::stable::contiguous(*dlse);
-  return (in.wide() ? backward<double>
-                    : backward<float>)(in, std::move(sizes), with_contiguous_rows(d_o), dlse,
-                                       with_contiguous_rows(o), torch::stable::contiguous(lse),
-                                       bias_grad);
+Five backward_as_wide(const AttentionArguments& in, const AttentionGradients& g) {
+  return (wide(in) ? backward<double> : backward<float>)(in, g);
 }
 
 }  // namespace
@@ -502,6 +391,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&tfkern::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&tfkern::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&tfkern::attention_forward<tfkern::forward_as_wide>));
+  m.impl("attention_backward", TORCH_BOX(&tfkern::attention_backward<tfkern::backward_as_wide>));
 }

@@ -6,9 +6,8 @@
 #include <array>
 
 #include "isa.h"
-#include "rows.h"
+#include "layer_norm_arguments.h"
 #include "scratch.h"
-#include "tensor.h"
 
 namespace tfkern {
 
@@ -74,11 +73,11 @@ Rows rows(const Tensor& t, int64_t axes) {
   return {data<char>(t), *row_stride(t, axes) * bytes, dtype(t)};
 }
 
-Rows rows(const std::optional<Tensor>& t, int64_t axes) { return t ? rows(*t, axes) : Rows{}; }
+Rows rows(const Optional& t, int64_t axes) { return t ? rows(*t, axes) : Rows{}; }
 
 // N parameters in the computing type, or as many times the value that does nothing, padded.
 template <class C>
-const C* parameters(const std::optional<Tensor>& t, int64_t N, C neutral, Scratch& scratch) {
+const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
   const int64_t P = padded(N);
   if (t) {
     const bool computing = dtype(*t) == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32);
@@ -89,30 +88,17 @@ const C* parameters(const std::optional<Tensor>& t, int64_t N, C neutral, Scratc
   return out;
 }
 
-Dropout dropout(const std::optional<Tensor>& seed, double p) {
+Dropout dropout(const Optional& seed, double p) {
   if (!seed) return {};
-  check_probability(p);
-  return {p, seed_of(*seed)};
-}
-
-// Whether t is absent or has the shape of x.
-bool fits(const std::optional<Tensor>& t, const Tensor& x) { return has_last_sizes(t, x, x.dim()); }
-
-void check_parameters(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                      const Tensor& x, int64_t axes) {
-  for (const std::optional<Tensor>* t : {&weight, &bias}) {
-    STD_TORCH_CHECK(!*t || (has_last_sizes(*t, x, axes) && row_stride(**t, axes)),
-                    "tfkern::layer_norm: expected contiguous parameters of the size of a row");
-    if (*t) dtype(**t);
-  }
+  return {p, static_cast<uint64_t>(*data<const int64_t>(*seed))};
 }
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class C>
-Four forward(const Tensor& x, const std::optional<Tensor>& weight,
-             const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-             const std::optional<Tensor>& seed, double p, double eps, bool rms, int64_t axes) {
+Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
+             const Optional& residual, const Optional& seed, double p, double eps, bool rms,
+             int64_t axes) {
   constexpr ScalarType kCompute =
       std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
   const auto [M, N] = matrix_size(x, axes);
@@ -147,16 +133,15 @@ Four forward(const Tensor& x, const std::optional<Tensor>& weight,
 }
 
 template <class C>
-Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h,
-              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& mean, const Tensor& rstd,
-              const std::optional<Tensor>& seed, double p, bool separate_residual, int64_t axes) {
+Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optional& weight,
+              const Optional& bias, const Optional& mean, const Tensor& rstd, const Optional& seed,
+              double p, bool separate_residual, int64_t axes) {
   const auto [M, N] = matrix_size(dy, axes);
   const Dropout drop = dropout(seed, p);
   const Rows dy_rows = rows(dy, axes), dh_rows = rows(dh, axes), h_rows = rows(h, axes);
   const C* mean_data = mean ? data<const C>(*mean) : nullptr;
   const C* rstd_data = data<const C>(rstd);
-  const auto like = [&](const std::optional<Tensor>& t) {
+  const auto like = [&](const Optional& t) {
     return t ? empty(dy, t->sizes(), t->scalar_type()) : absent(dy, dy.scalar_type());
   };
   Tensor dx = empty(dy, dy.sizes(), dy.scalar_type());
@@ -200,32 +185,20 @@ Four backward(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h
   return {dx, dresidual, dweight, dbias};
 }
 
-Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                        std::optional<Tensor> residual, std::optional<Tensor> seed,
+Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional seed,
                         double dropout_p, double eps, bool rms, int64_t axes) {
-  matrix_size(x, axes);
-  STD_TORCH_CHECK(fits(residual, x),
-                  "tfkern::layer_norm_forward: residual and x must have the same shape");
-  check_parameters(weight, bias, x, axes);
+  check_layer_norm_forward(x, weight, bias, residual, seed, dropout_p, axes);
   const bool wide = promote(x, residual) == ScalarType::Double;
   return (wide ? forward<double> : forward<float>)(with_row_stride(x, axes), weight, bias,
                                                    with_row_stride(residual, axes), seed, dropout_p,
                                                    eps, rms, axes);
 }
 
-Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
-                         std::optional<Tensor> weight, std::optional<Tensor> bias,
-                         std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
-                         double dropout_p, bool separate_residual, int64_t axes) {
-  const int64_t M = matrix_size(dy, axes).rows;
-  const bool wide = dtype(h) == Dtype::f64;
-  const auto saved = [&](const Tensor& x) {
-    return is_vector(x, M) && x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
-  };
-  STD_TORCH_CHECK(fits(h, dy) && fits(dh, dy) && saved(rstd) && (!mean || saved(*mean)) &&
-                      (wide || dtype(dy) != Dtype::f64),
-                  "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
-  check_parameters(weight, bias, dy, axes);
+Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Optional bias,
+                         Optional mean, Tensor rstd, Optional seed, double dropout_p,
+                         bool separate_residual, int64_t axes) {
+  check_layer_norm_backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, axes);
+  const bool wide = h.scalar_type() == ScalarType::Double;
   return (wide ? backward<double>
                : backward<float>)(with_row_stride(dy, axes), with_row_stride(dh, axes),
                                   with_row_stride(h, axes), weight, bias, mean, rstd, seed,

@@ -10,14 +10,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <string>
 
 #include "isa.h"
-#include "tensor.h"
+#include "mlp_arguments.h"
 
 namespace tfkern {
-
-enum class Activation { relu, gelu, gelu_tanh, silu };
 
 struct MlpForward {
   Activation activation;
@@ -56,36 +53,17 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, void* db1) 
   TFKERN_ISA_CALL(mlp_backward, a, begin, end, db1);
 }
 
-Activation parse(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  STD_TORCH_CHECK(name == "silu", "tfkern::mlp: unknown activation");
-  return Activation::silu;
-}
-
-// Whether the products around tensors of `dtype` have the computing type, and not just `dtype`.
-bool is_wide(const Tensor& product, ScalarType dtype) {
-  if (product.scalar_type() == dtype) return false;
-  STD_TORCH_CHECK(product.scalar_type() == ScalarType::Float &&
-                      (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
-                  "tfkern::mlp: products have the dtype of pre, or float32 if that has 16 bits");
-  return true;
-}
-
 std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, std::string activation, bool gated,
                                                   ScalarType type) {
-  STD_TORCH_CHECK(total.dim() == 2 && !(gated && total.size(1) % 2),
-                  "tfkern::mlp_activation_forward: total must be (M, F), gated (M, 2F)");
-  const Activation act = parse(activation);
-  const Dtype pre_dtype = dtype(type);
+  check_mlp_forward(total, gated, type);
+  const Activation act = parse_activation(activation);
   const bool wide = is_wide(total, type);
   total = torch::stable::contiguous(total);
   const int64_t M = total.size(0), W = total.size(1), F = gated ? W / 2 : W;
   Tensor h = empty(total, {M, F}, total.scalar_type());
   Tensor pre = wide ? empty(total, {M, W}, type) : absent(total, type);
   const MlpForward a{
-      act,         gated, pre_dtype, wide, F, data<void>(total), wide ? pre.data_ptr() : nullptr,
+      act,         gated, dtype(type), wide, F, data<void>(total), wide ? pre.data_ptr() : nullptr,
       h.data_ptr()};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));
   torch::stable::parallel_for(0, M, grain,
@@ -105,18 +83,15 @@ void finish(T* db1, Compute<T>* partial, int64_t chunks, int64_t W) {
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,
                                                            std::string activation, bool gated,
                                                            bool bias) {
-  STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
-                      dh.size(1) * (gated ? 2 : 1) == pre.size(1),
-                  "tfkern::mlp_activation_backward: dh and pre do not fit together");
-  const Activation act = parse(activation);
-  const Dtype pre_dtype = dtype(pre);
+  check_mlp_backward(dh, pre, gated);
+  const Activation act = parse_activation(activation);
   const bool wide = is_wide(dh, pre.scalar_type());
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
   Tensor dpre = empty(pre, {M, W}, dh.scalar_type()), h = empty(pre, {M, F}, dh.scalar_type());
   Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
-  const MlpBackward a{act,         gated,          pre_dtype,       wide,
+  const MlpBackward a{act,         gated,          dtype(pre),      wide,
                       F,           data<void>(dh), data<void>(pre), dpre.data_ptr(),
                       h.data_ptr()};
   // The number of chunks follows from the shape alone, so that the sums do not depend on the number

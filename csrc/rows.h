@@ -15,7 +15,9 @@ inline MatrixSize matrix_size(const Tensor& x, int64_t axes) {
                   "tfkern::layer_norm: expected at least one axis, and at most those of x");
   MatrixSize size;
   for (int64_t i = 0; i < x.dim(); ++i) {
-    (i < x.dim() - axes ? size.rows : size.columns) *= x.size(i);
+    int64_t& factor = i < x.dim() - axes ? size.rows : size.columns;
+    STD_TORCH_CHECK(!__builtin_mul_overflow(factor, x.size(i), &factor),
+                    "tfkern: expected sizes whose product is an int64");
   }
   return size;
 }
@@ -46,12 +48,12 @@ inline Tensor with_row_stride(const Tensor& x, int64_t axes) {
   return row_stride(x, axes) ? x : torch::stable::contiguous(x);
 }
 
-inline std::optional<Tensor> with_row_stride(const std::optional<Tensor>& x, int64_t axes) {
-  return x ? std::optional(with_row_stride(*x, axes)) : std::nullopt;
+inline Optional with_row_stride(const Optional& x, int64_t axes) {
+  return x ? Optional(with_row_stride(*x, axes)) : std::nullopt;
 }
 
 // Tells whether `t` is absent or has the sizes of the last `axes` axes of x.
-inline bool has_last_sizes(const std::optional<Tensor>& t, const Tensor& x, int64_t axes) {
+inline bool has_last_sizes(const Optional& t, const Tensor& x, int64_t axes) {
   if (!t) return true;
   if (t->dim() != axes) return false;
   for (int64_t i = 0; i < axes; ++i) {

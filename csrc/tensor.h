@@ -2,13 +2,17 @@
 // >= 2.11.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -34,31 +38,71 @@ inline Dtype dtype(ScalarType type) {
 
 inline Dtype dtype(const Tensor& t) { return dtype(t.scalar_type()); }
 
-// The first element of a tensor. A view of bytes may begin between elements; kernels read whole
-// ones.
 template <class T>
 T* data(const Tensor& t) {
-  void* first = t.data_ptr();
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(first) % t.element_size() == 0,
-                  "tfkern: expected tensors whose memory is aligned to their elements");
-  return static_cast<T*>(first);
+  return static_cast<T*>(t.data_ptr());
 }
 
-// Tells whether x is a vector of n elements that lie one after the other.
+// ---- what the checks of every operator consist of ----
+
+using Optional = std::optional<Tensor>;
+
+// Calls f with each tensor that is there.
+template <class F, class... T>
+void each_tensor(const F& f, const T&... tensors) {
+  const auto call = [&](const auto& t) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(t)>, Tensor>) {
+      f(t);
+    } else if (t) {
+      f(*t);
+    }
+  };
+  (call(tensors), ...);
+}
+
+// Kernels read all tensors on the device of the first, and whole elements, between which a view of
+// bytes may begin.
+template <class... T>
+void check_memory(const Tensor& first, const T&... others) {
+  const torch::stable::Device device = first.device();
+  const auto check = [&](const Tensor& t) {
+    STD_TORCH_CHECK(t.device() == device, "tfkern: expected all tensors on the same device");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % t.element_size() == 0,
+                    "tfkern: expected tensors whose memory is aligned to their elements");
+  };
+  each_tensor(check, first, others...);
+}
+
+template <class... T>
+void check_floating(const T&... tensors) {
+  each_tensor([](const Tensor& t) { dtype(t); }, tensors...);
+}
+
+// Kernels multiply sizes, also where one of them is 0. Those of memory are padded, and become
+// bytes: they have a factor more.
+constexpr int64_t kPadding = 1 << 13;
+
+inline void check_countable(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(product, std::max<int64_t>(size, 1), &product),
+                    "tfkern: expected sizes whose product is an int64");
+  }
+}
+
+// The seed of dropout is a single int64, absent without dropout.
+inline void check_dropout(const Optional& seed, double p) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "tfkern: expected a dropout_p from 0 to 1");
+  STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+                  "tfkern: expected one int64 as seed");
+}
+
+// Whether x is a vector of n elements that lie one after the other.
 inline bool is_vector(const Tensor& x, int64_t n) {
   return x.dim() == 1 && x.size(0) == n && (n <= 1 || x.stride(0) == 1);
 }
 
-inline void check_probability(double p) {
-  STD_TORCH_CHECK(p >= 0 && p <= 1, "tfkern: expected a dropout_p from 0 to 1");
-}
-
-// The seed of dropout, a single int64.
-inline uint64_t seed_of(const Tensor& seed) {
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                  "tfkern: expected one int64 as seed");
-  return static_cast<uint64_t>(*data<const int64_t>(seed));
-}
+// ---- outputs ----
 
 // A new contiguous tensor on the device of `like`. By the shim: a call of torch's operator through
 // the dispatcher takes half a microsecond more.
@@ -76,7 +120,7 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
 inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
 
 // torch.promote_types of the two, or the type of `a` if there is no `b`.
-inline ScalarType promote(const Tensor& a, const std::optional<Tensor>& b) {
+inline ScalarType promote(const Tensor& a, const Optional& b) {
   if (!b || a.scalar_type() == b->scalar_type()) return a.scalar_type();
   const bool wide = dtype(a) == Dtype::f64 || dtype(*b) == Dtype::f64;
   return wide ? ScalarType::Double : ScalarType::Float;  // bfloat16 with float16 gives float32 too

@@ -20,7 +20,7 @@ if os.environ.get("TFKERN_CPU_SANITIZED"):
 import tfkern  # noqa: E402
 
 if os.environ.get("TFKERN_CUDA_HOST"):
-    emulation.patch(os.environ["TFKERN_CUDA_HOST"])
+    emulation.patch()
 
 # Tests that run side by side share the processors.
 torch.set_num_threads(

@@ -74,10 +74,11 @@ def _library(name: str) -> str:
 
 
 @functools.cache
-def load(flavour: str = "plain"):
+def load():
     """torch.ops.tfkern_host with the operators of csrc/cuda, of the schemas that tfkern has."""
     import tfkern
 
+    flavour = os.environ.get("TFKERN_CUDA_HOST", "plain")
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     torch.ops.load_library(build(sources, flavour))
     library = torch.library.Library("tfkern_host", "DEF")
@@ -90,9 +91,9 @@ def load(flavour: str = "plain"):
     return torch.ops.tfkern_host
 
 
-def patch(flavour: str) -> None:
+def patch() -> None:
     """Makes the native backend run the operators for which there are CUDA kernels on the host."""
-    ops = load(flavour)
+    ops = load()
     importlib.import_module("tfkern.native.linear")._WIDENED_FROM = {}  # as it is on a GPU
     for op in OPS:
         native = importlib.import_module(f"tfkern.native.{op}")
@@ -127,10 +128,10 @@ def load_sanitized() -> None:
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys")
 
 
-def pytest(*arguments, flavour: str, order: int = 0) -> subprocess.CompletedProcess:
+def pytest(*arguments, flavour: str, order: int = 0, **environment) -> subprocess.CompletedProcess:
     """Runs pytest in a process in which `native` means the CUDA kernels on the host."""
-    kernels = {"TFKERN_CUDA_HOST": flavour, "TFKERN_CUDA_ORDER": str(order)}
-    return python(*_PYTEST, *arguments, flavour=flavour, **kernels)
+    environment |= {"TFKERN_CUDA_HOST": flavour, "TFKERN_CUDA_ORDER": str(order)}
+    return python(*_PYTEST, *arguments, flavour=flavour, **environment)
 
 
 def pytest_on_cpu(*arguments, **environment) -> subprocess.CompletedProcess:

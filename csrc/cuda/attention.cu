@@ -272,127 +272,84 @@ void run(const Device& device, Forward& a, const Tensor& like) {
   run<T, 256>(device, a, like);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    Tensor q, Tensor k, Tensor v, Optional bias, Optional mask, Optional alibi_slopes,
-    Optional sink, Optional query_lengths, Optional key_lengths, Optional cu_seqlens_q,
-    Optional cu_seqlens_k, Optional page_table, Optional seed, std::optional<int64_t> left,
-    std::optional<int64_t> right, double scale, double softcap, double dropout_p) {
-  Arguments in{q,
-               k,
-               v,
-               bias,
-               mask,
-               alibi_slopes,
-               sink,
-               query_lengths,
-               key_lengths,
-               cu_seqlens_q,
-               cu_seqlens_k,
-               page_table,
-               seed,
-               left,
-               right,
-               scale,
-               softcap,
-               dropout_p};
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& given) {
+  AttentionArguments in = given;
   Forward a{attention(in)};
+  const Tensor& q = in.q;
+  const bool nothing = a.in.T == 0 || a.in.H == 0 || a.in.documents == 0;
+  if (!nothing) {
+    a.packed = !in.cu_seqlens_q && a.in.group() * a.in.T <= kRows;
+    a.tiles = most_tiles(a.in, false, kRows);
+    check_grid(a.tiles * a.in.H);
+  }
   Tensor o = empty(q, {a.in.B, a.in.H, a.in.T, a.in.Dv}, q.scalar_type());
   Tensor lse = empty(q, {2, a.in.B, a.in.H, a.in.T}, ScalarType::Float);
   const Device device(q);
-  if (query_lengths || cu_seqlens_q) {  // rows may belong to no document
+  if (in.query_lengths || in.cu_seqlens_q) {  // rows may belong to no document
     torch::stable::zero_(o);
     torch::stable::zero_(lse);
     Tensor high = torch::stable::select(lse, 0, 0);
     torch::stable::fill_(high, -kInfinity);
   }
-  if (a.in.T == 0 || a.in.H == 0 || a.in.documents == 0) return {o, lse};
-  a.packed = !cu_seqlens_q && a.in.group() * a.in.T <= kRows;
-  a.tiles = most_tiles(a.in, false, kRows);
+  if (nothing) return {o, lse};
   a.o = o.data_ptr();
   a.lse = static_cast<float*>(lse.data_ptr());
   TFKERN_CUDA_DTYPE(a.in.q_dtype, run<T>(device, a, q));
   return {o, lse};
 }
 
-Table table(const Optional& t, bool integers) {
+Table table(const Optional& t) {
   if (!t) return {};
-  const bool wide = t->scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(
-      t->dim() >= 1 && t->dim() <= 2 && (!integers || wide || t->scalar_type() == ScalarType::Int),
-      "tfkern::attention: expected vectors or matrices, of int32 or int64 if they are lengths");
-  return {t->data_ptr(), t->dim() == 2 ? t->stride(0) : 0, t->stride(t->dim() - 1),
-          integers ? Dtype::f32 : dtype(*t), wide};
+  const ScalarType type = t->scalar_type();
+  const bool integers = type == ScalarType::Long || type == ScalarType::Int;
+  return {data<void>(*t), t->dim() == 2 ? t->stride(0) : 0, t->stride(t->dim() - 1),
+          integers ? Dtype::f32 : dtype(*t), type == ScalarType::Long};
 }
 
-Elements elements(const Optional& t, const Attention& a) {
+Elements elements(const Optional& t) {
   if (!t) return {};
-  const int64_t sizes[] = {a.B, a.H, a.T, a.S};
   int64_t strides[4] = {};
-  STD_TORCH_CHECK(t->dim() == 4, "tfkern::attention: expected bias and mask with 4 dimensions");
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(t->size(i) == 1 || t->size(i) == sizes[i],
-                    "tfkern::attention: bias and mask must broadcast to (B, H, T, S)");
     if (t->size(i) != 1) strides[i] = t->stride(i);
   }
   const bool boolean = t->scalar_type() == ScalarType::Bool;
-  return {static_cast<const char*>(t->data_ptr()), strides[0], strides[1], strides[2], strides[3],
-          boolean ? Dtype::f32 : dtype(*t)};
+  return {data<const char>(*t), strides[0], strides[1],
+          strides[2],           strides[3], boolean ? Dtype::f32 : dtype(*t)};
 }
 
 }  // namespace
 
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
 Heads heads(const Tensor& t) {
   const auto bytes = static_cast<int64_t>(t.element_size());
-  Heads x{static_cast<char*>(t.data_ptr()), t.stride(0) * bytes, t.stride(1) * bytes,
-          t.stride(2) * bytes, static_cast<int>(t.size(3))};
+  Heads x{data<char>(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes,
+          static_cast<int>(t.size(3))};
   const int64_t all = reinterpret_cast<uintptr_t>(x.data) | x.batch | x.head | x.row;
   x.aligned = all % 16 == 0 && x.features % 8 == 0;
   return x;
 }
 
-Attention attention(Arguments& in) {
-  const auto fit = [](bool ok) {
-    STD_TORCH_CHECK(ok, "tfkern::attention: the arguments do not fit together");
-  };
-  fit(in.q.dim() == 4 && in.k.dim() == 4 && in.v.dim() == 4);
+Attention attention(AttentionArguments& in) {
+  const Tensor &q = in.q, &k = in.k, &v = in.v;
+  check_no_float64(q, in.bias, in.alibi_slopes, in.sink);
+  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1), T = q.size(2), S = in.S();
+  const int64_t counts[] = {B * H, B * Hk, T, S, k.size(0), k.size(2), in.documents()};
+  STD_TORCH_CHECK(*std::max_element(std::begin(counts), std::end(counts)) < kNoLimit &&
+                      q.size(3) <= 256 && v.size(3) <= 256,
+                  "tfkern::attention: the CUDA kernels take heads of at most 256 features, and "
+                  "fewer than 2^29 heads, rows or pages");
   in.q = with_contiguous_rows(in.q);
   in.k = with_contiguous_rows(in.k);
   in.v = with_contiguous_rows(in.v);
-  const Tensor &q = in.q, &k = in.k, &v = in.v;
-  const int64_t B = q.size(0), H = q.size(1), Hk = k.size(1);
-  fit((in.page_table || k.size(0) == B) && v.size(0) == k.size(0) && v.size(1) == Hk &&
-      v.size(2) == k.size(2) && k.size(3) == q.size(3) && (Hk == 0 ? H == 0 : H % Hk == 0));
-  fit(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type());
-  fit(q.size(3) <= 256 && v.size(3) <= 256 &&
-      in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value() &&
-      !(in.cu_seqlens_q && (in.bias || in.mask || in.page_table)));
-  int64_t S = k.size(2);
-  if (in.page_table) {
-    fit(in.page_table->dim() == 2 && in.page_table->size(0) == B &&
-        (k.size(0) > 0 || in.page_table->numel() == 0));
-    S *= in.page_table->size(1);
-  }
-  fit(q.size(2) < kNoLimit && S < kNoLimit && B * H < kNoLimit && k.size(0) < kNoLimit);
   Attention a{};
   a.B = static_cast<int>(B);
   a.H = static_cast<int>(H);
   a.Hk = static_cast<int>(Hk);
-  a.T = static_cast<int>(q.size(2));
+  a.T = static_cast<int>(T);
   a.S = static_cast<int>(S);
   a.D = static_cast<int>(q.size(3));
   a.Dv = static_cast<int>(v.size(3));
   a.q_dtype = dtype(q);
-  fit(a.q_dtype != Dtype::f64);
-  a.documents = a.B;
-  if (in.cu_seqlens_q) {
-    fit(B == 1 && in.cu_seqlens_q->numel() == in.cu_seqlens_k->numel() &&
-        in.cu_seqlens_q->numel() > 0 && in.cu_seqlens_q->numel() < kNoLimit);
-    a.documents = static_cast<int>(in.cu_seqlens_q->numel()) - 1;
-  }
+  a.documents = static_cast<int>(in.documents());
   const auto limit = [](std::optional<int64_t> x) {
     return static_cast<int>(std::clamp<int64_t>(x.value_or(kNoLimit), -kNoLimit, kNoLimit));
   };
@@ -405,26 +362,21 @@ Attention attention(Arguments& in) {
   a.v = heads(v);
   if (in.page_table) {
     for (Heads* x : {&a.k, &a.v}) {
-      x->pages = table(in.page_table, true);
+      x->pages = table(in.page_table);
       x->page_size = static_cast<int>(k.size(2));
       x->page_count = static_cast<int>(k.size(0));
     }
   }
-  fit(!in.query_lengths || in.query_lengths->numel() == B);
-  fit(!in.key_lengths || in.key_lengths->numel() == B);
-  fit(!in.alibi_slopes || in.alibi_slopes->numel() == int64_t{a.documents} * H);
-  fit(!in.sink || in.sink->numel() == H);
-  a.bias = elements(in.bias, a);
-  a.mask = elements(in.mask, a);
-  a.alibi_slopes = table(in.alibi_slopes, false);
-  a.sink = table(in.sink, false);
-  a.query_lengths = table(in.query_lengths, true);
-  a.key_lengths = table(in.key_lengths, true);
-  a.cu_seqlens_q = table(in.cu_seqlens_q, true);
-  a.cu_seqlens_k = table(in.cu_seqlens_k, true);
+  a.bias = elements(in.bias);
+  a.mask = elements(in.mask);
+  a.alibi_slopes = table(in.alibi_slopes);
+  a.sink = table(in.sink);
+  a.query_lengths = table(in.query_lengths);
+  a.key_lengths = table(in.key_lengths);
+  a.cu_seqlens_q = table(in.cu_seqlens_q);
+  a.cu_seqlens_k = table(in.cu_seqlens_k);
   if (in.seed && in.dropout_p > 0) {
-    fit(in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1);
-    a.seed = static_cast<const int64_t*>(in.seed->data_ptr());
+    a.seed = data<const int64_t>(*in.seed);
     a.threshold = static_cast<uint64_t>(std::ceil(std::ldexp(in.dropout_p, 32)));
     a.keep = in.dropout_p < 1 ? static_cast<float>(1 / (1 - in.dropout_p)) : 0.0f;
   }
@@ -433,4 +385,6 @@ Attention attention(Arguments& in) {
 
 }  // namespace tfkern::cuda
 
-TFKERN_CUDA_LIBRARY(m) { m.impl("attention_forward", TORCH_BOX(&tfkern::cuda::attention_forward)); }
+TFKERN_CUDA_LIBRARY(m) {
+  m.impl("attention_forward", TORCH_BOX(&tfkern::attention_forward<tfkern::cuda::forward>));
+}

@@ -11,6 +11,7 @@
 // FMA in one kernel and not in the other is written as an intrinsic.
 #pragma once
 
+#include "../attention_arguments.h"
 #include "../philox.h"
 #include "elements.h"
 
@@ -452,20 +453,8 @@ __device__ inline void drop(float (&x)[N][4], const Attention& a, const Document
 
 // ---- arguments ----
 
-using Optional = std::optional<Tensor>;
-
-// The operators' arguments that forward and backward share.
-struct Arguments {
-  Tensor q, k, v;
-  Optional bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-      page_table, seed;
-  std::optional<int64_t> left, right;
-  double scale, softcap, dropout_p;
-};
-
-// Checks what would touch memory out of bounds. `in` gets contiguous rows where it has none.
-Attention attention(Arguments& in);
+// The arguments as the kernels see them. `in` gets contiguous rows where it has none.
+Attention attention(AttentionArguments& in);
 Heads heads(const Tensor& t);
-Tensor with_contiguous_rows(const Tensor& t);
 
 }  // namespace tfkern::cuda

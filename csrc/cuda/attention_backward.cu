@@ -12,10 +12,11 @@
 namespace tfkern::cuda {
 namespace {
 
+constexpr int kLeastRows = 32;
 // Queries, or keys, that a block owns, 16 to a warp; and rows of the other side that come by at a
 // time.
 template <class T, int D>
-constexpr int kRows = kPlanes<T> == 3 && D == 256 ? 32 : 64;
+constexpr int kRows = kPlanes<T> == 3 && D == 256 ? kLeastRows : 64;
 template <class T, int D>
 constexpr int kStep = kPlanes<T> == 1 && D <= 128 ? 32 : 16;
 template <class T, int D>
@@ -319,61 +320,29 @@ void run(const Device& device, Backward& a, const Tensor& dbias) {
   run<T, 256>(device, a, dbias);
 }
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v, Tensor o,
-                        Tensor lse, Optional bias, Optional mask, Optional alibi_slopes,
-                        Optional sink, Optional query_lengths, Optional key_lengths,
-                        Optional cu_seqlens_q, Optional cu_seqlens_k, Optional seed,
-                        std::optional<int64_t> left, std::optional<int64_t> right, double scale,
-                        double softcap, double dropout_p, bool bias_grad) {
-  Arguments in{q,
-               k,
-               v,
-               bias,
-               mask,
-               alibi_slopes,
-               sink,
-               query_lengths,
-               key_lengths,
-               cu_seqlens_q,
-               cu_seqlens_k,
-               std::nullopt,
-               seed,
-               left,
-               right,
-               scale,
-               softcap,
-               dropout_p};
+Five backward(const AttentionArguments& given, const AttentionGradients& g) {
+  AttentionArguments in = given;
   Backward a{attention(in)};
   const Attention& sizes = a.in;
-  const auto fits = [&](const Tensor& t) {
-    return t.dim() == 4 && t.size(0) == sizes.B && t.size(1) == sizes.H && t.size(2) == sizes.T &&
-           t.size(3) == sizes.Dv && t.scalar_type() == q.scalar_type();
-  };
+  const Tensor& q = in.q;
+  const Optional &bias = in.bias, &sink = in.sink;
   const int64_t rows = int64_t{sizes.B} * sizes.H * sizes.T;
-  const auto saved = [](const Tensor& t, int64_t rows) {
-    return t.numel() == rows && t.scalar_type() == ScalarType::Float;
-  };
-  STD_TORCH_CHECK(fits(d_o) && fits(o) && saved(lse, 2 * rows) && (!dlse || saved(*dlse, rows)),
-                  "tfkern::attention_backward: do, dlse, o and lse do not fit q and v");
-  d_o = with_contiguous_rows(d_o);
-  o = with_contiguous_rows(o);
-  lse = torch::stable::contiguous(lse);
-  if (dlse) dlse = torch::stable::contiguous(*dlse);
+  check_grid(rows / (kThreads / 32));
+  check_grid(most_tiles(sizes, false, kLeastRows) * sizes.H);
+  check_grid(2 * most_tiles(sizes, true, kLeastRows) * sizes.Hk);
   const ScalarType type = q.scalar_type();
   Tensor dq = empty(q, {sizes.B, sizes.H, sizes.T, sizes.D}, type);
   Tensor dk = empty(q, {sizes.B, sizes.Hk, sizes.S, sizes.D}, type);
   Tensor dv = empty(q, {sizes.B, sizes.Hk, sizes.S, sizes.Dv}, type);
   Tensor dbias = absent(q, type), dsink = absent(q, type);
-  if (bias && bias_grad) {
+  if (bias && g.bias_grad) {
     dbias =
         empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type());
   }
   if (sink) dsink = empty(q, {sizes.H}, sink->scalar_type());
   const Device device(q);
   const bool nothing = q.numel() == 0 || sizes.S == 0 || sizes.documents == 0;
-  if (query_lengths || key_lengths || cu_seqlens_q || nothing) {  // rows of no document
+  if (in.query_lengths || in.key_lengths || in.cu_seqlens_q || nothing) {  // rows of no document
     for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
   }
   if (nothing) {
@@ -385,11 +354,11 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
   }
   Tensor delta = empty(q, {sizes.B, sizes.H, sizes.T}, ScalarType::Float);
   Tensor terms = empty(q, {sink ? rows : 0}, ScalarType::Float);
-  a.d_o = heads(d_o);
-  a.o = heads(o);
-  a.lse = static_cast<const float*>(lse.data_ptr());
+  a.d_o = heads(g.d_o);
+  a.o = heads(g.o);
+  a.lse = data<const float>(g.lse);
   a.low = a.lse + rows;
-  a.dlse = dlse ? static_cast<const float*>(dlse->data_ptr()) : nullptr;
+  a.dlse = g.dlse ? data<const float>(*g.dlse) : nullptr;
   a.delta = static_cast<float*>(delta.data_ptr());
   a.sink_terms = sink ? static_cast<float*>(terms.data_ptr()) : nullptr;
   a.dq = dq.data_ptr();
@@ -407,5 +376,5 @@ Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v,
 }  // namespace tfkern::cuda
 
 TFKERN_CUDA_LIBRARY(m) {
-  m.impl("attention_backward", TORCH_BOX(&tfkern::cuda::attention_backward));
+  m.impl("attention_backward", TORCH_BOX(&tfkern::attention_backward<tfkern::cuda::backward>));
 }

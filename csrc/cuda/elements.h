@@ -69,7 +69,7 @@ __device__ inline uint4 packed(const float (&x)[V], int at) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// A matrix with contiguous rows; null data stands for an absent one.
+// A matrix with contiguous rows, or a contiguous vector; null data stands for an absent one.
 struct Matrix {
   char* data = nullptr;
   int64_t stride = 0;  // in bytes
@@ -77,18 +77,14 @@ struct Matrix {
   bool aligned = false;  // every row starts at a multiple of 16 bytes
 };
 
-// A tensor whose last `axes` axes are the columns.
+// A tensor whose last `axes` axes are the columns. Its rows have a common stride.
 inline Matrix matrix(const Tensor& t, int64_t axes = 1) {
-  const std::optional<int64_t> elements = row_stride(t, axes);
-  STD_TORCH_CHECK(elements, "tfkern: expected a matrix with contiguous rows");
-  const int64_t stride = *elements * static_cast<int64_t>(t.element_size());
-  const Dtype type = dtype(t);
-  STD_TORCH_CHECK(type != Dtype::f64, "tfkern: the CUDA kernels take no float64");
-  auto* data = static_cast<char*>(t.data_ptr());
-  return {data, stride, type, (reinterpret_cast<uintptr_t>(data) | stride) % 16 == 0};
+  const int64_t stride = *row_stride(t, axes) * static_cast<int64_t>(t.element_size());
+  auto* first = data<char>(t);
+  return {first, stride, dtype(t), (reinterpret_cast<uintptr_t>(first) | stride) % 16 == 0};
 }
 
-inline Matrix matrix(const std::optional<Tensor>& t, int64_t axes = 1) {
+inline Matrix matrix(const Optional& t, int64_t axes = 1) {
   return t ? matrix(*t, axes) : Matrix{};
 }
 

@@ -34,6 +34,20 @@ __device__ inline T* shared_memory() {
 #endif
 }
 
+// The CUDA kernels take no float64.
+template <class... T>
+void check_no_float64(const T&... tensors) {
+  const auto check = [](const Tensor& t) {
+    STD_TORCH_CHECK(t.scalar_type() != ScalarType::Double,
+                    "tfkern: the CUDA kernels take no float64");
+  };
+  each_tensor(check, tensors...);
+}
+
+inline void check_grid(int64_t blocks) {
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "tfkern: a grid of ", blocks, " blocks is too large");
+}
+
 #ifdef TFKERN_CUDA_HOST
 
 class Device {
@@ -45,6 +59,7 @@ class Device {
 template <class... P>
 void launch(const Device&, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
             std::type_identity_t<P>... args) {
+  check_grid(blocks);
   cuda_host::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
@@ -89,7 +104,7 @@ template <class... P>
 void launch(const Device& device, void (*kernel)(P...), int64_t blocks, int threads,
             int64_t shared_bytes, std::type_identity_t<P>... args) {
   if (blocks == 0) return;
-  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "tfkern: a grid of ", blocks, " blocks is too large");
+  check_grid(blocks);
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 << 10) {
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -7,6 +7,7 @@
 // float32 registers; one small kernel adds the parts in a fixed order, without atomics. Rows that
 // do not fit into the registers of a block are read again for each step: three times in forward; in
 // backward twice, by a kernel that sums along the rows and by blocks that each own some columns.
+#include "../layer_norm_arguments.h"
 #include "../philox.h"
 #include "elements.h"
 
@@ -339,28 +340,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
 
 // ---- operators ----
 
-Dropout dropout(const std::optional<Tensor>& seed, double p) {
+Dropout dropout(const Optional& seed, double p) {
   if (!seed) return {};
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "tfkern::layer_norm: expected one int64 as seed");
-  return {static_cast<const int64_t*>(seed->data_ptr()),
-          static_cast<int64_t>(std::ceil(std::ldexp(p, 32))),
+  return {data<const int64_t>(*seed), static_cast<int64_t>(std::ceil(std::ldexp(p, 32))),
           p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
-}
-
-void check_shapes(bool fit) {
-  STD_TORCH_CHECK(fit, "tfkern::layer_norm: the shapes of the arguments do not fit together");
-}
-
-// Whether t is absent or has the shape of x.
-bool fits(const std::optional<Tensor>& t, const Tensor& x) { return has_last_sizes(t, x, x.dim()); }
-
-bool are_parameters(const std::optional<Tensor>& t, const Tensor& x, int64_t axes) {
-  return !t || (has_last_sizes(t, x, axes) && row_stride(*t, axes));
-}
-
-bool are_statistics(const std::optional<Tensor>& t, int64_t M) {
-  return !t || (is_vector(*t, M) && t->scalar_type() == ScalarType::Float);
 }
 
 // How many warps hold a row, a power of two; 0 if too many would be needed.
@@ -372,12 +355,16 @@ int warps_per_row(int64_t N, int elements) {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                        std::optional<Tensor> residual, std::optional<Tensor> seed,
+Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional seed,
                         double dropout_p, double eps, bool rms, int64_t axes) {
+  check_layer_norm_forward(x, weight, bias, residual, seed, dropout_p, axes);
+  check_no_float64(x, weight, bias, residual);
   const auto [M, N] = matrix_size(x, axes);
-  check_shapes(fits(residual, x) && are_parameters(weight, x, axes) &&
-               are_parameters(bias, x, axes));
+  const int held = warps_per_row(N, kForwardElements);
+  const int per_row = held ? held : kMaxWarps;
+  const int warps = std::max(per_row, 4), rows = warps / per_row;
+  const int64_t blocks = (M + rows - 1) / rows;
+  check_grid(blocks);
   x = with_row_stride(x, axes);
   residual = with_row_stride(residual, axes);
   const bool separate_h = residual || seed;
@@ -387,9 +374,6 @@ Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Te
   Tensor mean = rms ? absent(x, ScalarType::Float) : empty(x, {M}, ScalarType::Float);
   Tensor rstd = empty(x, {M}, ScalarType::Float);
 
-  const int held = warps_per_row(N, kForwardElements);
-  const int per_row = held ? held : kMaxWarps;
-  const int warps = std::max(per_row, 4), rows = warps / per_row;
   const Forward a{M,
                   N,
                   static_cast<float>(eps),
@@ -404,23 +388,23 @@ Four layer_norm_forward(Tensor x, std::optional<Tensor> weight, std::optional<Te
                   separate_h ? matrix(h, axes) : Matrix{},
                   rms ? nullptr : static_cast<float*>(mean.data_ptr()),
                   static_cast<float*>(rstd.data_ptr())};
-  launch(Device(x), held ? forward_kernel<false> : forward_kernel<true>, (M + rows - 1) / rows,
-         32 * warps, kSumBytes, a);
+  launch(Device(x), held ? forward_kernel<false> : forward_kernel<true>, blocks, 32 * warps,
+         kSumBytes, a);
   return {y, h, mean, rstd};
 }
 
-Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
-                         std::optional<Tensor> weight, std::optional<Tensor> bias,
-                         std::optional<Tensor> mean, Tensor rstd, std::optional<Tensor> seed,
-                         double dropout_p, bool separate_residual, int64_t axes) {
+Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Optional bias,
+                         Optional mean, Tensor rstd, Optional seed, double dropout_p,
+                         bool separate_residual, int64_t axes) {
+  check_layer_norm_backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, axes);
+  check_no_float64(dy, dh, h, weight, bias);
   const auto [M, N] = matrix_size(dy, axes);
-  check_shapes(fits(h, dy) && fits(dh, dy) && are_parameters(weight, dy, axes) &&
-               are_parameters(bias, dy, axes) && are_statistics(mean, M) &&
-               are_statistics(rstd, M));
+  const int held = warps_per_row(N, kBackwardElements);
+  if (!held) check_grid(M);
   dy = with_row_stride(dy, axes);
   dh = with_row_stride(dh, axes);
   h = with_row_stride(h, axes);
-  const auto like = [&](const std::optional<Tensor>& t) {
+  const auto like = [&](const Optional& t) {
     return t ? empty(dy, t->sizes(), t->scalar_type()) : absent(dy, dy.scalar_type());
   };
   Tensor dx = empty(dy, dy.sizes(), dy.scalar_type());
@@ -429,7 +413,6 @@ Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
   Tensor dweight = like(weight), dbias = like(bias);
 
   const Device device(dy);
-  const int held = warps_per_row(N, kBackwardElements);
   const int per_row = held ? held : 8;
   const int warps = std::max(per_row, 4), rows = warps / per_row;
   const int64_t width = 32 * per_row * kBackwardElements;
@@ -450,8 +433,8 @@ Four layer_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h,
                    matrix(dh, axes),
                    matrix(h, axes),
                    matrix(weight, axes),
-                   mean ? static_cast<const float*>(mean->data_ptr()) : nullptr,
-                   static_cast<const float*>(rstd.data_ptr()),
+                   mean ? data<const float>(*mean) : nullptr,
+                   data<const float>(rstd),
                    matrix(dx, axes),
                    separate_residual ? matrix(dresidual, axes) : Matrix{},
                    weight ? matrix(part_dweight) : Matrix{},

@@ -5,8 +5,7 @@
 // A thread owns V columns and strides over the rows, some of them at a time. Each element is read
 // and written once; backward computes h again from pre, and keeps its part of db1 in float32
 // registers. One small kernel adds the parts in a fixed order.
-#include <string>
-
+#include "../mlp_arguments.h"
 #include "elements.h"
 
 namespace tfkern::cuda {
@@ -16,8 +15,6 @@ constexpr int V = 8;                                // consecutive elements of a
 constexpr int kThreads = 128;                       // of a block
 constexpr int kForwardRows = 4, kBackwardRows = 2;  // that a thread works on at a time
 constexpr int kResidentBlocks = 8;                  // of an SM
-
-enum class Activation { relu, gelu, gelu_tanh, silu };
 
 // 1 / (1 + exp(-x)) and its derivative, which lose no digits in either tail.
 __device__ inline float sigmoid(float x, float& slope) {
@@ -173,14 +170,6 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
 
 // ---- operators ----
 
-Activation parse(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  STD_TORCH_CHECK(name == "silu", "tfkern::mlp: unknown activation");
-  return Activation::silu;
-}
-
 // The columns from F on.
 Matrix second_half(const Tensor& t, int64_t F) {
   Matrix m = matrix(t);
@@ -189,16 +178,24 @@ Matrix second_half(const Tensor& t, int64_t F) {
   return m;
 }
 
-// The sum of the product is pre itself: on a GPU products have the dtype of the tensors.
+// On a GPU products have the dtype of the tensors.
+void check_products(const Tensor& product, ScalarType type) {
+  check_no_float64(product);
+  STD_TORCH_CHECK(!is_wide(product, type),
+                  "tfkern::mlp: the CUDA kernels take products of the dtype of pre");
+}
+
+// The sum of the product is pre itself.
 std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, std::string activation, bool gated,
                                                   ScalarType type) {
-  STD_TORCH_CHECK(pre.dim() == 2 && !(gated && pre.size(1) % 2) && pre.scalar_type() == type,
-                  "tfkern::mlp_activation_forward: pre must be (M, F), gated (M, 2F)");
+  check_mlp_forward(pre, gated, type);
+  check_products(pre, type);
+  const Activation act = parse_activation(activation);
   pre = torch::stable::contiguous(pre);
   const int64_t M = pre.size(0), F = gated ? pre.size(1) / 2 : pre.size(1);
   Tensor h = empty(pre, {M, F}, type);
   const Device device(pre);
-  const Forward a{tiling(device, M, F, kForwardRows), parse(activation), matrix(pre),
+  const Forward a{tiling(device, M, F, kForwardRows), act, matrix(pre),
                   gated ? second_half(pre, F) : Matrix{}, matrix(h)};
   launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
   return {h, absent(pre, type)};
@@ -207,10 +204,9 @@ std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, std::string activa
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,
                                                            std::string activation, bool gated,
                                                            bool bias) {
-  STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
-                      dh.size(1) * (gated ? 2 : 1) == pre.size(1) &&
-                      dh.scalar_type() == pre.scalar_type(),
-                  "tfkern::mlp_activation_backward: dh and pre do not fit together");
+  check_mlp_backward(dh, pre, gated);
+  check_products(dh, pre.scalar_type());
+  const Activation act = parse_activation(activation);
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
@@ -221,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
   const int64_t parts = tiles.groups * tiles.rows();
   Tensor partial = empty(pre, {parts, bias ? W : 0}, ScalarType::Float);
   const Backward a{tiles,
-                   parse(activation),
+                   act,
                    matrix(dh),
                    matrix(pre),
                    gated ? second_half(pre, F) : Matrix{},

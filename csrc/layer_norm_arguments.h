@@ -1,0 +1,54 @@
+// What is checked of the arguments of layer norm's operators on every device. Tensors have any
+// strides: what has no rows at a common distance is copied.
+#pragma once
+
+#include "rows.h"
+
+namespace tfkern {
+
+// Whether t is absent or has the shape of x.
+inline bool is_like(const Optional& t, const Tensor& x) { return has_last_sizes(t, x, x.dim()); }
+
+inline void check_layer_norm_parameters(const Optional& weight, const Optional& bias,
+                                        const Tensor& x, int64_t axes) {
+  for (const Optional* t : {&weight, &bias}) {
+    STD_TORCH_CHECK(!*t || (has_last_sizes(*t, x, axes) && row_stride(**t, axes)),
+                    "tfkern::layer_norm: expected contiguous parameters of the size of a row");
+  }
+}
+
+inline void check_layer_norm_forward(const Tensor& x, const Optional& weight, const Optional& bias,
+                                     const Optional& residual, const Optional& seed,
+                                     double dropout_p, int64_t axes) {
+  check_memory(x, weight, bias, residual, seed);
+  check_floating(x, weight, bias, residual);
+  check_dropout(seed, dropout_p);
+  const auto [M, N] = matrix_size(x, axes);
+  STD_TORCH_CHECK(is_like(residual, x),
+                  "tfkern::layer_norm_forward: residual and x must have the same shape");
+  check_layer_norm_parameters(weight, bias, x, axes);
+  check_countable({kPadding, M, N});
+}
+
+inline void check_layer_norm_backward(const Tensor& dy, const Optional& dh, const Tensor& h,
+                                      const Optional& weight, const Optional& bias,
+                                      const Optional& mean, const Tensor& rstd,
+                                      const Optional& seed, double dropout_p, int64_t axes) {
+  check_memory(dy, dh, h, weight, bias, mean, rstd, seed);
+  check_floating(dy, dh, h, weight, bias);
+  check_dropout(seed, dropout_p);
+  const MatrixSize size = matrix_size(dy, axes);
+  const bool wide = h.scalar_type() == ScalarType::Double;
+  const auto statistics = [&](const Tensor& x) {
+    return is_vector(x, size.rows) &&
+           x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
+  };
+  STD_TORCH_CHECK(is_like(dh, dy) && is_like(h, dy) && statistics(rstd) &&
+                      (!mean || statistics(*mean)) &&
+                      (wide || dy.scalar_type() != ScalarType::Double),
+                  "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
+  check_layer_norm_parameters(weight, bias, dy, axes);
+  check_countable({kPadding, size.rows, size.columns});
+}
+
+}  // namespace tfkern
