@@ -140,4 +140,9 @@ struct AttentionBackward : AttentionScores<C> {
   }
 };
 
+// The next task that nobody has. This hands nothing else from thread to thread: `finished` does.
+inline int64_t take(std::atomic<int64_t>& next) {
+  return next.fetch_add(1, std::memory_order_relaxed);
+}
+
 }  // namespace tfkern

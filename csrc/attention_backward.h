@@ -264,8 +264,8 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   C* dq_rows = scratch.get<C>(Dp * kBlock);
   C* own_sums = scratch.get<C>(a.longest() * sums_width);
 
-  for (int64_t task = next++; task < static_cast<int64_t>(a.documents.size()) * document_tasks;
-       task = next++) {
+  for (int64_t task = take(next); task < static_cast<int64_t>(a.documents.size()) * document_tasks;
+       task = take(next)) {
     const int64_t number = task / document_tasks, hk = task % document_tasks / a.chunks;
     const int64_t chunk = task % a.chunks;
     const Document& document = a.documents[number];
@@ -338,7 +338,7 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   C* total = scratch.get<C>(total_rows * kBlock);  // dbias of the task, transposed
   C* row = scratch.get<C>(kBiasKeys);
 
-  for (int64_t task = next++; task < g.B * g.H * blocks * ranges; task = next++) {
+  for (int64_t task = take(next); task < g.B * g.H * blocks * ranges; task = take(next)) {
     const int64_t range = task % ranges, i = task / ranges % blocks;
     const int64_t head = task / ranges / blocks % g.H, batch = task / ranges / blocks / g.H;
     const int64_t s_begin = range * kBiasKeys, s_end = g.S == 1 ? a.S : s_begin + kBiasKeys;

@@ -401,7 +401,7 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
   C* own_partial = scratch.get<C>(a.partial_size());
   C* o_rows = scratch.get<C>(kBlock * padded<C>(Dv));
 
-  for (int64_t task = next++; task < a.first_task.back(); task = next++) {
+  for (int64_t task = take(next); task < a.first_task.back(); task = take(next)) {
     const auto [block, hk, part, parts] = forward_task(a, task);
     const int64_t begin = std::max(block.begin, part * a.part_keys);
     const int64_t end = parts == 1 ? block.end : std::min(block.end, (part + 1) * a.part_keys);

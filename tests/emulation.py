@@ -3,7 +3,7 @@
 The library registers its operators as torch.ops.tfkern_host. TFKERN_CUDA_HOST=plain or =sanitized
 in the environment makes conftest call `patch`: the tests of `native` then run the CUDA kernels.
 `sanitized` has AddressSanitizer and UndefinedBehaviorSanitizer, and works in processes that preload
-the former; `pytest` starts one.
+the former; `pytest` starts one. `threads` has ThreadSanitizer, for the kernels of the CPU.
 """
 
 import fcntl
@@ -23,8 +23,11 @@ HOST = ROOT / "tests" / "cuda_host"
 OPS = ("attention", "layer_norm", "mlp")
 ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
 
-_SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-_FLAGS = {"plain": [], "sanitized": _SANITIZE}
+_FLAGS = {
+    "plain": [],
+    "sanitized": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "threads": ["-g1", "-fsanitize=thread"],
+}
 
 
 def build(sources: list[Path], flavour: str = "plain") -> Path:
@@ -61,7 +64,14 @@ def build(sources: list[Path], flavour: str = "plain") -> Path:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compiled, sources, objects))
         lib = include.parent / "lib"
-        link = ["-shared", f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+        link = [
+            "-shared",
+            "-Wl,-Bsymbolic",
+            f"-L{lib}",
+            "-ltorch_cpu",
+            "-lc10",
+            f"-Wl,-rpath,{lib}",
+        ]
         subprocess.run([*command, *objects, *link, "-o", library], check=True)
         for path in objects:
             os.remove(path)
@@ -118,8 +128,11 @@ def _or_double(operator, of_cpu):
 
 def load_sanitized() -> None:
     """Makes `import tfkern` take the CPU's operators from a library with sanitizers."""
+    flavour = os.environ["TFKERN_CPU_SANITIZED"]
     sources = sorted(set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc" / "module.cpp"})
-    library, load_library = build(sources, "sanitized"), torch.ops.load_library
+    if flavour == "threads":
+        sources.append(HOST / "threads.cpp")
+    library, load_library = build(sources, flavour), torch.ops.load_library
     torch.ops.load_library = lambda path: load_library(
         library if Path(path).name.startswith("_operators") else path
     )
@@ -134,10 +147,10 @@ def pytest(*arguments, flavour: str, order: int = 0, **environment) -> subproces
     return python(*_PYTEST, *arguments, flavour=flavour, **environment)
 
 
-def pytest_on_cpu(*arguments, **environment) -> subprocess.CompletedProcess:
+def pytest_on_cpu(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
     """Runs pytest in a process whose kernels of the CPU are built with sanitizers."""
-    environment |= {"TFKERN_CPU_SANITIZED": "1"}
-    return python(*_PYTEST, *arguments, flavour="sanitized", **environment)
+    environment |= {"TFKERN_CPU_SANITIZED": flavour}
+    return python(*_PYTEST, *arguments, flavour=flavour, **environment)
 
 
 def python(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
@@ -149,4 +162,10 @@ def python(*arguments, flavour: str, **environment) -> subprocess.CompletedProce
         environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
         environment["UBSAN_OPTIONS"] = "print_stacktrace=0"
     command = [sys.executable, *arguments]
+    if flavour == "threads":
+        # Addresses that are the same each time are those that ThreadSanitizer expects.
+        command = ["setarch", "--addr-no-randomize", *command]
+        environment["LD_PRELOAD"] = ":".join(map(_library, ("libtsan.so", "libstdc++.so.6")))
+        environment["TSAN_OPTIONS"] = "halt_on_error=1"
+        environment["OMP_NUM_THREADS"] = "1"  # of torch itself
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

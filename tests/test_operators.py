@@ -335,6 +335,7 @@ def test_drawn_calls_touch_no_foreign_memory(call, run):
 # ---- sanitizers ----
 
 FILE = emulation.ROOT / "tests" / "test_operators.py"
+FILES = [FILE, *(x for op in emulation.OPS for x in sorted(FILE.parent.glob(f"test_{op}*.py")))]
 SOME = "(test_operators or each_value or activations or long_rows or matches or residual)"
 
 
@@ -348,11 +349,9 @@ SOME = "(test_operators or each_value or activations or long_rows or matches or 
 )
 def test_kernels_of_the_cpu_under_sanitizers(chosen, draws):
     """AddressSanitizer and UndefinedBehaviorSanitizer end the process at the first fault."""
-    tests = [FILE]
-    for op in emulation.OPS:
-        tests += sorted((emulation.ROOT / "tests").glob(f"test_{op}*.py"))
     selection = f"(native or (test_operators and cpu)) and ({chosen}) and not under_sanitizers"
-    passes(emulation.pytest_on_cpu("-k", selection, *tests, TFKERN_TEST_DRAWS=str(draws)))
+    options = {"flavour": "sanitized", "TFKERN_TEST_DRAWS": str(draws)}
+    passes(emulation.pytest_on_cpu("-k", selection, *FILES, **options))
 
 
 @pytest.mark.parametrize(
@@ -362,6 +361,17 @@ def test_kernels_of_cuda_under_sanitizers(draws):
     """tests/test_cuda.py does the same to the tests of the ops."""
     options = {"flavour": "sanitized", "order": 7, "TFKERN_TEST_DRAWS": str(draws)}
     passes(emulation.pytest("-k", "host and not under_sanitizers", FILE, **options))
+
+
+@pytest.mark.slow
+def test_threads_of_the_cpu_under_sanitizers():
+    """ThreadSanitizer ends the process at the first access that nothing orders."""
+    chosen = (
+        "matches or residual or activations or each_value or long_rows or decode or bias or sizes"
+    )
+    left_out = "compile or opcheck or vmap or float64 or float16"
+    selection = f"(native or (valid and cpu)) and ({chosen}) and not ({left_out})"
+    passes(emulation.pytest_on_cpu("-k", selection, *FILES, flavour="threads"))
 
 
 def passes(result):
