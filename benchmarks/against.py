@@ -128,10 +128,13 @@ def run(
 def write(rows: list[dict[str, Any]], folder: Path) -> Path:
     """Puts the rows of an op into the file of this processor, in place of its former ones."""
     op, order = rows[0]["op"], list(COMPARISONS)
-    name = report.file_name("cpu", rows[0]["device"], rows[0]["torch_instructions"])
-    return report.update(
-        folder / name, rows, lambda r: r["op"] != op, lambda r: order.index(r["op"])
-    )
+    path = folder / file_name(rows[0])
+    return report.update(path, rows, lambda r: r["op"] != op, lambda r: order.index(r["op"]))
+
+
+def file_name(facts: dict[str, Any]) -> str:
+    """The file of a processor, by the facts of its rows."""
+    return report.file_name("cpu", facts["device"], facts["torch_instructions"])
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

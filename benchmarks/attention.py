@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -212,13 +213,16 @@ def visible_pairs(T: int, S: int, band: Band, tile: tuple[int, int] = (1, 1)) ->
     """
     left, right = band
     tile_t, tile_s = tile
-    pairs = 0
-    for start in range(0, T, tile_t):
-        end = min(start + tile_t, T)
-        first = 0 if left is None else max(0, start + S - T - left) // tile_s * tile_s
-        stop = S if right is None else min(S, max(0, end + S - T + right))
-        pairs += (end - start) * max(0, min(S, -(-stop // tile_s) * tile_s) - first)
-    return pairs
+    start = np.arange(0, T, tile_t)
+    end = np.minimum(start + tile_t, T)
+    first = np.zeros_like(start)
+    if left is not None:
+        first = np.maximum(0, start + S - T - left) // tile_s * tile_s
+    stop = np.full_like(start, S)
+    if right is not None:
+        stop = np.minimum(S, np.maximum(0, end + S - T + right))
+    keys = np.minimum(S, -(-stop // tile_s) * tile_s) - first
+    return int(((end - start) * np.maximum(0, keys)).sum())
 
 
 def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[int, int]) -> int:

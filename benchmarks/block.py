@@ -45,7 +45,7 @@ class OpCase(Case):
         return on_meta(Block, config)
 
     def small(self) -> "OpCase":
-        return replace(self, length=min(self.length, 67))
+        return replace(self, batch=1, length=min(self.length, 67))
 
     def inputs(self) -> dict[str, Tensor]:
         return {"x": self.draw(self.batch, self.length, self.hidden), **self.parameters()}

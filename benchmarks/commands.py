@@ -1,5 +1,7 @@
 """`tfkern bench`: one command per op."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tfkern import files
 from tfkern.dispatch import check_backend
 
 from . import against, environment, report, suite, sweep
@@ -28,6 +31,26 @@ app = typer.Typer(
 
 _OUT = Path("bench-results")
 _FIXED_OUT = Path("benchmarks/results")
+_LONGEST = 2**24  # tokens: counting the tiles of more takes seconds
+
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[Any], float]:
+    """The parser of an option that takes numbers of this range."""
+
+    def parse(text: Any) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # NaN is in no range
+                return value
+        what = "an integer" if kind is int else "a number"
+        got = files.shown(str(text))
+        raise typer.BadParameter(f"got {got}, expected {what} from {low} to {high}")
+
+    parse.__name__ = "INTEGER" if kind is int else "NUMBER"  # which the help shows
+    return parse
+
+
+SEEDS = number(int, -(2**62), 2**62)  # there is room to count up from them
+SECONDS = number(float, 0, 10**9)
 
 Lengths = Annotated[
     str,
@@ -50,11 +73,18 @@ Backends = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.", min=0)]
+Threads = Annotated[
+    int,
+    typer.Option(
+        help="CPU threads; 0 leaves PyTorch's choice.", parser=number(int, 0, os.cpu_count() or 1)
+    ),
+]
 Limit = Annotated[
     float,
     typer.Option(
-        "--max-seconds", help="Skip what is predicted to take longer than this a call.", min=0
+        "--max-seconds",
+        help="Skip what is predicted to take longer than this a call.",
+        parser=SECONDS,
     ),
 ]
 Backward = Annotated[
@@ -63,9 +93,9 @@ Backward = Annotated[
         "--backward", help="Also run the backward; times of the two halves and of both together."
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Sequences in a batch.", min=1)]
-Heads = Annotated[int, typer.Option(help="Attention heads.", min=1)]
-Hidden = Annotated[int, typer.Option(help="Features of a token.", min=1)]
+Batch = Annotated[int, typer.Option(help="Sequences in a batch.", parser=number(int, 1, 2**20))]
+Heads = Annotated[int, typer.Option(help="Attention heads.", parser=number(int, 1, 2**16))]
+Hidden = Annotated[int, typer.Option(help="Features of a token.", parser=number(int, 1, 2**20))]
 
 Against = Annotated[
     str,
@@ -85,11 +115,14 @@ def attention(
     dtype: Dtype = "float32",
     batch: Batch = 1,
     heads: Heads = 8,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.", min=1, max=256)] = 64,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.", parser=number(int, 1, 256))] = 64,
     causal: Annotated[bool, typer.Option(help="Hide the keys behind each query.")] = False,
     window: Annotated[
         int | None,
-        typer.Option(help="Keys on either side that a query sees, all by default.", min=0),
+        typer.Option(
+            help="Keys on either side that a query sees, all by default.",
+            parser=number(int, 0, _LONGEST),
+        ),
     ] = None,
     backward: Backward = False,
     backends: Backends = "",
@@ -137,7 +170,9 @@ def mlp(
     dtype: Dtype = "float32",
     batch: Batch = 1,
     hidden: Hidden = 512,
-    expansion: Annotated[int, typer.Option(help="Inner features over hidden.", min=1)] = 4,
+    expansion: Annotated[
+        int, typer.Option(help="Inner features over hidden.", parser=number(int, 1, 1024))
+    ] = 4,
     activation: Annotated[str, typer.Option(help="gelu, gelu_tanh, relu or silu.")] = "gelu_tanh",
     backward: Backward = False,
     backends: Backends = "",
@@ -182,7 +217,7 @@ def model(
     lengths: Lengths = "",
     dtype: Dtype = "float32",
     batch: Batch = 1,
-    layers: Annotated[int, typer.Option(help="Blocks.", min=1)] = 2,
+    layers: Annotated[int, typer.Option(help="Blocks.", parser=number(int, 1, 1024))] = 2,
     hidden: Hidden = 256,
     heads: Heads = 4,
     backends: Backends = "",
@@ -204,7 +239,7 @@ def fixed(
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     budget: Annotated[
-        float, typer.Option(help="Seconds after which no further case is begun.", min=0)
+        float, typer.Option(help="Seconds after which no further case is begun.", parser=SECONDS)
     ] = suite.BUDGET,
     resume: Annotated[
         bool,
@@ -225,7 +260,7 @@ def fixed(
         )
     device = check_device(device)
     path = out / report.file_name(environment.device_name(device))
-    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    _prepare(out, path.name)
     cases = [p for p in suite.points(device) if p.case.op in (ops or suite.OPS)]
     results = _with_progress(
         1 + len(cases),
@@ -263,13 +298,21 @@ def _bench(
     kind = load(op)
     swept = _lengths(lengths) if lengths else kind.lengths[device.partition(":")[0]]
     case = kind(length=max(swept), dtype=dtype, device=device, **sizes)
-    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    sweep.check_memory(case, named)
+    _prepare(out, *(f"{op}{suffix}" for suffix in report.SUFFIXES))
     variants = len(case.variants(named))
     # The ceiling, comparisons, and at each length the warm-ups, the timing and the memory.
     total = 1 + variants + len(swept) * (2 * variants + 1)
     results = _with_progress(
         total,
-        lambda progress: sweep.run(case, swept, named, max_seconds=max_seconds, progress=progress),
+        lambda progress: sweep.run(
+            case,
+            swept,
+            named,
+            max_seconds=max_seconds,
+            progress=progress,
+            keep=lambda results: report.write_rows(results, out),
+        ),
     )
     console = _console()
     if results.rows:
@@ -292,7 +335,7 @@ def _against(context: typer.Context) -> None:
         raise ValueError(f"{option} does not apply to --against, whose cases are fixed, on a CPU")
     torch.set_num_threads(options["threads"] or against.THREADS)
     out = options["out"] if "out" in given else _FIXED_OUT
-    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    _prepare(out, against.file_name(environment.facts("cpu")))
     total = len(against.dtypes(op)) * len(against.COMPARISONS[op])
     results = _with_progress(total, lambda progress: against.run(op, progress=progress))
     if results.rows:
@@ -301,6 +344,22 @@ def _against(context: typer.Context) -> None:
         path = against.write(results.rows, out)
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     _exit(results.wrong)
+
+
+def _prepare(folder: Path, *names: str) -> None:
+    """Makes the folder for these files, or fails now, not after minutes.
+
+    Raises:
+        ValueError: they cannot be written, or what is there is no CSV to add rows to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    for name in names:
+        path = files.replaceable(folder / name)
+        if path.suffix == ".csv" and path.exists():
+            report.read(path)
 
 
 def _console() -> Console:
@@ -329,10 +388,12 @@ def _lengths(text: str) -> list[int]:
         lengths = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"lengths are integers with commas between them, such as 256,512; got {text!r}"
+            "lengths are integers with commas between them, such as 256,512; got "
+            f"{files.shown(text)}"
         ) from None
-    if min(lengths) < 1:
-        raise ValueError(f"lengths must be positive, got {min(lengths)}")
+    for length in lengths:
+        if not 1 <= length <= _LONGEST:
+            raise ValueError(f"lengths must be positive and at most {_LONGEST}, got {length}")
     return lengths
 
 
@@ -341,9 +402,9 @@ def check_device(name: str) -> str:
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or name == "cpu:":
+    if kind not in ("cpu", "cuda") or name.endswith(":") or (index and not index.isdecimal()):
         raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if kind == "cuda" and (len(index) > 3 or int(index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise ValueError(f"device {name} is not available: PyTorch sees {count} GPUs")
     return "cpu" if kind == "cpu" else name

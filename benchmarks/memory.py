@@ -1,21 +1,29 @@
 """Peak memory of one call beyond its inputs, scratch memory included.
 
 On a GPU the caching allocator counts. On a CPU nothing counts what kernels allocate for themselves,
-so the measure is the peak resident size of a fresh process: `python -m tfkern.benchmarks.memory`
-makes the inputs, runs the op once at a small size, so that libraries and threads are up, notes the
-resident size, runs the op and prints how far the peak lies above it. Linux counts resident pages
-per processor and in batches, so this is exact to a few hundred kB.
+so the measure is the peak resident size of a fresh process: `measure` makes the inputs, runs the op
+once at a small size, so that libraries and threads are up, notes the resident size, runs the op and
+prints how far the peak lies above it. Linux counts resident pages per processor and in batches, so
+this is exact to a few hundred kB.
 """
 
+import contextlib
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .case import Case, Variant, load, prepared
 
@@ -36,17 +44,72 @@ def peak(case: Case, variant: Variant) -> int:
         "case": asdict(case),
         "threads": torch.get_num_threads(),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "tfkern.benchmarks.memory", json.dumps(request)],
-        capture_output=True,
+    call = (os.getpid(), __name__, "measure", json.dumps(request))
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"from tfkern_program import attached; attached{call}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # an interrupt at the terminal is the parent's to handle
         # Freed blocks go back to the system at once, so that the peak is of what is alive.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        env=os.environ
+        | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        | {"PYTHONSAFEPATH": "1"},
     )
-    if done.returncode != 0:
-        told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"measuring the memory of {variant.name} failed: {told[-1]}")
-    return int(done.stdout)
+    try:
+        out, told = child.communicate()
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)  # with its compilers
+        child.wait()
+        raise
+    if child.returncode != 0:
+        last = (told.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+        raise RuntimeError(f"measuring the memory of {variant.name} failed: {last}")
+    return int(out)
+
+
+def footprint(case: Case, variant: Variant | None = None) -> int:
+    """Bytes of the tensors that are alive at once in a call, inputs included, or of these alone.
+
+    They are added up on tensors without memory, so this takes no time at any length. What kernels
+    allocate for themselves is not seen.
+    """
+    with FakeTensorMode(), _Alive() as alive:
+        try:
+            inputs = case.inputs()
+            if variant is not None:
+                _run(case, variant, inputs, traced=True)
+        except Exception as error:
+            if "overflow" not in str(error):
+                return alive.peak  # as far as it can be traced
+            return 2**63  # a tensor of more bytes than there are addresses
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that operators make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, storage.nbytes())
+
+    def _remove(self, count: int) -> None:
+        self.now -= count
 
 
 def available(device: str) -> int:
@@ -54,15 +117,18 @@ def available(device: str) -> int:
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    limits = [_free()]
-    try:  # a container's limit, which the system's own count does not know
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            limits.append(int(limit) - int((group / "memory.current").read_text()))
-    except OSError:
-        pass
-    return min(limits)
+    return min([_free(), *_left_in_containers()])
+
+
+def _left_in_containers() -> Iterator[int]:
+    """What the limits of containers leave, which the system's own count does not know."""
+    for folder, limit, used in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # of version 1
+    ):
+        group = Path("/sys/fs/cgroup") / folder
+        with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
+            yield int((group / limit).read_text()) - int((group / used).read_text())
 
 
 def _free() -> int:
@@ -75,8 +141,8 @@ def _free() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _run(case: Case, variant: Variant, inputs: dict) -> None:
-    step = prepared(case, variant, inputs)
+def _run(case: Case, variant: Variant, inputs: dict, *, traced: bool = False) -> None:
+    step = prepared(case, variant, inputs, traced=traced)
     output = step.forward()
     if step.backward is not None:
         step.backward(output)
@@ -102,7 +168,9 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _main(request: dict) -> int:
+def measure(text: str) -> None:
+    """Prints what the request in this process needs."""
+    request = json.loads(text)
     torch.set_num_threads(request["threads"])
     case = load(request["op"])(**request["case"])
     name = request["variant"]
@@ -121,8 +189,4 @@ def _main(request: dict) -> int:
     except OSError:  # not allowed here: growth below an earlier peak goes unseen
         baseline = _resident("VmRSS")
     _run(case, variant, inputs)
-    return max(0, _resident("VmHWM") - baseline)
-
-
-if __name__ == "__main__":
-    print(_main(json.loads(sys.argv[1])))
+    print(max(0, _resident("VmHWM") - baseline))

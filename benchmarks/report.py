@@ -1,6 +1,7 @@
 """Writes results: a table, CSV, JSON and charts of time, memory and rates over length."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from tfkern import files
 
 from .case import BOTH
 from .sweep import MEASURED, Results, size, slopes
@@ -37,19 +40,30 @@ _STYLES = {
 _INK = "#333333"
 
 
+SUFFIXES = (".csv", ".json", ".png")
+
+
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes <op>.csv, <op>.json and <op>.png into `folder`, and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / results.case.op
-    paths = [stem.with_suffix(suffix) for suffix in (".csv", ".json", ".png")]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results.rows[0]))
-        writer.writeheader()
-        writer.writerows(results.rows)
+    paths = [folder / f"{results.case.op}{suffix}" for suffix in SUFFIXES]
+    write_rows(results, folder)
     content = {"rows": results.rows, "slopes": slopes(results), "notes": results.notes}
-    paths[1].write_text(json.dumps(content, indent=1) + "\n")
+    files.write(paths[1], json.dumps(content, indent=1) + "\n")
     chart(results, paths[2])
     return paths
+
+
+def write_rows(results: Results, folder: Path) -> None:
+    """Writes <op>.csv with the rows that there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / f"{results.case.op}{SUFFIXES[0]}", list(results.rows[0]), results.rows)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    with files.replacing(path) as new, new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def file_name(*facts: str) -> str:
@@ -59,8 +73,26 @@ def file_name(*facts: str) -> str:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a file.
+
+    Raises:
+        ValueError: with the line that is damaged.
+    """
+    rows: list[dict[str, str]] = []
+    try:
+        text = files.read(path).decode()
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: it is no text in UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"expected {len(reader.fieldnames or ())} fields, as in line 1")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
 
 
 def update(
@@ -69,20 +101,11 @@ def update(
     keep: Callable[[dict[str, str]], bool],
     order: Callable[[dict[str, Any]], Any],
 ) -> Path:
-    """Puts rows into a file beside those of its former rows that are to be kept.
-
-    The file is replaced as a whole, so that it is never half written.
-    """
+    """Puts rows into a file beside those of its former rows that are to be kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read(path) if keep(row)] if path.exists() else []
     every = sorted([*kept, *rows], key=order)
-    columns = list(dict.fromkeys(name for row in [*rows, *kept] for name in row))
-    written = path.with_suffix(".part")
-    with written.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(every)
-    written.replace(path)
+    _write_csv(path, list(dict.fromkeys(name for row in [*rows, *kept] for name in row)), every)
     return path
 
 
@@ -196,7 +219,8 @@ def chart(results: Results, path: Path) -> None:
     figure.legend(handles, labels, loc="lower left", frameon=False, ncols=7, fontsize=9)
     figure.text(0.0125, 0.945, title(results), fontsize=12, fontweight="bold", color=_INK)
     figure.text(0.0125, 0.905, _where(rows[0]), fontsize=8.5, color="#666666")
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
     pyplot.close(figure)
 
 
@@ -252,7 +276,8 @@ def rate_chart(
     figure.legend(found.values(), found, ncols=2 + columns, **legend)
     figure.text(0.0125, 0.955, title, fontsize=12, fontweight="bold", color=_INK)
     figure.text(0.0125, 0.925, _where(row), fontsize=8.5, color="#666666")
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
     pyplot.close(figure)
     return path
 

@@ -15,6 +15,7 @@ from . import environment, memory, timing
 from .case import BOTH, FORWARD, Case, Variant, prepared
 
 MEASURED = "measured"
+_FAILURES = (RuntimeError, MemoryError)  # of a variant, which costs its own rows only
 
 
 @dataclass
@@ -46,11 +47,13 @@ def run(
     protocol: timing.Protocol | None = None,
     max_seconds: float = 20.0,
     progress: Callable[[str], None] = lambda doing: None,
+    keep: Callable[[Results], None] = lambda results: None,
 ) -> Results:
     """Runs all variants of `case` at all lengths, in ascending order.
 
     A variant that differs from the float64 reference is not timed. One that would not fit in
-    memory, or whose call would take longer than `max_seconds`, gets a row that says so.
+    memory, or whose call would take longer than `max_seconds`, gets a row that says so. `keep` is
+    called with the results so far after each variant.
     """
     backends = None if backends is None else list(backends)
     progress("matrix product" if case.unit == "TFLOP/s" else "copy")
@@ -62,7 +65,7 @@ def run(
         variants = [v for v in point.variants(backends) if v.name in usable]
         left_out = {}
         for variant in variants:
-            seconds = _predicted_seconds(point, previous.get(variant.name))
+            seconds = _predicted_seconds(point, previous.get(variant.name), results.ceiling)
             left_out[variant.name] = does_not_fit(point, variant) or (
                 f"would take {_duration(seconds)} a call" if seconds > max_seconds else None
             )
@@ -75,7 +78,26 @@ def run(
                 time = timings[variant.name]
                 previous[variant.name] = length, time.quantiles(point.passes[-1])[1]
             _add_rows(results, point, variant, timings.get(variant.name), failure)
+            keep(results)
     return results
+
+
+def check_memory(case: Case, backends: Iterable[str] | None = None) -> None:
+    """Refuses a case of which no variant fits in memory, or not even the comparison.
+
+    Raises:
+        ValueError: with what it needs and what there is.
+    """
+    there = memory.available(case.device)
+    wide = replace(case.small(), dtype="float64")
+    needs = {
+        f"at length {case.length}": [memory.footprint(case, v) for v in case.variants(backends)]
+    }
+    needs["comparing with float64"] = [memory.footprint(wide, Variant("", wide.reference))]
+    for what, found in needs.items():
+        if found and min(found) > there:
+            sizes = f"at least {size(min(found))}, and {size(there)} of memory are free"
+            raise ValueError(f"{case.op} does not fit: {what} it needs {sizes}")
 
 
 def count_flops(case: Case, variant: Variant) -> int:
@@ -131,7 +153,7 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
         if unavailable is None:
             try:
                 problem = disagreement(small, variant)
-            except RuntimeError as error:  # a backend or an operator that does not serve these
+            except _FAILURES as error:  # a backend or an operator that does not serve these
                 unavailable = timing.reason(error)
                 timing.synchronize(small.device)
         if unavailable is not None:
@@ -193,29 +215,34 @@ def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
 def does_not_fit(case: Case, variant: Variant) -> str | None:
     """Why there is too little memory for the variant now, by what it says that it needs."""
     # A tenth stays free: the prediction leaves out what allocators and libraries keep.
-    if variant.scratch > 0.9 * memory.available(case.device):
-        return f"would need {size(variant.scratch)}"
+    need = max(variant.scratch, memory.footprint(case, variant) - memory.footprint(case))
+    if need > 0.9 * memory.available(case.device):
+        return f"would need {size(need)}"
     return None
 
 
-def _predicted_seconds(case: Case, previous: tuple[int, float] | None) -> float:
+def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: float) -> float:
+    """What a call takes at least, since the machine does no more, or if the last one is a guide."""
     if previous is None:
-        return 0.0
+        return case.work(case.passes[-1]) / ceiling
     length, seconds = previous
     return seconds * (case.length / length) ** case.growth
 
 
 def _timed(case: Case, variants, protocol, progress):
     """Timings by variant, and why a variant has none although it was tried."""
-    inputs = case.inputs()
     steps, failures = {}, {}
+    try:
+        inputs = case.inputs()
+    except _FAILURES as error:
+        return {}, {variant.name: timing.reason(error) for variant in variants}
     for variant in variants:
         progress(f"{variant.name}, length {case.length}: warm-up")
         step = prepared(case, variant, inputs)
         try:
             timing.warm_up(step, protocol or timing.Protocol.of(case.device), case.device)
             steps[variant.name] = step
-        except RuntimeError as error:  # out of memory on a GPU, or an operator that refuses
+        except _FAILURES as error:  # out of memory, or an operator that refuses
             failures[variant.name] = timing.reason(error)
             timing.synchronize(case.device)
     progress(f"length {case.length}: timing")

@@ -5,11 +5,16 @@ fails, and one that waits for ever cannot be stopped. Either costs such a proces
 """
 
 import multiprocessing
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from tfkern_program import attached
 
 from . import timing
 
@@ -69,9 +74,25 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.device))
-        self._process.start()
+        call = (os.getpid(), __name__, "_serve", theirs, self.device)
+        self._process = context.Process(target=attached, args=call)
+        with _interrupts_held():
+            self._process.start()
         theirs.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """An interrupt at the terminal waits for the end of the block, and a process that is started in
+    it never hears of one: it is for the parent to end it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _serve(connection: Connection, device: str) -> None:

@@ -9,41 +9,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tfkern
+import tfkern_program
+from tfkern import files
+from tfkern_program import failed, say
 
 if TYPE_CHECKING:
     import torch
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program and returns its exit status: 0, 1 for a failed check, 2 for a wrong call.
-
-    Errors of the caller are one line on stderr.
-    """
+    """Runs a command and returns its exit status, as `tfkern_program.main`, in this process."""
     try:
         app = _app()
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich", "matplotlib", "tokenizers"):
             raise
-        return _error(f"{package} is not installed: pip install tfkern[cli]")
+        return say(f"{package} is not installed: pip install tfkern[cli]", 2)
     import typer
 
     usage_error: Any = typer.BadParameter.__base__  # typer shows its errors in boxes
     try:
         return app(arguments, prog_name="tfkern", standalone_mode=False) or 0
     except usage_error as error:
-        return _error(error.format_message())
+        return say(error.format_message() or "no command was given", 2)
     except typer.Exit as error:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _error("interrupted", 130)
-    except (ValueError, NotImplementedError, OSError) as error:
-        return _error(str(error))
-
-
-def _error(message: str, status: int = 2) -> int:
-    print(f"tfkern: {' '.join(message.split())}", file=sys.stderr)
-    return status
+        return say("interrupted", 130)
+    except (ValueError, NotImplementedError) as error:
+        return say(str(error), 2)
+    except Exception as error:
+        return failed(error)
 
 
 def _app():
@@ -52,8 +49,8 @@ def _app():
     import typer
 
     from tfkern.benchmarks.case import DTYPES
+    from tfkern.benchmarks.commands import SEEDS, check_device, number
     from tfkern.benchmarks.commands import app as bench
-    from tfkern.benchmarks.commands import check_device
     from tfkern.commands import add_model_commands
 
     app = typer.Typer(
@@ -85,8 +82,12 @@ def _app():
             str, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")
         ] = "float32",
         device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
-        seed: Annotated[int, typer.Option(help="Draws the cases and their inputs.")] = 0,
-        count: Annotated[int, typer.Option(help="Cases per op.", min=1)] = 8,
+        seed: Annotated[
+            int, typer.Option(help="Draws the cases and their inputs.", parser=SEEDS)
+        ] = 0,
+        count: Annotated[
+            int, typer.Option(help="Cases per op.", parser=number(int, 1, 100_000))
+        ] = 8,
         file: Annotated[
             Path | None, typer.Option("--json", help="Also write the results to this file.")
         ] = None,
@@ -101,6 +102,8 @@ def _app():
             raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_OPS)}")
         ops = (op,) if op else _OPS
         device = check_device(device)
+        if file is not None:
+            files.replaceable(file)
         if not validate(ops, DTYPES[dtype], device, backend or None, seed, count, file):
             raise typer.Exit(1)
 
@@ -151,7 +154,7 @@ def validate(
     console.print(f"{len(results)} comparisons, {failed} failed")
     if file is not None:
         settings = {"dtype": str(dtype), "device": device, "backend": backend, "seed": seed}
-        file.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
+        files.write(file, json.dumps(settings | {"results": results}, indent=1) + "\n")
     return failed == 0
 
 
@@ -259,20 +262,18 @@ def _kernels() -> list[tuple[str, str, str, str]]:
 
 def _gpus() -> dict[tuple[str, str], set[str]]:
     """The GPUs that benchmarks/results has rows of, by op and backend."""
-    import csv
-
     import tfkern.benchmarks
+    from tfkern.benchmarks import report
 
     gpus: dict[tuple[str, str], set[str]] = {}
     for path in Path(tfkern.benchmarks.__path__[0]).glob("results/**/*.csv"):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                package, _, backend = row.get("variant", "").partition(" ")
-                ran = row.get("driver") and row.get("status") == "measured"  # a driver: on a GPU
-                if package == "tfkern" and ran:
-                    gpus.setdefault((row["op"], backend), set()).add(row["device"])
+        for row in report.read(path):
+            package, _, backend = row.get("variant", "").partition(" ")
+            ran = row.get("driver") and row.get("status") == "measured"  # a driver: on a GPU
+            if package == "tfkern" and ran:
+                gpus.setdefault((row["op"], backend), set()).add(row["device"])
     return gpus
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tfkern_program.main())

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tfkern import files
 from tfkern.benchmarks.case import DTYPES
-from tfkern.benchmarks.commands import check_device
+from tfkern.benchmarks.commands import SEEDS, check_device, number
 
 if TYPE_CHECKING:
     from tfkern.models import Transformer
@@ -17,6 +18,8 @@ _Model = Annotated[
     Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")
 ]
 _Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+_FACTOR = number(float, 0, 10**6)
+_INDEX = number(int, 0, 2**16)
 
 
 def add_model_commands(app: typer.Typer) -> None:
@@ -36,17 +39,38 @@ def _sample(
         bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")
     ] = False,
     samples: Annotated[
-        int, typer.Option(help="Texts for each prompt; 0 with --unconditional: no end.", min=0)
+        int,
+        typer.Option(
+            help="Texts for each prompt; 0 with --unconditional: no end.",
+            parser=number(int, 0, 10**6),
+        ),
     ] = 1,
-    max_tokens: Annotated[int, typer.Option(help="The most to write.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0: all.", min=0)] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from tokens of this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least probability beside the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer repetitions.")] = 1.0,
+    max_tokens: Annotated[
+        int, typer.Option(help="The most to write.", parser=number(int, 1, 10**6))
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the likeliest token.", parser=_FACTOR)
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from this many tokens; 0: all.", parser=number(int, 0, 2**31))
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from tokens of this probability.", parser=_FACTOR)
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Least probability beside the likeliest.", parser=_FACTOR)
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: fewer repetitions.", parser=_FACTOR)
+    ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
-    beams: Annotated[int, typer.Option(help="Beam search instead of drawing; 0: none.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the first text; the others count up.")] = 0,
+    beams: Annotated[
+        int,
+        typer.Option(help="Beam search instead of drawing; 0: none.", parser=number(int, 0, 1024)),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the first text; the others count up.", parser=SEEDS)
+    ] = 0,
     device: _Device = "cpu",
 ) -> None:
     """Write text: what follows a prompt, or with --unconditional from nothing.
@@ -125,14 +149,19 @@ def _pieces(
 def _attention_map(
     model: _Model,
     text: Annotated[str, typer.Argument(help="What the model reads.")],
-    layer: Annotated[int, typer.Option(help="Of the blocks, from 0.", min=0)] = 0,
-    head: Annotated[int, typer.Option(help="Of the block, from 0.", min=0)] = 0,
+    layer: Annotated[int, typer.Option(help="Of the blocks, from 0.", parser=_INDEX)] = 0,
+    head: Annotated[int, typer.Option(help="Of the block, from 0.", parser=_INDEX)] = 0,
     out: Annotated[Path, typer.Option(help="The image to write.")] = Path("attention.png"),
     device: _Device = "cpu",
 ) -> None:
     """Draw which token attends to which in one head, and print where each looks most."""
     import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if out.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"unknown kind of image {out.name!r}: expected .{', .'.join(known)}")
+    files.replaceable(out)
     transformer, tokenizer = _load(model, device)
     if transformer.config.architecture == "encoder_decoder":
         raise ValueError("attention-map reads encoders and decoders, not both in one")
@@ -168,7 +197,10 @@ def _draw(weights: Any, names: list[str], title: str, out: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set(title=title, xlabel="key", ylabel="query")
     figure.colorbar(image, shrink=0.7)
-    FigureCanvasAgg(figure).print_figure(out, dpi=120)
+    with files.replacing(out) as new:  # of a long text still an image that memory holds
+        FigureCanvasAgg(figure).print_figure(
+            new, dpi=min(120, 8000 / size), format=out.suffix[1:].lower()
+        )
 
 
 def _convert(
@@ -181,7 +213,10 @@ def _convert(
         str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}. As they are by default.")
     ] = "",
     shard_bytes: Annotated[
-        int, typer.Option(help="Weights beyond this size go to several files.", min=1)
+        int,
+        typer.Option(
+            help="Weights beyond this size go to several files.", parser=number(int, 1, 2**62)
+        ),
     ] = 5_000_000_000,
 ) -> None:
     """Rewrite the weights of a model: Hugging Face's names or tfkern's, another dtype, shards.
@@ -192,6 +227,10 @@ def _convert(
 
     if dtype and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if form not in ("huggingface", "tfkern"):
+        raise ValueError(f"form must be huggingface or tfkern, got {form!r}")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is no directory")
     if target.resolve() == source.resolve():
         raise ValueError(f"source and target are the same directory, {source}")
     model = convert.load(source, dtype=DTYPES[dtype] if dtype else None)

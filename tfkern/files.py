@@ -1,6 +1,5 @@
 """Files that are replaced whole or not at all, and files that may hold anything."""
 
-import fcntl
 import json
 import os
 import reprlib
@@ -11,6 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".tfkern-"  # of the folders in which files are written
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others hold these open, and would see no new file
@@ -60,17 +64,13 @@ def beside(directory: Path) -> Iterator[Beside]:
     """A folder for new files of a directory.
 
     Nobody else who asks for one gets it before the block ends, and what a process left that ended
-    in such a block is removed. Where the file system cannot lock, there is neither.
+    in such a block is removed. Where the file system or the platform (Windows) cannot lock, there
+    is neither.
 
     Raises:
         OSError: with the name of the directory, where a file cannot be written.
     """
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            for left in directory.glob(f"{_PREFIX}*"):  # of the dead: the living hold the lock
-                shutil.rmtree(left, ignore_errors=True)
+    with _locked(directory):
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
         try:
             yield Beside(directory, folder)
@@ -80,6 +80,20 @@ def beside(directory: Path) -> Iterator[Beside]:
             raise OSError(error.errno, error.strerror, str(directory)) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    if fcntl is None:  # a platform that opens no folders either
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for left in directory.glob(f"{_PREFIX}*"):  # of the dead: the living hold the lock
+                shutil.rmtree(left, ignore_errors=True)
+        yield
     finally:
         os.close(handle)
 
@@ -98,7 +112,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         OSError: where it cannot be written, or its folder is not there.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() or str(path.absolute()).startswith(_STREAMS):
+    if _written_to_itself(path):
         yield path
         return
     path = Path(os.path.realpath(path))
@@ -112,6 +126,23 @@ def write(path: str | Path, content: str | bytes) -> None:
     """Replaces a file by one with this content, whole or not at all: see `replacing`."""
     with replacing(path) as new:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def replaceable(path: Path) -> Path:
+    """The path, if `replacing` can put a file there now, which is found out before the work.
+
+    Raises:
+        ValueError: it cannot: a folder has the name, or its own folder takes no files.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        if not _written_to_itself(path):
+            with beside(Path(os.path.realpath(path)).parent):
+                return path
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}") from None
+    return path
 
 
 def regular(path: Path) -> Path:
@@ -215,6 +246,10 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 2, 3, 3
 
 
+def _written_to_itself(path: Path) -> bool:
+    return path.exists() and not path.is_file() or str(path.absolute()).startswith(_STREAMS)
+
+
 def _seen(path: Path) -> tuple[int, int, int] | None:
     """What changes when a file is replaced."""
     try:
@@ -225,6 +260,8 @@ def _seen(path: Path) -> tuple[int, int, int] | None:
 
 
 def _sync(path: Path) -> None:
+    if fcntl is None and path.is_dir():  # Windows opens no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

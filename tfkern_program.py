@@ -1,0 +1,145 @@
+"""The process of the program `tfkern`, which ends with a status and leaves no other process.
+
+It stands beside the package, whose import takes seconds, so that it is there before a signal is.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from types import FrameType
+from typing import Any
+
+GRACE = 3.0  # seconds in which the main thread may clean up: a kernel hears of no signal
+_SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal is gone"}
+_LONGEST = 600  # characters of a line
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Stopped(BaseException):
+    """A signal has told the program to end."""
+
+
+def main() -> int:
+    """Runs the program and returns its exit status.
+
+    0; 1 for a failed check and for what went wrong on the way; 2 for a wrong call; 130 and 143
+    after an interrupt and a termination. TFKERN_TRACEBACK=1 shows where an error comes from.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    stop = _Stop()
+    try:
+        from tfkern import cli
+
+        stop.at_once = False
+        status = cli.main()
+    except SystemExit as left:  # the reader of a pipe is gone
+        status = left.code if isinstance(left.code, int) else 1
+    except Stopped:
+        _flush()
+        stop.leave()
+    except Exception as error:
+        status = failed(error)
+    return _flush() or status
+
+
+class _Stop:
+    """What a signal does: the first one raises Stopped, and soon the process ends in any case.
+
+    While `at_once` is set it ends without cleaning up, of which there is none during imports.
+    """
+
+    def __init__(self) -> None:
+        self.at_once, self.number, self._leaving = True, 0, threading.Lock()
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        if os.name == "posix":
+            self._reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def leave(self) -> None:
+        """Ends the process with the status of the signal and a line that says so."""
+        self._leaving.acquire()  # and never releases it: there is one line
+        number = signal.Signals(self.number)
+        if sys.stderr.isatty():
+            os.write(2, b"\r\x1b[K\x1b[?25h")  # a progress bar may have hidden the cursor
+        os.write(2, f"tfkern: {_SIGNALS[number.name]}\n".encode())
+        os._exit(128 + number)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first, self.number = not self.number, self.number or number
+        if first:
+            sys.unraisablehook = lambda _: None  # of callbacks that cannot raise
+            if self.at_once:
+                self.leave()
+            raise Stopped
+
+    def _watch(self) -> None:
+        """Runs beside the main thread, which may be anywhere and deaf."""
+        number = os.read(self._reader, 1)[0]
+        time.sleep(GRACE)
+        self.number = self.number or number
+        self.leave()
+
+
+def say(message: str, status: int) -> int:
+    """Prints a message as one line on stderr, without what a terminal would obey."""
+    line = "".join(c for c in " ".join(message.split()) if c.isprintable())
+    line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    print(f"tfkern: {line}", file=sys.stderr)
+    return status
+
+
+def failed(error: Exception) -> int:
+    """Says what went wrong that is nobody's wrong call. Returns the status."""
+    if os.environ.get("TFKERN_TRACEBACK"):
+        traceback.print_exception(error)
+    told = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        name = error.filename if error.filename is not None else "output"
+        return say(f"{name}: {error.strerror}", 1)
+    if isinstance(error, MemoryError) or "not enough memory" in told or "out of memory" in told:
+        return say(f"out of memory: {told or 'no more is to be had'}", 1)
+    return say(f"{type(error).__name__}: {told}", 1)
+
+
+def _flush() -> int:
+    """Writes out what was printed. Returns 0, or 1 if nobody takes it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again at its end
+        return 1 if isinstance(error, BrokenPipeError) else failed(error)
+    return 0
+
+
+def attached(parent: int, module: str, function: str, *arguments: Any) -> Any:
+    """Calls a function of a module, in a process that ends with the one that started it.
+
+    Its module is imported only then. Where the system does not end a process with its parent
+    (all but Linux do not), the function has to.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if hasattr(os, "getppid") and os.getppid() != parent:  # it has ended meanwhile
+        os._exit(1)
+    return getattr(importlib.import_module(module), function)(*arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
