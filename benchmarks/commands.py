@@ -34,23 +34,21 @@ _FIXED_OUT = Path("benchmarks/results")
 _LONGEST = 2**24  # tokens: counting the tiles of more takes seconds
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[Any], float]:
-    """The parser of an option that takes numbers of this range."""
+def number(told: str, kind: type[int] | type[float], low: float, high: float, *names: str) -> Any:
+    """An option that takes numbers of this range, and says so to others."""
 
     def parse(text: Any) -> float:
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:  # NaN is in no range
                 return value
-        what = "an integer" if kind is int else "a number"
-        got = files.shown(str(text))
-        raise typer.BadParameter(f"got {got}, expected {what} from {low} to {high}")
+        expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
+        raise typer.BadParameter(f"got {files.shown(str(text))}, expected {expected}")
 
-    parse.__name__ = "INTEGER" if kind is int else "NUMBER"  # which the help shows
-    return parse
+    return typer.Option(*names, help=told, parser=parse)
 
 
-SEEDS = number(int, -(2**62), 2**62)  # there is room to count up from them
-SECONDS = number(float, 0, 10**9)
+SEEDS = (int, -(2**62), 2**62)  # there is room to count up from them
+SECONDS = (float, 0, 10**9)
 
 Lengths = Annotated[
     str,
@@ -75,17 +73,11 @@ Backends = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
 Threads = Annotated[
     int,
-    typer.Option(
-        help="CPU threads; 0 leaves PyTorch's choice.", parser=number(int, 0, os.cpu_count() or 1)
-    ),
+    number("CPU threads; 0 leaves PyTorch's choice.", int, 0, os.cpu_count() or 1),
 ]
 Limit = Annotated[
     float,
-    typer.Option(
-        "--max-seconds",
-        help="Skip what is predicted to take longer than this a call.",
-        parser=SECONDS,
-    ),
+    number("Skip what is predicted to take longer than this a call.", *SECONDS, "--max-seconds"),
 ]
 Backward = Annotated[
     bool,
@@ -93,9 +85,9 @@ Backward = Annotated[
         "--backward", help="Also run the backward; times of the two halves and of both together."
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Sequences in a batch.", parser=number(int, 1, 2**20))]
-Heads = Annotated[int, typer.Option(help="Attention heads.", parser=number(int, 1, 2**16))]
-Hidden = Annotated[int, typer.Option(help="Features of a token.", parser=number(int, 1, 2**20))]
+Batch = Annotated[int, number("Sequences in a batch.", int, 1, 2**20)]
+Heads = Annotated[int, number("Attention heads.", int, 1, 2**16)]
+Hidden = Annotated[int, number("Features of a token.", int, 1, 2**20)]
 
 Against = Annotated[
     str,
@@ -115,14 +107,11 @@ def attention(
     dtype: Dtype = "float32",
     batch: Batch = 1,
     heads: Heads = 8,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.", parser=number(int, 1, 256))] = 64,
+    head_dim: Annotated[int, number("Size of a head.", int, 1, 256)] = 64,
     causal: Annotated[bool, typer.Option(help="Hide the keys behind each query.")] = False,
     window: Annotated[
         int | None,
-        typer.Option(
-            help="Keys on either side that a query sees, all by default.",
-            parser=number(int, 0, _LONGEST),
-        ),
+        number("Keys on either side that a query sees, all by default.", int, 0, _LONGEST),
     ] = None,
     backward: Backward = False,
     backends: Backends = "",
@@ -170,9 +159,7 @@ def mlp(
     dtype: Dtype = "float32",
     batch: Batch = 1,
     hidden: Hidden = 512,
-    expansion: Annotated[
-        int, typer.Option(help="Inner features over hidden.", parser=number(int, 1, 1024))
-    ] = 4,
+    expansion: Annotated[int, number("Inner features over hidden.", int, 1, 1024)] = 4,
     activation: Annotated[str, typer.Option(help="gelu, gelu_tanh, relu or silu.")] = "gelu_tanh",
     backward: Backward = False,
     backends: Backends = "",
@@ -217,7 +204,7 @@ def model(
     lengths: Lengths = "",
     dtype: Dtype = "float32",
     batch: Batch = 1,
-    layers: Annotated[int, typer.Option(help="Blocks.", parser=number(int, 1, 1024))] = 2,
+    layers: Annotated[int, number("Blocks.", int, 1, 1024)] = 2,
     hidden: Hidden = 256,
     heads: Heads = 4,
     backends: Backends = "",
@@ -239,7 +226,7 @@ def fixed(
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     budget: Annotated[
-        float, typer.Option(help="Seconds after which no further case is begun.", parser=SECONDS)
+        float, number("Seconds after which no further case is begun.", *SECONDS)
     ] = suite.BUDGET,
     resume: Annotated[
         bool,

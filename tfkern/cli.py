@@ -82,12 +82,8 @@ def _app():
             str, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")
         ] = "float32",
         device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
-        seed: Annotated[
-            int, typer.Option(help="Draws the cases and their inputs.", parser=SEEDS)
-        ] = 0,
-        count: Annotated[
-            int, typer.Option(help="Cases per op.", parser=number(int, 1, 100_000))
-        ] = 8,
+        seed: Annotated[int, number("Draws the cases and their inputs.", *SEEDS)] = 0,
+        count: Annotated[int, number("Cases per op.", int, 1, 100_000)] = 8,
         file: Annotated[
             Path | None, typer.Option("--json", help="Also write the results to this file.")
         ] = None,

@@ -18,8 +18,8 @@ _Model = Annotated[
     Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")
 ]
 _Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
-_FACTOR = number(float, 0, 10**6)
-_INDEX = number(int, 0, 2**16)
+_FACTOR = (float, 0, 10**6)
+_INDEX = (int, 0, 2**16)
 
 
 def add_model_commands(app: typer.Typer) -> None:
@@ -40,37 +40,20 @@ def _sample(
     ] = False,
     samples: Annotated[
         int,
-        typer.Option(
-            help="Texts for each prompt; 0 with --unconditional: no end.",
-            parser=number(int, 0, 10**6),
-        ),
+        number("Texts for each prompt; 0 with --unconditional: no end.", int, 0, 10**6),
     ] = 1,
-    max_tokens: Annotated[
-        int, typer.Option(help="The most to write.", parser=number(int, 1, 10**6))
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest token.", parser=_FACTOR)
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(help="Draw from this many tokens; 0: all.", parser=number(int, 0, 2**31))
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from tokens of this probability.", parser=_FACTOR)
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Least probability beside the likeliest.", parser=_FACTOR)
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: fewer repetitions.", parser=_FACTOR)
-    ] = 1.0,
+    max_tokens: Annotated[int, number("The most to write.", int, 1, 10**6)] = 64,
+    temperature: Annotated[float, number("0: always the likeliest token.", *_FACTOR)] = 1.0,
+    top_k: Annotated[int, number("Draw from this many tokens; 0: all.", int, 0, 2**31)] = 0,
+    top_p: Annotated[float, number("Draw from tokens of this probability.", *_FACTOR)] = 1.0,
+    min_p: Annotated[float, number("Least probability beside the likeliest.", *_FACTOR)] = 0.0,
+    repetition_penalty: Annotated[float, number("Above 1: fewer repetitions.", *_FACTOR)] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
     beams: Annotated[
         int,
-        typer.Option(help="Beam search instead of drawing; 0: none.", parser=number(int, 0, 1024)),
+        number("Beam search instead of drawing; 0: none.", int, 0, 1024),
     ] = 0,
-    seed: Annotated[
-        int, typer.Option(help="Of the first text; the others count up.", parser=SEEDS)
-    ] = 0,
+    seed: Annotated[int, number("Of the first text; the others count up.", *SEEDS)] = 0,
     device: _Device = "cpu",
 ) -> None:
     """Write text: what follows a prompt, or with --unconditional from nothing.
@@ -149,8 +132,8 @@ def _pieces(
 def _attention_map(
     model: _Model,
     text: Annotated[str, typer.Argument(help="What the model reads.")],
-    layer: Annotated[int, typer.Option(help="Of the blocks, from 0.", parser=_INDEX)] = 0,
-    head: Annotated[int, typer.Option(help="Of the block, from 0.", parser=_INDEX)] = 0,
+    layer: Annotated[int, number("Of the blocks, from 0.", *_INDEX)] = 0,
+    head: Annotated[int, number("Of the block, from 0.", *_INDEX)] = 0,
     out: Annotated[Path, typer.Option(help="The image to write.")] = Path("attention.png"),
     device: _Device = "cpu",
 ) -> None:
@@ -214,9 +197,7 @@ def _convert(
     ] = "",
     shard_bytes: Annotated[
         int,
-        typer.Option(
-            help="Weights beyond this size go to several files.", parser=number(int, 1, 2**62)
-        ),
+        number("Weights beyond this size go to several files.", int, 1, 2**62),
     ] = 5_000_000_000,
 ) -> None:
     """Rewrite the weights of a model: Hugging Face's names or tfkern's, another dtype, shards.
