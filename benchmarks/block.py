@@ -37,12 +37,20 @@ class OpCase(Case):
     hidden: int = 768
     heads: int = 12
 
-    def module(self) -> nn.Module:
-        """tfkern's, for its structure alone: every call brings the parameters."""
-        config = TransformerConfig(
+    def __post_init__(self) -> None:
+        self.config()  # raises for sizes that make no block
+        if self.hidden > 256 * self.heads:
+            size = self.hidden // self.heads
+            raise ValueError(f"heads of tfkern.attention have up to 256 features, got {size}")
+
+    def config(self) -> TransformerConfig:
+        return TransformerConfig(
             vocab_size=1, dim=self.hidden, layers=1, heads=self.heads, max_length=1
         )
-        return on_meta(Block, config)
+
+    def module(self) -> nn.Module:
+        """tfkern's, for its structure alone: every call brings the parameters."""
+        return on_meta(Block, self.config())
 
     def small(self) -> "OpCase":
         return replace(self, batch=1, length=min(self.length, 67))

@@ -204,7 +204,7 @@ def model(
     lengths: Lengths = "",
     dtype: Dtype = "float32",
     batch: Batch = 1,
-    layers: Annotated[int, number("Blocks.", int, 1, 1024)] = 2,
+    layers: Annotated[int, number("Blocks.", int, 1, 128)] = 2,
     hidden: Hidden = 256,
     heads: Heads = 4,
     backends: Backends = "",
@@ -365,7 +365,10 @@ def _exit(wrong: dict[str, str]) -> None:
 def _with_progress(total: int, run: Callable[[Callable[[str], None]], Any]) -> Any:
     """What `run(progress)` returns, while a bar counts the calls of progress."""
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=total)
         return run(lambda doing: bar.update(task, advance=1, description=doing))
 

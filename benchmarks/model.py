@@ -26,15 +26,17 @@ class OpCase(block.OpCase):
     hidden: int = 256
     heads: int = 4
 
-    def module(self) -> Transformer:
-        config = TransformerConfig(
+    def config(self) -> TransformerConfig:
+        return TransformerConfig(
             vocab_size=_VOCABULARY,
             dim=self.hidden,
             layers=self.layers,
             heads=self.heads,
             max_length=self.length,
         )
-        return block.on_meta(Transformer, config)
+
+    def module(self) -> Transformer:
+        return block.on_meta(Transformer, self.config())
 
     def inputs(self) -> dict[str, Tensor]:
         tokens = torch.randint(_VOCABULARY, (2, self.batch, self.length), device=self.device)

@@ -174,9 +174,10 @@ def show(results: Results, console: Console) -> None:
         console.print(slope_table(results))
     for row in results.rows:
         if row["status"] != MEASURED and row["pass"] == results.main_pass:
-            console.print(f"[yellow]{row['variant']} at {row['length']}: {row['status']}[/]")
+            told = f"{row['variant']} at {row['length']}: {row['status']}"
+            console.print(told, style="yellow", markup=False)
     for note in results.notes:
-        console.print(f"[dim]{note}[/]")
+        console.print(note, style="dim", markup=False)
 
 
 def title(results: Results) -> str:
@@ -326,7 +327,8 @@ def _frame(panel: Any, lengths: list[int]) -> None:
 def _axes(panel: Any, lengths: list[int]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    panel.set_yscale("log")
+    if any(len(line.get_xdata()) for line in panel.lines):  # there is no logarithm of nothing
+        panel.set_yscale("log")
     _frame(panel, lengths)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     if len(lengths) < 2:

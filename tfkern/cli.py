@@ -158,20 +158,21 @@ def doctor(kernels: bool = False) -> None:
     """Prints the facts of this installation and machine, and every backend of every op."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts().items():
-        facts.add_row(f"[bold]{name}[/]", value)
+        facts.add_row(Text(name, style="bold"), Text(value))
     console.print(facts)
     table = Table("op", "backend", "state")
     for row in _backends():
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
     if kernels:
         listed = Table("kernel", "backend", "for", "GPUs in benchmarks/results")
         for kernel in _kernels():
-            listed.add_row(*kernel)
+            listed.add_row(*map(Text, kernel))
         console.print(listed)
 
 
