@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from .case import Case, Variant, load, prepared
 
 _STATUS = Path("/proc/self/status")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def peak(case: Case, variant: Variant) -> int:
@@ -69,8 +71,9 @@ def peak(case: Case, variant: Variant) -> int:
     return int(out)
 
 
-def footprint(case: Case, variant: Variant | None = None) -> int:
-    """Bytes of the tensors that are alive at once in a call, inputs included, or of these alone.
+def footprint(case: Case, variant: Variant) -> tuple[int, int]:
+    """Bytes of the tensors that are alive at once in a call and in the making of its inputs, and of
+    those beside inputs, outputs and gradients.
 
     They are added up on tensors without memory, so this takes no time at any length. What kernels
     allocate for themselves is not seen.
@@ -78,13 +81,14 @@ def footprint(case: Case, variant: Variant | None = None) -> int:
     with FakeTensorMode(), _Alive() as alive:
         try:
             inputs = case.inputs()
-            if variant is not None:
-                _run(case, variant, inputs, traced=True)
-        except Exception as error:
-            if "overflow" not in str(error):
-                return alive.peak  # as far as it can be traced
-            return 2**63  # a tensor of more bytes than there are addresses
-    return alive.peak
+            made, alive.peak = alive.peak, alive.now
+            results = _run(case, variant, inputs, traced=True)
+            whole, beside = max(made, alive.peak), alive.peak - alive.now
+            del results  # which were alive until now
+            return whole, beside
+        except Exception as error:  # it can be traced so far
+            overflow = "overflow" in str(error)  # a tensor of more bytes than there are addresses
+            return 2**63 if overflow else alive.peak, 0
 
 
 class _Alive(TorchDispatchMode):
@@ -126,7 +130,7 @@ def _left_in_containers() -> Iterator[int]:
         ("", "memory.max", "memory.current"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # of version 1
     ):
-        group = Path("/sys/fs/cgroup") / folder
+        group = _GROUPS / folder
         with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
             yield int((group / limit).read_text()) - int((group / used).read_text())
 
@@ -141,11 +145,10 @@ def _free() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _run(case: Case, variant: Variant, inputs: dict, *, traced: bool = False) -> None:
+def _run(case: Case, variant: Variant, inputs: dict, *, traced: bool = False) -> Any:
     step = prepared(case, variant, inputs, traced=traced)
     output = step.forward()
-    if step.backward is not None:
-        step.backward(output)
+    return output, None if step.backward is None else step.backward(output)
 
 
 def _cuda_peak(case: Case, variant: Variant) -> int:

@@ -91,7 +91,7 @@ def read(path: Path) -> list[dict[str, str]]:
                 raise csv.Error(f"expected {len(reader.fieldnames or ())} fields, as in line 1")
             rows.append(row)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from None
     return rows
 
 

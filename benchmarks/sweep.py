@@ -90,13 +90,14 @@ def check_memory(case: Case, backends: Iterable[str] | None = None) -> None:
     """
     there = memory.available(case.device)
     wide = replace(case.small(), dtype="float64")
-    needs = {
-        f"at length {case.length}": [memory.footprint(case, v) for v in case.variants(backends)]
+    calls = {
+        f"at length {case.length}": [(case, v) for v in case.variants(backends)],
+        "in the comparison with float64": [(wide, Variant("float64", wide.reference))],
     }
-    needs["comparing with float64"] = [memory.footprint(wide, Variant("", wide.reference))]
-    for what, found in needs.items():
-        if found and min(found) > there:
-            sizes = f"at least {size(min(found))}, and {size(there)} of memory are free"
+    for what, pairs in calls.items():
+        need = min((memory.footprint(*pair)[0] for pair in pairs), default=0)
+        if need > there:
+            sizes = f"at least {size(need)}, and {size(there)} of memory are free"
             raise ValueError(f"{case.op} does not fit: {what} it needs {sizes}")
 
 
@@ -213,11 +214,12 @@ def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
 
 
 def does_not_fit(case: Case, variant: Variant) -> str | None:
-    """Why there is too little memory for the variant now, by what it says that it needs."""
+    """Why there is too little memory for the variant now, by what it says and by its tensors."""
     # A tenth stays free: the prediction leaves out what allocators and libraries keep.
-    need = max(variant.scratch, memory.footprint(case, variant) - memory.footprint(case))
-    if need > 0.9 * memory.available(case.device):
-        return f"would need {size(need)}"
+    there = 0.9 * memory.available(case.device)
+    for need in (variant.scratch, memory.footprint(case, variant)[1]):
+        if need > there:
+            return f"would need {size(need)}"
     return None
 
 

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import random
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -217,6 +222,202 @@ def test_other_ops(quick, monkeypatch, tmp_path, op):
     assert not results.wrong
     assert {r["status"] for r in results.rows} == {sweep.MEASURED}
     assert len(report.write(results, tmp_path)) == 3
+
+
+def test_rows_are_kept_as_they_come(quick, monkeypatch, tmp_path):
+    """A sweep that is stopped leaves those that it has, and never half of one."""
+
+    def stops(q, k, v):
+        if q.shape[2] > 197:
+            raise KeyboardInterrupt
+        return attention.plain(q, k, v, band=(None, None))
+
+    monkeypatch.setattr(attention.OpCase, "variants", lambda *_: [Variant("stops", stops)])
+    kept = []
+
+    def keep(results):
+        report.write_rows(results, tmp_path)
+        kept.append(len(report.read(tmp_path / "attention.csv")))
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(_case(), [8, 16, 256], protocol=_QUICK, keep=keep)
+    assert kept == [1, 2]
+    assert [r["length"] for r in report.read(tmp_path / "attention.csv")] == ["8", "16"]
+    assert os.listdir(tmp_path) == ["attention.csv"]
+
+
+def _rewrite(folder):
+    results = sweep.Results(_case(), {"device": "x" * 1000}, 1.0)
+    for count in range(1, 10_000):
+        results.rows = [{"length": i, "status": "y" * 3000} for i in range(1 + count % 50)]
+        report.write_rows(results, folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_kill_leaves_a_whole_file(tmp_path):
+    draw = random.Random(0)
+    for _ in range(40):
+        process = multiprocessing.get_context("fork").Process(target=_rewrite, args=(tmp_path,))
+        process.start()
+        while not (tmp_path / "attention.csv").exists():
+            time.sleep(0.001)
+        time.sleep(0.03 * draw.random())
+        process.kill()
+        process.join()
+        rows = report.read(tmp_path / "attention.csv")
+        assert [r["length"] for r in rows] == [str(i) for i in range(len(rows))] and rows
+        assert all(r["status"] == "y" * 3000 for r in rows)
+
+
+@pytest.mark.parametrize("draw", ["write", "chart"])
+def test_a_file_that_cannot_be_written_stays(quick, monkeypatch, tmp_path, draw):
+    import matplotlib.figure
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    results = sweep.run(_case(), [16], ["reference"], protocol=_QUICK)
+    before = {p: p.read_bytes() for p in report.write(results, tmp_path)}
+    if draw == "write":
+        monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    else:
+        monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(results, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"a,b\n1,2\n3\n", "line 3: expected 2 fields, as in line 1"),
+        (b"a,b\n1,2,3\n", "line 2: expected 2 fields"),
+        (b"a,b\n1,2\n\xff,2\n", "line 3: it is no text"),
+        (b'a,b\n1,"2\n3,4\n', "line 3: unexpected end of data"),
+        (b"a,b\n1,2\x00\n3\n", "line 3: expected 2"),
+        (b"a,b\n1," + b"2" * 200_000 + b"\n", "line 2: field larger than field limit"),
+    ],
+)
+def test_the_bad_line_of_a_file_is_named(tmp_path, content, told):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="x.csv, " + told) as found:
+        report.read(tmp_path / "x.csv")
+    assert "\n" not in str(found.value)
+
+
+def test_a_footprint_is_what_is_alive_at_once():
+    """In closed form, and near what a process was measured to need."""
+    case = _case(length=4096, head_dim=64)
+    tensor = 2 * 4096 * 64 * 4
+
+    def of(call, case=case):
+        return tuple(n / tensor for n in memory.footprint(case, Variant("", call)))
+
+    # An input is drawn, and then scaled: another tensor for a while.
+    assert of(lambda q, k, v: q) == (4, 0)
+    assert of(lambda q, k, v: q + k) == (4, 0)
+    assert of(lambda q, k, v: (q + k).mul_(v).view(-1)) == (4, 0)
+    # The first sum is gone when the third tensor is made.
+    assert of(lambda q, k, v: ((q + k) * v).exp()) == (5, 1)
+    assert of(lambda q, k, v: (q + k, q + v)) == (5, 0)
+    plain = _variant(case, "plain")
+    assert memory.footprint(case, plain)[1] == pytest.approx(plain.scratch, rel=0.05)
+    trained = replace(case, backward=True)
+    # Inputs, output, its gradient, three gradients, and the logarithm of the sums.
+    flash = memory.footprint(trained, _variant(trained, "sdpa flash"))[0]
+    assert flash == pytest.approx(8 * tensor, rel=0.02)
+
+
+def test_a_footprint_of_any_size():
+    case = _case(length=2**24, batch=2**20, heads=2**16)
+    assert memory.footprint(case, _variant(case, "plain"))[0] >= 2**63
+    case = load("mlp")(length=1, hidden=2**20)
+    assert memory.footprint(case, _variant(case, "torch"))[0] > 2 * 4 * 4 * 2**40
+
+
+def test_a_case_of_which_no_variant_fits_is_refused(monkeypatch):
+    case = _case(length=4096, head_dim=64)
+    need = 4 * 2 * 4096 * 64 * 4  # q, k, v and the output
+    monkeypatch.setattr(memory, "available", lambda device: need + 2 * 2 * 4096 * 4)
+    sweep.check_memory(case)
+    monkeypatch.setattr(memory, "available", lambda device: need - 1)
+    told = "attention does not fit: at length 4096 it needs at least 8.4. MB, and 8.39 MB of memory"
+    with pytest.raises(ValueError, match=told):
+        sweep.check_memory(case)
+
+
+def test_what_the_comparison_needs_is_counted(monkeypatch):
+    case = load("mlp")(length=1, hidden=1024)
+    weights = 2 * 4 * 1024**2
+    monkeypatch.setattr(memory, "available", lambda device: 1.6 * weights * 4)
+    with pytest.raises(ValueError, match="in the comparison with float64 it needs at least 101 MB"):
+        sweep.check_memory(case, ["reference"])
+
+
+def test_no_call_is_faster_than_the_machine(quick):
+    """The first length, of which there is no time to go by, is not begun without a thought."""
+    results = sweep.run(_case(), [2**20], ["reference"], protocol=_QUICK, max_seconds=1)
+    status = {r["variant"]: r["status"] for r in results.rows}
+    # 4 H T^2 D FLOPs at 1e11 a second
+    assert status["sdpa flash"] == f"would take {4 * 2 * 2**40 * 8 / 1e11 / 60:.0f} min a call"
+    assert report.table(results).row_count == len(status)
+
+
+def test_a_chart_of_nothing(quick, tmp_path):
+    results = sweep.run(_case(), [2**20], ["reference"], protocol=_QUICK, max_seconds=0)
+    assert report.write(results, tmp_path)[2].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("error", [MemoryError("bad alloc"), RuntimeError("[/enforce] no memory")])
+def test_what_runs_out_of_memory_costs_its_row_only(quick, monkeypatch, capsys, error):
+    from rich.console import Console
+
+    def greedy(q, k, v):
+        if q.shape[2] == 256:  # not in the comparison
+            raise error
+        return attention.plain(q, k, v, band=(None, None))
+
+    def plain(q, k, v):
+        return attention.plain(q, k, v, band=(None, None))
+
+    both = [Variant("greedy", greedy), Variant("plain", plain)]
+    monkeypatch.setattr(attention.OpCase, "variants", lambda *_: both)
+    results = sweep.run(_case(), [16, 256], protocol=_QUICK)
+    status = {(r["variant"], r["length"]): r["status"] for r in results.rows}
+    told = f"{type(error).__name__}: {error}"
+    assert status.pop(("greedy", 256)) == told and set(status.values()) == {sweep.MEASURED}
+    report.show(results, Console(width=120))
+    assert f"greedy at 256: {told}" in capsys.readouterr().out
+
+    def inputs(case):
+        raise error
+
+    monkeypatch.setattr(attention.OpCase, "inputs", inputs)
+    timings, failures = sweep._timed(_case(), both, _QUICK, lambda doing: None)
+    assert timings == {} and failures == {"greedy": told, "plain": told}
+
+
+@pytest.mark.parametrize("T", [1, 1000, 2**20])
+def test_visible_pairs_of_any_length(T):
+    assert attention.visible_pairs(T, T, (None, None)) == T * T
+    assert attention.visible_pairs(T, T, (None, 0)) == T * (T + 1) // 2
+    w = min(3, T - 1)
+    assert attention.visible_pairs(T, T, (3, 0)) == w * (w + 1) // 2 + (T - w) * (w + 1)
+
+
+def test_what_a_container_leaves_is_available(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_free", lambda: 10**9)
+    assert memory.available("cpu") == 10**9
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("300\n")
+    assert memory.available("cpu") == 700
+    (tmp_path / "memory.max").write_text("600\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert memory.available("cpu") == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available("cpu") == 700
 
 
 def _tiny(op):

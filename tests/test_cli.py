@@ -69,6 +69,174 @@ def test_a_wrong_call_is_one_line_and_status_2(capsys, arguments, told):
     assert told in output.err
 
 
+def leaves(command, path=()):
+    """The commands of the program that do something, by their names."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, inner in command.commands.items():
+        yield from leaves(inner, (*path, name))
+
+
+def options():
+    """Every option that takes a value, of every command."""
+    import typer
+
+    for path, command in leaves(typer.main.get_command(cli._app())):
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.is_flag:
+                yield pytest.param(path, parameter, id="-".join((*path, parameter.name)))
+
+
+ARGUMENTS = {
+    "sample": ["/nowhere", "text"],
+    "attention-map": ["/nowhere", "text"],
+    "convert": ["/nowhere", "/nowhere/else"],
+}
+ABSURD = ["", " ", "x", "-1", "0.5", "nan", "inf", "-inf", "1e999", "9" * 19, "9" * 30, "9" * 5000]
+ABSURD += ["\u0662", "1_0", "1,,2", "-", "/", "../..", "/dev/full/x", "a\nb", "\x1b[31mred", "\0"]
+ABSURD += [
+    "cuda:\u00b2",
+    "cuda:" + "9" * 5000,
+    "cpu:",
+    "cpu:0:0",
+    "/" + "a" * 300,
+    "\udcff",
+    "\u202e",
+]
+
+
+@pytest.fixture
+def idle(monkeypatch, tmp_path):
+    """Every command does nothing but check its options."""
+    from tfkern import commands
+    from tfkern.benchmarks import suite, sweep
+    from tfkern.models import convert
+
+    def work(*args, **kwargs):
+        raise NotImplementedError("the work began")
+
+    for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (cli, "validate"),
+                         (commands, "_load"), (convert, "load")):  # fmt: skip
+        monkeypatch.setattr(module, name, work)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path, parameter", options())
+def test_absurd_values(idle, monkeypatch, capsys, path, parameter):
+    """One line and status 2, which names the option of a number, or work that begins."""
+    monkeypatch.setattr(memory, "footprint", lambda case, variant: (0, 0))
+    number = isinstance(parameter.default, int | float) or parameter.name == "window"
+    for value in ABSURD:
+        status = main([*path, *ARGUMENTS.get(path[0], []), f"{parameter.opts[0]}={value}"])
+        error = capsys.readouterr().err
+        assert status == 2, (value, error)
+        assert error.startswith("tfkern: ") and error.count("\n") == 1 and len(error) < 700
+        assert error[:-1].isprintable(), (value, error)
+        if number and value in ("x", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "\0"):
+            assert parameter.opts[0] in error and "expected a" in error, (value, error)
+            assert repr(value)[:20] in error
+
+
+class Planted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, status, told",
+    [
+        (MemoryError(), 1, "out of memory: no more is to be had"),
+        (RuntimeError("[enforce fail]\n not enough memory: 9 bytes"), 1,
+         "out of memory: [enforce fail] not enough memory: 9 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory: CUDA out of memory."),
+        (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device"),
+        (OSError(28, "No space left on device"), 1, "output: No space left on device"),
+        (RuntimeError("one\ntwo\x1b[31m\u202e\x07 three"), 1, "RuntimeError: one two[31m three"),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (Planted("x" * 9999), 1, "Planted: " + "x" * 591 + "..."),
+        (RecursionError("deep"), 1, "RecursionError: deep"),
+        (ValueError("wrong"), 2, "wrong"),
+        (NotImplementedError("not\nhere"), 2, "not here"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)  # fmt: skip
+def test_whatever_is_raised_is_one_line(monkeypatch, capsys, error, status, told):
+    def fails(*args):
+        raise error
+
+    monkeypatch.delenv("TFKERN_TRACEBACK", raising=False)
+    monkeypatch.setattr(cli, "doctor", fails)
+    assert main(["doctor"]) == status
+    output = capsys.readouterr()
+    assert output.err == ("" if told is None else f"tfkern: {told}\n") and output.out == ""
+    if status == 1:
+        monkeypatch.setenv("TFKERN_TRACEBACK", "1")
+        assert main(["doctor"]) == 1
+        assert "in fails" in capsys.readouterr().err
+
+
+def test_no_command_is_a_wrong_call(capsys):
+    assert main([]) == 2
+    output = capsys.readouterr()
+    assert output.err == "tfkern: no command was given\n" and "doctor" in output.out
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["attention", "--lengths", "16777216", "--batch", "1048576", "--heads", "65536"],
+         "attention does not fit: at length 16777216 it needs at least 9.22e+09 GB, and "),
+        (["layer_norm", "--lengths", "1024", "--hidden", "1048576", "--batch", "1024"],
+         "layer_norm does not fit: at length 1024 it needs at least "),
+        (["mlp", "--lengths", "16", "--hidden", "1048576"], "mlp does not fit: at length 16 it"),
+        (["block", "--hidden", "131072", "--heads", "512"], "block does not fit: at length 2048"),
+        (["model", "--lengths", "16777216"], "model does not fit: at length 16777216 it needs"),
+        (["block", "--hidden", "7"], "dim must be a multiple of heads, got 7 and 12"),
+        (["model", "--hidden", "512", "--heads", "1"], "up to 256 features, got 512"),
+        (["attention", "--lengths", "16777217"], "at most 16777216, got 16777217"),
+    ],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused_before_the_work(idle, capsys, tmp_path, arguments, told):
+    assert main(["bench", *arguments, "--device", "cpu", "--backends", "reference"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tfkern: {told}") or told in error and "fit" not in told
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "attention", "--device", "cpu", "--out"],
+        ["bench", "mlp", "--against", "torch", "--out"],
+        ["validate", "--json"],
+        ["attention-map", "/nowhere", "text", "--out"],
+    ],
+)
+def test_outputs_are_tried_before_the_work(idle, capsys, tmp_path, arguments):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file.png").touch()
+    (tmp_path / "out" / "attention.json").mkdir(parents=True)
+    targets = ["/proc/x.png", "/dev/null/x.png", "file.png/x.png", f"{'n' * 300}.png"]
+    if arguments[0] != "bench":
+        targets += ["folder.png", "nowhere/x.png"]
+    for target in targets:
+        assert main([*arguments, target]) == 2
+        error = capsys.readouterr().err
+        assert "cannot write to" in error and error.count("\n") == 1, (target, error)
+    if arguments[1] == "attention":
+        assert main([*arguments, "out"]) == 2
+        assert "cannot write to out/attention.json: Is a dir" in capsys.readouterr().err
+
+
+def test_an_image_of_an_unknown_kind(idle, capsys):
+    for name in ("map", "map.zip", ".png."):
+        assert main(["attention-map", "/nowhere", "text", "--out", name]) == 2
+        assert f"unknown kind of image {name!r}: expected .eps" in capsys.readouterr().err
+
+
 def test_a_forced_backend_that_cannot_serve_is_an_error(quick, capsys, tmp_path):
     call = ["bench", "attention", "--lengths", "16", "--out", str(tmp_path / "out")]
     assert main([*call, "--device", "cpu", "--backends", "triton"]) == 2

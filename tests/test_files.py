@@ -136,3 +136,39 @@ def test_what_is_no_regular_file(tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             files.read(tmp_path / name)
+
+
+def test_what_cannot_be_replaced_is_known_before(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for name in ("file", "new", "link", "/dev/stdout"):
+        assert files.replaceable(tmp_path / name) == tmp_path / name
+    for name, message in {
+        "folder": "Is a directory", "file/x": "Not a directory", "no/x": "No such file",
+        "n" * 300: "too long", "/proc/x": "can be written to",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"cannot write to .*{message}"):
+            files.replaceable(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]
+
+
+def test_a_platform_without_locks(tmp_path):
+    """Windows has no fcntl, and opens no folders."""
+    code = """
+        import os, sys
+        sys.modules["fcntl"] = None
+        opened = os.open
+        def refuses(path, *arguments):
+            if os.path.isdir(path):
+                raise PermissionError(13, "Permission denied", path)
+            return opened(path, *arguments)
+        os.open = refuses
+        from tfkern import files, models
+        files.write(sys.argv[1], "new")
+        files.replaceable(files.Path(sys.argv[1]))
+    """
+    (tmp_path / "a.txt").write_text("old")
+    code = textwrap.dedent(code)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], check=True)
+    assert (tmp_path / "a.txt").read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]

@@ -140,6 +140,8 @@ def replaceable(path: Path) -> Path:
         if not _written_to_itself(path):
             with beside(Path(os.path.realpath(path)).parent):
                 return path
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "nothing there can be written to")
     except OSError as error:
         raise ValueError(f"cannot write to {path}: {error.strerror}") from None
     return path
