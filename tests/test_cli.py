@@ -57,6 +57,11 @@ def quick(monkeypatch):
         (["convert", "/nowhere"], "target"),
         (["convert", "/nowhere", "/else"], "/nowhere has no config.json"),
         (["convert", "/nowhere", "/nowhere/."], "are the same directory"),
+        (["convert", "/nowhere", "/dev/null/x"], "cannot write to /dev/null/x"),
+        (
+            ["convert", "/nowhere", "/else", "--to", "zip"],
+            "huggingface or tfkern, got 'zip'",
+        ),
         (["convert", "/nowhere", "/else", "--dtype", "float12"], "unknown dtype 'float12'"),
         (["convert", "/nowhere", "/else", "--shard-bytes", "0"], "--shard-bytes"),
     ],
@@ -493,7 +498,7 @@ def test_interactive_samples(writer):
 
     expected = complete(model, tokenizer, ["hello"], 8, seeds=0)[0]
     terminal, side = pty.openpty()
-    command = [sys.executable, "-P", "-m", "tfkern.cli", "sample", directory, "--interactive"]
+    command = [sys.executable, "-P", "-m", "tfkern_program", "sample", directory, "--interactive"]
     process = subprocess.Popen(
         [*command, "--max-tokens", "8"], stdin=side, stdout=side, stderr=side, close_fds=True
     )

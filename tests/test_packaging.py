@@ -21,7 +21,14 @@ def tree(tmp_path_factory):
     unwanted = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build", "results")
     for name in ("csrc", "kernels", "tfkern", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=unwanted)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (
+        "setup.py",
+        "tfkern_program.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, tree)
     return tree
 
@@ -65,7 +72,7 @@ PYTHON_FILES = {
         "tfkern": "tfkern", "kernels": "tfkern/kernels", "benchmarks": "tfkern/benchmarks"
     }.items()
     for path in (ROOT / source).glob("**/*.py")
-}  # fmt: skip
+} | {"tfkern_program.py"}  # fmt: skip
 
 LAYER_NORM = (
     "import torch, tfkern\n"

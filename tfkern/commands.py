@@ -176,8 +176,8 @@ def _draw(weights: Any, names: list[str], title: str, out: Path) -> None:
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights, vmin=0, vmax=1, cmap="Blues")
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set(title=title, xlabel="key", ylabel="query")
     figure.colorbar(image, shrink=0.7)
     with files.replacing(out) as new:  # of a long text still an image that memory holds
@@ -210,8 +210,9 @@ def _convert(
         raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if form not in ("huggingface", "tfkern"):
         raise ValueError(f"form must be huggingface or tfkern, got {form!r}")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is no directory")
+    there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"cannot write to {target}: {there} is no directory")
     if target.resolve() == source.resolve():
         raise ValueError(f"source and target are the same directory, {source}")
     model = convert.load(source, dtype=DTYPES[dtype] if dtype else None)
