@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import tfkern
+from tfkern.reference.attention import Arguments
 
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled
 
@@ -257,15 +258,14 @@ def flop_formulas(
 
         return formula
 
-    def ours(
-        skip: int, band: int, tile: tuple[int, int], products: tuple[int, int]
-    ) -> Callable[..., int]:
-        """The operator has q, k and v from argument `skip` on, left and right from `band` on."""
+    def ours(tile: tuple[int, int], products: tuple[int, int]) -> Callable[..., int]:
+        """Of an operator with the gradients, if it has any, around the arguments of forward."""
 
         def formula(*args, **_):
-            q, k, v = args[skip : skip + 3]
-            left, right = args[band : band + 2]
-            return tile_flops(q, k, v, band=(left, right), tile=tile, products=products)
+            backward = len(args) > len(Arguments._fields)
+            a = Arguments(*(args[4:-1] if backward else args))
+            band = a.left, a.right
+            return tile_flops(a.q, a.k, a.v, band=band, tile=tile, products=products)
 
         return formula
 
@@ -274,10 +274,10 @@ def flop_formulas(
     by_operator = {
         "aten._scaled_dot_product_flash_attention_for_cpu": of_torch(0, (1, 1)),
         "aten._scaled_dot_product_flash_attention_for_cpu_backward": of_torch(1, one_walk),
-        "tfkern.attention_forward": ours(0, 13, _NATIVE_TILE, (1, 1)),
-        "tfkern.attention_backward": ours(2, 16, _NATIVE_TILE, one_walk),
-        "tfkern_triton.attention_forward": ours(0, 13, triton_tile, (1, 1)),
-        "tfkern_triton.attention_backward": ours(2, 16, triton_tile, two_walks),
+        "tfkern.attention_forward": ours(_NATIVE_TILE, (1, 1)),
+        "tfkern.attention_backward": ours(_NATIVE_TILE, one_walk),
+        "tfkern_triton.attention_forward": ours(triton_tile, (1, 1)),
+        "tfkern_triton.attention_backward": ours(triton_tile, two_walks),
     }
     formulas = {}
     for name, formula in by_operator.items():

@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <string>
 
 #include "attention_arguments.h"
 #include "isa.h"
@@ -377,20 +378,14 @@ Five backward_as_wide(const AttentionArguments& in, const AttentionGradients& g)
 }  // namespace tfkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
-  m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, "
-      "Tensor? alibi_slopes, Tensor? sink, Tensor? query_lengths, Tensor? key_lengths, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, Tensor? seed, SymInt? left, "
-      "SymInt? right, float scale, float softcap, float dropout_p) -> (Tensor o, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, "
-      "Tensor lse, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, "
-      "Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "Tensor? seed, SymInt? left, SymInt? right, float scale, float softcap, float dropout_p, "
-      "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)");
+  const std::string shared = tfkern::kAttentionSchema;
+  m.def(("attention_forward(" + shared + ") -> (Tensor o, Tensor lse)").c_str());
+  m.def(("attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, " + shared +
+         ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
+            .c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&tfkern::attention_forward<tfkern::forward_as_wide>));
-  m.impl("attention_backward", TORCH_BOX(&tfkern::attention_backward<tfkern::backward_as_wide>));
+  m.impl("attention_forward", &tfkern::attention_forward<tfkern::forward_as_wide>);
+  m.impl("attention_backward", &tfkern::attention_backward<tfkern::backward_as_wide>);
 }

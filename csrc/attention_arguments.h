@@ -6,13 +6,29 @@
 
 namespace tfkern {
 
-// What forward and backward share.
+// What forward and backward share, in the order of their schemas.
+constexpr const char* kAttentionSchema =
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, "
+    "Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? page_table, Tensor? seed, SymInt? left, SymInt? right, float scale, float softcap, "
+    "float dropout_p";
+
 struct AttentionArguments {
   Tensor q, k, v;
-  Optional bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-      page_table, seed;
+  Optional bias, mask, alibi_slopes, sink;
+  Optional query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, page_table, seed;
   std::optional<int64_t> left, right;
   double scale, softcap, dropout_p;
+
+  static AttentionArguments take(Stack& stack) {
+    const auto tensor = [&] { return stack.tensor(); };
+    const auto optional = [&] { return stack.optional(); };
+    // Elements of a list in braces are evaluated in their order.
+    return {tensor(),       tensor(),       tensor(),      optional(),      optional(),
+            optional(),     optional(),     optional(),    optional(),      optional(),
+            optional(),     optional(),     optional(),    stack.integer(), stack.integer(),
+            stack.number(), stack.number(), stack.number()};
+  }
 
   int64_t pages() const { return page_table ? page_table->size(1) : 1; }  // of a batch
   int64_t S() const { return k.size(2) * pages(); }
@@ -20,11 +36,12 @@ struct AttentionArguments {
   int64_t documents() const { return cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0); }
 };
 
+// What backward takes beside them: the first four before, the last after them.
 struct AttentionGradients {
   Tensor d_o;
-  Optional dlse;
+  Optional dlse;  // (B, H, T)
   Tensor o, lse;
-  bool bias_grad;
+  bool bias_grad = false;
 };
 
 inline Tensor with_contiguous_rows(const Tensor& t) {
@@ -96,6 +113,7 @@ inline void check(const AttentionArguments& in) {
 }
 
 inline void check(const AttentionArguments& in, const AttentionGradients& g) {
+  STD_TORCH_CHECK(!in.page_table, "tfkern::attention_backward: pages have no gradients");
   const Tensor &q = in.q, &v = in.v;
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2);
   check_memory(q, g.d_o, g.dlse, g.o, g.lse);
@@ -117,68 +135,28 @@ inline void check(const AttentionArguments& in, const AttentionGradients& g) {
 
 // The operator of a device that `run` computes.
 template <std::tuple<Tensor, Tensor> (*run)(const AttentionArguments&)>
-std::tuple<Tensor, Tensor> attention_forward(
-    Tensor q, Tensor k, Tensor v, Optional bias, Optional mask, Optional alibi_slopes,
-    Optional sink, Optional query_lengths, Optional key_lengths, Optional cu_seqlens_q,
-    Optional cu_seqlens_k, Optional page_table, Optional seed, std::optional<int64_t> left,
-    std::optional<int64_t> right, double scale, double softcap, double dropout_p) {
-  const AttentionArguments in{q,
-                              k,
-                              v,
-                              bias,
-                              mask,
-                              alibi_slopes,
-                              sink,
-                              query_lengths,
-                              key_lengths,
-                              cu_seqlens_q,
-                              cu_seqlens_k,
-                              page_table,
-                              seed,
-                              left,
-                              right,
-                              scale,
-                              softcap,
-                              dropout_p};
+void attention_forward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const AttentionArguments in = AttentionArguments::take(stack);
   check(in);
-  return run(in);
+  stack.give(run(in));
 }
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <Five (*run)(const AttentionArguments&, const AttentionGradients&)>
-Five attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor k, Tensor v, Tensor o,
-                        Tensor lse, Optional bias, Optional mask, Optional alibi_slopes,
-                        Optional sink, Optional query_lengths, Optional key_lengths,
-                        Optional cu_seqlens_q, Optional cu_seqlens_k, Optional seed,
-                        std::optional<int64_t> left, std::optional<int64_t> right, double scale,
-                        double softcap, double dropout_p, bool bias_grad) {
-  const AttentionArguments in{q,
-                              k,
-                              v,
-                              bias,
-                              mask,
-                              alibi_slopes,
-                              sink,
-                              query_lengths,
-                              key_lengths,
-                              cu_seqlens_q,
-                              cu_seqlens_k,
-                              std::nullopt,
-                              seed,
-                              left,
-                              right,
-                              scale,
-                              softcap,
-                              dropout_p};
+void attention_backward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  AttentionGradients g{stack.tensor(), stack.optional(), stack.tensor(), stack.tensor()};
+  const AttentionArguments in = AttentionArguments::take(stack);
+  g.bias_grad = stack.boolean();
   check(in);
-  AttentionGradients g{d_o, dlse, o, lse, bias_grad};
   check(in, g);
-  g.d_o = with_contiguous_rows(d_o);
-  g.o = with_contiguous_rows(o);
-  g.lse = torch::stable::contiguous(lse);
-  if (dlse) g.dlse = torch::stable::contiguous(*dlse);
-  return run(in, g);
+  g.d_o = with_contiguous_rows(g.d_o);
+  g.o = with_contiguous_rows(g.o);
+  g.lse = torch::stable::contiguous(g.lse);
+  if (g.dlse) g.dlse = torch::stable::contiguous(*g.dlse);
+  stack.give(run(in, g));
 }
 
 }  // namespace tfkern

@@ -312,25 +312,20 @@ def attention():
 
 
 def _launch_attention(
-    D, dtype=torch.bfloat16, *, B=2, T=4096, left=None, right=None, softcap=0.0, dropout_p=0.0,
-    bias_grad=False, **tensors,
-):  # fmt: skip
+    D, dtype=torch.bfloat16, *, B=2, T=4096, page_table=None, bias_grad=False, **options
+):
     from tfkern.kernels import attention as op
+    from tfkern.reference.attention import Arguments
 
     q = torch.empty(B, 8, T, D, dtype=dtype, device="cuda")
     k = torch.empty(B, 2, 4096, D, dtype=dtype, device="cuda")
-    if "page_table" in tensors:
+    if page_table is not None:
         k = torch.empty(512, 2, 16, D, dtype=dtype, device="cuda")
-    names = (
-        "bias", "mask", "alibi_slopes", "sink", "query_lengths", "key_lengths",
-        "cu_seqlens_q", "cu_seqlens_k", "page_table", "seed",
-    )  # fmt: skip
-    numbers = (left, right, 0.1, softcap, dropout_p)
-    op._forward(q, k, k, *map(tensors.get, names), *numbers)
+    args = Arguments(q, k, k, page_table=page_table, scale=0.1, **options)
+    op._forward(*args)
     if T > 1:
         lse = torch.empty(2, B, 8, T, device="cuda")
-        options = [tensors.get(name) for name in names if name != "page_table"]
-        op._backward(q, None, q, k, k, q, lse, *options, *numbers, bias_grad)
+        op._backward(q, None, q, lse, *args, bias_grad)
 
 
 @group

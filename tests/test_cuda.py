@@ -11,6 +11,8 @@ import emulation
 import pytest
 import torch
 
+from tfkern.reference.attention import Arguments
+
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
 # What is tested of the operators themselves, of float64, threads and products of a CPU, is the CPU
@@ -110,13 +112,21 @@ def test_a_spill_would_be_seen():
 def attention(q, k, v, do=None, sink=None, query_lengths=None, key_lengths=None, window=None):
     """o and lse of the CUDA kernels on the host, and with `do` the gradients."""
     ops = emulation.load()
-    lengths = (query_lengths, key_lengths, None, None)
-    options = (None, window, window, q.shape[3] ** -0.5, 0.0, 0.0)
-    o, lse = ops.attention_forward(q, k, v, None, None, None, sink, *lengths, None, *options)
+    args = Arguments(
+        q,
+        k,
+        v,
+        sink=sink,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        left=window,
+        right=window,
+        scale=q.shape[3] ** -0.5,
+    )
+    o, lse = ops.attention_forward(*args)
     if do is None:
         return o, lse
-    inputs = (q, k, v, o, lse, None, None, None, sink)
-    return o, lse, *ops.attention_backward(do, None, *inputs, *lengths, *options, False)
+    return o, lse, *ops.attention_backward(do, None, o, lse, *args, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -43,9 +43,7 @@ def attention_paged(**changes):
 def attention_backward(**changes):
     name, args = attention_forward()
     o, lse = getattr(OPS, name)(*args.values())
-    del args["page_table"]
-    saved = {"do": torch.randn_like(o), "dlse": torch.randn(B, H, T)}
-    saved |= {x: args.pop(x) for x in "qkv"} | {"o": o, "lse": lse}
+    saved = {"do": torch.randn_like(o), "dlse": torch.randn(B, H, T), "o": o, "lse": lse}
     return "attention_backward", saved | args | {"bias_grad": True} | changes
 
 

@@ -386,5 +386,5 @@ Attention attention(AttentionArguments& in) {
 }  // namespace tfkern::cuda
 
 TFKERN_CUDA_LIBRARY(m) {
-  m.impl("attention_forward", TORCH_BOX(&tfkern::attention_forward<tfkern::cuda::forward>));
+  m.impl("attention_forward", &tfkern::attention_forward<tfkern::cuda::forward>);
 }

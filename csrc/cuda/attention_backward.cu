@@ -376,5 +376,5 @@ Five backward(const AttentionArguments& given, const AttentionGradients& g) {
 }  // namespace tfkern::cuda
 
 TFKERN_CUDA_LIBRARY(m) {
-  m.impl("attention_backward", TORCH_BOX(&tfkern::attention_backward<tfkern::cuda::backward>));
+  m.impl("attention_backward", &tfkern::attention_backward<tfkern::cuda::backward>);
 }

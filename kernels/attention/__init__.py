@@ -21,6 +21,9 @@ its value and what rounding left out of it, so that the backward finds p of the 
 """
 
 import torch
+from torch import Tensor
+
+from tfkern.reference.attention import Arguments, backward_outputs, forward_outputs
 
 from .. import register, unavailable
 from . import backward_kernels as _gradients
@@ -30,63 +33,47 @@ from .config import _config as _config
 from .tile import options
 
 
-def _forward(
-    q, k, v, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q,
-    cu_seqlens_k, page_table, seed, left, right, scale, softcap, dropout_p,
-):  # fmt: skip
-    o, lse = _forward_outputs(q, k, v)
-    if cu_seqlens_q is not None:  # rows may belong to no document
+def _forward(*args):
+    a = Arguments(*args)
+    q, cu_seqlens = a.q, a.cu_seqlens_q
+    o, lse = forward_outputs(q, a.v)
+    if cu_seqlens is not None:  # rows may belong to no document
         o.zero_()
         value, low = lse
         value.fill_(-torch.inf)
         low.zero_()
-    if o.numel() == 0 or _no_documents(cu_seqlens_q):
+    if o.numel() == 0 or _no_documents(cu_seqlens):
         return o, lse
-    q, scale, _ = _scaled(q, scale)
-    opt = options(
-        bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-        page_table, seed, scale, softcap, dropout_p,
-    )  # fmt: skip
-    launch = _decode.forward if _decode.serves(q, k, opt) else _tiles.forward
-    launch(q, k, v, o, lse, opt, left, right, dropout_p)
+    q, scale, _ = _scaled(q, a.scale)
+    opt = options(a, scale)
+    launch = _decode.forward if _decode.serves(q, a.k, opt) else _tiles.forward
+    launch(q, a.k, a.v, o, lse, opt, a.left, a.right, a.dropout_p)
     return o, lse
 
 
-def _forward_outputs(q, k, v, *options):
-    o = q.new_empty(*q.shape[:3], v.shape[3])
-    return o, q.new_empty(2, *q.shape[:3], dtype=torch.float32)
-
-
-def _backward(
-    do, dlse, q, k, v, o, lse, bias, mask, alibi_slopes, sink, query_lengths, key_lengths,
-    cu_seqlens_q, cu_seqlens_k, seed, left, right, scale, softcap, dropout_p, bias_grad,
-):  # fmt: skip
-    outputs = _backward_outputs(
-        do, dlse, q, k, v, o, lse, bias, mask, alibi_slopes, sink, query_lengths, key_lengths,
-        cu_seqlens_q, cu_seqlens_k, seed, left, right, scale, softcap, dropout_p, bias_grad,
-    )  # fmt: skip
+def _backward(do, dlse, o, lse, *args):
+    *arguments, bias_grad = args
+    a = Arguments(*arguments)
+    outputs = backward_outputs(a, bias_grad)
     dq, dk, dv, dbias, dsink = outputs
-    q, scale, factor = _scaled(q, scale)
-    opt = options(
-        bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-        None, seed, scale, softcap, dropout_p,
-    )  # fmt: skip
-    if cu_seqlens_q is not None or q.numel() == 0 or k.numel() == 0:
+    q, scale, factor = _scaled(a.q, a.scale)
+    if a.cu_seqlens_q is not None or q.numel() == 0 or a.k.numel() == 0:
         for x in outputs:  # rows may belong to no document
             x.zero_()
-    if q.numel() == 0 or _no_documents(cu_seqlens_q):
+    if q.numel() == 0 or _no_documents(a.cu_seqlens_q):
         return outputs
     dbias, delta = _gradients.backward(
-        do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv, dbias
-    )
+        do, dlse, q, a.k, a.v, o, lse, options(a, scale), a.left, a.right, a.dropout_p,
+        dq, dk, dv, dbias,
+    )  # fmt: skip
     if factor != 1:
         dq.mul_(factor)
     # forward: lse = log (sum exp(s) + exp(sink))
-    if sink is not None:
+    if a.sink is not None:
         value, low = lse
-        p = (sink.float().view(-1, 1) - value - low).exp()
+        p = (a.sink.float().view(-1, 1) - value - low).exp()
         p = torch.where(value == -torch.inf, 0, p)
-        dsink = -(p * delta.narrow(2, 0, q.shape[2])).sum((0, 2)).to(sink.dtype)
+        dsink = -(p * delta.narrow(2, 0, q.shape[2])).sum((0, 2)).to(a.sink.dtype)
     return dq, dk, dv, dbias, dsink
 
 
@@ -105,38 +92,25 @@ def _no_documents(cu_seqlens):
     return cu_seqlens is not None and cu_seqlens.shape[0] == 1
 
 
-def _backward_outputs(do, dlse, q, k, v, o, lse, bias, mask, alibi_slopes, sink, *options):
-    def empty(x):
-        return q.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    dbias = empty(bias if options[-1] else None)
-    return empty(q), empty(k), empty(v), dbias, empty(sink)
-
-
-def why_not(q, k, v, *options, needs_grad) -> str | None:
-    page_table = options[8]
-    if page_table is not None and needs_grad:
+def why_not(*args, needs_grad: bool) -> str | None:
+    a = Arguments(*args)
+    if a.page_table is not None and needs_grad:
         return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"takes head sizes up to 256, got {q.shape[-1]} and {v.shape[-1]}"
-    return unavailable(q)
+    if max(a.q.shape[-1], a.v.shape[-1]) > 256:
+        return f"takes head sizes up to 256, got {a.q.shape[-1]} and {a.v.shape[-1]}"
+    return unavailable(a.q)
 
 
-_OPTIONS = (
-    "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, Tensor? query_lengths, "
-    "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {}Tensor? seed, "
-    "SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
-)
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int | None: "SymInt?", float: "float"}
+_ARGUMENTS = ", ".join(f"{_TYPES[t]} {name}" for name, t in Arguments.__annotations__.items())
 forward = register(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS.format('Tensor? page_table, ')}) "
-    "-> (Tensor o, Tensor lse)",
+    f"attention_forward({_ARGUMENTS}) -> (Tensor o, Tensor lse)",
     _forward,
-    _forward_outputs,
+    lambda q, k, v, *others: forward_outputs(q, v),
 )
 backward = register(
-    "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, "
-    f"Tensor lse, {_OPTIONS.format('')}, bool bias_grad) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    f"attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_ARGUMENTS}, "
+    "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _backward,
-    _backward_outputs,
+    lambda do, dlse, o, lse, *args: backward_outputs(Arguments(*args[:-1]), args[-1]),
 )

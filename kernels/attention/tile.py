@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfkern.reference.attention import Arguments
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
@@ -110,24 +112,27 @@ class Keys(NamedTuple):
     pages: object
 
 
-def options(
-    bias, mask, alibi_slopes, sink, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-    page_table, seed, scale, softcap, dropout_p,
-) -> Options:  # fmt: skip
-    late_scale = softcap if softcap > 0 else max(scale, 1e-45)  # the least float32 there is
-    if bias is not None or alibi_slopes is not None:
+def options(a: Arguments, scale: float) -> Options:
+    """What kernels take of a call; `scale` is what they multiply scores by."""
+    softcap = a.softcap if a.softcap > 0 else None
+    late_scale = softcap or max(scale, 1e-45)  # the least float32 there is
+    if a.bias is not None or a.alibi_slopes is not None:
         late_scale = 1.0
     return Options(
         scale,
         late_scale,
-        softcap if softcap > 0 else None,
-        bias,
-        mask,
-        _float(alibi_slopes),
-        _float(sink),
-        *map(_packed, (query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, page_table)),
-        seed if dropout_p > 0 else None,
-        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        softcap,
+        a.bias,
+        a.mask,
+        _float(a.alibi_slopes),
+        _float(a.sink),
+        _packed(a.query_lengths),
+        _packed(a.key_lengths),
+        _packed(a.cu_seqlens_q),
+        _packed(a.cu_seqlens_k),
+        _packed(a.page_table),
+        a.seed if a.dropout_p > 0 else None,
+        1 / (1 - a.dropout_p) if a.dropout_p < 1 else 0.0,
     )
 
 

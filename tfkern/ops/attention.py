@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfkern import dispatch
 from tfkern.ops import autograd, checks
+from tfkern.reference.attention import Arguments
 
 dispatch.register("attention")
 
@@ -178,10 +179,10 @@ def attention_varlen(
     return (o, lse[0].squeeze(0)) if return_lse else o
 
 
-def _run(args: tuple, backend: str | None) -> tuple[Tensor, Tensor]:
+def _run(args: Arguments, backend: str | None) -> tuple[Tensor, Tensor]:
     """o, and lse (2, B, H, T): its value, and what rounding left out of that."""
     backend = dispatch.select("attention", args, backend)
-    with dispatch.no_autocast(args[0].device):
+    with dispatch.no_autocast(args.q.device):
         return autograd.apply(_Attention, *dispatch.distinct(args), backend)
 
 
@@ -204,7 +205,7 @@ def bind(
     dropout_p=0.0,
     seed=None,
 ):
-    """The public arguments, checked, as the positional arguments of an implementation's forward."""
+    """The public arguments, checked, as those of an implementation."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, 4, "(batch, heads, length, size)")
     q, k, v = checks.autocast(q, k, v)
@@ -227,13 +228,17 @@ def bind(
     _check_lengths("key_lengths", key_lengths, q, S)
     if page_table is not None:
         _check_pages(page_table, key_lengths, k)
-    tensors = (q, k, v, _four(bias), _four(mask))
-    lengths = (query_lengths, key_lengths, None, None, page_table)
-    return (
-        *tensors,
-        *_per_head(q, B, alibi_slopes, sink),
-        *lengths,
-        *_options(q, causal, window, scale, softcap, dropout_p, seed),
+    return Arguments(
+        q,
+        k,
+        v,
+        bias=_four(bias),
+        mask=_four(mask),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        page_table=page_table,
+        **_per_head(q, B, alibi_slopes, sink),
+        **_numbers(q, causal, window, scale, softcap, dropout_p, seed),
     )
 
 
@@ -267,13 +272,14 @@ def bind_varlen(
             f"cu_seqlens_q and cu_seqlens_k must be as long as each other, got "
             f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
         )
-    tensors = (q, k, v, None, None)
-    lengths = (None, None, cu_seqlens_q, cu_seqlens_k, None)
-    return (
-        *tensors,
-        *_per_head(q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sink),
-        *lengths,
-        *_options(q, causal, window, scale, softcap, dropout_p, seed),
+    return Arguments(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        **_per_head(q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sink),
+        **_numbers(q, causal, window, scale, softcap, dropout_p, seed),
     )
 
 
@@ -349,7 +355,7 @@ def _four(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
-def _per_head(q: Tensor, B: int, alibi_slopes: Tensor | None, sink: Tensor | None) -> tuple:
+def _per_head(q: Tensor, B: int, alibi_slopes: Tensor | None, sink: Tensor | None) -> dict:
     """alibi_slopes (B, H) and sink (H,), checked."""
     H = q.shape[1]
     for name, x in (("alibi_slopes", alibi_slopes), ("sink", sink)):
@@ -366,11 +372,11 @@ def _per_head(q: Tensor, B: int, alibi_slopes: Tensor | None, sink: Tensor | Non
                 f"alibi_slopes has shape {tuple(alibi_slopes.shape)}, expected {(H,)} or {(B, H)}"
             )
         alibi_slopes = alibi_slopes.expand(B, H)
-    return alibi_slopes, sink
+    return {"alibi_slopes": alibi_slopes, "sink": sink}
 
 
-def _options(q, causal, window, scale, softcap, dropout_p, seed) -> tuple:
-    """seed, left, right, scale, softcap, dropout_p."""
+def _numbers(q, causal, window, scale, softcap, dropout_p, seed) -> dict:
+    """The numbers of a call, checked, and the seed, which there is with dropout only."""
     left, right = _limits(window)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -380,7 +386,14 @@ def _options(q, causal, window, scale, softcap, dropout_p, seed) -> tuple:
         raise ValueError(f"softcap must be at least 1e-30, or 0 for none, got {softcap}")
     dropout_p = checks.probability("dropout_p", dropout_p)
     seed = checks.seed(seed, q.device) if dropout_p > 0 else None
-    return seed, left, right, scale, softcap, dropout_p
+    return {
+        "seed": seed,
+        "left": left,
+        "right": right,
+        "scale": scale,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+    }
 
 
 def _limits(window: _Window | None) -> _Window:
@@ -397,148 +410,42 @@ def _limits(window: _Window | None) -> _Window:
     return window[0], window[1]
 
 
+_Backward = autograd.first_order("attention")
+
+
 class _Attention(torch.autograd.Function):
+    """Takes the arguments of an implementation, and the name of the backend."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        q,
-        k,
-        v,
-        bias,
-        mask,
-        alibi_slopes,
-        sink,
-        query_lengths,
-        key_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        page_table,
-        seed,
-        left,
-        right,
-        scale,
-        softcap,
-        dropout_p,
-        backend,
-    ):
-        op = dispatch.implementation("attention", backend)
-        return op.forward(
-            q,
-            k,
-            v,
-            bias,
-            mask,
-            alibi_slopes,
-            sink,
-            query_lengths,
-            key_lengths,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            page_table,
-            seed,
-            left,
-            right,
-            scale,
-            softcap,
-            dropout_p,
-        )
+    def forward(*args):
+        *arguments, backend = args
+        return dispatch.implementation("attention", backend).forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, page_table, seed, left, right, scale, softcap, dropout_p, backend = inputs
-        ctx.save_for_backward(*output, *tensors, seed)
-        ctx.options = left, right, scale, softcap, dropout_p
-        ctx.backend = backend
+        *arguments, ctx.backend = inputs
+        a = Arguments(*arguments)
+        ctx.save_for_backward(*output, *a.tensors)
+        ctx.numbers = a.numbers
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse):
-        o, lse, q, k, v, *others = ctx.saved_tensors
+        o, lse, *tensors = ctx.saved_tensors
+        a = Arguments(*tensors, *ctx.numbers)
+        wanted = Arguments(*ctx.needs_input_grad[:-1])
         if do is None:
             do = torch.zeros_like(o)
-        with dispatch.no_autocast(q.device):
+        if dlse is not None:
+            dlse = dlse[0]
+        with dispatch.no_autocast(o.device):
             dq, dk, dv, dbias, dsink = autograd.apply(
-                _AttentionBackward,
-                do,
-                None if dlse is None else dlse[0],
-                q,
-                k,
-                v,
-                o,
-                lse,
-                *others,
-                *ctx.options,
-                ctx.needs_input_grad[3],
-                ctx.backend,
+                _Backward, do, dlse, o, lse, *a, wanted.bias, ctx.backend
             )
-        bias, sink = others[0], others[3]
-        dbias = dbias if bias is not None and ctx.needs_input_grad[3] else None
-        dsink = dsink if sink is not None else None
-        return dq, dk, dv, dbias, None, None, dsink, *(None,) * 12
-
-
-class _AttentionBackward(torch.autograd.Function):
-    """A function of its own, so that a second differentiation raises instead of losing terms."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        do,
-        dlse,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        bias,
-        mask,
-        alibi_slopes,
-        sink,
-        query_lengths,
-        key_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seed,
-        left,
-        right,
-        scale,
-        softcap,
-        dropout_p,
-        bias_grad,
-        backend,
-    ):
-        op = dispatch.implementation("attention", backend)
-        return op.backward(
-            do,
-            dlse,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            bias,
-            mask,
-            alibi_slopes,
-            sink,
-            query_lengths,
-            key_lengths,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seed,
-            left,
-            right,
-            scale,
-            softcap,
-            dropout_p,
-            bias_grad,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("attention has no second derivative")
+        grads = dict.fromkeys((*Arguments._fields, "backend"))
+        grads |= {"q": dq, "k": dk, "v": dv}
+        grads["bias"] = dbias if wanted.bias else None
+        grads["sink"] = None if a.sink is None else dsink
+        return tuple(grads.values())

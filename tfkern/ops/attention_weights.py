@@ -8,7 +8,7 @@ from torch import Tensor
 from tfkern import dispatch
 from tfkern.ops import checks
 from tfkern.ops.attention import bind
-from tfkern.reference.attention import Options, Places, places, scores
+from tfkern.reference.attention import Places, places, scores
 
 _Choice = Tensor | Sequence[int] | slice | None
 
@@ -56,7 +56,7 @@ def attention_weights(
         ValueError: what `attention` refuses, an lse that does not fit, or indices out of range
             (on a GPU and under torch.compile tensors of indices are not checked).
     """
-    args = bind(
+    a = bind(
         q,
         k,
         k,
@@ -70,15 +70,14 @@ def attention_weights(
         query_lengths=query_lengths,
         key_lengths=key_lengths,
     )
-    q, k, _, bias, mask, alibi_slopes, _, query_lengths, key_lengths = args[:9]
-    left, right, scale, softcap = args[-5:-1]
+    q, k, alibi_slopes = a.q, a.k, a.alibi_slopes
     _check_lse(lse, q)
     H, T = q.shape[1:3]
-    of_queries, of_keys = places(q, query_lengths), places(k, key_lengths)
+    of_queries, of_keys = places(q, a.query_lengths), places(k, a.key_lengths)
     # All that is not asked for goes before the scores are computed.
     head = None if heads is None else _indices("heads", heads, H, q.device)
     row = None if rows is None else _indices("rows", rows, T, q.device)
-    bias, mask = _select(bias, head, row), _select(mask, head, row)
+    bias, mask = _select(a.bias, head, row), _select(a.mask, head, row)
     if head is not None:
         k = k.index_select(1, head // max(H // max(k.shape[1], 1), 1))
         q, lse = q.index_select(1, head), lse.index_select(1, head)
@@ -88,9 +87,9 @@ def attention_weights(
         exist, position = of_queries.exist[:, row], of_queries.position[:, row]
         of_queries = of_queries._replace(exist=exist, position=position)
     with dispatch.no_autocast(q.device):
-        options = Options(scale, bias, mask, alibi_slopes, left=left, right=right, softcap=softcap)
-        s, _ = scores(q, k, of_queries, of_keys, options)
-        return _normalised(s, lse[..., None], _rounding(q, k, of_keys, scale))
+        a = a._replace(q=q, k=k, bias=bias, mask=mask, alibi_slopes=alibi_slopes)
+        s, _ = scores(a, of_queries, of_keys)
+        return _normalised(s, lse[..., None], _rounding(q, k, of_keys, a.scale))
 
 
 def _normalised(s: Tensor, lse: Tensor, rounding: Tensor) -> Tensor:

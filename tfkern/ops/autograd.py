@@ -37,7 +37,9 @@ def _compiling(function: type[torch.autograd.Function], args: tuple) -> Any:
         raise NotImplementedError("there are no derivatives in forward mode under torch.compile")
     if torch._C._are_functorch_transforms_active():
         return function.forward(*args)
-    return function.apply(*args)
+    if torch.is_grad_enabled() and dispatch.requires_grad(args):
+        return function.apply(*args)
+    return function.forward(*args)  # `apply` would hand its context, too, to a `forward` of *args
 
 
 def _differentiated(args: tuple) -> bool:
@@ -48,3 +50,27 @@ def _differentiated(args: tuple) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and (dispatch.requires_grad(args) or torch._C._is_tracing())
+
+
+def first_order(op: str) -> type[torch.autograd.Function]:
+    """The backward of an op, as a function of its own: a second differentiation raises, where it
+    would lose terms otherwise. It takes the arguments of an implementation's backward, and the name
+    of the backend."""
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            *arguments, backend = args
+            return dispatch.implementation(op, backend).backward(*arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"{op} has no second derivative")
+
+    return Backward

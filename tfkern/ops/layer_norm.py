@@ -152,6 +152,9 @@ def _apply(args: tuple, return_residual: bool, backend: str | None) -> Any:
     return y, x if residual is None and seed is None else h
 
 
+_Backward = autograd.first_order("layer_norm")
+
+
 class _LayerNorm(torch.autograd.Function):
     """What it saves, and the gradients that it returns, are the caller's own tensors and not views
     of them: autograd sees changes in place, and memory that two gradients share."""
@@ -159,9 +162,9 @@ class _LayerNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes, backend):
-        op = dispatch.implementation("layer_norm", backend)
-        return op.forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
+    def forward(*args):
+        *arguments, backend = args
+        return dispatch.implementation("layer_norm", backend).forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -189,7 +192,7 @@ class _LayerNorm(torch.autograd.Function):
         )
         with dispatch.no_autocast(dy.device):
             dx, dresidual, dweight, dbias = autograd.apply(
-                _LayerNormBackward,
+                _Backward,
                 dy,
                 dh if ctx.separate_h else None,
                 h,
@@ -210,26 +213,3 @@ class _LayerNorm(torch.autograd.Function):
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
         return dx, dweight, dbias, dresidual, *(None,) * 6
-
-
-class _LayerNormBackward(torch.autograd.Function):
-    """A function of its own, so that a second differentiation raises instead of losing terms."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes, backend
-    ):
-        op = dispatch.implementation("layer_norm", backend)
-        return op.backward(
-            dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("layer_norm and rms_norm have no second derivative")

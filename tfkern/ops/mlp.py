@@ -129,13 +129,16 @@ def _apply(x: Tensor, args: tuple, backend: str | None) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+_Backward = autograd.first_order("mlp")
+
+
 class _MLP(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w1, b1, w2, b2, activation, gated, backend):
-        op = dispatch.implementation("mlp", backend)
-        return op.forward(x, w1, b1, w2, b2, activation, gated)
+    def forward(*args):
+        *arguments, backend = args
+        return dispatch.implementation("mlp", backend).forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -153,26 +156,7 @@ class _MLP(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[:5])
         with dispatch.no_autocast(dy.device):
             grads = autograd.apply(
-                _MLPBackward, dy, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted, ctx.backend
+                _Backward, dy, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted, ctx.backend
             )
         grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return *grads, None, None, None
-
-
-class _MLPBackward(torch.autograd.Function):
-    """A function of its own, so that a second differentiation raises instead of losing terms."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted, backend):
-        op = dispatch.implementation("mlp", backend)
-        return op.backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("mlp and gated_mlp have no second derivative")

@@ -30,7 +30,7 @@ with key seed and counter (s // 4, t, b H + h, 0).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,167 +39,153 @@ from tfkern.reference import rounded
 from tfkern.reference.dropout import dropout, philox
 
 
-class Options(NamedTuple):
-    """What the formulas take beside q, k and v, of padded batches."""
+class Arguments(NamedTuple):
+    """The arguments of every implementation's forward, in their order; backward has them too."""
 
-    scale: float
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sink: Tensor | None = None
-    query_lengths: Tensor | None = None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None  # (B or 1, H or 1, T or 1, S or 1)
+    mask: Tensor | None = None  # the same
+    alibi_slopes: Tensor | None = None  # (documents, H)
+    sink: Tensor | None = None  # (H,)
+    query_lengths: Tensor | None = None  # (B,), as the next
     key_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None  # (documents + 1,), as the next
+    cu_seqlens_k: Tensor | None = None
+    page_table: Tensor | None = None  # (B, pages)
     seed: Tensor | None = None
     left: int | None = None
     right: int | None = None
+    scale: float = 1.0
     softcap: float = 0.0
     dropout_p: float = 0.0
-    document: int = 0  # the number of the first batch, for dropout
+
+    @property
+    def tensors(self) -> tuple:
+        return self[: self._fields.index("left")]
+
+    @property
+    def numbers(self) -> tuple:
+        return self[self._fields.index("left") :]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    query_lengths: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    page_table: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Returns o (B, H, T, Dv) in the dtype of q, and lse (2, B, H, T) in float32 or wider.
 
     lse[0] + lse[1] is the log-sum-exp: next to a large score, the logarithm of a sum would be lost
     in the rounding of lse[0] alone, and with it the factor of p in the backward. Here lse[1] is 0,
     since the backward computes the softmax again from the scores.
     """
-    options = Options(
-        scale, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, seed, left, right,
-        softcap, dropout_p,
-    )  # fmt: skip
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        o, lse = _forward(q, _paged(k, page_table), _paged(v, page_table), options)
+    a = Arguments(*args)
+    if a.cu_seqlens_q is None:
+        o, lse = _forward(a._replace(k=_paged(a.k, a.page_table), v=_paged(a.v, a.page_table)))
         return o, torch.stack([lse, torch.zeros_like(lse)])
-    o = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for t, s, of_document in _documents(cu_seqlens_q, cu_seqlens_k, options):
-        o[t], lse[t] = _forward(q[t], k[s], v[s], of_document)
+    dtype = torch.promote_types(a.q.dtype, torch.float32)
+    o = a.q.new_zeros(*a.q.shape[:3], a.v.shape[3])
+    lse = a.q.new_full(a.q.shape[:3], -torch.inf, dtype=dtype)
+    for number, (t, _, document) in enumerate(_documents(a)):
+        o[t], lse[t] = _forward(document, number)
     return o, torch.stack([lse, torch.zeros_like(lse)])
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    query_lengths: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    bias_grad: bool,
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv, dbias, dsink in the dtypes of the inputs. dbias is empty unless
-    `bias_grad`, and dsink without a sink."""
-    options = Options(
-        scale, bias, mask, alibi_slopes, sink, query_lengths, key_lengths, seed, left, right,
-        softcap, dropout_p,
-    )  # fmt: skip
-    lse = lse[0]
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        dq, dk, dv, ds, dsink = _backward(do, dlse, q, k, v, lse, options)
+    """Takes the arguments of forward and `bias_grad` at the end; dlse is (B, H, T).
+
+    Returns dq, dk, dv, dbias, dsink in the dtypes of the inputs. dbias is empty unless `bias_grad`,
+    and dsink without a sink.
+    """
+    *arguments, bias_grad = args
+    a, lse = Arguments(*arguments), lse[0]
+    if a.cu_seqlens_q is None:
+        dq, dk, dv, ds, dsink = _backward(do, dlse, lse, a)
     else:
         # From do, which may be a batch of vmap where q is none.
-        dq, dk, dv = (do.new_zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
-        dsink = lse.new_zeros(q.shape[1])
-        for t, s, of_document in _documents(cu_seqlens_q, cu_seqlens_k, options):
+        dq, dk, dv = (do.new_zeros(x.shape, dtype=x.dtype) for x in (a.q, a.k, a.v))
+        dsink = lse.new_zeros(a.q.shape[1])
+        for number, (t, s, document) in enumerate(_documents(a)):
             dlse_t = None if dlse is None else dlse[t]
-            grads = _backward(do[t], dlse_t, q[t], k[s], v[s], lse[t], of_document)
+            grads = _backward(do[t], dlse_t, lse[t], document, number)
             dq[t], dk[s], dv[s] = grads[:3]
             dsink = dsink + grads[4]
     # forward: s = s + bias, lse = log (sum exp(s) + exp(sink))
-    dbias = q.new_empty(0)
-    if bias is not None and bias_grad:
-        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
-    return dq, dk, dv, dbias, q.new_empty(0) if sink is None else dsink.to(sink.dtype)
+    dbias = absent = do.new_empty(0)
+    if a.bias is not None and bias_grad:
+        dbias = ds.sum_to_size(a.bias.shape).to(a.bias.dtype)
+    return dq, dk, dv, dbias, absent if a.sink is None else dsink.to(a.sink.dtype)
+
+
+def forward_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised o and lse, as kernels return them."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(2, *q.shape[:3], dtype=dtype)
+
+
+def backward_outputs(a: Arguments, bias_grad: bool) -> tuple[Tensor, ...]:
+    """Uninitialised dq, dk, dv, dbias and dsink, as kernels return them."""
+    bias = a.bias if bias_grad else None
+    return tuple(
+        a.q.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (a.q, a.k, a.v, bias, a.sink)
+    )
 
 
 def why_not(*args, needs_grad: bool) -> str | None:
-    page_table = args[11]
-    if page_table is not None and needs_grad:
+    if Arguments(*args).page_table is not None and needs_grad:
         return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
     return None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    rows, keys = places(q, options.query_lengths), places(k, options.key_lengths)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    s, _ = scores(q, k, rows, keys, options)
-    p, _, lse = _softmax(s, rows, options.sink)
-    o = _drop(p, _keep(s, options)) @ _per_query_head(v, keys, q.shape[1], dtype)
-    return rounded(o, q.dtype), lse
+def _forward(a: Arguments, number: int = 0) -> tuple[Tensor, Tensor]:
+    """o and lse (B, H, T) of a padded batch whose first row is document `number` for dropout."""
+    rows, keys = places(a.q, a.query_lengths), places(a.k, a.key_lengths)
+    s, _ = scores(a, rows, keys)
+    p, _, lse = _softmax(s, rows, a.sink)
+    o = _drop(p, _keep(s, a, number)) @ _per_query_head(a.v, keys, a.q.shape[1], s.dtype)
+    return rounded(o, a.q.dtype), lse
 
 
-def _backward(do, dlse, q, k, v, lse, options: Options) -> tuple[Tensor, ...]:
+def _backward(do, dlse, lse: Tensor, a: Arguments, number: int = 0) -> tuple[Tensor, ...]:
     """dq, dk, dv, ds (B, H, T, S) before the softcap, and dsink (H,)."""
-    rows, keys = places(q, options.query_lengths), places(k, options.key_lengths)
-    dtype, H, Hk = lse.dtype, q.shape[1], k.shape[1]
+    rows, keys = places(a.q, a.query_lengths), places(a.k, a.key_lengths)
+    dtype, H, Hk = lse.dtype, a.q.shape[1], a.k.shape[1]
     seen = (lse != -torch.inf)[..., None]  # other rows may hold anything, NaN included
     do = torch.where(seen, do.to(dtype), 0)
     dlse = lse.new_zeros(()) if dlse is None else torch.where(seen, dlse[..., None], 0)
     # forward: s, p = softmax(s), recomputed
-    s, slope = scores(q, k, rows, keys, options)
-    p, p_sink, _ = _softmax(s, rows, options.sink)
+    s, slope = scores(a, rows, keys)
+    p, p_sink, _ = _softmax(s, rows, a.sink)
     # forward: o = (p keep / (1 - dropout_p)) v
-    keep = _keep(s, options)
+    keep = _keep(s, a, number)
     dv = _drop(p, keep).mT @ do
-    dp = _drop(do @ _per_query_head(v, keys, H, dtype).mT, keep)
+    dp = _drop(do @ _per_query_head(a.v, keys, H, dtype).mT, keep)
     delta = (p * dp).sum(-1, keepdim=True) - dlse
     ds = p * (dp - delta)
     # forward: lse = log (sum exp(s) + exp(sink))
     dsink = -torch.where(seen, p_sink * delta, 0).sum((0, 2, 3))
     # forward: s = softcap tanh(scale q k^T / softcap)
-    dx = torch.where(seen, options.scale * ds * slope, 0)
-    dq = dx @ _per_query_head(k, keys, H, dtype)
-    dk = dx.mT @ torch.where(seen, q.to(dtype), 0)
+    dx = torch.where(seen, a.scale * ds * slope, 0)
+    dq = dx @ _per_query_head(a.k, keys, H, dtype)
+    dk = dx.mT @ torch.where(seen, a.q.to(dtype), 0)
     dk, dv = (_sum_groups(x, Hk) for x in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), ds, dsink
+    return dq.to(a.q.dtype), dk.to(a.k.dtype), dv.to(a.v.dtype), ds, dsink
 
 
-def _documents(cu_q: Tensor, cu_k: Tensor, options: Options) -> Iterator[tuple]:
-    """Index of the queries and of the keys of each document, and its options.
+def _documents(a: Arguments) -> Iterator[tuple[tuple, tuple, Arguments]]:
+    """Index of the queries and of the keys of each document, and what attention of it alone takes.
 
     One at a time rather than under one mask, since a document may hold NaN. This waits for a GPU,
     and torch.compile cannot trace it into one graph.
     """
-    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    assert a.cu_seqlens_q is not None and a.cu_seqlens_k is not None
+    ends_q, ends_k = a.cu_seqlens_q.tolist(), a.cu_seqlens_k.tolist()
     for i in range(len(ends_q) - 1):
-        t, s = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
-        slopes = None if options.alibi_slopes is None else options.alibi_slopes[i : i + 1]
         every = (slice(None), slice(None))
-        yield (*every, t), (*every, s), options._replace(alibi_slopes=slopes, document=i)
+        t, s = (*every, slice(*ends_q[i : i + 2])), (*every, slice(*ends_k[i : i + 2]))
+        slopes = None if a.alibi_slopes is None else a.alibi_slopes[i : i + 1]
+        yield t, s, a._replace(q=a.q[t], k=a.k[s], v=a.v[s], alibi_slopes=slopes)
 
 
 class Places(NamedTuple):
@@ -217,31 +203,29 @@ def places(x: Tensor, lengths: Tensor | None) -> Places:
     return Places(position < length, position, length)
 
 
-def scores(
-    q: Tensor, k: Tensor, rows: Places, keys: Places, options: Options
-) -> tuple[Tensor, Tensor]:
+def scores(a: Arguments, rows: Places, keys: Places) -> tuple[Tensor, Tensor]:
     """s (B, H, T, S), -inf where hidden, and its derivative in scale q k^T, without the mask."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q = torch.where(rows.exist[:, None, :, None], q.to(dtype), 0)  # others may hold NaN
-    s = options.scale * (q @ _per_query_head(k, keys, q.shape[1], dtype).mT)
+    dtype = torch.promote_types(a.q.dtype, torch.float32)
+    q = torch.where(rows.exist[:, None, :, None], a.q.to(dtype), 0)  # others may hold NaN
+    s = a.scale * (q @ _per_query_head(a.k, keys, q.shape[1], dtype).mT)
     slope = s.new_ones(())
-    if options.softcap > 0:
-        tanh = (s / options.softcap).tanh()
-        s, slope = options.softcap * tanh, 1 - tanh.square()
+    if a.softcap > 0:
+        tanh = (s / a.softcap).tanh()
+        s, slope = a.softcap * tanh, 1 - tanh.square()
     # t + offset - s, both counted from the ends
     distance = (keys.length - keys.position)[:, None, :] - (rows.length - rows.position)[..., None]
     visible = rows.exist[:, :, None] & keys.exist[:, None, :]
-    if options.left is not None:
-        visible = visible & (distance <= options.left)
-    if options.right is not None:
-        visible = visible & (distance >= -options.right)
+    if a.left is not None:
+        visible = visible & (distance <= a.left)
+    if a.right is not None:
+        visible = visible & (distance >= -a.right)
     visible, distance = visible[:, None], distance[:, None]
-    if options.mask is not None:
-        visible = visible & options.mask
-    if options.bias is not None:
-        s = s + options.bias.to(dtype)
-    if options.alibi_slopes is not None:
-        s = s - options.alibi_slopes.to(dtype)[..., None, None] * distance.abs()
+    if a.mask is not None:
+        visible = visible & a.mask
+    if a.bias is not None:
+        s = s + a.bias.to(dtype)
+    if a.alibi_slopes is not None:
+        s = s - a.alibi_slopes.to(dtype)[..., None, None] * distance.abs()
     return s.masked_fill(~visible, -torch.inf), slope
 
 
@@ -285,12 +269,12 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * keep
 
 
-def _keep(s: Tensor, options: Options) -> Tensor | None:
+def _keep(s: Tensor, a: Arguments, number: int) -> Tensor | None:
     """What dropout multiplies p by: (B, H, T, S) of 0 and 1 / (1 - dropout_p). None without it."""
-    if options.seed is None or options.dropout_p == 0:
+    if a.seed is None or a.dropout_p == 0:
         return None
     B, H, T, S = s.shape
     t, four = (torch.arange(n, device=s.device) for n in (T, -(-S // 4)))
-    heads = torch.arange(B * H, device=s.device).view(B, H, 1, 1) + options.document * H
-    draws = philox(options.seed, four, t[:, None], heads, 0).flatten(-2)
-    return dropout(torch.ones_like(s), draws[..., :S], options.dropout_p)
+    heads = torch.arange(B * H, device=s.device).view(B, H, 1, 1) + number * H
+    draws = philox(a.seed, four, t[:, None], heads, 0).flatten(-2)
+    return dropout(torch.ones_like(s), draws[..., :S], a.dropout_p)
