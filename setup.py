@@ -137,7 +137,7 @@ def native():
     ]
     home = cuda_home(torch.version.cuda)
     architectures = cuda_architectures(home, torch) if home else []
-    headers = glob("csrc/*.h") + glob("csrc/cuda/*.h")
+    headers = [path for kind in ("h", "inl") for path in glob(f"csrc/**/*.{kind}", recursive=True)]
     module = CppExtension(
         "tfkern._C",
         ["csrc/module.cpp"],
@@ -152,7 +152,7 @@ def native():
     # Stable ABI of torch 2.11, no Python symbols: one library for every torch and Python since. The
     # CUDA runtime is inside, so that it loads where there is no CUDA.
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    sources = sorted(set(glob("csrc/*.cpp")) - {"csrc/module.cpp"})
+    sources = ["csrc/schema.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     link = []
     if home:
         cpp_extension.CUDA_HOME = home

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "isa.h"
+#include "cpu/isa.h"
 
 #define TFKERN_STRING(x) TFKERN_STRING_(x)
 #define TFKERN_STRING_(x) #x

@@ -5,6 +5,7 @@ with known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,11 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def dropout(p: float) -> tuple[int, float]:
+    """(last, factor): an element is kept, times the factor, if its draw is above `last`."""
+    return math.ceil(p * 2**32) - 1, 1 / (1 - p) if p < 1 else 0.0
 
 
 def unavailable(x: torch.Tensor) -> str | None:

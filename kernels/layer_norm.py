@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import register, unavailable
+from . import dropout, register, unavailable
 
 _MAX_N = 16384  # the backward spills a little beyond 8192 and would spill badly beyond this
 
@@ -40,7 +40,7 @@ def _programs(device: torch.device) -> int:
 
 
 @triton.jit
-def _keep(SEED, m, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _keep(SEED, m, last_dropped, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout mask: element (m, n) takes lane n % 4 of counter (n // 4, m, m >> 32, 1)."""
     group = tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     low = (m & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.zeros_like(group).to(tl.uint32)
@@ -48,13 +48,13 @@ def _keep(SEED, m, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     one = tl.zeros_like(group) + 1
     a, b, c, d = tl.philox(tl.load(SEED), group.to(tl.uint32), low, high, one.to(tl.uint32))
     draw = tl.join(tl.join(a, c), tl.join(b, d)).reshape(BLOCK_M, BLOCK_N)
-    return draw.to(tl.int64) >= threshold
+    return draw > tl.cast(last_dropped, tl.uint32)
 
 
 @triton.jit
 def _forward_kernel(
     X, W, BIAS, R, SEED, Y, H, MEAN, RSTD,
-    stride_x, stride_r, M, N, threshold, keep_scale, eps,
+    stride_x, stride_r, M, N, last_dropped, keep_scale, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,7 +63,7 @@ def _forward_kernel(
     mask = in_m[:, None] & in_n[None, :]
     h = tl.load(X + m[:, None] * stride_x + n[None, :], mask=mask, other=0.0).to(tl.float32)
     if SEED is not None:
-        keep = _keep(SEED, m, threshold, BLOCK_M, BLOCK_N)
+        keep = _keep(SEED, m, last_dropped, BLOCK_M, BLOCK_N)
         h = tl.where(keep, h * tl.cast(keep_scale, tl.float32), 0.0)
     if R is not None:
         h += tl.load(R + m[:, None] * stride_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -105,7 +105,7 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
         _forward_kernel[(triton.cdiv(M, BLOCK_M),)](
             x, weight, bias, residual, seed, y, _or_none(h), _or_none(mean), rstd,
             x.stride(0), 0 if residual is None else residual.stride(0), M, N,
-            *_dropout(dropout_p), eps,
+            *dropout(dropout_p), eps,
             RMS=rms, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
         )  # fmt: skip
     return y, h, mean, rstd
@@ -120,11 +120,6 @@ def _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
     return x.new_empty(x.shape), h, mean, x.new_empty(M, dtype=torch.float32)
 
 
-def _dropout(p: float) -> tuple[int, float]:
-    """The threshold that a kept draw reaches, and the factor of a kept element."""
-    return math.ceil(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
-
-
 def _or_none(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
@@ -132,7 +127,7 @@ def _or_none(x: Tensor) -> Tensor | None:
 @triton.jit
 def _backward_kernel(
     DY, DH, H, W, MEAN, RSTD, SEED, DX, DR, PARTIAL_DW, PARTIAL_DB,
-    stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
+    stride_dy, stride_dh, stride_h, M, N, last_dropped, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -169,7 +164,7 @@ def _backward_kernel(
         if DR is not None:
             tl.store(DR + m[:, None] * N + n[None, :], dh.to(DR.dtype.element_ty), mask=mask)
         if SEED is not None:
-            keep = _keep(SEED, m, threshold, BLOCK_M, BLOCK_N)
+            keep = _keep(SEED, m, last_dropped, BLOCK_M, BLOCK_N)
             dh = tl.where(keep, dh * tl.cast(keep_scale, tl.float32), 0.0)
         tl.store(DX + m[:, None] * N + n[None, :], dh.to(DX.dtype.element_ty), mask=mask)
     if PARTIAL_DW is not None:
@@ -215,7 +210,7 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
     _backward_kernel[(programs,)](
         dy, dh, h, weight, mean, rstd, seed,
         dx, _or_none(dresidual), partial_dweight, partial_dbias,
-        dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), M, N, *_dropout(dropout_p),
+        dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), M, N, *dropout(dropout_p),
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
     if weight is not None or bias is not None:

@@ -45,7 +45,7 @@ def build(sources: list[Path], flavour: str = "plain") -> Path:
         sources = [*sources, HOST / "cuda_host.cpp"]
     else:
         command += ["-O1", "-ffp-contract=fast", "-w"]  # the ordinary build has the warnings
-    headers = sorted([*HOST.glob("*.h"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h")])
+    headers = sorted([*HOST.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inl")])
     contents = b"".join(path.read_bytes() for path in [*sources, *headers])
     identity = contents + " ".join([*command, torch.__version__]).encode()
     folder = ROOT / "build" / "cuda_host"
@@ -129,7 +129,7 @@ def _or_double(operator, of_cpu):
 def load_sanitized() -> None:
     """Makes `import tfkern` take the CPU's operators from a library with sanitizers."""
     flavour = os.environ["TFKERN_CPU_SANITIZED"]
-    sources = sorted(set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc" / "module.cpp"})
+    sources = [ROOT / "csrc" / "schema.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     if flavour == "threads":
         sources.append(HOST / "threads.cpp")
     library, load_library = build(sources, flavour), torch.ops.load_library

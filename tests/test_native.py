@@ -75,7 +75,7 @@ def test_what_is_said_of_cuda(monkeypatch, built, capability, dtypes, told):
     with FakeTensorMode():  # tensors on a device that need not exist
         x = torch.empty(2, 8, device="cuda", dtype=x_type)
         weight = torch.empty(8, device="cuda", dtype=weight_type)
-        args = (x, weight, None, None, None, 0.0, 1e-5, False)
+        args = (x, weight, None, None, None, 0.0, 1e-5, False, 1)
         reason = layer_norm.why_not(*args, needs_grad=True)
     assert reason is None if told is None else re.search(told, reason)
 

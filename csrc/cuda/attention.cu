@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   copy_commit();
   float acc[D / 8][4] = {};
   float m[2], l[2];  // of the rows lane / 4 and 8 below; l is of this lane alone
-  const Window rows_of_warp{h0, row0 + 16 * warp, 0, per_head, false, rows};
+  const TileOrigin rows_of_warp{h0, row0 + 16 * warp, 0, per_head, false, rows};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int h = rows_of_warp.at(lane / 4 + 8 * half, 0).h;
@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     __syncthreads();
     float x[N][4] = {};
     multiply_rows<T>(x, q, 16 * warp, keys_at(stage));
-    Window window = rows_of_warp;
-    window.s0 = s0;
+    TileOrigin origin = rows_of_warp;
+    origin.s0 = s0;
     const bool limits = s0 + K::kSize > d.keys || t1 + d.offset() - s0 > in.left ||
                         s0 + K::kSize - 1 - t0 - d.offset() > in.right;
-    scores<N>(x, nullptr, in, d, window);
-    each_hidden<N>(in, d, window, limits, [&](int n, int i) { x[n][i] = -kInfinity; });
+    scores<N>(x, nullptr, in, d, origin);
+    each_hidden<N>(in, d, origin, limits, [&](int n, int i) { x[n][i] = -kInfinity; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = m[half];
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
         }
       }
     }
-    if (in.seed) drop(x, in, d, window);
+    if (in.seed) drop(x, in, d, origin);
     multiply_columns<T>(acc, x, values_at(stage));
     __syncthreads();  // before the next tile but one takes the place of this one
     if (K::kStages == 2) stage ^= 1;
@@ -319,10 +319,10 @@ Elements elements(const Optional& t) {
 
 }  // namespace
 
-Heads heads(const Tensor& t) {
+HeadView heads(const Tensor& t) {
   const auto bytes = static_cast<int64_t>(t.element_size());
-  Heads x{data<char>(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes,
-          static_cast<int>(t.size(3))};
+  HeadView x{data<char>(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes,
+             static_cast<int>(t.size(3))};
   const int64_t all = reinterpret_cast<uintptr_t>(x.data) | x.batch | x.head | x.row;
   x.aligned = all % 16 == 0 && x.features % 8 == 0;
   return x;
@@ -361,7 +361,7 @@ Attention attention(AttentionArguments& in) {
   a.k = heads(k);
   a.v = heads(v);
   if (in.page_table) {
-    for (Heads* x : {&a.k, &a.v}) {
+    for (HeadView* x : {&a.k, &a.v}) {
       x->pages = table(in.page_table);
       x->page_size = static_cast<int>(k.size(2));
       x->page_count = static_cast<int>(k.size(0));
@@ -377,8 +377,7 @@ Attention attention(AttentionArguments& in) {
   a.cu_seqlens_k = table(in.cu_seqlens_k);
   if (in.seed && in.dropout_p > 0) {
     a.seed = data<const int64_t>(*in.seed);
-    a.threshold = static_cast<uint64_t>(std::ceil(std::ldexp(in.dropout_p, 32)));
-    a.keep = in.dropout_p < 1 ? static_cast<float>(1 / (1 - in.dropout_p)) : 0.0f;
+    a.dropout = Dropout<float>(in.dropout_p);
   }
   return a;
 }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../attention_arguments.h"
+#include "../dropout.h"
 #include "../philox.h"
 #include "elements.h"
 
@@ -43,7 +44,7 @@ struct Table {
 
 // A (batch, head, row, feature) tensor; strides are in bytes. With a table of pages, `batch` is the
 // stride of pages.
-struct Heads {
+struct HeadView {
   char* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
   int features = 0;
@@ -65,13 +66,12 @@ struct Attention {
   int documents;    // batches, or documents of a packed batch
   int left, right;  // query t sees the keys from t + offset - left to t + offset + right
   float scale, softcap;
-  Heads q, k, v;
+  HeadView q, k, v;
   Elements bias, mask;
   Table alibi_slopes, sink;  // (documents, H) and (H,)
   Table query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k;
   const int64_t* seed;  // null without dropout
-  uint64_t threshold;   // an element whose draw is at least that is kept
-  float keep;           // 1 / (1 - p)
+  Dropout<float> dropout;
 
   __host__ __device__ int group() const { return H / Hk; }
 };
@@ -196,7 +196,7 @@ struct Tile {
   // Rows first to first + ROWS of a head, as far as they are before `end`; others are 0. With
   // `per_head`, rows of one head after the other; with `lse`, that of row 0, rows that see nothing
   // are 0 as well: they may hold anything. Complete after copy_commit, copy_wait and __syncthreads.
-  __device__ void load(const Heads& x, int batch, int head, int row0, int first, int end,
+  __device__ void load(const HeadView& x, int batch, int head, int row0, int first, int end,
                        int per_head = 0, const float* lse = nullptr) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
     for (int i = threadIdx.x; i < ROWS * kPieces; i += blockDim.x) {
@@ -345,7 +345,7 @@ struct Place {
   int h, t, s;
 };
 
-struct Window {
+struct TileOrigin {
   int h0, t0, s0;        // the first of the tile
   int queries_per_head;  // of the rows, 0 if they all belong to h0
   bool transposed;
@@ -364,7 +364,7 @@ struct Window {
 // also the derivative of the softcap.
 template <int N>
 __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attention& a,
-                              const Document& d, const Window& window) {
+                              const Document& d, const TileOrigin& origin) {
   if (a.softcap > 0) {
     each<N>([&](int n, int i, int, int) {
       const float tanh = tanhf(__fmul_rn(x[n][i], a.scale / a.softcap));
@@ -381,7 +381,7 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
     TFKERN_CUDA_DTYPE(a.bias.dtype, {
       const T* bias = reinterpret_cast<const T*>(a.bias.data) + d.batch * a.bias.batch;
       each<N>([&](int n, int i, int row, int column) {
-        const Place p = window.at(row, column);
+        const Place p = origin.at(row, column);
         if (p.t < d.queries && p.s < d.keys) {
           x[n][i] += to_float(bias[p.h * a.bias.head + p.t * a.bias.query + p.s * a.bias.key]);
         }
@@ -392,11 +392,11 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
     float slope[2];  // of the rows of this lane
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int h = window.at(threadIdx.x % 32 / 4 + 8 * half, 0).h;
+      const int h = origin.at(threadIdx.x % 32 / 4 + 8 * half, 0).h;
       slope[half] = a.alibi_slopes.number(d.number, h);
     }
     each<N>([&](int n, int i, int row, int column) {
-      const Place p = window.at(row, column);
+      const Place p = origin.at(row, column);
       const int distance = p.t + d.offset() - p.s;
       x[n][i] =
           fmaf(slope[i / 2], -static_cast<float>(distance < 0 ? -distance : distance), x[n][i]);
@@ -407,11 +407,11 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
 // Calls f(n, i) for the elements that are hidden. `limits` says that lengths or the window cut
 // through the tile.
 template <int N, class F>
-__device__ inline void each_hidden(const Attention& a, const Document& d, const Window& window,
+__device__ inline void each_hidden(const Attention& a, const Document& d, const TileOrigin& origin,
                                    bool limits, const F& f) {
   if (limits) {
     each<N>([&](int n, int i, int row, int column) {
-      const Place p = window.at(row, column);
+      const Place p = origin.at(row, column);
       const int distance = p.t + d.offset() - p.s;
       const bool seen =
           p.t < d.queries && p.s < d.keys && distance <= a.left && -distance <= a.right;
@@ -421,7 +421,7 @@ __device__ inline void each_hidden(const Attention& a, const Document& d, const 
   if (a.mask.data) {
     const char* mask = a.mask.data + d.batch * a.mask.batch;
     each<N>([&](int n, int i, int row, int column) {
-      const Place p = window.at(row, column);
+      const Place p = origin.at(row, column);
       const bool there = p.t < d.queries && p.s < d.keys;
       if (!there || !mask[p.h * a.mask.head + p.t * a.mask.query + p.s * a.mask.key]) f(n, i);
     });
@@ -432,21 +432,21 @@ __device__ inline void each_hidden(const Attention& a, const Document& d, const 
 // a draw.
 template <int N>
 __device__ inline void drop(float (&x)[N][4], const Attention& a, const Document& d,
-                            const Window& window) {
+                            const TileOrigin& origin) {
   const auto seed = static_cast<uint64_t>(*a.seed);
   each<N>([&](int n, int i, int row, int column) {
-    if (i % 2 && !window.transposed) return;  // its neighbour has the same draw
-    const Place p = window.at(row, column);
+    if (i % 2 && !origin.transposed) return;  // its neighbour has the same draw
+    const Place p = origin.at(row, column);
     const auto s = static_cast<uint32_t>(p.s);
     const Philox draw(seed, s / 4, static_cast<uint32_t>(p.t),
                       static_cast<uint32_t>(d.number) * a.H + p.h, 0);
     const uint32_t even = s % 4 < 2 ? draw.lane[0] : draw.lane[2];
     const uint32_t odd = s % 4 < 2 ? draw.lane[1] : draw.lane[3];
-    if (window.transposed) {
-      x[n][i] *= (s % 2 ? odd : even) >= a.threshold ? a.keep : 0.0f;
+    if (origin.transposed) {
+      x[n][i] *= (s % 2 ? odd : even) > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
     } else {
-      x[n][i] *= even >= a.threshold ? a.keep : 0.0f;
-      x[n][i + 1] *= odd >= a.threshold ? a.keep : 0.0f;
+      x[n][i] *= even > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
+      x[n][i + 1] *= odd > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
     }
   });
 }
@@ -455,6 +455,6 @@ __device__ inline void drop(float (&x)[N][4], const Attention& a, const Document
 
 // The arguments as the kernels see them. `in` gets contiguous rows where it has none.
 Attention attention(AttentionArguments& in);
-Heads heads(const Tensor& t);
+HeadView heads(const Tensor& t);
 
 }  // namespace tfkern::cuda

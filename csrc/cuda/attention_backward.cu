@@ -26,7 +26,7 @@ constexpr int kThreads = 128;  // of the smaller kernels
 struct Backward {
   Attention in;
   int64_t tiles;  // of all documents
-  Heads d_o, o;
+  HeadView d_o, o;
   const float *lse, *low;  // (B, H, T) each: lse is their sum, -inf in rows that see nothing
   const float* dlse;       // (B, H, T), may be null
   float *delta, *sink_terms;
@@ -88,14 +88,14 @@ __global__ void __launch_bounds__(kThreads) sink_kernel(Backward a, void* dsink,
 // `of_bias`), of a tile. The rows are queries or, transposed, keys.
 template <int N>
 __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Backward& a,
-                                 const Document& d, const Window& window, bool limits,
+                                 const Document& d, const TileOrigin& origin, bool limits,
                                  bool of_bias) {
   const Attention& in = a.in;
   float slopes[N][4];
-  scores<N>(x, slopes, in, d, window);
-  if (in.seed) drop(dp, in, d, window);
+  scores<N>(x, slopes, in, d, origin);
+  if (in.seed) drop(dp, in, d, origin);
   each<N>([&](int n, int i, int row, int column) {
-    const Place p = window.at(row, column);
+    const Place p = origin.at(row, column);
     const bool there = p.t < d.queries;
     const int64_t at = a.row(d, p.h, p.t);
     const float lse = there ? a.lse[at] : 0.0f, low = there ? a.low[at] : 0.0f;
@@ -108,8 +108,8 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
     if (!of_bias) dp[n][i] *= slopes[n][i];
   });
   // Scores that are hidden went through the exponential as well, so their p and ds may be anything.
-  each_hidden<N>(in, d, window, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
-  if (in.seed) drop(x, in, d, window);
+  each_hidden<N>(in, d, origin, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
+  if (in.seed) drop(x, in, d, origin);
 }
 
 __device__ inline bool cuts(const Attention& a, const Document& d, int t0, int t1, int s0, int s1) {
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
     float x[N][4] = {}, dp[N][4] = {};
     multiply_rows<T>(x, q, 16 * warp, k);
     multiply_rows<T>(dp, d_o, 16 * warp, v);
-    const Window window{h, t0 + 16 * warp, s0, 0, false, 0};
-    gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), false);
+    const TileOrigin origin{h, t0 + 16 * warp, s0, 0, false, 0};
+    gradients<N>(x, dp, a, d, origin, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), false);
     multiply_columns<T>(dq, dp, k);
     __syncthreads();
   }
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_
       float x[N][4] = {}, dp[N][4] = {};
       multiply_rows<T, true>(x, k, 16 * warp, q);
       if (part == 0) multiply_rows<T>(dp, v, 16 * warp, d_o);
-      const Window window{h, t0, s0 + 16 * warp, 0, true, 0};
-      gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kSize - 1, s0, s0 + kOwn - 1), false);
+      const TileOrigin origin{h, t0, s0 + 16 * warp, 0, true, 0};
+      gradients<N>(x, dp, a, d, origin, cuts(in, d, t0, t0 + kSize - 1, s0, s0 + kOwn - 1), false);
       if (part == 0) {
         multiply_columns<T>(sum, dp, q);
       } else {
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
       float x[N][4] = {}, dp[N][4] = {};
       multiply_rows<T>(x, q, 16 * warp, k);
       multiply_rows<T>(dp, d_o, 16 * warp, v);
-      const Window window{h, t0 + 16 * warp, s0, 0, false, 0};
-      gradients<N>(x, dp, a, d, window, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), true);
+      const TileOrigin origin{h, t0 + 16 * warp, s0, 0, false, 0};
+      gradients<N>(x, dp, a, d, origin, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), true);
       each<N>([&](int n, int i, int, int) { sum[n][i] += dp[n][i]; });
       __syncthreads();
     }

@@ -7,6 +7,7 @@
 // float32 registers; one small kernel adds the parts in a fixed order, without atomics. Rows that
 // do not fit into the registers of a block are read again for each step: three times in forward; in
 // backward twice, by a kernel that sums along the rows and by blocks that each own some columns.
+#include "../dropout.h"
 #include "../layer_norm_arguments.h"
 #include "../philox.h"
 #include "elements.h"
@@ -22,18 +23,13 @@ constexpr int kBackwardElements =
 constexpr int V = 8;                // consecutive elements of a thread
 constexpr int kResidentWarps = 16;  // that an SM can hold in backward
 
-struct Dropout {
-  const int64_t* seed = nullptr;  // null without dropout
-  int64_t threshold = 0;          // an element is kept if its draw is at least that
-  float keep = 0;                 // 1 / (1 - p)
-};
-
 // x[n] = keep ? x[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >> 32,
 // 1).
 template <int K>
-__device__ void drop(float (&x)[K][V], const Dropout& dropout, const Pieces& at) {
-  if (dropout.seed == nullptr) return;
-  const auto seed = static_cast<uint64_t>(*dropout.seed);
+__device__ void drop(float (&x)[K][V], const uint64_t* given, const Dropout<float>& dropout,
+                     const Pieces& at) {
+  if (given == nullptr) return;
+  const uint64_t seed = *given;
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     const auto group = static_cast<uint32_t>((at.column + i * at.column_step) / 4);
@@ -44,7 +40,7 @@ __device__ void drop(float (&x)[K][V], const Dropout& dropout, const Pieces& at)
                         static_cast<uint32_t>(static_cast<uint64_t>(at.row) >> 32), 1);
 #pragma unroll
       for (int l = 0; l < 4; ++l) {
-        x[i][j + l] = draw.lane[l] >= dropout.threshold ? x[i][j + l] * dropout.keep : 0.0f;
+        x[i][j + l] = draw.lane[l] > dropout.last_dropped ? x[i][j + l] * dropout.factor : 0.0f;
       }
     }
   }
@@ -81,7 +77,8 @@ struct Forward {
   float eps;
   bool rms;
   int warps_per_row;
-  Dropout dropout;
+  const uint64_t* seed;  // null without dropout
+  Dropout<float> dropout;
   Matrix x, residual, weight, bias, y, h;
   float *mean, *rstd;
 };
@@ -106,7 +103,7 @@ __device__ void combine(float (&x)[K][V], const Matrix& y, Pieces at) {
 template <int K>
 __device__ void load_h(float (&h)[K][V], const Forward& a, const Pieces& at) {
   load(h, a.x, at);
-  drop(h, a.dropout, at);
+  drop(h, a.seed, a.dropout, at);
   combine<false>(h, a.residual, at);
 }
 
@@ -186,7 +183,8 @@ struct Backward {
   int64_t M, N;
   bool rms;
   int warps_per_row;
-  Dropout dropout;
+  const uint64_t* seed;  // null without dropout
+  Dropout<float> dropout;
   Matrix dy, dh, h, weight;
   const float *mean, *rstd;  // mean is null for RMS norm
   Matrix dx, dresidual;
@@ -329,7 +327,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
     }
     // forward: h = residual + dropout(x)
     if (a.dresidual.data) store(a.dresidual, g, at);
-    drop(g, a.dropout, at);
+    drop(g, a.seed, a.dropout, at);
     store(a.dx, g, at);
   }
   at.row = block;
@@ -340,10 +338,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
 
 // ---- operators ----
 
-Dropout dropout(const Optional& seed, double p) {
-  if (!seed) return {};
-  return {data<const int64_t>(*seed), static_cast<int64_t>(std::ceil(std::ldexp(p, 32))),
-          p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
+// The seed, or null where nothing is dropped.
+const uint64_t* seed_of(const Optional& seed, double p) {
+  return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
 }
 
 // How many warps hold a row, a power of two; 0 if too many would be needed.
@@ -379,7 +376,8 @@ Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional resid
                   static_cast<float>(eps),
                   rms,
                   per_row,
-                  dropout(seed, dropout_p),
+                  seed_of(seed, dropout_p),
+                  Dropout<float>(dropout_p),
                   matrix(x, axes),
                   matrix(residual, axes),
                   matrix(weight, axes),
@@ -428,7 +426,8 @@ Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Opti
                    N,
                    !mean,
                    per_row,
-                   dropout(seed, dropout_p),
+                   seed_of(seed, dropout_p),
+                   Dropout<float>(dropout_p),
                    matrix(dy, axes),
                    matrix(dh, axes),
                    matrix(h, axes),

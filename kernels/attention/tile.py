@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tfkern.reference.attention import Arguments
 
+from .. import dropout
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
@@ -81,7 +83,7 @@ class Scoring(NamedTuple):
     band: object
     bias: object
     mask: object
-    limit: object
+    limit: object  # of the draws of elements that are dropped
 
 
 class Queries(NamedTuple):
@@ -132,7 +134,7 @@ def options(a: Arguments, scale: float) -> Options:
         _packed(a.cu_seqlens_k),
         _packed(a.page_table),
         a.seed if a.dropout_p > 0 else None,
-        1 / (1 - a.dropout_p) if a.dropout_p < 1 else 0.0,
+        dropout(a.dropout_p)[1],
     )
 
 
@@ -152,8 +154,7 @@ def integers(q, k, opt: Options, left, right, dropout_p) -> tuple:
     if left is not None and right is not None and left + right < 0:
         left = right = -(T + S)  # no query sees a key
     left, right = (None if x is None else max(-(T + S), min(x, T + S)) for x in (left, right))
-    # Draws above the limit are kept. None passes that of dropout_p = 1, the largest of 32 bits.
-    limit = None if opt.seed is None else math.ceil(dropout_p * 2**32) - 1
+    limit = None if opt.seed is None else dropout(dropout_p)[0]
     return H, H // k.shape[1], T, S, documents(opt), k.shape[0], left, right, limit
 
 

@@ -1,4 +1,4 @@
-"""Attention by csrc/attention.cpp and csrc/cuda/attention*.cu."""
+"""Attention by csrc/cpu/attention.cpp and csrc/cuda/attention*.cu."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Layer norm by csrc/layer_norm.cpp and csrc/cuda/layer_norm.cu."""
+"""Layer norm by csrc/cpu/layer_norm.cpp and csrc/cuda/layer_norm.cu."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The MLP with products by torch and the activation by csrc/mlp.cpp and csrc/cuda/mlp.cu."""
+"""The MLP with products by torch and the activation by csrc/cpu/mlp.cpp and csrc/cuda/mlp.cu."""
 
 import torch
 import torch.nn.functional as F

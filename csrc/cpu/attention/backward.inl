@@ -1,4 +1,5 @@
-// Backward: s and p are recomputed tile by tile.
+// Fragment of attention.cpp, compiled once per instruction set: backward. s and p are
+// computed again tile by tile. It assumes forward.inl.
 
 // sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees one
 // key only, sum(do o) then differs from dp, and ds from 0, by no more than o was rounded.
@@ -20,7 +21,7 @@ inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* su
 
 // Blocks of rows that walk over the keys together: each tile of keys, and of the sums of dk and dv,
 // is fetched once for all of them.
-constexpr int64_t kTogether = 4;
+constexpr int64_t kBlocksPerWalk = 4;
 
 // ---- products of the backward: two ways with the same functions ----
 //
@@ -33,7 +34,7 @@ constexpr int64_t kTogether = 4;
 template <class C>
 struct WideBackward {
   struct Registers {};
-  static constexpr int64_t kFirst = 4;
+  static constexpr int64_t kKeyAlignment = 4;
   C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot;
   std::shared_ptr<WidenedRows<C>> k_rows, v_rows;
   NarrowScores<C> narrow;
@@ -89,11 +90,11 @@ struct WideBackward {
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
     seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
       const int64_t end = s0 + i + count, n = i * kBlock + t;
-      const Left<C> p{s + n, kBlock, 1}, ds{dp + n, kBlock, 1};
+      const BroadcastMatrix<C> p{s + n, kBlock, 1}, ds{dp + n, kBlock, 1};
       product(count, Dvp, width - t, p, do_rows + t * Dvp, Dvp, dv + i * stride, stride, true);
       product(count, Dp, width - t, ds, q_rows + t * Dp, Dp, dk + i * stride, stride, true,
               v_rows->at(v, end));
-      const Left<C> tile = k_rows->get(k, s0 + i, end);
+      const BroadcastMatrix<C> tile = k_rows->get(k, s0 + i, end);
       product(a.D, width - t, count, transposed(tile), dp + n, kBlock, dqt + t, kBlock, true,
               k_rows->at(k, end));
     });
@@ -101,7 +102,7 @@ struct WideBackward {
 };
 
 #if TFKERN_VEC_BYTES == 64
-#include "attention_amx_backward.h"
+#include "amx_backward.inl"
 #endif
 
 // ---- a tile of gradients ----
@@ -122,7 +123,7 @@ template <class C, class Products>
 struct BackwardRows {
   Products products;
   std::optional<Block> block;
-  Lanes<C> lanes;
+  RowInputs<C> lanes;
   C *lse, *rest, *dlse, *do_o, *dqt;  // do_o = sum(do o); dq^T / scale
 
   BackwardRows(Scratch& scratch, const AttentionBackward<C>& a, const Products& like)
@@ -132,7 +133,7 @@ struct BackwardRows {
     dqt = scratch.get<C>(padded<C>(a.D) * kBlock);
   }
   int64_t width() const { return padded<C>(block->rows()); }
-  int64_t begin() const { return block->begin / Products::kFirst * Products::kFirst; }
+  int64_t begin() const { return block->begin / Products::kKeyAlignment * Products::kKeyAlignment; }
 
   void load(const AttentionBackward<C>& a, const Block& rows) {
     constexpr C kInf = std::numeric_limits<C>::infinity();
@@ -187,8 +188,8 @@ void tile_gradients(BackwardRoom<C>& room, Rows& rows, const AttentionBackward<C
   rows.products.multiply(a, *rows.block, hk, s0, keys, sums);
   finish_scores(rows.products.s, a, *rows.block, rows.lanes, s0, keys, room.tile, room.buffer,
                 slope);
-  if (a.dropout) dropout_tile(room.keep, a, rows.lanes, s0, keys, rows.width());
-  score_gradients<C>(rows, keys, late_scale(a), a.dropout ? room.keep : nullptr, slope);
+  if (a.drops) dropout_tile(room.keep, a, rows.lanes, s0, keys, rows.width());
+  score_gradients<C>(rows, keys, late_scale(a), a.drops ? room.keep : nullptr, slope);
 }
 
 // ---- dq, dk and dv ----
@@ -260,7 +261,7 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   BackwardRoom<C> room(scratch);
   const Products products(scratch, a);
   std::vector<BackwardRows<C, Products>> together;
-  for (int64_t i = 0; i < kTogether; ++i) together.emplace_back(scratch, a, products);
+  for (int64_t i = 0; i < kBlocksPerWalk; ++i) together.emplace_back(scratch, a, products);
   C* dq_rows = scratch.get<C>(Dp * kBlock);
   C* own_sums = scratch.get<C>(a.longest() * sums_width);
 
@@ -282,7 +283,7 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
     // Every chunk takes blocks from all over the sequence, since causal ones differ in work.
     for (int64_t i = chunk; i < blocks;) {
       int64_t begin = document.keys, end = 0, count = 0;
-      for (; count < kTogether && i < blocks; ++count, i += chunks) {
+      for (; count < kBlocksPerWalk && i < blocks; ++count, i += chunks) {
         auto& rows = together[count];
         rows.load(a, block_of(a, number, hk, i));
         std::fill(rows.dqt, rows.dqt + a.D * kBlock, C{0});
@@ -349,7 +350,8 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
         for (int64_t t0 = i * kBlock; t0 < t_end; t0 += kBlock) {
           const Block block = block_at(a, b, h, 1, t0);
           const int64_t end = std::min(block.end, s_end);
-          int64_t s0 = std::max(block.begin / Products::kFirst * Products::kFirst, s_begin);
+          int64_t s0 =
+              std::max(block.begin / Products::kKeyAlignment * Products::kKeyAlignment, s_begin);
           if (s0 < end) rows.load(a, block);
           for (; s0 < end; s0 += kKeys) {
             const int64_t keys = std::min<int64_t>(kKeys, end - s0);

@@ -1,7 +1,7 @@
-// The products of attention_backward.h on Intel AMX.
+// Fragment of backward.inl: its products on Intel AMX. It assumes amx.inl.
 
 struct AmxBackward {
-  static constexpr int64_t kFirst = kKeys;
+  static constexpr int64_t kKeyAlignment = kKeys;
   using Registers = AmxTiles;
   int64_t Dp, Dvp;
   BFloat16 *q_rows, *do_rows, *o_rows, *buffer, *p_rows, *ds_rows;
@@ -78,7 +78,7 @@ struct AmxBackward {
     for (int64_t i = 0; i < keys && width < depth; ++i) {
       std::memset(tile + i * kBlock + width, 0, (depth - width) * 2);
     }
-    const Left<BFloat16> left{tile, kBlock, 1};
+    const BroadcastMatrix<BFloat16> left{tile, kBlock, 1};
     if (height == keys) {
       return amx_product(keys, Np, depth, left, right, right_stride, out, stride, true);
     }

@@ -16,10 +16,10 @@
 #include <array>
 #include <string>
 
-#include "attention_arguments.h"
+#include "../attention_arguments.h"
 #include "isa.h"
 
-#define TFKERN_KERNEL "attention_kernel.h"
+#define TFKERN_KERNEL "attention.inl"
 #include "each_isa.h"
 
 namespace tfkern {
@@ -52,7 +52,7 @@ void store_dkv(const AttentionBackward<C>& a, const Document& document, int64_t 
 }
 
 template <class C>
-void transpose_keys(const AttentionScores<C>& a, const Heads& x, int64_t N,
+void transpose_keys(const AttentionScores<C>& a, const HeadView& x, int64_t N,
                     std::atomic<int64_t>& next) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<C, float>) avx512::attention_transpose(a, x, N, next);
@@ -70,7 +70,7 @@ void run_tasks(const Work& work) {
 // On a processor with AMX its products take bfloat16: lets `x`, with N features, be read along the
 // keys.
 template <class C>
-void prepare_amx(AttentionScores<C>& a, const Heads& x, int64_t N, Scratch& scratch) {
+void prepare_amx(AttentionScores<C>& a, const HeadView& x, int64_t N, Scratch& scratch) {
   if (isa() != Isa::amx || a.q.dtype != Dtype::bf16) return;
   a.first_tile = {0};
   for (const Document& d : a.documents) {
@@ -85,12 +85,12 @@ void prepare_amx(AttentionScores<C>& a, const Heads& x, int64_t N, Scratch& scra
 template <class C>
 constexpr ScalarType kCompute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
 
-Heads heads(const Tensor& t) {
+HeadView heads(const Tensor& t) {
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   return {data<char>(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes, dtype(t)};
 }
 
-Elements elements(const Optional& t) {
+ScoreTensor elements(const Optional& t) {
   if (!t) return {};
   int64_t strides[4] = {};
   for (int i = 0; i < 4; ++i) {
@@ -182,12 +182,12 @@ AttentionShape shape(const AttentionArguments& in) {
 
 // The arguments as the kernels see them, and what they point to.
 template <class C>
-struct Converted {
+struct BoundArguments {
   Tensor q, k, v;
   std::vector<C> alibi_slopes, sink;
   std::vector<int64_t> pages;
 
-  explicit Converted(const AttentionArguments& in)
+  explicit BoundArguments(const AttentionArguments& in)
       : q(with_contiguous_rows(in.q)),
         k(with_contiguous_rows(in.k)),
         v(with_contiguous_rows(in.v)),
@@ -207,7 +207,7 @@ struct Converted {
     a.k = heads(k);
     a.v = heads(v);
     if (in.page_table) {
-      for (Heads* x : {&a.k, &a.v}) {
+      for (HeadView* x : {&a.k, &a.v}) {
         x->pages = pages.data();
         x->pages_per_batch = in.pages();
         x->page_size = in.k.size(2);
@@ -217,13 +217,10 @@ struct Converted {
     a.mask = elements(in.mask);
     a.alibi_slopes = in.alibi_slopes ? alibi_slopes.data() : nullptr;
     a.sink = in.sink ? sink.data() : nullptr;
-    a.dropout = in.seed && in.dropout_p > 0;
-    if (a.dropout) {
+    a.drops = in.seed && in.dropout_p > 0;
+    if (a.drops) {
       a.seed = static_cast<uint64_t>(*data<const int64_t>(*in.seed));
-      const double threshold = std::ceil(std::ldexp(in.dropout_p, 32));
-      const bool any = threshold < std::ldexp(1.0, 32);  // else no draw is large enough
-      a.threshold = any ? static_cast<uint32_t>(threshold) : 0;
-      a.keep = any ? static_cast<C>(1 / (1 - in.dropout_p)) : C{0};
+      a.dropout = Dropout<C>(in.dropout_p);
     }
     return a;
   }
@@ -269,7 +266,7 @@ void zero_rest(Tensor& x, const AttentionShape& a, bool keys) {
 template <class C>
 std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
   AttentionShape sizes = shape(in);
-  const Converted<C> converted(in);
+  const BoundArguments<C> converted(in);
   AttentionForward<C> a{converted.scores(in, std::move(sizes))};
   Tensor o = empty(in.q, {a.B, a.H, a.T, a.Dv}, in.q.scalar_type());
   Tensor lse = empty(in.q, {2, a.B, a.H, a.T}, kCompute<C>);
@@ -303,7 +300,7 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
 template <class C>
 Five backward(const AttentionArguments& in, const AttentionGradients& g) {
   AttentionShape sizes = shape(in);
-  const Converted<C> converted(in);
+  const BoundArguments<C> converted(in);
   AttentionBackward<C> a{converted.scores(in, std::move(sizes))};
   const ScalarType type = in.q.scalar_type();
   Tensor dq = empty(in.q, {a.B, a.H, a.T, a.D}, type);
@@ -376,14 +373,6 @@ Five backward_as_wide(const AttentionArguments& in, const AttentionGradients& g)
 
 }  // namespace
 }  // namespace tfkern
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
-  const std::string shared = tfkern::kAttentionSchema;
-  m.def(("attention_forward(" + shared + ") -> (Tensor o, Tensor lse)").c_str());
-  m.def(("attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, " + shared +
-         ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
-            .c_str());
-}
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("attention_forward", &tfkern::attention_forward<tfkern::forward_as_wide>);

@@ -1,4 +1,5 @@
-// The kernels of mlp.cpp for one instruction set: rows [begin, end) of the arguments.
+// Fragment of mlp.cpp, compiled once per instruction set: rows [begin, end) of the arguments. It
+// assumes vec.inl.
 
 // Activations: `value` gives act(x), and sets slope to act'(x). A NaN stays one.
 template <class C>

@@ -1,6 +1,5 @@
-// Vectors of float or double for one instruction set. Included by each_isa.h only, inside a
-// namespace and a target region of its own, hence without an include guard. TFKERN_VEC_BYTES is the
-// width.
+// Vectors of float or double, compiled once per instruction set: each_isa.h includes this inside a
+// namespace and a target region of its own, hence without a guard. TFKERN_VEC_BYTES is the width.
 //
 // The vectors are the compiler's own (GCC vector extension): + - * /, comparisons and ?: work on
 // them, and a * b + c becomes a fused multiply-add.

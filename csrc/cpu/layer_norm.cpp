@@ -5,8 +5,9 @@
 
 #include <array>
 
+#include "../dropout.h"
+#include "../layer_norm_arguments.h"
 #include "isa.h"
-#include "layer_norm_arguments.h"
 #include "scratch.h"
 
 namespace tfkern {
@@ -18,17 +19,13 @@ struct Rows {
   Dtype dtype = Dtype::f32;
 };
 
-struct Dropout {
-  double p = 0;  // 0 is off
-  uint64_t seed = 0;
-};
-
 template <class C>
 struct LayerNormForward {
   int64_t N;
   double eps;
   bool rms;
-  Dropout dropout;
+  const uint64_t* seed;  // null without dropout
+  Dropout<C> dropout;
   Rows x, residual;
   const C *weight, *bias;  // padded
   Rows y, h;
@@ -39,7 +36,8 @@ template <class C>
 struct LayerNormBackward {
   int64_t N;
   bool rms;
-  Dropout dropout;
+  const uint64_t* seed;  // null without dropout
+  Dropout<C> dropout;
   Rows dy, dh, h;
   const C* weight;  // padded
   const C *mean, *rstd;
@@ -48,7 +46,7 @@ struct LayerNormBackward {
 
 }  // namespace tfkern
 
-#define TFKERN_KERNEL "layer_norm_kernel.h"
+#define TFKERN_KERNEL "layer_norm.inl"
 #include "each_isa.h"
 
 namespace tfkern {
@@ -88,9 +86,9 @@ const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
   return out;
 }
 
-Dropout dropout(const Optional& seed, double p) {
-  if (!seed) return {};
-  return {p, static_cast<uint64_t>(*data<const int64_t>(*seed))};
+// The seed, or null where nothing is dropped.
+const uint64_t* seed_of(const Optional& seed, double p) {
+  return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
 }
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -103,7 +101,6 @@ Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
       std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
   const auto [M, N] = matrix_size(x, axes);
   const bool separate_h = residual || seed;
-  const Dropout drop = dropout(seed, p);
   const Rows x_rows = rows(x, axes), residual_rows = rows(residual, axes);
   Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
   Tensor rstd = empty(x, {M}, kCompute);
@@ -116,7 +113,8 @@ Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
       N,
       eps,
       rms,
-      drop,
+      seed_of(seed, p),
+      Dropout<C>(p),
       x_rows,
       residual_rows,
       parameters(weight, N, C{1}, scratch),
@@ -137,7 +135,6 @@ Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optio
               const Optional& bias, const Optional& mean, const Tensor& rstd, const Optional& seed,
               double p, bool separate_residual, int64_t axes) {
   const auto [M, N] = matrix_size(dy, axes);
-  const Dropout drop = dropout(seed, p);
   const Rows dy_rows = rows(dy, axes), dh_rows = rows(dh, axes), h_rows = rows(h, axes);
   const C* mean_data = mean ? data<const C>(*mean) : nullptr;
   const C* rstd_data = data<const C>(rstd);
@@ -151,17 +148,9 @@ Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optio
 
   Scratch scratch;
   const LayerNormBackward<C> a{
-      N,
-      !mean,
-      drop,
-      dy_rows,
-      dh_rows,
-      h_rows,
-      parameters(weight, N, C{1}, scratch),
-      mean_data,
-      rstd_data,
-      rows(dx, axes),
-      separate_residual ? rows(dresidual, axes) : Rows{},
+      N,         !mean,     seed_of(seed, p), Dropout<C>(p),
+      dy_rows,   dh_rows,   h_rows,           parameters(weight, N, C{1}, scratch),
+      mean_data, rstd_data, rows(dx, axes),   separate_residual ? rows(dresidual, axes) : Rows{},
   };
   // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the
   // shape alone, so that the result does not depend on the number of threads.
@@ -207,19 +196,6 @@ Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Opti
 
 }  // namespace
 }  // namespace tfkern
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
-  // clang-format off
-  m.def(
-      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
-      "float dropout_p, float eps, bool rms, int axes) "
-      "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
-  m.def(
-      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
-      "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual, int axes) "
-      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
-  // clang-format on
-}
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&tfkern::layer_norm_forward));

@@ -1,8 +1,9 @@
 // Compiles TFKERN_KERNEL once per instruction set, each in a namespace of its own.
 //
-// The whole body, vec.h included, lies inside the target region: a template that is defined outside
-// of it compiles every vector operation to a call. For the same reason lambdas in kernels handle no
-// vectors themselves: their bodies may take the options in force where they are instantiated.
+// The whole body, vec.inl included, lies inside the target region: a template that is defined
+// outside of it compiles every vector operation to a call. For the same reason lambdas in kernels
+// handle no vectors themselves: their bodies may take the options in force where they are
+// instantiated.
 //
 // Include all standard headers before this one. There is no include guard on purpose.
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include <limits>
 #include <vector>
 
-#include "dtype.h"
+#include "../dtype.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,7 +22,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define TFKERN_VEC_BYTES 64
 namespace tfkern::avx512 {
-#include "vec.h"
+#include "vec.inl"
 #include TFKERN_KERNEL
 }  // namespace tfkern::avx512
 #undef TFKERN_VEC_BYTES
@@ -31,7 +32,7 @@ namespace tfkern::avx512 {
 #pragma GCC target("avx2,fma,f16c")
 #define TFKERN_VEC_BYTES 32
 namespace tfkern::avx2 {
-#include "vec.h"
+#include "vec.inl"
 #include TFKERN_KERNEL
 }  // namespace tfkern::avx2
 #undef TFKERN_VEC_BYTES
@@ -41,7 +42,7 @@ namespace tfkern::avx2 {
 // Every compiler has 16-byte vectors: SSE2, NEON, or scalar code where neither is there.
 #define TFKERN_VEC_BYTES 16
 namespace tfkern::baseline {
-#include "vec.h"
+#include "vec.inl"
 #include TFKERN_KERNEL
 }  // namespace tfkern::baseline
 #undef TFKERN_VEC_BYTES

@@ -1,5 +1,5 @@
-// Products of attention on Intel AMX: bfloat16 operands, sums in float. For AVX-512 processors that
-// have it; attention_kernel.h chooses at run time.
+// Fragment of forward.inl: products of attention on Intel AMX, of bfloat16 with sums in float. For
+// AVX-512 processors that have it; forward.inl chooses at run time.
 //
 // A tile register holds 16 rows of 64 bytes. The right operand of its product comes in pairs: word
 // (k / 2, n) holds elements (k, n) and (k + 1, n). Keys and values are read where they lie; what
@@ -72,8 +72,9 @@ inline void amx_product_tiles(int64_t K, const BFloat16* left, int64_t left_stri
 
 // out[M x N] = left[M x K] right[K x N] (+ what out holds, if `add`). M and N are multiples of 16,
 // K of 32.
-inline void amx_product(int64_t M, int64_t N, int64_t K, Left<BFloat16> left, const uint32_t* right,
-                        int64_t right_stride, float* out, int64_t out_stride, bool add) {
+inline void amx_product(int64_t M, int64_t N, int64_t K, BroadcastMatrix<BFloat16> left,
+                        const uint32_t* right, int64_t right_stride, float* out, int64_t out_stride,
+                        bool add) {
   for (int64_t n = 0; n < N; n += 2 * kAmxRows) {
     for (int64_t m = 0; m < M; m += 2 * kAmxRows) {
       const bool tall = m + kAmxRows < M, wide = n + kAmxRows < N;
@@ -115,8 +116,8 @@ inline void transpose_words(const void* rows, int64_t stride, int64_t M, int64_t
 
 // Rows [begin, begin + count) of `width` elements with zeros past N, and rows of zeros to `height`:
 // in place if there is nothing to fill and they lie side by side, else copied to `buffer`.
-inline Left<BFloat16> amx_rows(BFloat16* buffer, const HeadRows& rows, int64_t begin, int64_t count,
-                               int64_t N, int64_t height, int64_t width) {
+inline BroadcastMatrix<BFloat16> amx_rows(BFloat16* buffer, const HeadRows& rows, int64_t begin,
+                                          int64_t count, int64_t N, int64_t height, int64_t width) {
   if (!rows.pages && count == height && N == width && rows.stride == 2 * N) {
     return {reinterpret_cast<const BFloat16*>(rows.at(begin)), N, 1};
   }
@@ -127,7 +128,7 @@ inline Left<BFloat16> amx_rows(BFloat16* buffer, const HeadRows& rows, int64_t b
 
 // The rows of a block, of `width` elements with zeros past N; those that do not exist, or that a
 // given lse of infinity leaves out, are 0.
-inline void amx_block_rows(BFloat16* dst, const Heads& heads, const Block& block, int64_t N,
+inline void amx_block_rows(BFloat16* dst, const HeadView& heads, const Block& block, int64_t N,
                            int64_t width, const float* lse = nullptr) {
   std::memset(dst, 0, kBlock * width * 2);
   for (int64_t i = 0; i < block.rows(); ++i) {
@@ -159,14 +160,14 @@ inline void end_pairs(float* tile, int64_t keys) {
 inline void amx_key_product(const HeadRows& x, int64_t s0, int64_t keys, int64_t N,
                             const uint32_t* rows, int64_t width, BFloat16* buffer, float* out) {
   const int64_t height = round_up(keys, kAmxRows), Np = round_up(N, kAmxDepth);
-  const Left<BFloat16> left = amx_rows(buffer, x, s0, keys, N, height, Np);
+  const BroadcastMatrix<BFloat16> left = amx_rows(buffer, x, s0, keys, N, height, Np);
   amx_product(height, width, Np, left, rows, kBlock, out, kBlock, false);
 }
 
 // ---- operands that are read along the keys ----
 
 // Fills `transposed` with the tiles of x, which has N features. Runs tasks until none is left.
-inline void attention_transpose(const AttentionScores<float>& a, const Heads& x, int64_t N,
+inline void attention_transpose(const AttentionScores<float>& a, const HeadView& x, int64_t N,
                                 std::atomic<int64_t>& next) {
   const int64_t width = round_up(N, kAmxRows);
   Scratch scratch;
@@ -177,7 +178,7 @@ inline void attention_transpose(const AttentionScores<float>& a, const Heads& x,
     const Document& document = a.documents[after - a.first_tile.begin() - 1];
     const int64_t tile = task - *(after - 1), tiles = a.tiles(document);
     const int64_t s0 = tile % tiles * kKeys, keys = std::min(kKeys, document.keys - s0);
-    const Left<BFloat16> rows =
+    const BroadcastMatrix<BFloat16> rows =
         amx_rows(buffer, key_rows(x, document, tile / tiles), s0, keys, N, kKeys, width);
     join_rows(pairs, rows.data, width, kKeys, width);
     transpose_words(pairs, width, kKeys / 2, width, a.transposed + task * kKeys * width, kKeys / 2);
@@ -188,7 +189,7 @@ inline void attention_transpose(const AttentionScores<float>& a, const Heads& x,
 inline void amx_add_transposed(const AttentionScores<float>& a, const Block& block, int64_t hk,
                                int64_t s0, int64_t keys, int64_t N, float* tile, float* out) {
   end_pairs(tile, keys);
-  const Left<BFloat16> left{a.transposed_tile(block.number, hk, s0, N), kKeys, 1};
+  const BroadcastMatrix<BFloat16> left{a.transposed_tile(block.number, hk, s0, N), kKeys, 1};
   amx_product(round_up(N, kAmxRows), padded<float>(block.rows()), round_up(keys, kAmxDepth), left,
               reinterpret_cast<const uint32_t*>(tile), kPairStride, out, kBlock, true);
 }
@@ -196,7 +197,7 @@ inline void amx_add_transposed(const AttentionScores<float>& a, const Block& blo
 // ---- products of the forward ----
 
 struct AmxForward {
-  static constexpr int64_t kFirst = kKeys;
+  static constexpr int64_t kKeyAlignment = kKeys;
   AmxTiles tiles;
   int64_t Dp;
   BFloat16 *q_rows, *k_buffer;

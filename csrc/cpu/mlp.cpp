@@ -11,8 +11,8 @@
 
 #include <algorithm>
 
+#include "../mlp_arguments.h"
 #include "isa.h"
-#include "mlp_arguments.h"
 
 namespace tfkern {
 
@@ -39,7 +39,7 @@ struct MlpBackward {
 
 }  // namespace tfkern
 
-#define TFKERN_KERNEL "mlp_kernel.h"
+#define TFKERN_KERNEL "mlp.inl"
 #include "each_isa.h"
 
 namespace tfkern {
@@ -112,15 +112,6 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
 
 }  // namespace
 }  // namespace tfkern
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
-  m.def(
-      "mlp_activation_forward(Tensor total, str activation, bool gated, ScalarType dtype) "
-      "-> (Tensor h, Tensor pre)");
-  m.def(
-      "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
-      "-> (Tensor dpre, Tensor h, Tensor db1)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("mlp_activation_forward", TORCH_BOX(&tfkern::mlp_activation_forward));

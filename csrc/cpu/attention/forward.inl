@@ -1,8 +1,5 @@
-// The kernels of attention.cpp for one instruction set.
-#include "attention_product.h"
-#include "attention_scores.h"
-
-// ---- forward: a walk over the keys of a block of rows with an online softmax ----
+// Fragment of attention.cpp, compiled once per instruction set: forward, a walk over the
+// keys of a block of rows with an online softmax. It assumes scores.inl.
 
 // How far a score may exceed the maximum it is compared with before that is raised, so that p is at
 // most 2^8. Most tiles then leave the sums of earlier ones as they are (FlashAttention-4).
@@ -233,7 +230,7 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
 // By vectors of rows.
 template <class C>
 struct WideForward {
-  static constexpr int64_t kFirst = 4;
+  static constexpr int64_t kKeyAlignment = 4;
   C *q_rows, *qt, *scores;  // which become p in place
   WidenedRows<C> k_rows, v_rows;
 
@@ -268,7 +265,7 @@ struct WideForward {
     const C* ahead = s0 + keys < block.end ? k_rows.at(k, s0 + keys)
                                            : reinterpret_cast<const C*>(output.at(block.t0));
     seen_parts<C>(a, block, s0, keys, [&](int64_t s, int64_t count, int64_t t) {
-      const Left<C> tile = v_rows.get(v, s0 + s, s0 + s + count);
+      const BroadcastMatrix<C> tile = v_rows.get(v, s0 + s, s0 + s + count);
       product(a.Dv, padded<C>(block.rows()) - t, count, transposed(tile), scores + s * kBlock + t,
               kBlock, o + t, kBlock, true, ahead + s * a.Dv);
     });
@@ -278,7 +275,7 @@ struct WideForward {
 // By vectors of features.
 template <class C>
 struct NarrowForward {
-  static constexpr int64_t kFirst = 4;
+  static constexpr int64_t kKeyAlignment = 4;
   C *q_rows, *v_buffer, *scores;
   NarrowScores<C> narrow;
 
@@ -300,14 +297,14 @@ struct NarrowForward {
   }
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                   int64_t keys, C* o) {
-    add_values(a, block, hk, s0, keys, Left<C>{scores, 1, kBlock}, o);
+    add_values(a, block, hk, s0, keys, BroadcastMatrix<C>{scores, 1, kBlock}, o);
   }
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
-                  int64_t keys, Left<C> p, C* o) {
+                  int64_t keys, BroadcastMatrix<C> p, C* o) {
     const int64_t Dvp = padded<C>(a.Dv);
     const HeadRows v = narrow_rows(v_buffer, key_rows(a.v, block.document, hk), s0, keys, a.Dv);
     TFKERN_COMPUTED(C, v.dtype, {
-      const Left<T> right = matrix<T>(v);
+      const BroadcastMatrix<T> right = matrix<T>(v);
       product(block.rows(), Dvp, keys, p, right.data, right.row, o, Dvp, true);
     });
   }
@@ -319,7 +316,7 @@ struct NarrowForward {
 template <class C>
 struct ForwardRoom {
   C *tile, *buffer, *factor;
-  Lanes<C> lanes;
+  RowInputs<C> lanes;
 
   explicit ForwardRoom(Scratch& scratch) {
     for (C** x : {&tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
@@ -334,13 +331,14 @@ void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int
                const C* weight = nullptr) {
   const int64_t width = padded<C>(block.rows());
   products.load(a, block);
-  for (int64_t s0 = begin / Products::kFirst * Products::kFirst; s0 < end; s0 += kKeys) {
+  for (int64_t s0 = begin / Products::kKeyAlignment * Products::kKeyAlignment; s0 < end;
+       s0 += kKeys) {
     const int64_t keys = std::min<int64_t>(kKeys, end - s0);
     products.multiply(a, block, hk, s0, keys);
     finish_scores(products.scores, a, block, room.lanes, s0, keys, room.tile, room.buffer);
-    if (a.dropout) dropout_tile(room.tile, a, room.lanes, s0, keys, width);
-    if (weight) weigh_tile(room.tile, weight, a.dropout, width);
-    if (online_softmax(products.scores, a.dropout || weight ? room.tile : nullptr, keys, width,
+    if (a.drops) dropout_tile(room.tile, a, room.lanes, s0, keys, width);
+    if (weight) weigh_tile(room.tile, weight, a.drops, width);
+    if (online_softmax(products.scores, a.drops || weight ? room.tile : nullptr, keys, width,
                        late_scale(a), partial.maximum, partial.sum, room.factor, products)) {
       rescale(partial, block, a.Dv, room.factor);
     }
@@ -382,18 +380,18 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
       }
       partial.sum[i] += sum<C>(sums);
     }
-    products.add_values(a, block, hk, s0, keys, Left<C>{scores, kKeys, 1}, partial.o);
+    products.add_values(a, block, hk, s0, keys, BroadcastMatrix<C>{scores, kKeys, 1}, partial.o);
   }
 }
 
 #if TFKERN_VEC_BYTES == 64
-#include "attention_amx.h"
+#include "amx.inl"
 #endif
 
 template <class C, class Products>
 void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
   const int64_t Dv = a.Dv;
-  const bool plain = scaled_late(a) && !a.mask.data && !a.dropout;
+  const bool plain = scaled_late(a) && !a.mask.data && !a.drops;
   Scratch scratch;
   ForwardRoom<C> room(scratch);
   Products products(scratch, a);
@@ -454,5 +452,3 @@ void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next)
 #endif
   forward_tasks<C, WideForward<C>>(a, next);
 }
-
-#include "attention_backward.h"

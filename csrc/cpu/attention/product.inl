@@ -1,6 +1,7 @@
-// Matrix products of attention_kernel.h. Keys and values enter them as scalars that are broadcast,
-// so they need no packing, except where there are too few rows to fill a vector: they are then read
-// by vectors, and widened (type T) while they are.
+// Fragment of attention.cpp, compiled once per instruction set: matrix products. Keys
+// and values enter them as scalars that are broadcast, so they need no packing, except where there
+// are too few rows to fill a vector: they are then read by vectors, and widened (type T) while they
+// are. It assumes vec.inl.
 
 // Accumulators, rows times vectors, fill the registers but for a row of `right` and a scalar.
 template <class C>
@@ -13,7 +14,7 @@ constexpr int64_t kDepth = 64;
 
 // A matrix whose elements are broadcast one at a time, so that its strides are free.
 template <class C>
-struct Left {
+struct BroadcastMatrix {
   const C* data;
   int64_t row, column;
 };
@@ -21,8 +22,8 @@ struct Left {
 // The part of `product` whose accumulators are R rows of NV vectors. Beside each of its terms it
 // fetches `step` elements of what lies at `ahead`.
 template <int R, int NV, class C, class T>
-inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_stride, C* out,
-                         int64_t out_stride, bool add, const C* ahead, int64_t step) {
+inline void product_tile(int64_t K, BroadcastMatrix<C> left, const T* right, int64_t right_stride,
+                         C* out, int64_t out_stride, bool add, const C* ahead, int64_t step) {
   constexpr int L = kLanes<C>;
   int64_t k = 0;
   do {
@@ -59,16 +60,17 @@ inline void product_tile(int64_t K, Left<C> left, const T* right, int64_t right_
 }
 
 template <int NV, class C, class T>
-inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, int64_t right_stride,
-                          C* out, int64_t out_stride, bool add, const C* ahead, int64_t step) {
+inline void product_panel(int64_t M, int64_t K, BroadcastMatrix<C> left, const T* right,
+                          int64_t right_stride, C* out, int64_t out_stride, bool add,
+                          const C* ahead, int64_t step) {
   constexpr int R = kRows<C>;
   int64_t m = 0;
   for (; m + R <= M; m += R, ahead += K * step) {
-    const Left<C> rows{left.data + m * left.row, left.row, left.column};
+    const BroadcastMatrix<C> rows{left.data + m * left.row, left.row, left.column};
     product_tile<R, NV>(K, rows, right, right_stride, out + m * out_stride, out_stride, add, ahead,
                         step);
   }
-  const Left<C> rows{left.data + m * left.row, left.row, left.column};
+  const BroadcastMatrix<C> rows{left.data + m * left.row, left.row, left.column};
   out += m * out_stride;
   switch (M - m) {
     case 5:
@@ -88,8 +90,8 @@ inline void product_panel(int64_t M, int64_t K, Left<C> left, const T* right, in
 // Meanwhile the M K elements from `ahead` on, which are needed next, are fetched from outer caches,
 // whose delay strided reads would feel.
 template <class C, class T>
-void product(int64_t M, int64_t N, int64_t K, Left<C> left, const T* right, int64_t right_stride,
-             C* out, int64_t out_stride, bool add, const C* ahead = nullptr) {
+void product(int64_t M, int64_t N, int64_t K, BroadcastMatrix<C> left, const T* right,
+             int64_t right_stride, C* out, int64_t out_stride, bool add, const C* ahead = nullptr) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
   // kRows for each of K terms of M / kRows tiles, and more for the rows that fill no tile.
   const int64_t step = ahead ? kRows<C> + 2 : 0;
@@ -120,7 +122,7 @@ inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
 // out[r][m] = sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
 // too small to fill a vector. K fills whole vectors, and so do the rows of out.
 template <class C, class T>
-void row_product(int64_t M, int64_t R, int64_t K, Left<T> left, const C* right,
+void row_product(int64_t M, int64_t R, int64_t K, BroadcastMatrix<T> left, const C* right,
                  int64_t right_stride, C* out, int64_t out_stride) {
   constexpr int L = kLanes<C>;
   for (int64_t m = 0; m < M; m += L) {

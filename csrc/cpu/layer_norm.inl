@@ -1,4 +1,5 @@
-// The kernels of layer_norm.cpp for one instruction set: rows [begin, end) of the arguments.
+// Fragment of layer_norm.cpp, compiled once per instruction set: rows [begin, end) of the
+// arguments. It assumes vec.inl.
 //
 // A row that has the computing type and consists of whole vectors is read and written where it
 // lies. Any other passes through a buffer, whose elements past N are 0.
@@ -34,19 +35,19 @@ inline void finish(const Rows& rows, int64_t m, int64_t N, const C* values) {
 // out[n] = keep ? row[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >>
 // 32, 1).
 template <class C>
-inline void drop(C* out, const C* row, int64_t m, int64_t N, const Dropout& dropout) {
+inline void drop(C* out, const C* row, int64_t m, int64_t N, uint64_t seed,
+                 const Dropout<C>& dropout) {
   constexpr int L = kLanes<float>;
-  const double threshold = std::ldexp(dropout.p, 32);  // keep if the draw is not below it
-  const C scale = dropout.p < 1 ? static_cast<C>(1 / (1 - dropout.p)) : C{0};
   uint32_t draws[4 * L];
   for (int64_t n = 0; n < N; n += 4 * L) {
     VecUint c[4] = {
         (VecUint)iota<float>() + static_cast<uint32_t>(n / 4), VecUint{} + static_cast<uint32_t>(m),
         VecUint{} + static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32), VecUint{} + 1u};
-    philox(dropout.seed, c);
+    philox(seed, c);
     std::memcpy(draws, c, sizeof(draws));
     for (int i = 0; i < std::min<int64_t>(N - n, 4 * L); ++i) {
-      out[n + i] = draws[i % 4 * L + i / 4] >= threshold ? row[n + i] * scale : C{0};
+      out[n + i] =
+          draws[i % 4 * L + i / 4] > dropout.last_dropped ? row[n + i] * dropout.factor : C{0};
     }
   }
 }
@@ -116,8 +117,8 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
   for (int64_t m = begin; m < end; ++m) {
     const C* h = source(a.x, m, N, x_row);
     if (a.h.data) {  // h = residual + dropout(x)
-      if (a.dropout.p > 0) {
-        drop(x_row, h, m, N, a.dropout);
+      if (a.seed) {
+        drop(x_row, h, m, N, *a.seed, a.dropout);
         h = x_row;
       }
       if (a.residual.data) {
@@ -201,10 +202,10 @@ void layer_norm_backward(const LayerNormBackward<C>& a, int64_t begin, int64_t e
     prefetch(a.h, m + 1, N);
     const C c1 = dot / N, c2 = a.rms ? C{0} : total / N;
     // forward: h = residual + dropout(x)
-    if (a.dresidual.data || a.dropout.p > 0) {
+    if (a.dresidual.data || a.seed) {
       gradient(g_row, dy, h, mean, rstd, c1, c2, a.weight, dh, N);
       if (a.dresidual.data) finish(a.dresidual, m, N, g_row);
-      if (a.dropout.p > 0) drop(g_row, g_row, m, N, a.dropout);
+      if (a.seed) drop(g_row, g_row, m, N, *a.seed, a.dropout);
       finish(a.dx, m, N, g_row);
     } else {
       TFKERN_DTYPE(a.dx.dtype, gradient(reinterpret_cast<T*>(a.dx.data + m * a.dx.stride), dy, h,

@@ -7,7 +7,8 @@
 #include <optional>
 #include <vector>
 
-#include "dtype.h"
+#include "../dropout.h"
+#include "../dtype.h"
 #include "scratch.h"
 
 namespace tfkern {
@@ -22,7 +23,7 @@ constexpr C kLog2E = C(1.4426950408889634);
 
 // A (batch, head, row, feature) tensor of any element type; strides are in bytes. With a table of
 // pages, `batch` is the stride of pages.
-struct Heads {
+struct HeadView {
   char* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
   Dtype dtype = Dtype::f32;
@@ -32,7 +33,7 @@ struct Heads {
 
 // A (batch, head, query, key) tensor beside the scores; strides are in bytes, 0 where it is
 // broadcast.
-struct Elements {
+struct ScoreTensor {
   const char* data = nullptr;
   int64_t batch = 0, head = 0, query = 0, key = 0;
   Dtype dtype = Dtype::f32;
@@ -76,13 +77,12 @@ struct AttentionShape {
 template <class C>
 struct AttentionScores : AttentionShape {
   C scale, softcap;
-  Heads q, k, v;
-  Elements bias, mask;
+  HeadView q, k, v;
+  ScoreTensor bias, mask;
   const C *alibi_slopes, *sink;  // (documents, H) and (H,); null if absent
-  bool dropout;
+  bool drops;                    // whether there is dropout, by the next two
   uint64_t seed;
-  uint32_t threshold;  // an element whose draw is at least that is kept
-  C keep;              // 1 / (1 - p)
+  Dropout<C> dropout;
 
   // On AMX: where the tiles of each document begin in `transposed`, and the end. These are of v in
   // forward and of k in backward.
@@ -97,7 +97,7 @@ struct AttentionScores : AttentionShape {
 
 template <class C>
 struct AttentionForward : AttentionScores<C> {
-  Heads o;
+  HeadView o;
   C *lse, *lse_rest;  // whose sum is the log-sum-exp: the second is what rounding left out
   // Many keys of few rows are cut into parts, so that every thread has work.
   int64_t part_keys;
@@ -120,9 +120,9 @@ struct BiasGradient {
 
 template <class C>
 struct AttentionBackward : AttentionScores<C> {
-  Heads d_o, o;
+  HeadView d_o, o;
   const C *dlse, *lse, *lse_rest;  // dlse may be null
-  Heads dq, dk, dv;
+  HeadView dq, dk, dv;
   BiasGradient dbias;
   C* sink_terms;   // of dsink, for each row; null without a sink
   int64_t chunks;  // tasks per key head, at most

@@ -1,0 +1,8 @@
+// The kernels of attention.cpp for one instruction set, each fragment after those that it assumes.
+// clang-format off
+#include "attention/product.inl"
+#include "attention/rows.inl"
+#include "attention/block.inl"
+#include "attention/scores.inl"
+#include "attention/forward.inl"
+#include "attention/backward.inl"

@@ -1,0 +1,28 @@
+// The operators of torch.ops.tfkern, whichever device runs them.
+#include <string>
+
+#include "attention_arguments.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
+  const std::string shared = tfkern::kAttentionSchema;
+  m.def(("attention_forward(" + shared + ") -> (Tensor o, Tensor lse)").c_str());
+  m.def(("attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, " + shared +
+         ", bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)")
+            .c_str());
+  // clang-format off
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
+      "float dropout_p, float eps, bool rms, int axes) "
+      "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
+      "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual, int axes) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  // clang-format on
+  m.def(
+      "mlp_activation_forward(Tensor total, str activation, bool gated, ScalarType dtype) "
+      "-> (Tensor h, Tensor pre)");
+  m.def(
+      "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
+      "-> (Tensor dpre, Tensor h, Tensor db1)");
+}
