@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,6 +407,16 @@ def test_padded_vocabulary(tmp_path):
     save(padded, tmp_path / "out")
     before, after = weights(directory), weights(tmp_path / "out")
     assert all(torch.equal(x, after[key]) for key, x in before.items())
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "weight_norm"])
+def test_directories_of_earlier_versions(name):
+    """Of the version that joined the projections of attention, and gate and up of gated MLPs: the
+    files hold random weights, and the logits that this version computed of them."""
+    directory = Path(__file__).parent / "data" / name
+    expected = safetensors.load_file(directory / "expected.safetensors")
+    logits = expected.pop("logits")
+    torch.testing.assert_close(load(directory)(**expected), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
