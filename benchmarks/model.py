@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from tfkern.models import Transformer, TransformerConfig
+from tfkern.models import Transformer, TransformerConfig, cross_entropy
 
 from . import block
 from .case import BACKWARD, BOTH, FORWARD
@@ -54,7 +54,7 @@ class OpCase(block.OpCase):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def in_tfkern(self, tokens: Tensor, targets: Tensor, **weights: Tensor) -> Tensor:
-        return functional_call(self.module(), weights, (tokens, targets))
+        return cross_entropy(functional_call(self.module(), weights, (tokens,)), targets)
 
     def work(self, which: str) -> float:
         head = 2 * self.batch * self.length * self.hidden * _VOCABULARY

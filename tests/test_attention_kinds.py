@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tfkern
+from tfkern.models import cross_entropy
 from tfkern.models.recurrent import RecurrentSeq2Seq
 from tfkern.nn.attention_kinds import (
     AdditiveAttention,
@@ -307,7 +308,7 @@ def copy_accuracy(reach, length, steps=600, **options):
     for _ in range(steps):
         source, tokens = batch(64)
         optimizer.zero_grad()
-        model(tokens, source, source=source).backward()
+        cross_entropy(model(tokens, source=source), source).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     source, tokens = batch(500)
@@ -363,7 +364,7 @@ def test_recurrent_models(cell, attention, input_feeding):
     changed[:, 3] = (tokens[:, 3] + 1) % 9
     before, after = model(tokens, source=source), model(changed, source=source)
     torch.testing.assert_close(after[:, :3], before[:, :3], rtol=0, atol=1e-12)
-    loss = model(tokens, tokens, source=source)
+    loss = cross_entropy(model(tokens, source=source), tokens)
     expected = nn.functional.cross_entropy(
         model(tokens, source=source).flatten(0, 1), tokens.flatten()
     )

@@ -25,7 +25,7 @@ from tfkern.generate import (  # noqa: E402
     stream_text,
 )
 from tfkern.generate.session import Session  # noqa: E402
-from tfkern.models import Transformer, TransformerConfig  # noqa: E402
+from tfkern.models import Transformer, TransformerConfig, cross_entropy  # noqa: E402
 from tfkern.models.convert import load  # noqa: E402
 from tfkern.nn import KVCache  # noqa: E402
 
@@ -446,7 +446,7 @@ def writer():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(120):
         optimizer.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         optimizer.step()
     return model.eval(), tokenizer, text
 

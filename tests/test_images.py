@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from weights import perturb
 
-from tfkern.models import Transformer, TransformerConfig
+from tfkern.models import Transformer, TransformerConfig, cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,7 @@ def test_handwritten_digits():
     for _ in range(600):
         batch = train[torch.randint(len(train), (64,))]
         optimizer.zero_grad()
-        model(images[batch], targets[batch]).backward()
+        cross_entropy(model(images[batch]), targets[batch]).backward()
         optimizer.step()
         schedule.step()
     model.eval()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from weights import perturb
 
-from tfkern.models import Transformer, TransformerConfig, report_layers
+from tfkern.models import Transformer, TransformerConfig, cross_entropy, report_layers
 from tfkern.models.heads import pool
 from tfkern.models.positions import alibi_slopes, relative_bucket, sinusoids
 from tfkern.nn import BatchNorm, KVCache
@@ -36,7 +36,7 @@ def test_embedding_is_a_product_with_one_hot_rows():
     torch.testing.assert_close(model.embedding(tokens), expected)
     tokens[0, 0] = 3
     model = make(DECODER, pad_token=3, tie_embeddings=False)
-    model(tokens, tokens).backward()
+    cross_entropy(model(tokens), tokens).backward()
     assert not model.embedding.weight.grad[3].any() and model.embedding.weight.grad[4:].any()
 
 
@@ -44,11 +44,11 @@ def test_tied_head_is_one_parameter():
     model = make(DECODER)
     assert sum(x.shape == (V, C) for x in model.state_dict().values()) == 1
     tokens = torch.randint(V, (2, 5))
-    model(tokens, tokens).backward()
+    cross_entropy(model(tokens), tokens).backward()
     untied = make(DECODER, tie_embeddings=False)
     state = model.state_dict()
     untied.load_state_dict(state | {"vocabulary.weight": state["embedding.weight"]})
-    untied(tokens, tokens).backward()
+    cross_entropy(untied(tokens), tokens).backward()
     both = untied.embedding.weight.grad + untied.vocabulary.weight.grad
     torch.testing.assert_close(model.embedding.weight.grad, both)
 
@@ -192,7 +192,7 @@ def test_recomputing_changes_nothing(architecture, post_norm):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x
         ):
-            loss = model(tokens, tokens, **options)
+            loss = cross_entropy(model(tokens, **options), tokens)
         loss.backward()
         kept.append(sum(sizes))
         results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -224,7 +224,7 @@ def test_every_norm_trains(norm, post_norm):
     losses = []
     for _ in range(100):
         optimizer.zero_grad()
-        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -244,13 +244,13 @@ def test_norms_of_others_in_the_place_of_ours(post_norm):
                 setattr(module, name, torch.nn.Sequential(norm))
     tokens, results = torch.randint(V, (2, 9)), []
     for model in (ours, theirs):
-        loss = model(tokens, tokens)
+        loss = cross_entropy(model(tokens), tokens)
         weights = list(model.parameters())
         results.append([loss, *torch.autograd.grad(loss, weights, allow_unused=True)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
     theirs.train()
-    assert not torch.allclose(theirs(tokens, tokens), theirs(tokens, tokens))
+    assert not torch.allclose(theirs(tokens), theirs(tokens))
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
@@ -258,7 +258,7 @@ def test_report_of_layers(post_norm):
     """The size of the stream behind each block, and of the gradients in it."""
     model = make(DECODER, post_norm=post_norm)
     tokens = torch.randint(V, (2, 6))
-    reports = report_layers(model, lambda: model(tokens, tokens))
+    reports = report_layers(model, lambda: cross_entropy(model(tokens), tokens))
     assert [r.name for r in reports] == ["decoder.blocks.0", "decoder.blocks.1"]
     places = torch.arange(6)
     x, h = model.embedding(tokens) + model.decoder.positions(places), None
@@ -280,7 +280,7 @@ def test_norms_keep_layers_of_one_size():
             if p.dim() > 1:
                 p.data *= 8
         tokens = torch.randint(V, (2, 16))
-        sizes[norm] = report_layers(model, lambda m=model, t=tokens: m(t, t))
+        sizes[norm] = report_layers(model, lambda m=model, t=tokens: cross_entropy(m(t), t))
     growth = {norm: r[-1].activation / r[0].activation for norm, r in sizes.items()}
     assert growth["layer_norm"] < 20 and growth["none"] > 1e3
 
@@ -409,7 +409,7 @@ def test_heads(architecture, head):
     targets.view(-1)[0] = -100
     p = logits.log_softmax(-1).flatten(0, -2)
     chosen = p[torch.arange(len(p)), targets.flatten().clamp(min=0)][1:]
-    torch.testing.assert_close(model(tokens, targets, **options), -chosen.mean())
+    torch.testing.assert_close(cross_entropy(model(tokens, **options), targets), -chosen.mean())
 
 
 def test_pretraining_head_adds_its_losses():
@@ -418,9 +418,9 @@ def test_pretraining_head_adds_its_losses():
     masked, next_sentence = model(tokens)
     expected = F.cross_entropy(masked.flatten(0, 1), tokens.flatten())
     expected = expected + F.cross_entropy(next_sentence, follows)
-    torch.testing.assert_close(model(tokens, (tokens, follows)), expected)
+    torch.testing.assert_close(cross_entropy(model(tokens), (tokens, follows)), expected)
     with pytest.raises(ValueError, match="targets must be 2 tensors"):
-        model(tokens, tokens)
+        cross_entropy(model(tokens), tokens)
 
 
 def test_config_errors():

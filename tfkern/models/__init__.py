@@ -1,6 +1,7 @@
 """Whole models on the modules of `tfkern.nn`."""
 
 from tfkern.models.config import TransformerConfig
+from tfkern.models.loss import cross_entropy
 from tfkern.models.presets import preset, presets
 from tfkern.models.report import LayerReport, report_layers
 from tfkern.models.transformer import Transformer
@@ -9,6 +10,7 @@ __all__ = [
     "LayerReport",
     "Transformer",
     "TransformerConfig",
+    "cross_entropy",
     "preset",
     "presets",
     "report_layers",

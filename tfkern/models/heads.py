@@ -1,8 +1,7 @@
-"""What stands behind the last block: from hidden states to logits, and from logits to a loss."""
+"""What stands behind the last block: from hidden states to logits."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
@@ -98,24 +97,3 @@ def pool(y: Tensor, mask: Tensor | None, kind: str) -> Tensor:
     first, last = exists.int().argmax(1), (exists * place).argmax(1)
     chosen = first if kind == "first" else last
     return y[torch.arange(len(y), device=y.device), chosen]
-
-
-def loss(logits: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Mean cross entropy in nats, float32 or wider; of several heads the sum.
-
-    Logits (..., classes) go with targets (...) of int64, -100 where there is none; lists of logits
-    with lists of targets.
-
-    Raises:
-        ValueError: targets of another shape than the logits without classes.
-    """
-    if isinstance(logits, tuple):
-        if not isinstance(targets, (tuple, list)) or len(targets) != len(logits):
-            raise ValueError(f"targets must be {len(logits)} tensors, one for each head")
-        terms = [loss(a, b) for a, b in zip(logits, targets, strict=True)]
-        return torch.stack(terms).sum()
-    if not isinstance(targets, Tensor) or targets.shape != logits.shape[:-1]:
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(f"targets has shape {shape}, expected {tuple(logits.shape[:-1])}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())

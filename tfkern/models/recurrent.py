@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfkern.models.heads import loss
 from tfkern.nn import Linear
 
 
@@ -52,21 +51,19 @@ class RecurrentSeq2Seq(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        targets: Tensor | None = None,
         *,
         source: Tensor,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """The logits, or the loss if there are targets.
+        """The logits, of which `tfkern.models.cross_entropy` makes a loss.
 
         Args:
             tokens: (B, T), what the decoder has written so far.
-            targets: (B, T) int64, what follows each; -100 where nothing does.
             source: (B, S).
             lengths: (B,) int64, tokens of each source; all if None.
 
         Returns:
-            (B, T, vocab_size), or with targets their mean cross entropy in nats.
+            (B, T, vocab_size).
         """
         memory, state = self._encode(source, lengths)
         x = self.embedding(tokens)
@@ -77,8 +74,7 @@ class RecurrentSeq2Seq(nn.Module):
             y, _ = self.attention(y, memory, lengths)
         else:
             y = self._step_by_step(x, state, memory, lengths)
-        logits = self.head(y)
-        return logits if targets is None else loss(logits, targets)
+        return self.head(y)
 
     def _encode(self, source: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
         x = self.embedding(source)

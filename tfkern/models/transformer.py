@@ -82,29 +82,26 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        targets: Any = None,
         *,
         source: Tensor | None = None,
         mask: Mask = None,
         source_mask: Mask = None,
         token_types: Tensor | None = None,
     ) -> Any:
-        """The logits, or the loss if there are targets.
+        """The logits. `tfkern.models.cross_entropy` makes a loss of them.
 
         Args:
             tokens: (B, T) int32 or int64, or images (B, channels, height, width).
-            targets: of the loss, see `heads.loss`: int64, -100 where there is none. For head "lm"
-                (B, T), the token that follows each token.
             source: (B, S), what the encoder of an encoder-decoder reads; tokens are those of its
                 decoder, beginning with start_token.
             mask, source_mask: of tokens and source, see the class.
             token_types: (B, T), the segment of each token; 0 if None.
 
         Returns:
-            With targets the mean cross entropy in nats, float32 or wider. Else by head: "lm", "mlm"
-            (B, T, vocab_size); "token" (B, T, classes); "classification" (B, classes);
-            "next_sentence" (B, 2); "pretraining" those of mlm and next_sentence; "span" (B, 2, T),
-            of the first token and of the last; "none" the hidden states (B, T, dim).
+            By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
+            (B, classes); "next_sentence" (B, 2); "pretraining" those of mlm and next_sentence;
+            "span" (B, 2, T), of the first token and of the last; "none" the hidden states
+            (B, T, dim).
 
         Raises:
             ValueError: shapes that do not fit, or inputs that the architecture lacks.
@@ -119,8 +116,7 @@ class Transformer(nn.Module):
         else:
             memory = None if source is None else self.encode(source, source_mask)
             y = self.decode(tokens, memory, mask, source_mask, token_types)
-        logits = self.project(y, mask)
-        return logits if targets is None else heads.loss(logits, targets)
+        return self.project(y, mask)
 
     def encode(
         self, tokens: Tensor, mask: Mask = None, token_types: Tensor | None = None
