@@ -395,8 +395,7 @@ def test_validate_fails_on_a_wrong_gradient(monkeypatch, capsys):
 def test_convert(tmp_path, capsys):
     """There and back: tfkern's names, then Hugging Face's again in shards of another dtype."""
     pytest.importorskip("safetensors")
-    from tfkern.models import Transformer, preset
-    from tfkern.models.convert import load, save
+    from tfkern.models import Transformer, load, preset, save
 
     model = Transformer(preset("gpt2", layers=2, dim=24, heads=3, vocab_size=50, max_length=16,
                                start_token=None, end_token=None))  # fmt: skip
@@ -418,8 +417,7 @@ def writer(tmp_path_factory):
     """A directory with a small model and a tokenizer whose start token is <|endoftext|>."""
     pytest.importorskip("safetensors")
     tokenize = pytest.importorskip("tfkern.tokenize")
-    from tfkern.models import Transformer, TransformerConfig
-    from tfkern.models.convert import save
+    from tfkern.models import Transformer, TransformerConfig, save
 
     tokenizer = tokenize.train("bpe", ["hello world, hello all the words"] * 3, 280)
     end = tokenizer.special_id("eos")
@@ -431,7 +429,7 @@ def writer(tmp_path_factory):
     model = Transformer(config)
     directory = tmp_path_factory.mktemp("writer")
     save(model, directory)
-    tokenizer.save(directory)
+    tokenize.save(tokenizer, directory)
     return str(directory), model, tokenizer
 
 

@@ -17,9 +17,15 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 from safetensors import safe_open  # noqa: E402
 
-from tfkern.models import Transformer, TransformerConfig, cross_entropy, preset  # noqa: E402
+from tfkern.models import (  # noqa: E402
+    Transformer,
+    TransformerConfig,
+    cross_entropy,
+    load,
+    preset,
+    save,
+)
 from tfkern.models.convert import FAMILIES as FAMILY  # noqa: E402
-from tfkern.models.convert import load, save  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

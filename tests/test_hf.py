@@ -117,7 +117,7 @@ def test_attention_weights():
 def test_attention_maps_of_our_models(tmp_path):
     """All layers, also of cross-attention, are those that transformers' eager attention has."""
     pytest.importorskip("safetensors")
-    from tfkern.models.convert import load
+    from tfkern.models import load
 
     for name in ("gpt2", "bart"):
         theirs = CASES[name].model()

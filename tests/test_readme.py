@@ -104,8 +104,7 @@ def test_attention_examples():
 
 def test_models(tmp_path):
     pytest.importorskip("safetensors")
-    from tfkern.models import TransformerConfig
-    from tfkern.models.convert import save
+    from tfkern.models import TransformerConfig, save
 
     bert = tfkern.models.preset("bert-base-uncased", dim=24, heads=2, layers=1, vocab_size=20)
     save(tfkern.models.Transformer(bert), tmp_path / "bert")
@@ -123,15 +122,14 @@ def test_models(tmp_path):
 def test_text(tmp_path, capsys):
     pytest.importorskip("safetensors")
     tokenize = pytest.importorskip("tfkern.tokenize")
-    from tfkern.models import TransformerConfig
-    from tfkern.models.convert import load, save
+    from tfkern.models import TransformerConfig, load, save
 
     tokenizer = tokenize.train("bpe", ["Once upon a time"], 270)
     small = TransformerConfig(
         dim=24, heads=2, layers=1, vocab_size=tokenizer.vocab_size, max_length=90
     )
     save(tfkern.models.Transformer(small), tmp_path / "gpt2")
-    tokenizer.save(tmp_path / "gpt2")
+    tokenize.save(tokenizer, tmp_path / "gpt2")
     names = {"load": load}
     exec(BLOCKS[3].replace("path/of", str(tmp_path)), names)
     assert len(names["texts"]) == len(names["rows"]) == 2 and len(names["best"][0]) == 1

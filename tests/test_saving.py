@@ -17,8 +17,7 @@ import torch
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-from tfkern.models import Transformer, TransformerConfig  # noqa: E402
-from tfkern.models.convert import load, save  # noqa: E402
+from tfkern.models import Transformer, TransformerConfig, load, save  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

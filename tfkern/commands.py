@@ -204,7 +204,7 @@ def _convert(
 
     Knows GPT-1, GPT-2, BERT, BART, T5 and ViT. Reads and writes local directories only.
     """
-    from tfkern.models import convert
+    from tfkern import models
 
     if dtype and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -215,17 +215,16 @@ def _convert(
         raise ValueError(f"cannot write to {target}: {there} is no directory")
     if target.resolve() == source.resolve():
         raise ValueError(f"source and target are the same directory, {source}")
-    model = convert.load(source, dtype=DTYPES[dtype] if dtype else None)
-    convert.save(model, target, form=form, shard_bytes=shard_bytes)
+    model = models.load(source, dtype=DTYPES[dtype] if dtype else None)
+    models.save(model, target, form=form, shard_bytes=shard_bytes)
 
 
 def _load(directory: Path, device: str) -> tuple["Transformer", "Tokenizer"]:
-    from tfkern.models import convert
-    from tfkern.tokenize import Tokenizer
+    from tfkern import models, tokenize
 
     device = check_device(device)
-    model = convert.load(directory, device=device)
-    tokenizer = Tokenizer.load(directory)
+    model = models.load(directory, device=device)
+    tokenizer = tokenize.load(directory)
     if tokenizer.vocab_size > (model.config.vocab_size or 0):
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model "

@@ -1,6 +1,7 @@
 """Whole models on the modules of `tfkern.nn`."""
 
 from tfkern.models.config import TransformerConfig
+from tfkern.models.convert import load, save
 from tfkern.models.loss import cross_entropy
 from tfkern.models.presets import preset, presets
 from tfkern.models.report import LayerReport, report_layers
@@ -11,7 +12,9 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "cross_entropy",
+    "load",
     "preset",
     "presets",
     "report_layers",
+    "save",
 ]

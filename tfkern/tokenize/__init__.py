@@ -1,5 +1,6 @@
 """Text to token ids and back, on the library `tokenizers` (`pip install tfkern[text]`)."""
 
+from tfkern.tokenize.disk import load, save
 from tfkern.tokenize.tokenizer import Batch, Stream, Tokenizer
 from tfkern.tokenize.trainers import characters, train
 from tfkern.tokenize.vocabularies import bart, bert, gpt2, t5
@@ -12,6 +13,8 @@ __all__ = [
     "bert",
     "characters",
     "gpt2",
+    "load",
+    "save",
     "t5",
     "train",
 ]

@@ -1,0 +1,106 @@
+"""Tokenizers on disk: the files of transformers, and of the vocabularies that models come with."""
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tfkern import files
+from tfkern.tokenize.tokenizer import ROLES, Tokenizer, refusing
+from tfkern.tokenize.vocabularies import bert, gpt2, t5
+
+_TOKENIZER, _CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+# In the configuration: which tokenizer.json it belongs to, and the roles of the one before that.
+_OF, _BEFORE = "tfkern_of", "tfkern_before"
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a directory with one.
+
+    A directory may have tokenizer_config.json or special_tokens_map.json, which tell the roles,
+    or instead of tokenizer.json vocab.json and merges.txt (GPT-2's), vocab.txt (BERT's) or
+    spiece.model (T5's).
+
+    Raises:
+        ValueError: nothing of this kind is there, or the file is none.
+    """
+    path = Path(path)
+    try:
+        file = path / _TOKENIZER if path.is_dir() else path
+        if file.exists():
+            paths = (file, file.parent / _CONFIG, file.parent / _MAP)
+            return files.steadily(lambda: _read(file), *paths)
+        if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            return gpt2(path / "vocab.json", path / "merges.txt")
+        if (path / "vocab.txt").exists():
+            return bert(path / "vocab.txt")
+        if (path / "spiece.model").exists():
+            return t5(path / "spiece.model")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    raise ValueError(
+        f"{path} has neither {_TOKENIZER} nor vocab.json and merges.txt, vocab.txt or spiece.model"
+    )
+
+
+def save(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which transformers reads, too.
+
+    Whatever ends it, `load` finds the whole tokenizer that was there or the whole new one.
+
+    Raises:
+        OSError: the files cannot be written; the directory is as it was.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with files.beside(directory) as new:
+        content = tokenizer.backend.to_str(pretty=True).encode()
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {f"{role}_token": token for role, token in tokenizer.special.items()}
+        config[_OF] = _digest(content)
+        with suppress(ValueError):  # there is none that could be read until the new one is
+            before = files.read(directory / _TOKENIZER)
+            config[_BEFORE] = {_OF: _digest(before), **_roles(directory, before)}
+        (new.folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (new.folder / _TOKENIZER).write_bytes(content)
+        new.settle()
+        new.place(_CONFIG, _TOKENIZER)
+        new.remove(_MAP)  # of the roles before
+
+
+def _read(file: Path) -> Tokenizer:
+    content = files.read(file)
+    with refusing(str(file)):
+        backend = tokenizers.Tokenizer.from_str(content.decode())
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(backend, _roles(file.parent, content))
+
+
+def _roles(directory: Path, tokenizer: bytes) -> dict[str, str]:
+    """The special tokens that a directory tells, of the tokenizer.json with this content."""
+    config = directory / _CONFIG
+    told = files.read_object(config) if config.exists() else {}
+    before = told.get(_BEFORE)
+    of = _digest(tokenizer)
+    if isinstance(before, dict) and before.get(_OF) == of:  # a save has put only one in its place
+        return {role: before[role] for role in ROLES if role in before}
+    others = directory / _MAP
+    if told.get(_OF) != of and others.exists():
+        told = files.read_object(others) | told
+    special: dict[str, str] = {}
+    for role in ROLES:
+        token = told.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise ValueError(f"{config}: {role}_token must be a string, got {files.shown(token)}")
+        if token:
+            special[role] = token
+    return special
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
