@@ -1,6 +1,7 @@
 """The import ranks, and what importing the package does not do."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,44 @@ def test_a_planted_import_is_found(tmp_path, line):
     path = tmp_path / "planted.py"
     path.write_text(line)
     assert list(broken_rules([("tfkern.reference.planted", path)]))
+
+
+def circles(files):
+    """The first circle of modules that import each other, wherever in a file they do."""
+    files = dict(files)
+    graph = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                above = name if path.name == "__init__.py" else name.rpartition(".")[0]
+                above = ".".join(above.split(".")[: len(above.split(".")) + 1 - node.level])
+                source = node.module or "" if not node.level else f"{above}.{node.module or ''}"
+                source = source.strip(".")
+                # a name is a module of the package, or else something that the package makes
+                found = [f"{source}.{alias.name}" for alias in node.names]
+                found = [x if x in files else source for x in found]
+            else:
+                continue
+            graph[name] |= {x for x in found if x in files and x != name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other():
+    assert circles(modules()) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text("def f():\n    from tfkern.x import b")
+    b.write_text("if TYPE_CHECKING:\n    from tfkern.x.a import f")
+    assert set(circles([("tfkern.x.a", a), ("tfkern.x.b", b)])) == {"tfkern.x.a", "tfkern.x.b"}
 
 
 def test_import_is_inert():

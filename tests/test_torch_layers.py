@@ -7,6 +7,7 @@ from weights import perturb
 
 from tfkern.integrations.torch_layers import from_torch, to_torch
 from tfkern.models import Transformer, TransformerConfig, preset
+from tfkern.models.blocks import Context
 
 B, T, S, C, H = 2, 7, 9, 24, 3
 OPTIONS = {"batch_first": True, "dtype": torch.float64, "dropout": 0.0}
@@ -40,7 +41,7 @@ def test_encoder(norm_first, activation, training):
     with torch.set_grad_enabled(training):
         expected = layer(x, src_key_padding_mask=hidden)
         for own in ({"key_lengths": lengths}, {"mask": ~hidden[:, None, None]}):
-            result = output(*block(x, own=own))
+            result = output(*block(x, context=Context(own)))
             torch.testing.assert_close(result[~hidden], expected[~hidden], rtol=0, atol=1e-12)
 
 
@@ -55,7 +56,9 @@ def test_decoder(norm_first, training):
     hidden = torch.arange(S) >= lengths[:, None]
     with torch.set_grad_enabled(training):
         expected = layer(x, memory, tgt_mask=causal, memory_key_padding_mask=hidden)
-        result = output(*block(x, memory=memory, other={"key_lengths": lengths}))
+        result = output(
+            *block(x, memory=memory, context=Context(cross_options={"key_lengths": lengths}))
+        )
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
@@ -97,7 +100,7 @@ def test_the_model_of_2017():
     table[:, 0::2], table[:, 1::2] = (place * even).sin(), (place * even).cos()
 
     def embed(x):
-        return ours.embedding(x) * C**0.5 + table[: x.shape[1]]
+        return nn.functional.embedding(x, ours.embedding.weight) * C**0.5 + table[: x.shape[1]]
 
     causal = nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64)
     lengths = torch.tensor([S, 5])

@@ -20,7 +20,7 @@ def from_torch(layer: Layer, causal: bool | None = None) -> Block:
 
     Its call gives (x, h): with norm_first=False x is the layer's output, with norm_first=True it is
     x + h, the addition being left to the norm of the next block. Padding is given as
-    `own={"key_lengths": lengths}` or `{"mask": mask[:, None, None]}`, True where a key exists.
+    `Context({"key_lengths": lengths})` or `{"mask": mask[:, None, None]}`, True where a key exists.
 
     Args:
         layer: its activation is ReLU, GELU or SiLU. The dropout between its two linear layers has

@@ -1,5 +1,7 @@
 """The blocks that all architectures share: attention, and a layer made of it and an MLP."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +15,21 @@ from tfkern.ops import attention, attention_weights
 
 KeysValues = tuple[Tensor, Tensor]
 _NORMS = (LayerNorm, RMSNorm, BatchNorm, NoNorm)  # which drop and add, too
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is the same for all blocks of a stack.
+
+    Attributes:
+        self_options: of self-attention, see `Attention.forward`.
+        cross_options: of cross-attention.
+        norm_options: of the norms: for batch norm the mask of the tokens that it counts.
+    """
+
+    self_options: dict[str, Any] = field(default_factory=dict)
+    cross_options: dict[str, Any] = field(default_factory=dict)
+    norm_options: dict[str, Any] = field(default_factory=dict)
 
 
 class Attention(nn.Module):
@@ -74,6 +91,15 @@ class Attention(nn.Module):
         _, lse = attention(q, k, v, return_lse=True, **options)
         return attention_weights(q, k, lse, **options)
 
+    @property
+    def query_layer(self) -> nn.Module:
+        """The layer that makes the queries."""
+        return self.q if self.cross else self.qkv
+
+    def query_rows(self, weight: Tensor) -> Tensor:
+        """Those of the queries among the rows of that layer, as a view."""
+        return weight[: self.heads * self.head_dim]
+
     def keys_values(self, memory: Tensor) -> KeysValues:
         """Keys and values (B, Hk, S, D) of an encoder's output, which stay while a decoder runs."""
         k, v = self._split(self.kv(memory)).chunk(2, 1)
@@ -127,25 +153,33 @@ class Block(nn.Module):
         self,
         x: Tensor,
         h: Tensor | None = None,
+        context: Context | None = None,
         memory: Tensor | KeysValues | None = None,
-        own: dict[str, Any] | None = None,
-        other: dict[str, Any] | None = None,
-        counted: dict[str, Any] | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes and returns the output of the last sublayer, and the residual stream before it.
 
         Args:
-            x, h: (B, T, dim); h is None in front of the first block, and always with post_norm.
+            x, h: (B, T, dim). With post_norm, and in front of the first block, x is the stream
+                itself and h is None.
+            context: what all blocks are told.
             memory: what cross-attention attends to.
-            own, other: options of self-attention and of cross-attention.
-            counted: the mask of batch norm.
+            cache: what earlier tokens left in self-attention.
         """
-        counted = counted or {}
-        x, h = self._sublayer(self.norm1, self.attention, x, h, counted, **(own or {}))
+        context = context or Context()
+        options = context.self_options | {"cache": cache}
+        x, h = self._sublayer(self.norm1, self.attention, x, h, context, options)
         if self.has_cross:
-            other = {"memory": memory, **(other or {})}
-            x, h = self._sublayer(self.norm_cross, self.cross, x, h, counted, **other)
-        return self._sublayer(self.norm2, self.mlp, x, h, counted)
+            options = context.cross_options | {"memory": memory}
+            x, h = self._sublayer(self.norm_cross, self.cross, x, h, context, options)
+        return self._sublayer(self.norm2, self.mlp, x, h, context, {})
+
+    def residual_outputs(self) -> Iterator[nn.Module]:
+        """The linear layers that write to the residual stream."""
+        yield self.attention.out
+        if self.has_cross:
+            yield self.cross.out
+        yield self.mlp.output
 
     def _sublayer(
         self,
@@ -153,12 +187,14 @@ class Block(nn.Module):
         apply: nn.Module,
         x: Tensor,
         h: Tensor | None,
-        counted: dict[str, Any],
-        **options: Any,
+        context: Context,
+        options: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p, counted = self.dropout if self.training else 0.0, context.norm_options
         if self.post_norm:
             return add_and_norm(norm, apply(x, **options), x, dropout_p, **counted), None
+        if h is None:  # x is no output of a sublayer, which alone are dropped
+            dropout_p = 0.0
         y, h = add_and_norm(norm, x, h, dropout_p, return_residual=True, **counted)
         return apply(y, **options), h
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
+from tfkern.models.embedding import rows
 from tfkern.nn import Linear
 from tfkern.nn.mlp import FUNCTIONS
 from tfkern.ops import linear
@@ -13,8 +14,8 @@ from tfkern.ops import linear
 class VocabularyHead(nn.Module):
     """Logits of tokens: `scale * norm(act(dense(y))) @ table^T + bias`.
 
-    The dense layer, its norm and the bias are those of masked language models. The table is that of
-    the embedding if the two are tied, so that one parameter is both.
+    The dense layer, its norm and the bias are those of masked language models. The table is the
+    weight, or where there is none that of the embedding, so that one parameter is both.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
@@ -30,11 +31,11 @@ class VocabularyHead(nn.Module):
         elif config.logit_bias:
             del self.bias
             self.register_buffer("bias", torch.zeros(config.vocab_size))
+        self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(rows(config), config.dim))
-        self.tied = config.tie_embeddings
 
-    def forward(self, y: Tensor, *, table: Tensor) -> Tensor:
+    def forward(self, y: Tensor, *, table: Tensor | None) -> Tensor:
         """(..., dim) and (rows, dim) to logits (..., vocab_size).
 
         The table has to be named: FlopCounterMode fails on parameters among positional arguments.
@@ -42,7 +43,9 @@ class VocabularyHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             y = self.norm(self.act(self.dense(y)))
         y = y if self.scale == 1 else y * self.scale
-        logits = linear(y, table if self.tied else self.weight)
+        table = table if self.weight is None else self.weight
+        assert table is not None
+        logits = linear(y, table)
         logits = logits[..., : self.vocab_size]  # not those of the rows that pad the table
         return logits if self.bias is None else logits + self.bias
 
@@ -56,12 +59,6 @@ class Pooler(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.dense(y).tanh()
-
-
-def rows(config: TransformerConfig) -> int:
-    """Rows of the embedding of tokens: vocab_size, rounded up to a multiple of vocab_multiple."""
-    assert config.vocab_size is not None
-    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
 def classifier(config: TransformerConfig) -> nn.Linear | None:

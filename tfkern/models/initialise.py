@@ -1,80 +1,111 @@
 """The weights that a transformer begins with."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-if TYPE_CHECKING:
-    from tfkern.models.transformer import Transformer
+from tfkern.models.blocks import Attention, Block
+from tfkern.models.config import TransformerConfig
+from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
+from tfkern.models.heads import VocabularyHead
+from tfkern.models.stack import Stack
 
 _STD = 0.02
-_LAST = ("out", "fc2", "down")  # the layers that write to the residual stream
+_DRAWN = (nn.Linear, nn.Embedding, nn.Conv2d, VocabularyHead)
 
 
 @torch.no_grad()
-def initialise(model: "Transformer") -> None:
+def initialise(model: nn.Module, config: TransformerConfig) -> None:
     """Draws all weights by the scheme `config.init`; biases are 0, and norms leave things as they
     are. See `TransformerConfig`."""
-    scheme = model.config.init
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)) or name == "vocabulary":
-            if isinstance(weight, Tensor):
-                drawn = torch.empty_like(weight)
-                _SCHEMES[scheme](drawn, name, model)
-                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                    drawn[module.padding_idx] = 0
-                if is_parametrized(module, "weight"):
-                    module.weight = drawn
-                else:
-                    weight.copy_(drawn)
+    draw = _SCHEMES[config.init](model, config)
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            nn.init.zeros_(bias)
+        if isinstance(module, PatchEmbedding):
+            draw(module.first, module)
+            draw(module.positions, module)
+        elif isinstance(weight, Tensor) and isinstance(module, _DRAWN):
+            drawn = torch.empty_like(weight)
+            draw(drawn, module)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                drawn[module.padding_idx] = 0
+            if is_parametrized(module, "weight"):
+                module.weight = drawn
+            else:
+                weight.copy_(drawn)
         elif isinstance(weight, Tensor):  # of a norm
             nn.init.ones_(weight)
-        if isinstance(bias := getattr(module, "bias", None), Tensor):
-            nn.init.zeros_(bias)
-        for own in ("first", "positions"):  # of images
-            if isinstance(parameter := getattr(module, own, None), nn.Parameter):
-                _SCHEMES[scheme](parameter, name, model)
 
 
-def _gpt2(weight: Tensor, name: str, model: "Transformer") -> None:
-    _, _, last = name.rpartition(".")
-    depth = model.config.layers if "decoder" in name else model.config.encoder_layers
-    scale = math.sqrt(2 * (depth or model.config.layers)) if last in _LAST else 1
-    nn.init.normal_(weight, std=_STD / scale)
+# Schemes: from a model to what draws a weight of one of its modules.
+_Draw = Callable[[Tensor, nn.Module], None]
 
 
-def _normal(weight: Tensor, name: str, model: "Transformer") -> None:
-    nn.init.normal_(weight, std=_STD)
+def _gpt2(model: nn.Module, config: TransformerConfig) -> _Draw:
+    """Layers that write to the residual stream are smaller by the root of how many others do, two
+    in each block."""
+    scale = {
+        layer: math.sqrt(2 * len(stack.blocks))
+        for stack in model.modules()
+        if isinstance(stack, Stack)
+        for block in stack.blocks
+        if isinstance(block, Block)
+        for layer in block.residual_outputs()
+    }
+    return lambda weight, module: _gauss(weight, _STD / scale.get(module, 1))
 
 
-def _truncated(weight: Tensor, name: str, model: "Transformer") -> None:
-    nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
+def _normal(model: nn.Module, config: TransformerConfig) -> _Draw:
+    return lambda weight, module: _gauss(weight, _STD)
 
 
-def _t5(weight: Tensor, name: str, model: "Transformer") -> None:
+def _truncated(model: nn.Module, config: TransformerConfig) -> _Draw:
+    def draw(weight: Tensor, module: nn.Module) -> None:
+        nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD)
+
+    return draw
+
+
+def _t5(model: nn.Module, config: TransformerConfig) -> _Draw:
     """Queries are smaller by the root of the head size, which the scores are not divided by."""
-    config, (_, _, last) = model.config, name.rpartition(".")
-    if last in ("embedding", "vocabulary"):
-        nn.init.normal_(weight)
-        return
-    fan_in = config.dim if last == "positions" else weight[0].numel()
-    nn.init.normal_(weight, std=fan_in**-0.5)
-    if last in ("q", "qkv"):
-        weight[: config.heads * config.head_size] *= config.head_size**-0.5
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    queries = {attention.query_layer: attention for attention in attentions}
+
+    def draw(weight: Tensor, module: nn.Module) -> None:
+        if isinstance(module, _TABLES):
+            _gauss(weight, 1)
+            return
+        fan_in = config.dim if isinstance(module, nn.Embedding) else weight[0].numel()
+        _gauss(weight, fan_in**-0.5)
+        if module in queries:
+            queries[module].query_rows(weight).mul_(config.head_size**-0.5)
+
+    return draw
 
 
-def _xavier(weight: Tensor, name: str, model: "Transformer") -> None:
-    if name.rpartition(".")[2] in ("embedding", "vocabulary"):
-        nn.init.normal_(weight, std=model.config.dim**-0.5)
-        return
-    nn.init.xavier_uniform_(weight)
+def _xavier(model: nn.Module, config: TransformerConfig) -> _Draw:
+    def draw(weight: Tensor, module: nn.Module) -> None:
+        if isinstance(module, _TABLES):
+            _gauss(weight, config.dim**-0.5)
+        else:
+            nn.init.xavier_uniform_(weight)
+
+    return draw
 
 
-_SCHEMES: dict[str, Any] = {
+_TABLES = (TokenEmbedding, PatchEmbedding, VocabularyHead)
+
+
+def _gauss(weight: Tensor, std: float) -> None:
+    nn.init.normal_(weight, std=std)
+
+
+_SCHEMES: dict[str, Callable[[nn.Module, TransformerConfig], _Draw]] = {
     "gpt2": _gpt2,
     "normal": _normal,
     "truncated": _truncated,

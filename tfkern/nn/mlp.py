@@ -60,6 +60,11 @@ class MLP(nn.Module):
             return fc2(FUNCTIONS[self.activation](fc1(x)))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
 
+    @property
+    def output(self) -> nn.Module:
+        """The layer that writes to the residual stream."""
+        return self.fc2
+
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
 
@@ -107,6 +112,11 @@ class GatedMLP(nn.Module):
         return gated_mlp(
             x, gate_up.weight, gate_up.bias, down.weight, down.bias, activation=self.activation
         )
+
+    @property
+    def output(self) -> nn.Module:
+        """The layer that writes to the residual stream."""
+        return self.down
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
