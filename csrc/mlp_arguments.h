@@ -26,22 +26,28 @@ inline bool is_wide(const Tensor& product, ScalarType dtype) {
   return true;
 }
 
-inline void check_mlp_forward(const Tensor& total, bool gated, ScalarType type) {
-  check_memory(total);
+// Whether y is absent, or such a matrix as x.
+inline bool is_such_matrix(const Optional& y, const Tensor& x) {
+  return !y || (y->dim() == 2 && y->size(0) == x.size(0) && y->size(1) == x.size(1) &&
+                y->scalar_type() == x.scalar_type());
+}
+
+inline void check_mlp_forward(const Tensor& total, const Optional& up, ScalarType type) {
+  check_memory(total, up);
   check_floating(total);
   is_wide(total, type);
-  STD_TORCH_CHECK(total.dim() == 2 && !(gated && total.size(1) % 2),
-                  "tfkern::mlp_activation_forward: total must be (M, F), gated (M, 2F)");
+  STD_TORCH_CHECK(total.dim() == 2 && is_such_matrix(up, total),
+                  "tfkern::mlp_activation_forward: total must be (M, F), and up as it is");
   check_countable({kPadding, total.size(0), total.size(1)});
 }
 
-inline void check_mlp_backward(const Tensor& dh, const Tensor& pre, bool gated) {
-  check_memory(dh, pre);
+inline void check_mlp_backward(const Tensor& dh, const Tensor& pre, const Optional& up) {
+  check_memory(dh, pre, up);
   check_floating(dh, pre);
   is_wide(dh, pre.scalar_type());
   STD_TORCH_CHECK(dh.dim() == 2 && pre.dim() == 2 && dh.size(0) == pre.size(0) &&
-                      dh.size(1) * (gated ? 2 : 1) == pre.size(1),
-                  "tfkern::mlp_activation_backward: dh and pre do not fit together");
+                      dh.size(1) == pre.size(1) && is_such_matrix(up, pre),
+                  "tfkern::mlp_activation_backward: dh, pre and up do not fit together");
   check_countable({kPadding, pre.size(0), pre.size(1)});
 }
 

@@ -20,9 +20,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   // clang-format on
   m.def(
-      "mlp_activation_forward(Tensor total, str activation, bool gated, ScalarType dtype) "
+      "mlp_activation_forward(Tensor total, Tensor? up, str activation, ScalarType dtype) "
       "-> (Tensor h, Tensor pre)");
   m.def(
-      "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
-      "-> (Tensor dpre, Tensor h, Tensor db1)");
+      "mlp_activation_backward(Tensor dh, Tensor pre, Tensor? up, str activation, bool bias) "
+      "-> (Tensor dpre, Tensor h, Tensor db)");
 }

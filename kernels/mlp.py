@@ -1,11 +1,12 @@
 """The MLP around torch's products: a first product that activates as it ends, and the way back.
 
-    pre = x w1^T + b1,  h = act(pre)            gated: h = act(gate) up, pre = [gate, up]
+    pre = x w1^T + b1,  h = act(pre)            gated: h = act(pre) up, up = x w_up^T + b_up
 
-Forward: a program forms a tile of pre, gated the same tile of gate and of up, which share what is
-loaded of x. It rounds pre to the dtype of x and activates what it rounded, so that the backward,
-which only gets pre, computes the same h. Consecutive programs work on a group of row tiles, so that
-what they load is still in the L2 cache for the next one.
+Forward: a program forms a tile of pre, gated also the same tile of up, which share what is loaded
+of x. It rounds both to the dtype of x and activates what it rounded, so that the backward, which
+only gets these, computes the same h. Consecutive programs work on a group of row tiles, so that
+what they load is still in the L2 cache for the next one. pre and up lie in one tensor, (1, M, F) or
+gated (2, M, F); so do their gradients.
 
 Backward: one pass over dh and pre gives dpre and h. A program owns some columns and strides over
 the rows, and so has a part of db1 in float32 registers; adding the parts needs no atomics.
@@ -91,10 +92,12 @@ def _load(tile, k, end, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _forward_kernel(
-    X, W1, B1, H, PRE, M, F, K, stride_xm, stride_xk, stride_wf, stride_wk,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    X, W1, B1, W_UP, B_UP, H, PRE, M, F, K,
+    stride_xm, stride_xk, stride_wf, stride_wk, stride_uf, stride_uk,
+    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    GATED: tl.constexpr = W_UP is not None
     pid = tl.program_id(0)
     blocks_f = tl.cdiv(F, BLOCK_F)
     group = pid // (_GROUP_M * blocks_f)
@@ -108,10 +111,13 @@ def _forward_kernel(
 
     # Rows past the end repeat the last one: loads need no mask, and the products are not stored.
     x_tile = tl.minimum(m, M - 1 - first_m)[:, None] * stride_xm + k[None, :] * stride_xk
-    w_tile = tl.minimum(f, F - 1 - first_f)[None, :] * stride_wf + k[:, None] * stride_wk
+    w_rows = tl.minimum(f, F - 1 - first_f)[None, :]
+    w_tile = w_rows * stride_wf + k[:, None] * stride_wk
     X += first_m.to(tl.int64) * stride_xm
     W1 += first_f.to(tl.int64) * stride_wf
-    W1_UP = W1 + tl.cast(F, tl.int64) * stride_wf
+    if GATED:
+        up_tile = w_rows * stride_uf + k[:, None] * stride_uk
+        W_UP += first_f.to(tl.int64) * stride_uf
     pre = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -119,144 +125,153 @@ def _forward_kernel(
         w = _load(W1 + w_tile, k[:, None], K - start, EVEN_K)
         pre = tl.dot(x, w, pre, input_precision=PRECISION)
         if GATED:
-            w = _load(W1_UP + w_tile, k[:, None], K - start, EVEN_K)
+            w = _load(W_UP + up_tile, k[:, None], K - start, EVEN_K)
             up = tl.dot(x, w, up, input_precision=PRECISION)
-            W1_UP += BLOCK_K * stride_wk
+            W_UP += BLOCK_K * stride_uk
         X += BLOCK_K * stride_xk
         W1 += BLOCK_K * stride_wk
 
     in_f = f < F - first_f
     mask = (m < M - first_m)[:, None] & in_f[None, :]
-    W: tl.constexpr = 2 if GATED else 1
+    tile = m[:, None] * F + f[None, :]
     H += first_m.to(tl.int64) * F + first_f
-    PRE += first_m.to(tl.int64) * (W * F) + first_f
+    PRE += first_m.to(tl.int64) * F + first_f
     if B1 is not None:
         pre += tl.load(B1 + first_f + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
     pre = pre.to(PRE.dtype.element_ty)
-    tl.store(PRE + m[:, None] * (W * F) + f[None, :], pre, mask=mask)
+    tl.store(PRE + tile, pre, mask=mask)
     h, _ = _activate(pre.to(tl.float32), ACTIVATION)
     if GATED:
-        if B1 is not None:
-            up += tl.load(B1 + F + first_f + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
+        if B_UP is not None:
+            up += tl.load(B_UP + first_f + f, mask=in_f, other=0.0).to(tl.float32)[None, :]
         up = up.to(PRE.dtype.element_ty)
-        tl.store(PRE + F + m[:, None] * (W * F) + f[None, :], up, mask=mask)
+        tl.store(PRE + tl.cast(M, tl.int64) * F + tile, up, mask=mask)
         h *= up.to(tl.float32)
-    tl.store(H + m[:, None] * F + f[None, :], h.to(H.dtype.element_ty), mask=mask)
+    tl.store(H + tile, h.to(H.dtype.element_ty), mask=mask)
 
 
-def _forward(x, w1, b1, activation, gated):
-    h, pre = _forward_outputs(x, w1, b1, activation, gated)
-    (M, K), F = x.shape, h.shape[1]
+def _forward(x, w1, b1, w_up, b_up, activation):
+    h, pre = _forward_outputs(x, w1, b1, w_up, b_up, activation)
+    (M, K), F, gated = x.shape, h.shape[1], w_up is not None
     if h.numel():
-        b1 = None if b1 is None else b1.contiguous()
+        b1, b_up = (b if b is None else b.contiguous() for b in (b1, b_up))
         config = _config(K, F, x.dtype, gated, architecture(x.device))
         block_m, block_f, block_k, num_warps, num_stages = config
         _forward_kernel[(triton.cdiv(M, block_m) * triton.cdiv(F, block_f),)](
-            x, w1, b1, h, pre, M, F, K, *x.stride(), *w1.stride(),
-            ACTIVATION=activation, GATED=gated, EVEN_K=K % block_k == 0,
+            x, w1, b1, w_up, b_up, h, pre, M, F, K,
+            *x.stride(), *w1.stride(), *(w_up if gated else w1).stride(),
+            ACTIVATION=activation, EVEN_K=K % block_k == 0,
             PRECISION=precision(x.dtype), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return h, pre
 
 
-def _forward_outputs(x, w1, b1, activation, gated):
-    M, W = x.shape[0], w1.shape[0]
-    return x.new_empty(M, W // 2 if gated else W), x.new_empty(M, W)
+def _forward_outputs(x, w1, b1, w_up, b_up, activation):
+    M, F = x.shape[0], w1.shape[0]
+    return x.new_empty(M, F), x.new_empty(1 if w_up is None else 2, M, F)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _backward_kernel(
-    DH, PRE, DPRE, H, PARTIAL_DB1, M, F,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    DH, PRE, UP, DPRE, H, PARTIAL_DB, M, F,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    GATED: tl.constexpr = UP is not None
     pid = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     W: tl.constexpr = 2 if GATED else 1
     in_f = f < F
-    narrow = m[:, None] * F + f[None, :]
-    wide = m[:, None] * (W * F) + f[None, :]
+    tile = m[:, None] * F + f[None, :]
+    DUP = DPRE + tl.cast(M, tl.int64) * F
     db1 = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-    db1_up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    db_up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     for first_m in range(pid * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         skipped = tl.cast(first_m, tl.int64) * F
         mask = (m < M - first_m)[:, None] & in_f[None, :]
-        dh = tl.load(DH + skipped + narrow, mask=mask, other=0.0).to(tl.float32)
-        pre = tl.load(PRE + W * skipped + wide, mask=mask, other=0.0).to(tl.float32)
-        # forward: h = act(gate) * up
+        dh = tl.load(DH + skipped + tile, mask=mask, other=0.0).to(tl.float32)
+        pre = tl.load(PRE + skipped + tile, mask=mask, other=0.0).to(tl.float32)
+        # forward: h = act(pre) * up
         h, slope = _activate(pre, ACTIVATION)
         if GATED:
-            up = tl.load(PRE + W * skipped + F + wide, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(UP + skipped + tile, mask=mask, other=0.0).to(tl.float32)
             dup = dh * h
-            tl.store(DPRE + W * skipped + F + wide, dup.to(DPRE.dtype.element_ty), mask=mask)
-            db1_up += dup
+            tl.store(DUP + skipped + tile, dup.to(DPRE.dtype.element_ty), mask=mask)
+            db_up += dup
             h *= up
             dh *= up
         dpre = dh * slope
-        tl.store(DPRE + W * skipped + wide, dpre.to(DPRE.dtype.element_ty), mask=mask)
-        tl.store(H + skipped + narrow, h.to(H.dtype.element_ty), mask=mask)
+        tl.store(DPRE + skipped + tile, dpre.to(DPRE.dtype.element_ty), mask=mask)
+        tl.store(H + skipped + tile, h.to(H.dtype.element_ty), mask=mask)
         db1 += dpre
-    if PARTIAL_DB1 is not None:
-        partial = PARTIAL_DB1 + tl.cast(pid, tl.int64) * (W * F) + f
+    if PARTIAL_DB is not None:
+        partial = PARTIAL_DB + tl.cast(pid, tl.int64) * (W * F) + f
         tl.store(partial, tl.sum(db1, 0), mask=in_f)
         if GATED:
-            tl.store(partial + F, tl.sum(db1_up, 0), mask=in_f)
+            tl.store(partial + F, tl.sum(db_up, 0), mask=in_f)
 
 
-def _backward(dh, pre, activation, gated, bias):
-    dpre, h, db1 = _backward_outputs(dh, pre, activation, gated, bias)
-    (M, F), W = dh.shape, pre.shape[1]
+def _backward(dh, pre, up, activation, bias):
+    dpre, h, db = _backward_outputs(dh, pre, up, activation, bias)
+    M, F = dh.shape
     if not h.numel():
-        return dpre, h, db1.zero_()
-    dh, pre = dh.contiguous(), pre.contiguous()
+        return dpre, h, db.zero_()
+    dh, pre, up = (t if t is None else t.contiguous() for t in (dh, pre, up))
     columns = triton.cdiv(F, _BLOCK_F)
     programs = max(1, min(triton.cdiv(M, _BLOCK_M), _programs(dh.device) // columns))
-    partial_db1 = dh.new_empty(programs, W, dtype=torch.float32) if bias else None
+    partial_db = dh.new_empty(programs, *db.shape, dtype=torch.float32) if bias else None
     _backward_kernel[(columns, programs)](
-        dh, pre, dpre, h, partial_db1, M, F,
-        ACTIVATION=activation, GATED=gated, BLOCK_M=_BLOCK_M, BLOCK_F=_BLOCK_F,
+        dh, pre, up, dpre, h, partial_db, M, F,
+        ACTIVATION=activation, BLOCK_M=_BLOCK_M, BLOCK_F=_BLOCK_F,
     )  # fmt: skip
-    return dpre, h, partial_db1.sum(0).to(db1.dtype) if bias else db1
+    return dpre, h, partial_db.sum(0).to(db.dtype) if bias else db
 
 
-def _backward_outputs(dh, pre, activation, gated, bias):
-    db1 = pre.new_empty(pre.shape[1] if bias else 0)
-    return pre.new_empty(pre.shape), dh.new_empty(dh.shape), db1
+def _backward_outputs(dh, pre, up, activation, bias):
+    kinds = 1 if up is None else 2
+    db = pre.new_empty((kinds, pre.shape[1]) if bias else 0)
+    return pre.new_empty(kinds, *pre.shape), dh.new_empty(dh.shape), db
 
 
-def forward(x, w1, b1, w2, b2, activation, gated):
-    h, pre = _activated_product(x, w1, b1, activation, gated)
-    return F.linear(h, w2, b2), pre
+def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
+    h, pre = _activated_product(x, w1, b1, w_up, b_up, activation)
+    return F.linear(h, w2, b2), *pre.unbind()
 
 
-def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):
-    want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
+def backward(dy, x, w1, b1, w_up, b_up, w2, b2, pre, up, activation, wanted=(True,) * 7):
+    want_dx, want_dw1, want_db1, want_dw_up, want_db_up, want_dw2, want_db2 = wanted
     absent = dy.new_empty(0)
-    want_db1 = want_db1 and b1 is not None
-    dpre, h, db1 = _activation_backward(dy @ w2, pre, activation, gated, want_db1)
+    want_db1, want_db_up = want_db1 and b1 is not None, want_db_up and b_up is not None
+    dpre, h, db = _activation_backward(dy @ w2, pre, up, activation, want_db1 or want_db_up)
+    dpre, *dup = dpre.unbind()
+    dx = dpre @ w1 if want_dx else absent
+    if want_dx and up is not None:
+        dx = torch.addmm(dx, dup[0], w_up)
     return (
-        dpre @ w1 if want_dx else absent,
+        dx,
         dpre.t() @ x if want_dw1 else absent,
-        db1,
+        db[0] if want_db1 else absent,
+        dup[0].t() @ x if want_dw_up and up is not None else absent,
+        db[1] if want_db_up else absent,
         dy.t() @ h if want_dw2 else absent,
         dy.sum(0) if want_db2 and b2 is not None else absent,
     )
 
 
-def why_not(x, w1, b1, w2, b2, activation, gated, *, needs_grad) -> str | None:
+def why_not(x, *args, needs_grad) -> str | None:
     return unavailable(x)
 
 
 _activated_product = register(
-    "mlp_activated_product(Tensor x, Tensor w1, Tensor? b1, str activation, bool gated) "
-    "-> (Tensor h, Tensor pre)",
+    "mlp_activated_product(Tensor x, Tensor w1, Tensor? b1, Tensor? w_up, Tensor? b_up, "
+    "str activation) -> (Tensor h, Tensor pre)",
     _forward,
     _forward_outputs,
 )
 _activation_backward = register(
-    "mlp_activation_backward(Tensor dh, Tensor pre, str activation, bool gated, bool bias) "
-    "-> (Tensor dpre, Tensor h, Tensor db1)",
+    "mlp_activation_backward(Tensor dh, Tensor pre, Tensor? up, str activation, bool bias) "
+    "-> (Tensor dpre, Tensor h, Tensor db)",
     _backward,
     _backward_outputs,
 )

@@ -353,10 +353,9 @@ def mlp():
     for dtype, (K, F) in itertools.product((torch.bfloat16, torch.float32), sizes):
         x = torch.empty(2048, K, dtype=dtype, device="cuda")
         for gated in (False, True):
-            W = 2 * F if gated else F
-            w1, b1 = (torch.empty(s, dtype=dtype, device="cuda") for s in ((W, K), W))
-            h, pre = op._forward(x, w1, b1, "gelu", gated)
-            op._backward(h, pre, "gelu", gated, True)
+            w1, b1 = (torch.empty(s, dtype=dtype, device="cuda") for s in ((F, K), F))
+            h, _ = op._forward(x, w1, b1, *((w1, b1) if gated else (None, None)), "gelu")
+            op._backward(h, h, h if gated else None, "gelu", True)
 
 
 if __name__ == "__main__":

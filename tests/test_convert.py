@@ -119,7 +119,7 @@ def exchange(state, a, b):
     state[b].copy_(kept)
 
 
-def norms(side, a="norm1", b="norm2"):
+def exchanged(side, a="norm1", b="norm2"):
     return edit(lambda s: exchange(s, f"{side}.blocks.0.{a}.weight", f"{side}.blocks.0.{b}.weight"))
 
 
@@ -163,7 +163,7 @@ def keys_and_values(name):
 _UNSCALED = configure(attention_scale=1.0)
 MUTATIONS = {
     "gpt1": {
-        "norms exchanged": norms("decoder"),
+        "norms exchanged": exchanged("decoder"),
         "no biases": no_biases("decoder"),
         "the other GELU": configure(activation="gelu"),
         "eps": configure(norm_eps=1e-12),
@@ -177,7 +177,7 @@ MUTATIONS = {
         ),
     },
     "gpt2": {
-        "norms exchanged": norms("decoder"),
+        "norms exchanged": exchanged("decoder"),
         "no biases": no_biases("decoder"),
         "the other GELU": configure(activation="gelu"),
         "eps": configure(norm_eps=1e-12),
@@ -187,7 +187,7 @@ MUTATIONS = {
         "no last norm": edit(lambda s: s["decoder.norm.weight"].fill_(1)),
     },
     "bert": {
-        "norms exchanged": norms("encoder"),
+        "norms exchanged": exchanged("encoder"),
         "no biases": no_biases("encoder"),
         "the other GELU": configure(activation="gelu_tanh"),
         "eps": configure(norm_eps=1e-5),
@@ -200,8 +200,8 @@ MUTATIONS = {
         "transform transposed": transposed("vocabulary.dense.weight"),
     },
     "bart": {
-        "norms exchanged": norms("decoder", "norm_cross", "norm2"),
-        "norms of the encoder exchanged": norms("encoder"),
+        "norms exchanged": exchanged("decoder", "norm_cross", "norm2"),
+        "norms of the encoder exchanged": exchanged("encoder"),
         "no biases": no_biases("decoder"),
         "the other GELU": configure(activation="gelu_tanh"),
         "eps": configure(norm_eps=1e-12),
@@ -213,7 +213,7 @@ MUTATIONS = {
         "embeddings scaled": configure(scale_embedding=True),
     },
     "t5": {
-        "norms exchanged": norms("decoder", "norm_cross", "norm2"),
+        "norms exchanged": exchanged("decoder", "norm_cross", "norm2"),
         "q and k exchanged": queries_and_keys("encoder.blocks.1.attention.qkv.weight"),
         "k and v exchanged": keys_and_values("decoder.blocks.0.cross.kv.weight"),
         "scores scaled": configure(attention_scale=None),
@@ -224,11 +224,11 @@ MUTATIONS = {
         "the other activation": configure(activation="gelu"),
     },
     "t5-v1.1": {
-        "gate and up exchanged": keys_and_values("encoder.blocks.0.mlp.gate_up.weight"),
+        "gate and up exchanged": exchanged("encoder", "mlp.gate", "mlp.up"),
         "the other GELU": configure(activation="gelu"),
     },
     "vit": {
-        "norms exchanged": norms("encoder"),
+        "norms exchanged": exchanged("encoder"),
         "no biases": no_biases("encoder"),
         "the other GELU": configure(activation="gelu_tanh"),
         "eps": configure(norm_eps=1e-6),

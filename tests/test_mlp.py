@@ -32,43 +32,48 @@ SIZES = [
 
 
 def ours(gated, activation, **options):
-    def fn(x, w1, w2, b1=None, b2=None):
-        function = tfkern.gated_mlp if gated else tfkern.mlp
-        return function(x, w1, b1, w2, b2, activation=activation, **options)
+    options["activation"] = activation
 
-    return fn
+    def plain(x, w1, w2, b1=None, b2=None):
+        return tfkern.mlp(x, w1, b1, w2, b2, **options)
+
+    def fn(x, w1, w_up, w2, b1=None, b_up=None, b2=None):
+        return tfkern.gated_mlp(x, w1, b1, w_up, b_up, w2, b2, **options)
+
+    return fn if gated else plain
 
 
 def torchs(gated, activation):
-    def fn(x, w1, w2, b1=None, b2=None):
-        h = F.linear(x, w1, b1)
+    def fn(x, w1, w2, b1=None, b2=None, w_up=None, b_up=None):
+        h = ACTIVATIONS[activation](F.linear(x, w1, b1))
         if gated:
-            gate, up = h.chunk(2, -1)
-            h = ACTIVATIONS[activation](gate) * up
-        else:
-            h = ACTIVATIONS[activation](h)
+            h = h * F.linear(x, w_up, b_up)
         return F.linear(h, w2, b2)
 
     return fn
 
 
 def make(shape, hidden, out, dtype, device, gated=False, bias=True):
-    rows = 2 * hidden if gated else hidden
-
     def draw(*shape):  # so that products have the variance of their factors
         fan_in = shape[-1] if len(shape) == 2 else 1
         return (torch.randn(shape, device=device) / math.sqrt(max(fan_in, 1))).to(dtype)
 
     inputs = {"x": torch.randn(shape, device=device).to(dtype)}
-    inputs |= {"w1": draw(rows, shape[-1]), "w2": draw(out, hidden)}
-    return inputs | {"b1": draw(rows), "b2": draw(out)} if bias else inputs
+    inputs |= {"w1": draw(hidden, shape[-1]), "w2": draw(out, hidden)}
+    if gated:
+        inputs["w_up"] = draw(hidden, shape[-1])
+    if bias:
+        inputs |= {"b1": draw(hidden), "b2": draw(out)}
+        inputs |= {"b_up": draw(hidden)} if gated else {}
+    return inputs
 
 
 def check(gated, activation, inputs, **options):
     x, rows = inputs["x"], math.sqrt(math.prod(inputs["x"].shape[:-1]))
     scale = {name: rows for name in inputs if name != "x"}
     if x.dtype == torch.float32:  # sums of as many terms, which both round in the same dtype
-        scale |= dict.fromkeys(("output", "x"), math.sqrt(max(1, len(inputs["w1"]))))
+        terms = len(inputs["w1"]) * (2 if gated else 1)
+        scale |= dict.fromkeys(("output", "x"), math.sqrt(max(1, terms)))
     reference = torchs(gated, activation)
     validate(ours(gated, activation, **options), reference, inputs, floor_scale=scale).check()
 
@@ -207,12 +212,13 @@ def test_products_of_native(monkeypatch, hidden, out, matrix_unit, dtype, bias, 
 def test_threads_do_not_change_the_result(gated):
     """That of our own operators, not of torch's products."""
     ops = torch.ops.tfkern
-    pre, dh = torch.randn(130, 518), torch.randn(130, 259 if gated else 518)
+    pre, dh, up = (torch.randn(130, 259) for _ in range(3))
+    up = up if gated else None
     results, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        h, _ = ops.mlp_activation_forward(pre, "gelu", gated, pre.dtype)
-        results.append((h, *ops.mlp_activation_backward(dh, pre, "gelu", gated, True)))
+        h, _ = ops.mlp_activation_forward(pre, up, "gelu", pre.dtype)
+        results.append((h, *ops.mlp_activation_backward(dh, pre, up, "gelu", True)))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
     assert torch.equal(results[0][0], results[0][2]), "backward computes another h than forward"
@@ -255,21 +261,21 @@ def test_opcheck(backend, device, bias, gated):
     if backend == "reference":
         pytest.skip("the reference is not a registered operator")
     inputs = make((6, 20), 24, 3, torch.float32, device, gated, bias)
-    x, w1, b1 = inputs["x"], inputs["w1"], inputs.get("b1")
+    x, w1, b1, w_up, b_up = (inputs.get(name) for name in ("x", "w1", "b1", "w_up", "b_up"))
+    dh = torch.randn(6, 24, device=device)
     if backend == "native":
         ops, pre = torch.ops.tfkern, F.linear(x, w1, b1)
+        up = F.linear(x, w_up, b_up) if gated else None
         for dtype in (torch.float32, torch.bfloat16):
-            args = (pre, "gelu", gated, dtype)
-            torch.library.opcheck(ops.mlp_activation_forward.default, args)
-        dh = torch.randn(6, 24, device=device)
-        args = (dh, pre.bfloat16(), "gelu", gated, bias)
+            torch.library.opcheck(ops.mlp_activation_forward.default, (pre, up, "gelu", dtype))
+        narrow = up if up is None else up.bfloat16()
+        args = (dh, pre.bfloat16(), narrow, "gelu", bias)
         torch.library.opcheck(ops.mlp_activation_backward.default, args)
     else:
-        ops, args = torch.ops.tfkern_triton, (x, w1, b1, "gelu", gated)
+        ops, args = torch.ops.tfkern_triton, (x, w1, b1, w_up, b_up, "gelu")
         torch.library.opcheck(ops.mlp_activated_product.default, args)
-        _, pre = ops.mlp_activated_product(*args)
-    dh = torch.randn(6, 24, device=device)
-    torch.library.opcheck(ops.mlp_activation_backward.default, (dh, pre, "gelu", gated, bias))
+        pre, up = (*ops.mlp_activated_product(*args)[1], None)[:2]
+    torch.library.opcheck(ops.mlp_activation_backward.default, (dh, pre, up, "gelu", bias))
 
 
 def test_compiles_ahead_of_time_without_spills():
@@ -340,7 +346,8 @@ def test_autocast(backend, device, gated):
 @gatedness
 def test_explain(backend, device, gated):
     inputs = make((2, 4), 6, 3, torch.float64, device, gated)
-    args = [inputs[name] for name in ("x", "w1", "b1", "w2", "b2")]
+    names = ("x", "w1", "b1", "w_up", "b_up", "w2", "b2")
+    args = [inputs[name] for name in names if name in inputs]
     explanation = tfkern.explain("gated_mlp" if gated else "mlp", *args, backend=backend)
     assert explanation.backend == (None if backend == "triton" else backend)
     assert ("float64" in str(explanation)) == (backend == "triton")
@@ -366,11 +373,9 @@ def call(x=(2, 4), w1=(6, 4), b1=(6,), w2=(3, 6), b2=(3,), function=tfkern.mlp, 
         ({"w1": (6,)}, ["w1", "(6,)", "(*, 4)"]),
         ({"w1": None}, ["w1", "NoneType"]),
         ({"w1": zeros(6, 4, dtype=torch.float64)}, ["w1", "float64", "x", "float32"]),
-        ({"w1": (5, 4), "b1": (5,), "function": tfkern.gated_mlp}, ["w1", "even", "5"]),
         ({"b1": (5,)}, ["b1", "(5,)", "(6,)"]),
         ({"b1": zeros(6, device="meta")}, ["b1", "meta", "x", "cpu"]),
         ({"w2": (3, 5)}, ["w2", "(3, 5)", "(*, 6)"]),
-        ({"function": tfkern.gated_mlp}, ["w2", "(3, 6)", "(*, 3)"]),
         ({"b2": (3, 1)}, ["b2", "(3, 1)", "(3,)"]),
         ({"activation": "tanh"}, ["activation", "'tanh'", "relu, gelu, gelu_tanh, silu"]),
         ({"backend": "cuda"}, ["backend", "'cuda'", "native, triton"]),
@@ -380,3 +385,39 @@ def test_bad_input(options, words):
     with pytest.raises(ValueError) as error:
         call(**options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"w_gate": zeros(6, 5)}, ["w_gate", "(6, 5)", "(*, 4)"]),
+        ({"w_up": zeros(5, 4)}, ["w_up", "(5, 4)", "(6, 4)", "w_gate"]),
+        ({"w_up": None}, ["w_up", "NoneType"]),
+        ({"w_up": zeros(6, 4, dtype=torch.float64)}, ["w_up", "float64", "x", "float32"]),
+        ({"b_gate": zeros(5)}, ["b_gate", "(5,)", "(6,)"]),
+        ({"b_up": zeros(6, 1)}, ["b_up", "(6, 1)", "(6,)"]),
+        ({"w2": zeros(3, 12)}, ["w2", "(3, 12)", "(*, 6)"]),
+        ({"activation": "tanh"}, ["activation", "'tanh'"]),
+    ],
+)
+def test_bad_input_of_gated(changes, words):
+    inputs = {"x": zeros(2, 4), "w_gate": zeros(6, 4), "b_gate": zeros(6), "w_up": zeros(6, 4)}
+    inputs |= {"b_up": None, "w2": zeros(3, 6), "b2": zeros(3)}
+    with pytest.raises(ValueError) as error:
+        tfkern.gated_mlp(**inputs | changes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@gatedness
+def test_either_bias_alone(backend, device, gated):
+    """A bias of the gate or of up may be there without the other."""
+    for name in ("b1", "b_up", "b2"):
+        inputs = make((9, 8), 16, 4, torch.float32, device, gated)
+        check(
+            gated,
+            "silu",
+            {k: x for k, x in inputs.items() if k[0] != "b" or k == name},
+            backend=backend,
+        )
+        if not gated:
+            break

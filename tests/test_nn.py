@@ -499,8 +499,7 @@ class PlainMLP(torch.nn.Module):
         }[self.activation]
         if not self.gated:
             return self.fc2(act(self.fc1(x)))
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(act(gate) * up)
+        return self.down(act(self.gate(x)) * self.up(x))
 
 
 @pytest.mark.usefixtures("forced")
@@ -529,7 +528,9 @@ def test_mlp_parameters():
         "fc2.bias": (6,),
     }
     assert shapes(nn.MLP(6, 10, bias=False)) == {"fc1.weight": (10, 6), "fc2.weight": (6, 10)}
-    assert shapes(nn.GatedMLP(6, 10)) == {"gate_up.weight": (20, 6), "down.weight": (6, 10)}
+    assert shapes(nn.GatedMLP(6, 10)) == {
+        "gate.weight": (10, 6), "up.weight": (10, 6), "down.weight": (6, 10)
+    }  # fmt: skip
     assert nn.GatedMLP(6, 10, bias=True, dtype=torch.float64).down.bias.dtype == torch.float64
     with pytest.raises(ValueError, match="activation"):
         nn.MLP(6, activation="tanh")(torch.randn(2, 6))
@@ -538,7 +539,8 @@ def test_mlp_parameters():
 PARENTS = {
     "fc1": lambda: nn.MLP(E, 10, activation="silu").double(),
     "fc2": lambda: nn.MLP(E, 10, activation="silu").double(),
-    "gate_up": lambda: nn.GatedMLP(E, 10, bias=True).double(),
+    "gate": lambda: nn.GatedMLP(E, 10, bias=True).double(),
+    "up": lambda: nn.GatedMLP(E, 10, bias=True).double(),
     "down": lambda: nn.GatedMLP(E, 10, bias=True).double(),
     "out_proj": lambda: attention_pair(batch_first=True)[0],
 }

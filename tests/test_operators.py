@@ -62,12 +62,12 @@ def layer_norm_backward(**changes):
 
 
 def mlp_activation_forward(**changes):
-    args = (torch.randn(M, N), "silu", True, torch.float32)
+    args = (torch.randn(M, N), torch.randn(M, N), "silu", torch.float32)
     return "mlp_activation_forward", named("mlp_activation_forward", args) | changes
 
 
 def mlp_activation_backward(**changes):
-    args = (torch.randn(M, N // 2), torch.randn(M, N), "silu", True, True)
+    args = (*(torch.randn(M, N) for _ in range(3)), "silu", True)
     return "mlp_activation_backward", named("mlp_activation_backward", args) | changes
 
 
@@ -193,12 +193,16 @@ HOSTILE = [
     (attention_backward, {"do": torch.randn(B, H, T, D + 1)}),
     (attention_backward, {"o": torch.randn(B, H, T, D).bfloat16()}),
     (mlp_activation_forward, {"total": torch.randn(M, N - 1)}),
+    (mlp_activation_forward, {"up": torch.randn(M - 1, N)}),
+    (mlp_activation_forward, {"up": torch.randn(M, N).double()}),
     (mlp_activation_forward, {"total": torch.randn(M * N)}),
     (mlp_activation_forward, {"total": misaligned(torch.randn(M, N))}),
     (mlp_activation_forward, {"dtype": torch.int32}),
     (mlp_activation_forward, {"dtype": torch.float64}),
     (mlp_activation_forward, {"activation": "tanh"}),
-    (mlp_activation_backward, {"dh": torch.randn(M, N)}),
+    (mlp_activation_backward, {"dh": torch.randn(M, N - 1)}),
+    (mlp_activation_backward, {"up": torch.randn(M, N // 2)}),
+    (mlp_activation_backward, {"up": misaligned(torch.randn(M, N))}),
     (mlp_activation_backward, {"pre": torch.randn(M - 1, N)}),
     (mlp_activation_backward, {"pre": torch.randn(M, N).double()}),
     (mlp_activation_backward, {"activation": ""}),
@@ -224,8 +228,8 @@ def test_checks_come_before_memory(run):
     doubles = huge[0].double().expand(huge.shape)
     options = (None, None, None, 0.0, 0.0, False, 1)
     refuses("contiguous parameters", "layer_norm_forward", huge, torch.rand(3), *options)
-    refuses("unknown activation", "mlp_activation_forward", huge, "tanh", False, torch.float32)
-    refuses("products", "mlp_activation_backward", huge, doubles, "silu", False, True)
+    refuses("unknown activation", "mlp_activation_forward", huge, None, "tanh", torch.float32)
+    refuses("products", "mlp_activation_backward", huge, doubles, None, "silu", True)
     q = torch.zeros(1).expand(1, 1, 2**30, 16)
     sink = (None, None, None, torch.rand(2))
     refuses("sink do not fit", "attention_forward", q, q, q, *sink, *[None] * 8, 1.0, 0.0, 0.0)
@@ -261,7 +265,7 @@ def test_sizes_that_an_int64_cannot_count(call, run):
     changes = {
         layer_norm_forward: {"x": wide, "residual": None, "weight": None, "bias": None},
         attention_forward: dict.fromkeys(attention_forward()[1]) | attention,
-        mlp_activation_forward: {"total": wide},
+        mlp_activation_forward: {"total": wide, "up": None},
     }[call]
     operator, args = call()
     with pytest.raises(RuntimeError, match="product is an int64"):

@@ -111,7 +111,8 @@ def test_initial_deviations():
     for name, expected in {
         "embedding": 1.0, "vocabulary": 1.0, f"{block}.cross.q": (256 * 32) ** -0.5,
         f"{block}.cross.kv": 256**-0.5, f"{block}.attention.out": (4 * 32) ** -0.5,
-        f"{block}.mlp.gate_up": 256**-0.5, f"{block}.mlp.down": 512**-0.5,
+        f"{block}.mlp.gate": 256**-0.5, f"{block}.mlp.up": 256**-0.5,
+        f"{block}.mlp.down": 512**-0.5,
     }.items():  # fmt: skip
         assert t5[f"{name}.weight"] == pytest.approx(expected, rel=0.03), name
     assert t5["encoder.positions.weight"] == pytest.approx(256**-0.5, rel=0.3)
@@ -137,4 +138,4 @@ def test_fresh_models():
     norms = {n: x for n, x in state.items() if "norm" in n and n.endswith("weight")}
     biases = {n: x for n, x in state.items() if n.endswith("bias")}
     assert len(norms) == 17 and all(torch.equal(x, torch.ones(96)) for x in norms.values())
-    assert len(biases) == 17 + 8 * 4 and not any(x.any() for x in biases.values())
+    assert len(biases) == 17 + 8 * 5 and not any(x.any() for x in biases.values())

@@ -106,7 +106,7 @@ def plain_loss(config, p, tokens, targets):
         x = x + linear(f"{name}.attention.out", o.transpose(1, 2).reshape(x.shape))
         y = norm(f"{name}.norm2", x)
         if config.gated:
-            gate, up = linear(f"{name}.mlp.gate_up", y).chunk(2, -1)
+            gate, up = linear(f"{name}.mlp.gate", y), linear(f"{name}.mlp.up", y)
             x = x + linear(f"{name}.mlp.down", act(gate) * up)
         else:
             x = x + linear(f"{name}.mlp.fc2", act(linear(f"{name}.mlp.fc1", y)))

@@ -1,8 +1,8 @@
-// The activation of an MLP on the CPU, plain or gated; torch forms the products around it. pre is
-// an (M, F) matrix, gated (M, 2F) with the gate in the first F columns, and h is (M, F).
+// The activation of an MLP on the CPU, plain or gated; torch forms the products around it. pre, h
+// and, where the MLP is gated, up are (M, F) matrices.
 //
-// Each pass reads and writes every element once. Backward computes h again from pre, and sums db1
-// in the registers' precision while dpre goes by.
+// Each pass reads and writes every element once. Backward computes h again from pre and up, and
+// sums the gradients of the biases in the registers' precision while dpre and dup go by.
 //
 // Products may be float32 where tensors are bfloat16 or float16. Then their results and factors
 // (the total that pre is the rounding of, h, dh, dpre) are float32, and the passes convert as they
@@ -18,23 +18,21 @@ namespace tfkern {
 
 struct MlpForward {
   Activation activation;
-  bool gated;
   Dtype dtype;  // of pre
   bool wide;    // all else is in the computing type, not in that of pre
   int64_t F;
-  const void* total;  // x w1^T + b1
-  void* pre;          // null if it is total
+  const void *total, *up;  // x w1^T + b1 and x w_up^T + b_up, null if it is not gated
+  void *pre, *rounded_up;  // null if they are total and up
   void* h;
 };
 
 struct MlpBackward {
   Activation activation;
-  bool gated;
   Dtype dtype;
   bool wide;
   int64_t F;
-  const void *dh, *pre;
-  void *dpre, *h;
+  const void *dh, *pre, *up;
+  void *dpre, *dup, *h;
 };
 
 }  // namespace tfkern
@@ -49,22 +47,34 @@ void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   TFKERN_ISA_CALL(mlp_forward, a, begin, end);
 }
 
-void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, void* db1) {
-  TFKERN_ISA_CALL(mlp_backward, a, begin, end, db1);
+void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, void* db) {
+  TFKERN_ISA_CALL(mlp_backward, a, begin, end, db);
 }
 
-std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, std::string activation, bool gated,
+// The second of two contiguous tensors in one.
+void* second(const Tensor& pair) {
+  return static_cast<char*>(pair.data_ptr()) + pair.numel() / 2 * pair.element_size();
+}
+
+std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, Optional up, std::string activation,
                                                   ScalarType type) {
-  check_mlp_forward(total, gated, type);
+  check_mlp_forward(total, up, type);
   const Activation act = parse_activation(activation);
   const bool wide = is_wide(total, type);
   total = torch::stable::contiguous(total);
-  const int64_t M = total.size(0), W = total.size(1), F = gated ? W / 2 : W;
+  if (up) up = torch::stable::contiguous(*up);
+  const int64_t M = total.size(0), F = total.size(1), kinds = up ? 2 : 1;
   Tensor h = empty(total, {M, F}, total.scalar_type());
-  Tensor pre = wide ? empty(total, {M, W}, type) : absent(total, type);
-  const MlpForward a{
-      act,         gated, dtype(type), wide, F, data<void>(total), wide ? pre.data_ptr() : nullptr,
-      h.data_ptr()};
+  Tensor pre = wide ? empty(total, {kinds, M, F}, type) : absent(total, type);
+  const MlpForward a{act,
+                     dtype(type),
+                     wide,
+                     F,
+                     data<void>(total),
+                     up ? data<void>(*up) : nullptr,
+                     wide ? pre.data_ptr() : nullptr,
+                     wide && up ? second(pre) : nullptr,
+                     h.data_ptr()};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));
   torch::stable::parallel_for(0, M, grain,
                               [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
@@ -73,26 +83,34 @@ std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, std::string acti
 
 // The sum of the partial sums of all chunks, rounded.
 template <class T>
-void finish(T* db1, Compute<T>* partial, int64_t chunks, int64_t W) {
+void finish(T* db, Compute<T>* partial, int64_t chunks, int64_t W) {
   for (int64_t i = 1; i < chunks; ++i) {
     for (int64_t n = 0; n < W; ++n) partial[n] += partial[i * W + n];
   }
-  baseline::convert(db1, partial, W);
+  baseline::convert(db, partial, W);
 }
 
-std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,
-                                                           std::string activation, bool gated,
-                                                           bool bias) {
-  check_mlp_backward(dh, pre, gated);
+std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre, Optional up,
+                                                           std::string activation, bool bias) {
+  check_mlp_backward(dh, pre, up);
   const Activation act = parse_activation(activation);
   const bool wide = is_wide(dh, pre.scalar_type());
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
-  const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
-  Tensor dpre = empty(pre, {M, W}, dh.scalar_type()), h = empty(pre, {M, F}, dh.scalar_type());
-  Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
-  const MlpBackward a{act,         gated,          dtype(pre),      wide,
-                      F,           data<void>(dh), data<void>(pre), dpre.data_ptr(),
+  if (up) up = torch::stable::contiguous(*up);
+  const int64_t M = pre.size(0), F = pre.size(1), kinds = up ? 2 : 1, W = kinds * F;
+  Tensor dpre = empty(pre, {kinds, M, F}, dh.scalar_type());
+  Tensor h = empty(pre, {M, F}, dh.scalar_type());
+  Tensor db = bias ? empty(pre, {kinds, F}, pre.scalar_type()) : absent(pre, pre.scalar_type());
+  const MlpBackward a{act,
+                      dtype(pre),
+                      wide,
+                      F,
+                      data<void>(dh),
+                      data<void>(pre),
+                      up ? data<void>(*up) : nullptr,
+                      dpre.data_ptr(),
+                      up ? second(dpre) : nullptr,
                       h.data_ptr()};
   // The number of chunks follows from the shape alone, so that the sums do not depend on the number
   // of threads.
@@ -105,9 +123,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
         backward_rows(a, M * i / chunks, M * (i + 1) / chunks, bias ? sums + i * W : nullptr);
       }
     });
-    if (bias) finish(static_cast<T*>(db1.data_ptr()), sums, chunks, W);
+    if (bias) finish(static_cast<T*>(db.data_ptr()), sums, chunks, W);
   });
-  return {dpre, h, db1};
+  return {dpre, h, db};
 }
 
 }  // namespace

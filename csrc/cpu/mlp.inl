@@ -58,54 +58,64 @@ inline void accumulate(C* p, Vec<C> v, int64_t n) {
   store_left(p, load_left(p, n) + v, n);
 }
 
+// Row m of a matrix of F columns, null if it is absent.
+template <class T>
+inline T* row(void* first, int64_t m, int64_t F) {
+  return first ? static_cast<T*>(first) + m * F : nullptr;
+}
+template <class T>
+inline const T* row(const void* first, int64_t m, int64_t F) {
+  return first ? static_cast<const T*>(first) + m * F : nullptr;
+}
+
 // T is the type of pre, P that of the factors and results of products.
 template <class T, class P, class Act>
 void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   using V = Vec<Compute<T>>;
-  const int64_t F = a.F, W = a.gated ? 2 * F : F;
+  const int64_t F = a.F;
   for (int64_t m = begin; m < end; ++m) {
-    const P* total = static_cast<const P*>(a.total) + m * W;
-    T* pre = a.pre ? static_cast<T*>(a.pre) + m * W : nullptr;
-    P* h = static_cast<P*>(a.h) + m * F;
+    const P *total = row<P>(a.total, m, F), *up = row<P>(a.up, m, F);
+    T *pre = row<T>(a.pre, m, F), *rounded_up = row<T>(a.rounded_up, m, F);
+    P* h = row<P>(a.h, m, F);
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
       const V x = load_left(total + n, left);
       V slope, value = Act::value(x, slope);
       if (pre) store_left(pre + n, x, left);
-      if (a.gated) {
-        const V up = load_left(total + F + n, left);
-        if (pre) store_left(pre + F + n, up, left);
-        value = value * up;
+      if (up) {
+        const V factor = load_left(up + n, left);
+        if (rounded_up) store_left(rounded_up + n, factor, left);
+        value = value * factor;
       }
       store_left(h + n, value, left);
     }
   }
 }
 
+// db has the sums of dpre, then those of dup.
 template <class T, class P, class Act>
-void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>* db1) {
+void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>* db) {
   using V = Vec<Compute<T>>;
-  const int64_t F = a.F, W = a.gated ? 2 * F : F;
+  const int64_t F = a.F;
   for (int64_t m = begin; m < end; ++m) {
-    const P* dh = static_cast<const P*>(a.dh) + m * F;
-    const T* pre = static_cast<const T*>(a.pre) + m * W;
-    P* dpre = static_cast<P*>(a.dpre) + m * W;
-    P* h = static_cast<P*>(a.h) + m * F;
+    const P* dh = row<P>(a.dh, m, F);
+    const T *pre = row<T>(a.pre, m, F), *up = row<T>(a.up, m, F);
+    P *dpre = row<P>(a.dpre, m, F), *dup = row<P>(a.dup, m, F), *h = row<P>(a.h, m, F);
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
       V g = load_left(dh + n, left);
-      // forward: h = act(gate) * up
+      // forward: h = act(pre) * up
       V slope, value = Act::value(load_left(pre + n, left), slope);
-      if (a.gated) {
-        const V up = load_left(pre + F + n, left), dup = g * value;
-        store_left(dpre + F + n, dup, left);
-        if (db1) accumulate(db1 + F + n, dup, left);
-        value = value * up;
-        g = g * up;
+      if (up) {
+        const V factor = load_left(up + n, left), gradient = g * value;
+        store_left(dup + n, gradient, left);
+        if (db) accumulate(db + F + n, gradient, left);
+        value = value * factor;
+        g = g * factor;
       }
       store_left(h + n, value, left);
       store_left(dpre + n, g * slope, left);
-      if (db1) accumulate(db1 + n, g * slope, left);
+      if (db) accumulate(db + n, g * slope, left);
     }
   }
 }
@@ -131,8 +141,8 @@ inline void mlp_forward(const MlpForward& a, int64_t begin, int64_t end) {
   TFKERN_MLP(forward_rows, a, begin, end);
 }
 
-inline void mlp_backward(const MlpBackward& a, int64_t begin, int64_t end, void* db1) {
-  TFKERN_MLP(backward_rows, a, begin, end, static_cast<Compute<T>*>(db1));
+inline void mlp_backward(const MlpBackward& a, int64_t begin, int64_t end, void* db) {
+  TFKERN_MLP(backward_rows, a, begin, end, static_cast<Compute<T>*>(db));
 }
 
 #undef TFKERN_MLP

@@ -1,10 +1,10 @@
 // The activation of an MLP, plain or gated; torch forms the products around it.
-// tfkern/reference/mlp.py has the formulas. pre is an (M, F) matrix, gated (M, 2F) with the gate in
-// the first F columns, and h is (M, F).
+// tfkern/reference/mlp.py has the formulas. pre, h and, where the MLP is gated, up are (M, F)
+// matrices.
 //
 // A thread owns V columns and strides over the rows, some of them at a time. Each element is read
-// and written once; backward computes h again from pre, and keeps its part of db1 in float32
-// registers. One small kernel adds the parts in a fixed order.
+// and written once; backward computes h again from pre and up, and keeps its parts of the
+// gradients of the biases in float32 registers. One small kernel adds the parts in a fixed order.
 #include "../mlp_arguments.h"
 #include "elements.h"
 
@@ -128,19 +128,19 @@ struct Backward {
   Tiling tiling;
   Activation activation;
   Matrix dh, pre, up, dpre, dup, h;
-  Matrix db1, db1_up;  // parts, one row for each row of threads
+  Matrix db, db_up;  // parts, one row for each row of threads
 };
 
 __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
   constexpr int K = kBackwardRows;
   Pieces at = a.tiling.first(K);
   const int64_t part = at.row / K;
-  float db1[1][V] = {}, db1_up[1][V] = {};
+  float db[1][V] = {}, db_up[1][V] = {};
   for (; at.row < at.rows; at.row += a.tiling.step(K)) {
     float dh[K][V], h[K][V], slope[K][V];
     load(dh, a.dh, at);
     load(h, a.pre, at);
-    // forward: h = act(gate) * up
+    // forward: h = act(pre) * up
     activate(h, slope, a.activation);
     scale(slope, dh);
     if (a.up.data) {
@@ -157,23 +157,23 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
     for (int i = 0; i < K; ++i) {  // past the end, dh is 0
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        db1[0][j] += slope[i][j];
-        db1_up[0][j] += dh[i][j];
+        db[0][j] += slope[i][j];
+        db_up[0][j] += dh[i][j];
       }
     }
   }
   at.row = part;
   at.rows = part + 1;
-  if (a.db1.data) store(a.db1, db1, at);
-  if (a.db1_up.data) store(a.db1_up, db1_up, at);
+  if (a.db.data) store(a.db, db, at);
+  if (a.db_up.data) store(a.db_up, db_up, at);
 }
 
 // ---- operators ----
 
-// The columns from F on.
-Matrix second_half(const Tensor& t, int64_t F) {
+// The matrix of a tensor from one of its elements on.
+Matrix from(const Tensor& t, int64_t first) {
   Matrix m = matrix(t);
-  m.data += F * static_cast<int64_t>(t.element_size());
+  m.data += first * static_cast<int64_t>(t.element_size());
   m.aligned = (reinterpret_cast<uintptr_t>(m.data) | m.stride) % 16 == 0;
   return m;
 }
@@ -186,49 +186,50 @@ void check_products(const Tensor& product, ScalarType type) {
 }
 
 // The sum of the product is pre itself.
-std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, std::string activation, bool gated,
+std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, Optional up, std::string activation,
                                                   ScalarType type) {
-  check_mlp_forward(pre, gated, type);
+  check_mlp_forward(pre, up, type);
   check_products(pre, type);
   const Activation act = parse_activation(activation);
   pre = torch::stable::contiguous(pre);
-  const int64_t M = pre.size(0), F = gated ? pre.size(1) / 2 : pre.size(1);
+  if (up) up = torch::stable::contiguous(*up);
+  const int64_t M = pre.size(0), F = pre.size(1);
   Tensor h = empty(pre, {M, F}, type);
   const Device device(pre);
-  const Forward a{tiling(device, M, F, kForwardRows), act, matrix(pre),
-                  gated ? second_half(pre, F) : Matrix{}, matrix(h)};
+  const Forward a{tiling(device, M, F, kForwardRows), act, matrix(pre), matrix(up), matrix(h)};
   launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
   return {h, absent(pre, type)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre,
-                                                           std::string activation, bool gated,
-                                                           bool bias) {
-  check_mlp_backward(dh, pre, gated);
+std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre, Optional up,
+                                                           std::string activation, bool bias) {
+  check_mlp_backward(dh, pre, up);
   check_products(dh, pre.scalar_type());
   const Activation act = parse_activation(activation);
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
-  const int64_t M = pre.size(0), W = pre.size(1), F = dh.size(1);
-  Tensor dpre = empty(pre, {M, W}, pre.scalar_type()), h = empty(pre, {M, F}, pre.scalar_type());
-  Tensor db1 = empty(pre, {bias ? W : 0}, pre.scalar_type());
+  if (up) up = torch::stable::contiguous(*up);
+  const int64_t M = pre.size(0), F = pre.size(1), kinds = up ? 2 : 1;
+  Tensor dpre = empty(pre, {kinds, M, F}, pre.scalar_type());
+  Tensor h = empty(pre, {M, F}, pre.scalar_type());
+  Tensor db = bias ? empty(pre, {kinds, F}, pre.scalar_type()) : absent(pre, pre.scalar_type());
   const Device device(pre);
   const Tiling tiles = tiling(device, M, F, kBackwardRows);
   const int64_t parts = tiles.groups * tiles.rows();
-  Tensor partial = empty(pre, {parts, bias ? W : 0}, ScalarType::Float);
+  Tensor partial = empty(pre, {parts, bias ? kinds * F : 0}, ScalarType::Float);
   const Backward a{tiles,
                    act,
                    matrix(dh),
                    matrix(pre),
-                   gated ? second_half(pre, F) : Matrix{},
+                   matrix(up),
                    matrix(dpre),
-                   gated ? second_half(dpre, F) : Matrix{},
+                   up ? from(dpre, M * F) : Matrix{},
                    matrix(h),
                    bias ? matrix(partial) : Matrix{},
-                   bias && gated ? second_half(partial, F) : Matrix{}};
+                   bias && up ? from(partial, F) : Matrix{}};
   launch(device, backward_kernel, tiles.column_blocks * tiles.groups, kThreads, 0, a);
-  if (bias) sum_partials(device, partial, parts, db1);
-  return {dpre, h, db1};
+  if (bias) sum_partials(device, partial, parts, db);
+  return {dpre, h, db};
 }
 
 }  // namespace

@@ -284,9 +284,9 @@ def _llama_mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _gated(x: Tensor, gate: Any, up: Any, down: Any, act: str) -> Tensor:
-    weight = torch.cat([gate.weight, up.weight])
-    bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
-    return gated_mlp(x, weight, bias, down.weight, down.bias, activation=act)
+    return gated_mlp(
+        x, gate.weight, gate.bias, up.weight, up.bias, down.weight, down.bias, activation=act
+    )
 
 
 class _Parts:

@@ -167,7 +167,7 @@ class Block(nn.Module):
             cache: what earlier tokens left in self-attention.
         """
         context = context or Context()
-        options = context.self_options | {"cache": cache}
+        options = context.self_options | ({} if cache is None else {"cache": cache})
         x, h = self._sublayer(self.norm1, self.attention, x, h, context, options)
         if self.has_cross:
             options = context.cross_options | {"memory": memory}

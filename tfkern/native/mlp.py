@@ -10,48 +10,64 @@ _activate = torch.ops.tfkern.mlp_activation_forward.default
 _activate_backward = torch.ops.tfkern.mlp_activation_backward.default
 
 
-def forward(x, w1, b1, w2, b2, activation, gated):
+def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
     dtype, product = x.dtype, product_dtype(x, x.dtype)
-    x, w1, b1, w2, b2 = (t if t is None else t.to(product) for t in (x, w1, b1, w2, b2))
+    x, w1, b1, w_up, b_up, w2, b2 = (
+        t if t is None else t.to(product) for t in (x, w1, b1, w_up, b_up, w2, b2)
+    )
     total = F.linear(x, w1, b1)
-    h, pre = _activate(total, activation, gated, dtype)
+    up = None if w_up is None else F.linear(x, w_up, b_up)
+    h, rounded = _activate(total, up, activation, dtype)
     y = F.linear(h, w2, b2)
     # Not y.to(dtype) for both: the Dynamo of torch 2.11 loses the gradient of what that hands on.
-    return (y, total) if product == dtype else (y.to(dtype), pre)
+    if product != dtype:
+        return y.to(dtype), *rounded.unbind()
+    return (y, total) if up is None else (y, total, up)
 
 
-def backward(dy, x, w1, b1, w2, b2, pre, activation, gated, wanted=(True,) * 5):
-    want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
+def backward(dy, x, w1, b1, w_up, b_up, w2, b2, pre, up, activation, wanted=(True,) * 7):
+    want_dx, want_dw1, want_db1, want_dw_up, want_db_up, want_dw2, want_db2 = wanted
     absent = dy.new_empty(0)
     dtype, product = x.dtype, product_dtype(x, x.dtype)
-    want_db1 = want_db1 and b1 is not None
+    want_db1, want_db_up = want_db1 and b1 is not None, want_db_up and b_up is not None
     db2 = dy.sum(0) if want_db2 and b2 is not None else absent
     dy, x, w1, w2 = (t.to(product) for t in (dy, x, w1, w2))
-    dpre, h, db1 = _activate_backward(dy @ w2, pre, activation, gated, want_db1)
+    dpre, h, db = _activate_backward(dy @ w2, pre, up, activation, want_db1 or want_db_up)
+    dpre, *dup = dpre.unbind()
+    dx = dpre @ w1 if want_dx else absent
+    dw_up = absent
+    if up is not None:
+        if want_dx:
+            dx = torch.addmm(dx, dup[0], w_up.to(product))
+        if want_dw_up:
+            dw_up = weight_gradient(dup[0], x).to(dtype)
     return (
-        (dpre @ w1).to(dtype) if want_dx else absent,
+        dx.to(dtype),
         weight_gradient(dpre, x).to(dtype) if want_dw1 else absent,
-        db1,
+        db[0] if want_db1 else absent,
+        dw_up,
+        db[1] if want_db_up else absent,
         weight_gradient(dy, h).to(dtype) if want_dw2 else absent,
         db2,
     )
 
 
-def why_not(x, w1, b1, w2, b2, activation, gated, *, needs_grad) -> str | None:
+def why_not(x, *args, needs_grad) -> str | None:
     return unavailable(x)
 
 
 @torch.library.register_fake("tfkern::mlp_activation_forward")
-def _(total, activation, gated, dtype):
-    M, W = total.shape
-    pre = total.new_empty(total.shape if total.dtype != dtype else 0, dtype=dtype)
-    return total.new_empty(M, W // 2 if gated else W), pre
+def _(total, up, activation, dtype):
+    shape = (1 if up is None else 2, *total.shape)
+    rounded = total.new_empty(shape if total.dtype != dtype else 0, dtype=dtype)
+    return total.new_empty(total.shape), rounded
 
 
 @torch.library.register_fake("tfkern::mlp_activation_backward")
-def _(dh, pre, activation, gated, bias):
+def _(dh, pre, up, activation, bias):
+    kinds = 1 if up is None else 2
     return (
-        dh.new_empty(pre.shape),
+        dh.new_empty(kinds, *pre.shape),
         dh.new_empty(dh.shape),
-        pre.new_empty(pre.shape[1] if bias else 0),
+        pre.new_empty((kinds, pre.shape[1]) if bias else 0),
     )

@@ -72,15 +72,15 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """`down(act(gate(x)) * up(x))`, the gated feed-forward sublayer of Shazeer 2020.
 
-    The rows of gate_up (2 * hidden_dim, dim) are those of gate, then those of up; down is
-    (dim, hidden_dim). Both are `torch.nn.Linear`, initialised as there, and called one by one where
-    one of them has hooks, or another layer is in its place. SiLU makes it SwiGLU, GELU GEGLU.
+    gate and up (hidden_dim, dim) and down (dim, hidden_dim) are `torch.nn.Linear`, initialised as
+    there. Where one of them has hooks, or another layer is in its place, they are called one by
+    one. SiLU makes it SwiGLU, GELU GEGLU.
 
     Args:
         dim: size of the last axis of input and output.
         hidden_dim: size between the two products. At 8/3 * dim the module has as many weights as an
             `MLP` of 4 * dim.
-        bias: whether gate_up and down have one.
+        bias: whether gate, up and down have one.
         activation: "silu", "gelu_tanh", "gelu" (exact) or "relu", as in `tfkern.gated_mlp`.
         device, dtype: of the parameters.
 
@@ -99,19 +99,20 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         checks.choice("activation", activation, ACTIVATIONS)
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias, device, dtype)
+        self.gate = nn.Linear(dim, hidden_dim, bias, device, dtype)
+        self.up = nn.Linear(dim, hidden_dim, bias, device, dtype)
         self.down = nn.Linear(hidden_dim, dim, bias, device, dtype)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
-        gate_up, down = self.gate_up, self.down
-        if not (fusible(gate_up) and fusible(down)):
-            gate, up = gate_up(x).chunk(2, -1)
-            return down(FUNCTIONS[self.activation](gate) * up)
+        gate, up, down = self.gate, self.up, self.down
+        if not (fusible(gate) and fusible(up) and fusible(down)):
+            return down(FUNCTIONS[self.activation](gate(x)) * up(x))
         return gated_mlp(
-            x, gate_up.weight, gate_up.bias, down.weight, down.bias, activation=self.activation
-        )
+            x, gate.weight, gate.bias, up.weight, up.bias, down.weight, down.bias,
+            activation=self.activation,
+        )  # fmt: skip
 
     @property
     def output(self) -> nn.Module:

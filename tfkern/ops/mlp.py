@@ -1,5 +1,7 @@
 """The MLP, plain and gated: checks, autograd, public functions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,24 +54,26 @@ def mlp(
 
 def gated_mlp(
     x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     *,
     activation: str = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """Two linear layers and a gated activation between them: SwiGLU with "silu", GEGLU with "gelu".
+    """Two linear layers, a gated activation and a third: SwiGLU with "silu", GEGLU with "gelu".
 
-        gate, up = split(x w1^T + b1);   y = (act(gate) * up) w2^T + b2
+        y = (act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w2^T + b2
 
     Otherwise as `mlp`.
 
     Args:
         x: (..., K), as for `mlp`.
-        w1: (2F, K): the rows of the gate, then those of up.
-        b1: (2F,), in the same order, or None.
+        w_gate, w_up: (F, K).
+        b_gate, b_up: (F,) or None.
         w2: (N, F).
         b2: (N,) or None.
         activation, backend: as for `mlp`.
@@ -82,39 +86,50 @@ def gated_mlp(
 
     Gated linear units in transformers: Shazeer 2020.
     """
-    return _apply(x, bind_gated(x, w1, b1, w2, b2, activation=activation), backend)
+    args = bind_gated(x, w_gate, b_gate, w_up, b_up, w2, b2, activation=activation)
+    return _apply(x, args, backend)
 
 
-def bind(x, w1, b1, w2, b2, *, activation="gelu_tanh", gated=False):
-    """The public arguments, checked, as the positional arguments of an implementation's forward."""
+def bind(x, w1, b1, w2, b2, *, activation="gelu_tanh"):
+    """The public arguments, checked, as the positional arguments of an implementation's forward:
+    x, then the weight and the bias of the first layer, of up, and of the last one."""
     named = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    x, w1, b1, w2, b2 = _checked(named, activation)
+    return x, w1, b1, None, None, w2, b2, activation
+
+
+def bind_gated(x, w_gate, b_gate, w_up, b_up, w2, b2, *, activation="silu"):
+    """`bind` for the gated MLP."""
+    named = {"x": x, "w_gate": w_gate, "b_gate": b_gate, "w_up": w_up, "b_up": b_up}
+    return *_checked(named | {"w2": w2, "b2": b2}, activation), activation
+
+
+def _checked(named: dict[str, Any], activation: str) -> list[Any]:
+    """The tensors, cast as autocast says, x as a matrix. Weights and biases follow x in pairs."""
+    x = named["x"]
     for name, tensor in named.items():
-        if tensor is not None or name not in ("b1", "b2"):
+        if tensor is not None or not name.startswith("b"):
             checks.floating(name, tensor)
             checks.same_device("x", x, name, tensor)
-    x, w1, b1, w2, b2 = checks.autocast(x, w1, b1, w2, b2)
-    for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+    x, *rest = checks.autocast(*named.values())
+    for name, tensor in zip(list(named)[1:], rest, strict=True):
         if tensor is not None:
             checks.same_dtype("x", x, name, tensor)
 
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a 0-d tensor")
-    checks.columns("w1", w1, x.shape[-1], "the size of the last axis of x")
-    W = w1.shape[0]
-    if gated and W % 2:
-        raise ValueError(f"w1 must have rows for gate and up, an even number, got {W}")
-    checks.columns("w2", w2, W // 2 if gated else W, "the hidden size given by the rows of w1")
-    if b1 is not None:
-        checks.shape("b1", b1, (W,), "the rows of w1")
-    if b2 is not None:
-        checks.shape("b2", b2, (w2.shape[0],), "the rows of w2")
+    names, weights = list(named)[1::2], rest[::2]
+    for name, weight in zip(names[:-1], weights[:-1], strict=True):
+        checks.columns(name, weight, x.shape[-1], "the size of the last axis of x")
+    hidden = weights[0].shape[0]
+    for name, weight in zip(names[1:-1], weights[1:-1], strict=True):
+        checks.shape(name, weight, (hidden, x.shape[-1]), f"as many rows as {names[0]}")
+    checks.columns(names[-1], weights[-1], hidden, f"the hidden size, the rows of {names[0]}")
+    for name, weight, bias in zip(names, weights, rest[1::2], strict=True):
+        if bias is not None:
+            checks.shape(name.replace("w", "b"), bias, (len(weight),), f"the rows of {name}")
     checks.choice("activation", activation, ACTIVATIONS)
-    return _matrix(x), w1, b1, w2, b2, activation, gated
-
-
-def bind_gated(x, w1, b1, w2, b2, *, activation="silu"):
-    """`bind` for the gated MLP."""
-    return bind(x, w1, b1, w2, b2, activation=activation, gated=True)
+    return [_matrix(x), *rest]
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -125,7 +140,7 @@ def _matrix(x: Tensor) -> Tensor:
 def _apply(x: Tensor, args: tuple, backend: str | None) -> Tensor:
     backend = dispatch.select("mlp", args, backend)
     with dispatch.no_autocast(x.device):
-        y, _ = autograd.apply(_MLP, *dispatch.distinct(args), backend)
+        y, *_ = autograd.apply(_MLP, *dispatch.distinct(args), backend)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -142,21 +157,20 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w1, b1, w2, b2, activation, gated, backend = inputs
-        _, pre = output
-        ctx.mark_non_differentiable(pre)
-        ctx.save_for_backward(x, w1, b1, w2, b2, pre)
-        ctx.activation, ctx.gated, ctx.backend = activation, gated, backend
+        *tensors, ctx.activation, ctx.backend = inputs
+        _, *kept = output  # pre, and gated up
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*tensors, *kept, *[None] * (2 - len(kept)))
         ctx.set_materialize_grads(False)  # nobody reads the gradient of pre, as large as pre
 
     @staticmethod
-    def backward(ctx, dy, _pre):
+    def backward(ctx, dy, _pre, _up=None):
         if dy is None:
-            return (None,) * 8
-        wanted = tuple(ctx.needs_input_grad[:5])
+            return (None,) * 9
+        wanted = tuple(ctx.needs_input_grad[:7])
         with dispatch.no_autocast(dy.device):
             grads = autograd.apply(
-                _Backward, dy, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted, ctx.backend
+                _Backward, dy, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend
             )
         grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return *grads, None, None, None
+        return *grads, None, None

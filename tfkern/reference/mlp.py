@@ -1,18 +1,19 @@
 """The MLP, plain and gated, in plain PyTorch: the definition of the op.
 
     pre = x w1^T + b1
-    h   = act(pre)                 gated: h = act(gate) up, pre = [gate, up]
+    h   = act(pre)                 gated: h = act(pre) up, up = x w_up^T + b_up
     y   = h w2^T + b2
 
     dh   = dy w2
-    dpre = dh act'(pre)            gated: dgate = dh up act'(gate), dup = dh act(gate)
-    dx   = dpre w1
+    dpre = dh act'(pre)            gated: dpre = dh up act'(pre), dup = dh act(pre)
+    dx   = dpre w1                 gated: dx = dpre w1 + dup w_up
     dw1  = dpre^T x,  db1 = sum(dpre)
+    dw_up = dup^T x,  db_up = sum(dup)
     dw2  = dy^T h,    db2 = sum(dy)
 
-x is (M, K), w1 (F, K), gated (2F, K) with the rows of the gate first, and w2 (N, F). Backward gets
-pre in the dtype of x and computes h from it again. A gradient that is not wanted, or that the call
-does not have, is an empty tensor of shape (0,).
+x is (M, K), w1 and w_up are (F, K), and w2 is (N, F). An MLP without w_up is plain. Backward gets
+pre and up in the dtype of x and computes h from them again. A gradient that is not wanted, or that
+the call does not have, is an empty tensor of shape (0,).
 """
 
 import math
@@ -55,20 +56,21 @@ def forward(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
+    w_up: Tensor | None,
+    b_up: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     activation: str,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns y (M, N) and pre (M, F or 2F) in the dtype of x."""
+) -> tuple[Tensor, ...]:
+    """Returns y (M, N), pre (M, F) and, if gated, up (M, F) in the dtype of x."""
     wide = _widen(x.dtype)
     pre = F.linear(wide(x), wide(w1), wide(b1))
-    if gated:
-        gate, up = pre.chunk(2, -1)
-        h = activate(gate, activation)[0] * up
-    else:
-        h = activate(pre, activation)[0]
-    return rounded(F.linear(h, wide(w2), wide(b2)), x.dtype), pre.to(x.dtype)
+    h, kept = activate(pre, activation)[0], [pre]
+    if w_up is not None:
+        up = F.linear(wide(x), wide(w_up), wide(b_up))
+        h, kept = h * up, [pre, up]
+    y = rounded(F.linear(h, wide(w2), wide(b2)), x.dtype)
+    return y, *(t.to(x.dtype) for t in kept)
 
 
 def backward(
@@ -76,34 +78,39 @@ def backward(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
+    w_up: Tensor | None,
+    b_up: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     pre: Tensor,
+    up: Tensor | None,
     activation: str,
-    gated: bool,
-    wanted: tuple[bool, ...] = (True,) * 5,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns those of dx, dw1, db1, dw2 and db2 that are wanted, in the dtype of x."""
+    wanted: tuple[bool, ...] = (True,) * 7,
+) -> tuple[Tensor, ...]:
+    """Returns those of dx, dw1, db1, dw_up, db_up, dw2 and db2 that are wanted, in the dtype of
+    x."""
     wide = _widen(x.dtype)
-    dy, pre = wide(dy), wide(pre)
+    dy, pre, up, x_wide = wide(dy), wide(pre), wide(up), wide(x)
+    want_dx, want_dw1, want_db1, want_dw_up, want_db_up, want_dw2, want_db2 = wanted
+    absent = dy.new_empty(0)
     # forward: y = h w2^T + b2
     dh = dy @ wide(w2)
-    # forward: h = act(gate) up
-    if gated:
-        gate, up = pre.chunk(2, -1)
-        value, slope = activate(gate, activation)
-        h = value * up
-        dpre = torch.cat([dh * up * slope, dh * value], -1)
-    else:
-        h, slope = activate(pre, activation)
-        dpre = dh * slope
-    # forward: pre = x w1^T + b1
-    want_dx, want_dw1, want_db1, want_dw2, want_db2 = wanted
-    absent = dy.new_empty(0)
+    # forward: h = act(pre) up
+    h, slope = activate(pre, activation)
+    dup = absent
+    if up is not None:
+        dh, dup, h = dh * up, dh * h, h * up
+    dpre = dh * slope
+    # forward: pre = x w1^T + b1, up = x w_up^T + b_up
+    dx = absent
+    if want_dx:
+        dx = dpre @ wide(w1) if up is None else dpre @ wide(w1) + dup @ wide(w_up)
     return (
-        (dpre @ wide(w1) if want_dx else absent).to(x.dtype),
-        (dpre.t() @ wide(x) if want_dw1 else absent).to(x.dtype),
+        dx.to(x.dtype),
+        (dpre.t() @ x_wide if want_dw1 else absent).to(x.dtype),
         (dpre.sum(0) if want_db1 and b1 is not None else absent).to(x.dtype),
+        (dup.t() @ x_wide if want_dw_up and up is not None else absent).to(x.dtype),
+        (dup.sum(0) if want_db_up and b_up is not None else absent).to(x.dtype),
         (dy.t() @ h if want_dw2 else absent).to(x.dtype),
         (dy.sum(0) if want_db2 and b2 is not None else absent).to(x.dtype),
     )

@@ -28,28 +28,30 @@ def _draw(rng, tensor, backend) -> Case:
     M, K, F_, N = (draw_size(rng, 16, most) for most in (100, 160, 200, 160))
     gated, biased = (rng.random() < 0.5 for _ in range(2))
     activation = rng.choice(list(ACTIVATIONS))
-    rows = 2 * F_ if gated else F_
-    inputs: dict[str, Tensor | None] = {
-        "x": tensor(M, K),
-        "w1": tensor(rows, K) / math.sqrt(K),
-        "b1": tensor(rows) if biased else None,
-        "w2": tensor(N, F_) / math.sqrt(F_),
-        "b2": tensor(N) if biased else None,
-    }
+
+    def layer(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        return tensor(rows, columns) / math.sqrt(columns), tensor(rows) if biased else None
+
+    inputs: dict[str, Tensor | None] = {"x": tensor(M, K)}
+    if gated:
+        inputs["w_gate"], inputs["b_gate"] = layer(F_, K)
+        inputs["w_up"], inputs["b_up"] = layer(F_, K)
+    else:
+        inputs["w1"], inputs["b1"] = layer(F_, K)
+    inputs["w2"], inputs["b2"] = layer(N, F_)
     fn = partial(ops.gated_mlp if gated else ops.mlp, activation=activation, backend=backend)
     label = f"{'gated ' if gated else ''}{activation} M={M} K={K} F={F_} N={N}"
-    reference = partial(torch_mlp, activation=activation, gated=gated)
-    scale = dict.fromkeys(("w1", "b1", "w2", "b2"), math.sqrt(M))
+    reference = partial(torch_gated_mlp if gated else torch_mlp, activation=activation)
+    scale = dict.fromkeys(set(inputs) - {"x"}, math.sqrt(M))
     return Case(label + (" bias" if biased else ""), fn, reference, inputs, scale)
 
 
-def torch_mlp(x, w1, b1, w2, b2, *, activation: str = "gelu_tanh", gated: bool = False) -> Tensor:
-    """What `tfkern.mlp` and `tfkern.gated_mlp` compute, in torch's own operators."""
-    h = F.linear(x, w1, b1)
-    act = ACTIVATIONS[activation]
-    if gated:
-        gate, up = h.chunk(2, -1)
-        h = act(gate) * up
-    else:
-        h = act(h)
-    return F.linear(h, w2, b2)
+def torch_mlp(x, w1, b1, w2, b2, *, activation: str = "gelu_tanh") -> Tensor:
+    """What `tfkern.mlp` computes, in torch's own operators."""
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
+
+
+def torch_gated_mlp(x, w_gate, b_gate, w_up, b_up, w2, b2, *, activation: str = "silu") -> Tensor:
+    """What `tfkern.gated_mlp` computes, in torch's own operators."""
+    gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
+    return F.linear(ACTIVATIONS[activation](gate) * up, w2, b2)

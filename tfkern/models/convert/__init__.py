@@ -17,6 +17,7 @@ from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import store
 from tfkern.models.convert.bart import BART
 from tfkern.models.convert.bert import BERT
+from tfkern.models.convert.earlier import today
 from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
 from tfkern.models.convert.store import FLOATING, State
@@ -67,9 +68,11 @@ def load(
             config = family.fit(stored.description, stored.like)
         expected = _like(config)
         shapes = {name: x.shape for name, x in expected.items()}
-        like = stored.like
-        if family is not None:
-            like = family.load(like, config, shapes)
+
+        def ours(theirs: State) -> State:
+            return today(theirs) if family is None else family.load(theirs, config, shapes)
+
+        like = ours(stored.like)
         _check(like, expected)
     changed, new = config, _changed_heads(config, config)
     if changes:
@@ -77,9 +80,7 @@ def load(
         _check_depth(changed, stored.like)
         new = _changed_heads(config, changed)
         _adopt(_like(changed), like, new)
-    state = stored.read()
-    if family is not None:
-        state = family.load(state, config, shapes)
+    state = ours(stored.read())
     kind = dtype or next(x.dtype for x in state.values() if x.is_floating_point())
     model = Transformer(changed).to(kind)
     _adopt(model.state_dict(), state, new)

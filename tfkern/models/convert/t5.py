@@ -121,9 +121,8 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
                 yield rule(f"{ours}.norm_cross.weight", f"{theirs}.1.layer_norm.weight")
             mlp = f"{theirs}.{last}.DenseReluDense"
             if config.gated:
-                yield rule(
-                    f"{ours}.mlp.gate_up.weight", (f"{mlp}.wi_0.weight", f"{mlp}.wi_1.weight")
-                )
+                yield rule(f"{ours}.mlp.gate.weight", f"{mlp}.wi_0.weight")
+                yield rule(f"{ours}.mlp.up.weight", f"{mlp}.wi_1.weight")
                 yield rule(f"{ours}.mlp.down.weight", f"{mlp}.wo.weight")
             else:
                 yield rule(f"{ours}.mlp.fc1.weight", f"{mlp}.wi.weight")
