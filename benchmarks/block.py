@@ -139,8 +139,8 @@ def torch_block(
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
 
-    qkv = linear(torch_norm(x, weights, prefix + "norm1"), "attention.qkv")
-    q, k, v = qkv.unflatten(-1, (3 * heads, -1)).transpose(1, 2).split(heads, 1)
+    qkv = linear(torch_norm(x, weights, prefix + "norm1"), "attention.qkv_by_head")
+    q, k, v = qkv.unflatten(-1, (heads, 3, -1)).transpose(1, 2).unbind(3)
     o = attend(q, k, v, band=(None, 0)).transpose(1, 2).flatten(-2)
     x = x + linear(o, "attention.out")
     inner = linear(torch_norm(x, weights, prefix + "norm2"), "mlp.fc1")

@@ -140,24 +140,19 @@ def transposed(name):
     return edit(lambda s: s[name].copy_(s[name].clone().transpose(-1, -2)))
 
 
-def queries_and_keys(name):
-    def change(state):
-        q, k, _ = state[name].chunk(3)
-        kept = q.clone()
-        q.copy_(k)
-        k.copy_(kept)
+def exchanged_rows(name, a, b):
+    """Of each head: those of queries, keys and values are 0, 1 and 2, of cross-attention's keys and
+    values 0 and 1."""
 
-    return edit(change)
+    def apply(model):
+        heads = model.config.heads, -1, model.config.head_size
+        rows = model.state_dict()[name].unflatten(0, heads)
+        kept = rows[:, a].clone()
+        rows[:, a] = rows[:, b]
+        rows[:, b] = kept
+        return model
 
-
-def keys_and_values(name):
-    def change(state):
-        k, v = state[name].chunk(2)
-        kept = k.clone()
-        k.copy_(v)
-        v.copy_(kept)
-
-    return edit(change)
+    return apply
 
 
 _UNSCALED = configure(attention_scale=1.0)
@@ -167,7 +162,7 @@ MUTATIONS = {
         "no biases": no_biases("decoder"),
         "the other GELU": configure(activation="gelu"),
         "eps": configure(norm_eps=1e-12),
-        "q and k exchanged": queries_and_keys("decoder.blocks.0.attention.qkv.weight"),
+        "q and k exchanged": exchanged_rows("decoder.blocks.0.attention.qkv_by_head.weight", 0, 1),
         "scores not scaled": _UNSCALED,
         "Conv1D not transposed": transposed("decoder.blocks.1.attention.out.weight"),
         "a position late": edit(
@@ -181,7 +176,7 @@ MUTATIONS = {
         "no biases": no_biases("decoder"),
         "the other GELU": configure(activation="gelu"),
         "eps": configure(norm_eps=1e-12),
-        "q and k exchanged": queries_and_keys("decoder.blocks.0.attention.qkv.weight"),
+        "q and k exchanged": exchanged_rows("decoder.blocks.0.attention.qkv_by_head.weight", 0, 1),
         "scores not scaled": _UNSCALED,
         "Conv1D not transposed": transposed("decoder.blocks.1.attention.out.weight"),
         "no last norm": edit(lambda s: s["decoder.norm.weight"].fill_(1)),
@@ -191,7 +186,7 @@ MUTATIONS = {
         "no biases": no_biases("encoder"),
         "the other GELU": configure(activation="gelu_tanh"),
         "eps": configure(norm_eps=1e-5),
-        "q and k exchanged": queries_and_keys("encoder.blocks.0.attention.qkv.weight"),
+        "q and k exchanged": exchanged_rows("encoder.blocks.0.attention.qkv_by_head.weight", 0, 1),
         "scores not scaled": _UNSCALED,
         "no segments": zero("encoder.token_types.weight"),
         "no bias of the logits": zero("vocabulary.bias"),
@@ -205,8 +200,8 @@ MUTATIONS = {
         "no biases": no_biases("decoder"),
         "the other GELU": configure(activation="gelu_tanh"),
         "eps": configure(norm_eps=1e-12),
-        "q and k exchanged": queries_and_keys("encoder.blocks.1.attention.qkv.weight"),
-        "k and v exchanged": keys_and_values("decoder.blocks.0.cross.kv.weight"),
+        "q and k exchanged": exchanged_rows("encoder.blocks.1.attention.qkv_by_head.weight", 0, 1),
+        "k and v exchanged": exchanged_rows("decoder.blocks.0.cross.kv_by_head.weight", 0, 1),
         "scores not scaled": _UNSCALED,
         "positions from 0": configure(position_offset=0, max_length=26),
         "no bias of the logits": zero("vocabulary.bias"),
@@ -214,8 +209,8 @@ MUTATIONS = {
     },
     "t5": {
         "norms exchanged": exchanged("decoder", "norm_cross", "norm2"),
-        "q and k exchanged": queries_and_keys("encoder.blocks.1.attention.qkv.weight"),
-        "k and v exchanged": keys_and_values("decoder.blocks.0.cross.kv.weight"),
+        "q and k exchanged": exchanged_rows("encoder.blocks.1.attention.qkv_by_head.weight", 0, 1),
+        "k and v exchanged": exchanged_rows("decoder.blocks.0.cross.kv_by_head.weight", 0, 1),
         "scores scaled": configure(attention_scale=None),
         "logits not scaled": configure(logit_scale=1.0),
         "no positions": zero("encoder.positions.weight"),
@@ -232,7 +227,7 @@ MUTATIONS = {
         "no biases": no_biases("encoder"),
         "the other GELU": configure(activation="gelu_tanh"),
         "eps": configure(norm_eps=1e-6),
-        "q and k exchanged": queries_and_keys("encoder.blocks.0.attention.qkv.weight"),
+        "q and k exchanged": exchanged_rows("encoder.blocks.0.attention.qkv_by_head.weight", 0, 1),
         "scores not scaled": _UNSCALED,
         "patches transposed": transposed("embedding.projection.weight"),
         "no class token": zero("embedding.first"),

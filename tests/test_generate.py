@@ -193,7 +193,7 @@ def test_end_tokens(models):
 def test_the_source_is_read_once(models):
     ours, _ = models["bart"]
     calls = []
-    for module in (ours.encoder, *(block.cross.kv for block in ours.decoder.blocks)):
+    for module in (ours.encoder, *(block.cross.kv_by_head for block in ours.decoder.blocks)):
         handle = module.register_forward_hook(lambda *_: calls.append(1))
         calls.append(handle)
     handles = [h for h in calls if h != 1]

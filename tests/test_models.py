@@ -213,6 +213,18 @@ def test_compiles_without_graph_breaks(architecture, post_norm):
     torch.testing.assert_close(compiled(tokens, **options), model(tokens, **options))
 
 
+def test_compiles_with_a_mask_for_lengths_that_vary():
+    """Where the sizes of tokens are symbols, and those of the first mask numbers."""
+    torch._dynamo.reset()
+    model = make(DECODER)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for T in (13, 9):
+        tokens = torch.randint(V, (2, T))
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    torch.testing.assert_close(compiled(tokens, mask=mask), model(tokens, mask=mask))
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "batch_norm", "weight_norm", "none"])
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_every_norm_trains(norm, post_norm):
@@ -324,7 +336,7 @@ def test_batch_norm_in_a_padded_model():
 def test_weight_norm():
     """Rows of the length g, and products with them."""
     model = make(DECODER, norm="weight_norm")
-    linear = model.decoder.blocks[0].attention.qkv
+    linear = model.decoder.blocks[0].attention.qkv_by_head
     g = linear.parametrizations.weight.original0
     torch.testing.assert_close(linear.weight.norm(dim=1, keepdim=True), g.abs())
     before = linear.weight.clone()

@@ -110,14 +110,16 @@ def test_initial_deviations():
     block = "decoder.blocks.1"
     for name, expected in {
         "embedding": 1.0, "vocabulary": 1.0, f"{block}.cross.q": (256 * 32) ** -0.5,
-        f"{block}.cross.kv": 256**-0.5, f"{block}.attention.out": (4 * 32) ** -0.5,
+        f"{block}.cross.kv_by_head": 256**-0.5, f"{block}.attention.out": (4 * 32) ** -0.5,
         f"{block}.mlp.gate": 256**-0.5, f"{block}.mlp.up": 256**-0.5,
         f"{block}.mlp.down": 512**-0.5,
     }.items():  # fmt: skip
         assert t5[f"{name}.weight"] == pytest.approx(expected, rel=0.03), name
     assert t5["encoder.positions.weight"] == pytest.approx(256**-0.5, rel=0.3)
-    weight = Transformer(TransformerConfig(**big, init="t5")).decoder.blocks[0].attention.qkv.weight
-    q, k, v = weight.chunk(3)
+    grouped = (
+        Transformer(TransformerConfig(**big, init="t5", kv_heads=2)).decoder.blocks[0].attention
+    )
+    q, k, _ = grouped.qkv_by_head.weight.unflatten(0, (2, 4 * 64)).split((128, 64, 64), 1)
     assert q.std().item() == pytest.approx((256 * 64) ** -0.5, rel=0.03)
     assert k.std().item() == pytest.approx(256**-0.5, rel=0.03)
     xavier = deviations(init="xavier")

@@ -132,3 +132,23 @@ def test_the_length_is_not_that_of_the_stream(positions):
     (options,) = told
     shape = options["bias"].shape if positions == "relative" else options["rotation"][0].shape
     assert 6 in shape and 3 not in shape
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_equal_parts_of_rows_are_whole_heads(kv_heads):
+    """Two devices, each with half of the rows of the layers that read the stream, and half of the
+    columns of those that write to it, have terms of the sum."""
+    model = make("gpt2", kv_heads=kv_heads, gated=True, bias=False, architecture="encoder_decoder",
+                 positions="none")  # fmt: skip
+    block = model.decoder.blocks[0]
+    x, memory = (torch.randn(B, n, 16, dtype=torch.float64) for n in (T, 5))
+    cases = (block.attention, (x,)), (block.cross, (x, memory)), (block.mlp, (x,))
+    for module, inputs in cases:
+        total = 0
+        for rank in range(2):
+            part = copy.deepcopy(module)
+            for name, layer in part.named_children():
+                axis = 1 if name in ("out", "down") else 0
+                layer.weight = nn.Parameter(layer.weight.chunk(2, axis)[rank])
+            total = total + part(*inputs)
+        torch.testing.assert_close(total, module(*inputs), rtol=0, atol=1e-12)

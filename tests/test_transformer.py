@@ -94,11 +94,14 @@ def plain_loss(config, p, tokens, targets):
         x = x + F.embedding(torch.arange(tokens.shape[1]), p["decoder.positions.weight"])
     for layer in range(config.layers):
         name = f"decoder.blocks.{layer}"
-        qkv = linear(f"{name}.attention.qkv", norm(f"{name}.norm1", x))
-        kv = (qkv.shape[-1] - config.dim) // 2
-        q, k, v = (
-            y.view(*y.shape[:2], -1, D).transpose(1, 2) for y in qkv.split([config.dim, kv, kv], -1)
-        )
+        qkv = linear(f"{name}.attention.qkv_by_head", norm(f"{name}.norm1", x))
+        each = [], [], []
+        for part in qkv.chunk(config.heads // groups, -1):  # a key head
+            heads = part.split(D, -1)
+            each[0].extend(heads[:groups])
+            each[1].append(heads[groups])
+            each[2].append(heads[groups + 1])
+        q, k, v = (torch.stack(heads, 1) for heads in each)
         if config.positions == "rotary":
             q, k = (plain_rotary(y, config.rotary_base) for y in (q, k))
         k, v = (y.repeat_interleave(groups, 1) for y in (k, v))

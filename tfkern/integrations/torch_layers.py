@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from tfkern.models.blocks import Block
 from tfkern.models.config import TransformerConfig
-from tfkern.models.convert.family import Rule, linear, rule
+from tfkern.models.convert.family import Rule, heads_of, linear, rule
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
@@ -60,7 +60,7 @@ def from_torch(layer: Layer, causal: bool | None = None) -> Block:
     block.to(weight.device, weight.dtype)
     state, shapes = layer.state_dict(), {n: x.shape for n, x in block.state_dict().items()}
     ours: dict[str, Tensor] = {}
-    for r in _rules(config.bias, decoder):
+    for r in _rules(config.bias, decoder, heads_of(config)):
         ours |= r.load(state, shapes)
     block.load_state_dict(ours)
     return block.train(layer.training)
@@ -106,7 +106,7 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
     layer.dropout.p = 0.0  # between the linear layers, where a block has none
     state = block.state_dict()
     theirs: dict[str, Tensor] = {}
-    for r in _rules(mlp.fc1.bias is not None, block.has_cross):
+    for r in _rules(mlp.fc1.bias is not None, block.has_cross, (heads, attention.head_dim)):
         theirs |= r.save(state)
     layer.load_state_dict(theirs)
     return layer.train(block.training)
@@ -122,13 +122,14 @@ def _activation(given: Any) -> str:
     raise ValueError(f"activation must be ReLU, GELU or SiLU, got {given!r}")
 
 
-def _rules(bias: bool, decoder: bool) -> list[Rule]:
+def _rules(bias: bool, decoder: bool, heads: tuple[int, int]) -> list[Rule]:
     rules = []
     for kind in ("weight", "bias") if bias else ("weight",):
-        rules.append(rule(f"attention.qkv.{kind}", f"self_attn.in_proj_{kind}"))
+        ours = f"attention.qkv_by_head.{kind}"
+        rules.append(rule(ours, f"self_attn.in_proj_{kind}", heads=heads))
         if decoder:
-            cross = (f"cross.q.{kind}", f"cross.kv.{kind}")
-            rules.append(rule(cross, f"multihead_attn.in_proj_{kind}"))
+            cross = (f"cross.q.{kind}", f"cross.kv_by_head.{kind}")
+            rules.append(rule(cross, f"multihead_attn.in_proj_{kind}", heads=heads))
     names = {
         "attention.out": "self_attn.out_proj", "norm1": "norm1", "mlp.fc1": "linear1",
         "mlp.fc2": "linear2", "norm2": "norm3" if decoder else "norm2",

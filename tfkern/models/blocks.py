@@ -35,21 +35,23 @@ class Context:
 class Attention(nn.Module):
     """Attention of a sequence to itself, or with `cross` to the output of an encoder.
 
-    qkv has the rows of all query heads, then those of the key heads, then the value heads; with
-    `cross` q and kv have them.
+    The rows of qkv_by_head are, for each key head, those of its queries, its keys and its values,
+    so that equal parts of them are whole heads. With `cross` q has the rows of the queries, and
+    kv_by_head for each key head those of its keys and its values.
     """
 
     def __init__(self, config: TransformerConfig, causal: bool, cross: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.group = self.heads // self.kv_heads  # query heads of a key head
         self.head_dim, self.scale = config.head_size, config.attention_scale
         self.causal, self.cross, self.dropout = causal, cross, config.attention_dropout
         q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         if cross:
             self.q = Linear(config.dim, q, config.bias)
-            self.kv = Linear(config.dim, kv, config.bias)
+            self.kv_by_head = Linear(config.dim, kv, config.bias)
         else:
-            self.qkv = Linear(config.dim, q + kv, config.bias)
+            self.qkv_by_head = Linear(config.dim, q + kv, config.bias)
         self.out = Linear(q, config.dim, config.bias)
 
     def forward(
@@ -94,15 +96,15 @@ class Attention(nn.Module):
     @property
     def query_layer(self) -> nn.Module:
         """The layer that makes the queries."""
-        return self.q if self.cross else self.qkv
+        return self.q if self.cross else self.qkv_by_head
 
     def query_rows(self, weight: Tensor) -> Tensor:
         """Those of the queries among the rows of that layer, as a view."""
-        return weight[: self.heads * self.head_dim]
+        return weight if self.cross else self._by_head(weight, 0)[:, : self.group]
 
     def keys_values(self, memory: Tensor) -> KeysValues:
         """Keys and values (B, Hk, S, D) of an encoder's output, which stay while a decoder runs."""
-        k, v = self._split(self.kv(memory)).chunk(2, 1)
+        k, v = self._by_head(self.kv_by_head(memory), -1).transpose(1, 2).unbind(3)
         return k, v
 
     def _project(
@@ -113,17 +115,23 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.cross:
             assert memory is not None
-            q = self._split(self.q(x))
+            q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             k, v = self.keys_values(memory) if isinstance(memory, Tensor) else memory
         else:
-            q, k, v = self._split(self.qkv(x)).split((self.heads, *2 * (self.kv_heads,)), 1)
+            heads = self._by_head(self.qkv_by_head(x), -1)  # (B, T, Hk, G + 2, D)
+            if self.group == 1:
+                q, k, v = heads.unbind(3)
+            else:  # of q a copy, which costs less than products of their own for keys and values
+                q, k, v = (x.flatten(2, 3) for x in heads.split((self.group, 1, 1), 3))
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         return q, k, v
 
-    def _split(self, x: Tensor) -> Tensor:
-        """(B, T, H D) to (B, H, T, D)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _by_head(self, rows: Tensor, axis: int) -> Tensor:
+        """An axis of rows as one of key heads, one of their vectors, and one of elements."""
+        each = 2 if self.cross else self.group + 2
+        return rows.unflatten(axis, (-1, each, self.head_dim))
 
 
 class Block(nn.Module):

@@ -238,7 +238,10 @@ class Transformer(nn.Module):
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
         x = tokens if embedding is None else embedding(tokens)
         B, T = len(x), embedding.length(tokens) if positions is None else positions.shape[1]
-        if mask is not None and tuple(mask.shape) not in ((B, T), (B,)):
+        # One by one, since Dynamo takes tuples with symbols for unequal.
+        if mask is not None and not (
+            mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
+        ):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
         if positions is None:
             positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)

@@ -70,7 +70,9 @@ def load(
         shapes = {name: x.shape for name, x in expected.items()}
 
         def ours(theirs: State) -> State:
-            return today(theirs) if family is None else family.load(theirs, config, shapes)
+            if family is None:
+                return today(theirs, config)
+            return family.load(theirs, config, shapes)
 
         like = ours(stored.like)
         _check(like, expected)

@@ -11,6 +11,7 @@ from tfkern.models.convert.family import (
     Rule,
     activation_name,
     among,
+    heads_of,
     like,
     linear,
     only,
@@ -101,13 +102,13 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
         for i in range(layers):
             ours, theirs = f"{side}.blocks.{i}", f"model.{side}.layers.{i}"
             q, k, v = (f"{theirs}.self_attn.{x}_proj" for x in "qkv")
-            yield from linear(f"{ours}.attention.qkv", (q, k, v))
+            yield from linear(f"{ours}.attention.qkv_by_head", (q, k, v), heads=heads_of(config))
             yield from linear(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj")
             yield from linear(f"{ours}.norm1", f"{theirs}.self_attn_layer_norm")
             if side == "decoder":
                 q, k, v = (f"{theirs}.encoder_attn.{x}_proj" for x in "qkv")
                 yield from linear(f"{ours}.cross.q", q)
-                yield from linear(f"{ours}.cross.kv", (k, v))
+                yield from linear(f"{ours}.cross.kv_by_head", (k, v), heads=heads_of(config))
                 yield from linear(f"{ours}.cross.out", f"{theirs}.encoder_attn.out_proj")
                 yield from linear(f"{ours}.norm_cross", f"{theirs}.encoder_attn_layer_norm")
             yield from linear(f"{ours}.mlp.fc1", f"{theirs}.fc1")

@@ -10,6 +10,7 @@ from tfkern.models.convert.family import (
     Rule,
     activation_name,
     among,
+    heads_of,
     like,
     linear,
     only,
@@ -85,7 +86,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
     for i in range(config.layers):
         ours, theirs = f"encoder.blocks.{i}", f"bert.encoder.layer.{i}"
         qkv = [f"{theirs}.attention.self.{name}" for name in ("query", "key", "value")]
-        yield from linear(f"{ours}.attention.qkv", qkv)
+        yield from linear(f"{ours}.attention.qkv_by_head", qkv, heads=heads_of(config))
         yield from linear(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
         yield from linear(f"{ours}.norm1", f"{theirs}.attention.output.LayerNorm")
         yield from linear(f"{ours}.mlp.fc1", f"{theirs}.intermediate.dense")

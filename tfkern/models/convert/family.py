@@ -84,12 +84,17 @@ _COMMON = {
 @dataclass(frozen=True)
 class Rule:
     """Tensors of ours and of theirs that hold the same rows: those of one side, stacked, are those
-    of the other. All of theirs have as many rows."""
+    of the other. All of theirs have as many rows.
+
+    With `heads`, each of ours has the rows of one kind (such as queries), or of several, head by
+    head, where theirs have them kind by kind.
+    """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     transposed: bool = False  # theirs is (in, out), as the Conv1D of the GPTs
     shape: tuple[int, ...] = ()  # leading dimensions of 1 that theirs has besides
+    heads: tuple[int, int] | None = None  # their number and their size
 
     def load(self, state: State, shapes: dict[str, torch.Size]) -> State:
         """Takes theirs out of `state` and returns ours, whose shapes are given."""
@@ -112,11 +117,20 @@ class Rule:
             raise ValueError(
                 f"{', '.join(self.theirs)}: {whole.shape[0]} rows, expected {sum(sizes)}"
             )
-        return dict(zip(self.ours, whole.split(sizes), strict=True))
+        ours = whole.split(sizes)
+        if self.heads:
+            ours = tuple(
+                x.unflatten(0, (-1, *self.heads)).transpose(0, 1).flatten(0, 2) for x in ours
+            )
+        return dict(zip(self.ours, ours, strict=True))
 
     def save(self, state: State) -> State:
         """The inverse, which leaves `state` as it is."""
-        whole = torch.cat([state[name] for name in self.ours])
+        ours = [state[name] for name in self.ours]
+        if self.heads:
+            number, size = self.heads
+            ours = [x.unflatten(0, (number, -1, size)).transpose(0, 1).flatten(0, 2) for x in ours]
+        whole = torch.cat(ours)
         if self.shape:
             whole = whole.reshape(self.shape + whole.shape)
         parts = whole.chunk(len(self.theirs))
@@ -131,13 +145,25 @@ def rule(ours: str | Sequence[str], theirs: str | Sequence[str], **options: Any)
     return Rule(a, b, **options)
 
 
-def linear(ours: str, theirs: str | Sequence[str], bias: bool = True, **options: Any) -> list[Rule]:
+def linear(
+    ours: str,
+    theirs: str | Sequence[str],
+    bias: bool = True,
+    transposed: bool = False,
+    heads: tuple[int, int] | None = None,
+) -> list[Rule]:
     """The rules of a layer's weight and bias, from the name of the layer."""
     names = [theirs] if isinstance(theirs, str) else theirs
-    rules = [rule(f"{ours}.weight", [f"{name}.weight" for name in names], **options)]
+    weights, biases = ([f"{name}.{kind}" for name in names] for kind in ("weight", "bias"))
+    rules = [rule(f"{ours}.weight", weights, transposed=transposed, heads=heads)]
     if bias:
-        rules.append(rule(f"{ours}.bias", [f"{name}.bias" for name in names]))
+        rules.append(rule(f"{ours}.bias", biases, heads=heads))
     return rules
+
+
+def heads_of(config: TransformerConfig) -> tuple[int, int]:
+    """The number and the size of the heads, as rules take them."""
+    return config.heads, config.head_size
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from tfkern.models.convert.family import (
     Rule,
     activation_name,
     among,
+    heads_of,
     like,
     linear,
     only,
@@ -101,7 +102,12 @@ def _write2(config: TransformerConfig) -> dict[str, Any]:
 def _blocks(config: TransformerConfig) -> Iterator[Rule]:
     for i in range(config.layers):
         ours, theirs = f"decoder.blocks.{i}", f"transformer.h.{i}"
-        yield from linear(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", transposed=True)
+        yield from linear(
+            f"{ours}.attention.qkv_by_head",
+            f"{theirs}.attn.c_attn",
+            transposed=True,
+            heads=heads_of(config),
+        )
         yield from linear(f"{ours}.attention.out", f"{theirs}.attn.c_proj", transposed=True)
         yield from linear(f"{ours}.mlp.fc1", f"{theirs}.mlp.c_fc", transposed=True)
         yield from linear(f"{ours}.mlp.fc2", f"{theirs}.mlp.c_proj", transposed=True)

@@ -11,6 +11,7 @@ from tfkern.models.convert.family import (
     Rule,
     activation_name,
     among,
+    heads_of,
     like,
     rule,
 )
@@ -108,7 +109,8 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
         for i in range(layers):
             ours, theirs = f"{side}.blocks.{i}", f"{side}.block.{i}.layer"
             q, k, v, o = (f"{theirs}.0.SelfAttention.{x}.weight" for x in "qkvo")
-            yield rule(f"{ours}.attention.qkv.weight", (q, k, v))
+            heads = heads_of(config)
+            yield rule(f"{ours}.attention.qkv_by_head.weight", (q, k, v), heads=heads)
             yield rule(f"{ours}.attention.out.weight", o)
             yield rule(f"{ours}.norm1.weight", f"{theirs}.0.layer_norm.weight")
             last = 1
@@ -116,7 +118,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
                 last = 2
                 q, k, v, o = (f"{theirs}.1.EncDecAttention.{x}.weight" for x in "qkvo")
                 yield rule(f"{ours}.cross.q.weight", q)
-                yield rule(f"{ours}.cross.kv.weight", (k, v))
+                yield rule(f"{ours}.cross.kv_by_head.weight", (k, v), heads=heads)
                 yield rule(f"{ours}.cross.out.weight", o)
                 yield rule(f"{ours}.norm_cross.weight", f"{theirs}.1.layer_norm.weight")
             mlp = f"{theirs}.{last}.DenseReluDense"
