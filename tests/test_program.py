@@ -144,7 +144,7 @@ worker.ask(planted.answer, 1)
 print(worker._process.pid, flush=True)
 worker.ask(planted.hang)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent / "support")}
     process = started([sys.executable, "-c", code], env=environment)
     child = int(process.stdout.readline())
     assert alive(child)

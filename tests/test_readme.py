@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import features
+import feature_table
 import pytest
-import speed
+import speed_table
 import torch
 
 import tfkern
@@ -39,19 +39,19 @@ def test_feature_table():
     if tfkern.backends("attention")["native"]:
         pytest.skip("no native build")
     printed = README.read_text().partition("<!-- features -->\n")[2].partition("<!-- /")[0]
-    assert printed == features.table()
+    assert printed == feature_table.table()
 
 
 def test_speed_table():
     """The table is what the files of results say."""
     printed = README.read_text().partition("<!-- speed -->\n")[2].partition("<!-- /")[0]
-    assert printed == speed.table() != ""
+    assert printed == speed_table.table() != ""
 
 
 def test_gpu_tables():
     """They are what the files of results say, and not there before there is a file."""
     printed = README.read_text().partition("<!-- gpu -->\n")[2].partition("<!-- /")[0]
-    assert printed == speed.gpu_tables()
+    assert printed == speed_table.gpu_tables()
 
 
 def test_gpu_tables_of_a_file(monkeypatch, tmp_path):
@@ -73,9 +73,9 @@ def test_gpu_tables_of_a_file(monkeypatch, tmp_path):
         row("attention", "B=32 H=16 T=512 D=128 full", "forward", "sdpa cudnn", 1.0),
     ]
     path = report.update(tmp_path / "h100.csv", rows, bool, lambda row: 0)
-    monkeypatch.setattr(speed, "GPU_FILES", [path])
+    monkeypatch.setattr(speed_table, "GPU_FILES", [path])
     head = "op | case | pass | unit | sdpa cudnn | tfkern triton | tfkern native | flex"
-    assert speed.gpu_tables().splitlines() == [
+    assert speed_table.gpu_tables().splitlines() == [
         "H100: product 781.2 TFLOP/s",
         "",
         f"| {head} | tfkern / torch |",

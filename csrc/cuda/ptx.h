@@ -1,7 +1,7 @@
 // All PTX of this package, and the conversions between float and the narrow types.
 //
 // Names and layouts of the fragments are those of the PTX manual. With TFKERN_CUDA_HOST the same
-// functions come from the emulation in tests/cuda_host, which runs kernels on the host.
+// functions come from the emulation in tests/support/cuda_host, which runs kernels on the host.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 """The table of README that says which backend has which option of attention.
 
-    python tests/features.py
+    python tools/feature_table.py
 
 prints it, from the parameters that the tests go through and the answers of the backends.
 """

@@ -14,7 +14,7 @@ from weights import perturb
 os.environ["HF_HUB_OFFLINE"] = "1"
 # `python -m pytest` has the root on the path, where transformers would take our folder kernels for
 # the package of that name.
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parents[1]]
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parents[2]]
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that need not be present, and says what they use.
 
-    python tests/aot.py GROUP [ARCH ...]      e.g. python tests/aot.py selftest 80 90
+    python tests/support/aot.py GROUP [ARCH ...]  e.g. python tests/support/aot.py selftest 80 90
 
 records what the launchers called by GROUP would launch on each ARCH, compiles exactly that, and
 prints one line of JSON per kernel. To add a group, decorate a function that makes tensors of

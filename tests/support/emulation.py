@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the host, on the emulation in tests/cuda_host, and lets `native` run it.
+"""Builds csrc/cuda for the host, on the emulation in cuda_host/, and lets `native` run it.
 
 The library registers its operators as torch.ops.tfkern_host. TFKERN_CUDA_HOST=plain or =sanitized
 in the environment makes conftest call `patch`: the tests of `native` then run the CUDA kernels.
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-HOST = ROOT / "tests" / "cuda_host"
+ROOT = Path(__file__).parents[2]
+HOST = Path(__file__).parent / "cuda_host"
 OPS = ("attention", "layer_norm", "mlp")
 ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
 

@@ -2,7 +2,7 @@
 
     tfkern bench attention --against torch    # and layer_norm, mlp, block
     tfkern bench suite                        # on a GPU
-    python tests/speed.py
+    python tools/speed_table.py
 
 The first writes benchmarks/results/cpu-<processor>.csv, the second <gpu>.csv beside it, and the
 third prints the tables from all of these files. On a processor with AMX, a second run under
