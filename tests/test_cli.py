@@ -10,7 +10,7 @@ import tfkern
 from tfkern import cli, validation
 from tfkern.benchmarks import against, attention, memory, report, timing
 from tfkern.benchmarks.case import Variant
-from tfkern.cli import main
+from tfkern.cli import doctor, main
 
 
 @pytest.fixture
@@ -114,15 +114,15 @@ ABSURD += [
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
     """Every command does nothing but check its options."""
-    from tfkern import commands
     from tfkern.benchmarks import suite, sweep
+    from tfkern.cli import attention_map, sample, validate
     from tfkern.models import convert
 
     def work(*args, **kwargs):
         raise NotImplementedError("the work began")
 
-    for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (cli, "validate"),
-                         (commands, "_load"), (convert, "load")):  # fmt: skip
+    for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (validate, "run"),
+                         (sample, "load"), (attention_map, "load"), (convert, "load")):  # fmt: skip
         monkeypatch.setattr(module, name, work)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -299,12 +299,12 @@ def test_doctor_tells_which_gpus_ran_a_kernel(monkeypatch, tmp_path):
     (tmp_path / "results" / "gpu").mkdir(parents=True)
     (tmp_path / "results" / "gpu" / "attention.csv").write_text("\n".join(rows))
     monkeypatch.setattr("tfkern.benchmarks.__path__", [str(tmp_path)])
-    assert cli._gpus() == {("attention", "triton"): {"NVIDIA H100"}}
+    assert doctor._gpus() == {("attention", "triton"): {"NVIDIA H100"}}
 
 
 def test_doctor_lists_the_cuda_kernels():
     _C = pytest.importorskip("tfkern._C", reason="no native build")
-    listed = {name: architectures for name, _, architectures, _ in cli._kernels()}
+    listed = {name: architectures for name, _, architectures, _ in doctor._kernels()}
     assert set(_C.cuda_kernels) <= set(listed)
     if _C.has_cuda:
         assert "sm_90a" in listed["layer_norm_backward_kernel"]
@@ -315,8 +315,8 @@ def test_doctor_knows_that_two_ops_share_a_kernel(monkeypatch):
     _C = pytest.importorskip("tfkern._C", reason="no native build")
     names = ("attention_combine_kernel", "mlp_forward_kernel", "sum_partials_kernel")
     monkeypatch.setattr(_C, "cuda_kernels", names)
-    monkeypatch.setattr(cli, "_gpus", lambda: {("mlp", "native"): {"NVIDIA H100"}})
-    ran_on = {name: gpus for name, _, _, gpus in cli._kernels()}
+    monkeypatch.setattr(doctor, "_gpus", lambda: {("mlp", "native"): {"NVIDIA H100"}})
+    ran_on = {name: gpus for name, _, _, gpus in doctor._kernels()}
     assert [ran_on[name] for name in names] == ["no GPU yet", "NVIDIA H100", "NVIDIA H100"]
 
 

@@ -27,8 +27,7 @@ RANKS = {
     "tfkern.testing": 1,
     "tfkern.validation": 3,
     "tfkern.benchmarks": 5,
-    "tfkern.commands": 6,
-    "tfkern.cli": 7,
+    "tfkern.cli": 6,
 }
 
 

@@ -20,7 +20,7 @@ PATIENCE = 120  # seconds, for a busy machine
 QUICK = """
 import sys, time
 import tfkern_program
-from tfkern import cli
+from tfkern.cli import doctor
 from tfkern.benchmarks import timing
 timing.product_ceiling = lambda *_: 1e11
 timing.interleaved = lambda steps, *_: {name: timing.Timing([(1.0, 0.0)] * 3) for name in steps}
@@ -110,7 +110,7 @@ def deaf(kernels):
         except BaseException:
             pass
 tfkern_program.GRACE = 0.5
-cli.doctor = deaf
+doctor.show = deaf
 """
     process = planted(deaf, "doctor")
     assert process.stdout.readline() == "deaf\n"
@@ -123,7 +123,7 @@ cli.doctor = deaf
 
 def test_an_interrupt_that_the_caller_ignores_is_ignored():
     """As of a command in the background of a script."""
-    code = "cli.doctor = lambda kernels: (print('here', flush=True), time.sleep(1), print('on'))"
+    code = "doctor.show = lambda kernels: (print('here', flush=True), time.sleep(1), print('on'))"
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process = planted(code, "doctor")
@@ -173,8 +173,8 @@ def test_where_the_output_goes(where, status, told):
     """A reader that is gone, a disk that is full, streams that are closed."""
     code = """
 import sys, time, tfkern_program
-from tfkern import cli
-cli.doctor = lambda kernels: (time.sleep(0.2), print("x" * 100_000))
+from tfkern.cli import doctor
+doctor.show = lambda kernels: (time.sleep(0.2), print("x" * 100_000))
 sys.exit(tfkern_program.main())
 """
     shell = f'"$0" -c "$1" doctor {where}; exit ${{PIPESTATUS[0]}}'

@@ -547,7 +547,7 @@ def test_the_command(quick, monkeypatch, capsys, tmp_path):
     cases = [*_attentions(), Point("m", mlp.OpCase(length=64, hidden=16, backward=True))]
     monkeypatch.setattr(suite, "points", lambda device="cuda": cases)
     monkeypatch.setattr(suite, "Worker", lambda device: Inline())
-    monkeypatch.setattr("tfkern.benchmarks.commands.check_device", lambda name: "cpu")
+    monkeypatch.setattr("tfkern.cli.suite.check_device", lambda name: "cpu")
     monkeypatch.setattr(environment, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "suite", "attention"]) == 0

@@ -28,6 +28,8 @@ __all__ = [
     "unpad",
 ]
 
+OPS = ("attention", "layer_norm", "mlp")  # those that have kernels in every backend
+
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
     "attention": ("attention", _attention.bind),
     "attention_varlen": ("attention", _attention.bind_varlen),

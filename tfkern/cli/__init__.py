@@ -1,0 +1,58 @@
+"""The `tfkern` program: models, benchmarks, validation, what is on or off on this machine.
+
+One file holds one command, `bench.py` the sweeps over lengths, which differ in their sizes alone.
+`options.py` has the options that several commands share, `output.py` what they print.
+"""
+
+from typing import Any
+
+from tfkern_program import failed, say
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status, as `tfkern_program.main`, in this process."""
+    try:
+        app = _app()
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich", "matplotlib", "tokenizers"):
+            raise
+        return say(f"{package} is not installed: pip install tfkern[cli]", 2)
+    import typer
+
+    usage_error: Any = typer.BadParameter.__base__  # typer shows its errors in boxes
+    try:
+        return app(arguments, prog_name="tfkern", standalone_mode=False) or 0
+    except usage_error as error:
+        return say(error.format_message() or "no command was given", 2)
+    except typer.Exit as error:
+        return error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return say("interrupted", 130)
+    except (ValueError, NotImplementedError) as error:
+        return say(str(error), 2)
+    except Exception as error:
+        return failed(error)
+
+
+def _app():
+    """The commands. Built on demand, since what builds them comes with the extra `cli`."""
+    import matplotlib  # noqa: F401  missed now, and not when the chart of a long run is due
+    import typer
+
+    from tfkern.cli import attention_map, bench, convert, doctor, sample, suite, validate
+
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        help="Fused transformer kernels: measure them, check them, see which of them run here, and "
+        "the models on top of them.",
+    )
+    bench.app.command("suite")(suite.command)
+    app.add_typer(bench.app, name="bench")
+    app.command("doctor")(doctor.command)
+    app.command("validate")(validate.command)
+    app.command("sample")(sample.command)
+    app.command("attention-map")(attention_map.command)
+    app.command("convert")(convert.command)
+    return app

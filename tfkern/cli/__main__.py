@@ -1,0 +1,5 @@
+import sys
+
+import tfkern_program
+
+sys.exit(tfkern_program.main())

@@ -1,0 +1,239 @@
+"""`tfkern bench`: one command per op, that sweeps over context lengths."""
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from tfkern import files
+from tfkern.benchmarks import against as fixed
+from tfkern.benchmarks import environment, report, sweep
+from tfkern.benchmarks.case import load
+from tfkern.cli.options import (
+    OUT_OF_FIXED,
+    SECONDS,
+    Dtype,
+    Out,
+    check_device,
+    check_dtype,
+    number,
+)
+from tfkern.cli.output import console, exit_if_wrong, prepare, with_progress
+from tfkern.dispatch import check_backend
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Time an op over context lengths, next to PyTorch's own ways to compute it. "
+    "Every variant is compared with float64 first, and a wrong one is not timed (exit status 1). "
+    "Reports quantiles of the time, the rate as a fraction of what the machine can do, counted "
+    "FLOPs, peak memory, and how each of them grows. Writes <op>.csv, <op>.json and <op>.png. "
+    "With --against torch: fixed cases on a CPU, and the ratio of PyTorch's time to ours. "
+    "The command suite has fixed cases on a GPU.",
+)
+
+_LONGEST = 2**24  # tokens: counting the tiles of more takes seconds
+
+Lengths = Annotated[
+    str,
+    typer.Option(
+        help="Context lengths, such as 256,512. Powers of two by default, on a CPU up to "
+        "8192 (block, model: 2048).",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda or cuda:N. CUDA if there is a GPU.", show_default=False)
+]
+Backends = Annotated[
+    str,
+    typer.Option(
+        help="Backends of tfkern to time, such as native,reference. All that run here by default; "
+        "PyTorch's variants are always timed.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int,
+    number("CPU threads; 0 leaves PyTorch's choice.", int, 0, os.cpu_count() or 1),
+]
+Limit = Annotated[
+    float,
+    number("Skip what is predicted to take longer than this a call.", *SECONDS, "--max-seconds"),
+]
+Against = Annotated[
+    str,
+    typer.Option(
+        help="Time fixed cases in pairs with PyTorch (torch) instead of a sweep, on a CPU with "
+        f"{fixed.THREADS} threads, and write them to cpu-<processor>.csv in {OUT_OF_FIXED}. Of "
+        "the other options only --threads and --out apply.",
+        show_default=False,
+    ),
+]
+
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward", help="Also run the backward; times of the two halves and of both together."
+    ),
+]
+Batch = Annotated[int, number("Sequences in a batch.", int, 1, 2**20)]
+Heads = Annotated[int, number("Attention heads.", int, 1, 2**16)]
+Hidden = Annotated[int, number("Features of a token.", int, 1, 2**20)]
+
+
+def _command(sizes: Callable[..., None]) -> Callable[..., None]:
+    """The command of the op that a function is named after and whose sizes are its parameters.
+
+    Its options are those of `_sweep` around these, and its help is the docstring.
+    """
+
+    def command(**options: Any) -> None:
+        _sweep(**options)
+
+    shared = inspect.signature(_sweep).parameters.values()
+    first = [p for p in shared if p.kind is p.POSITIONAL_OR_KEYWORD]
+    last = [p for p in shared if p.kind is p.KEYWORD_ONLY]
+    if sizes.__name__ not in fixed.COMPARISONS:
+        last = [p for p in last if p.name != "against"]
+    parameters = [*first, *inspect.signature(sizes).parameters.values(), *last]
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+    command.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    return app.command(sizes.__name__, help=sizes.__doc__)(command)
+
+
+def _sweep(
+    context: typer.Context,
+    lengths: Lengths = "",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    *,
+    backends: Backends = "",
+    device: Device = "",
+    threads: Threads = 0,
+    max_seconds: Limit = 20.0,
+    out: Out = Path("bench-results"),
+    against: Against = "",
+    **sizes: Any,
+) -> None:
+    """Sweeps over the lengths of the op that the context's command is named after."""
+    op = context.info_name or ""
+    if against:
+        return _against(op, context)
+    check_dtype(dtype)
+    device = check_device(device)
+    named = [check_backend(name.strip()) for name in backends.split(",")] if backends else None
+    if threads:
+        torch.set_num_threads(threads)
+    kind = load(op)
+    swept = _lengths(lengths) if lengths else kind.lengths[device.partition(":")[0]]
+    case = kind(length=max(swept), dtype=dtype, device=device, batch=batch, **sizes)
+    sweep.check_memory(case, named)
+    prepare(out, *(f"{op}{suffix}" for suffix in report.SUFFIXES))
+    variants = len(case.variants(named))
+    # The ceiling, comparisons, and at each length the warm-ups, the timing and the memory.
+    total = 1 + variants + len(swept) * (2 * variants + 1)
+    results = with_progress(
+        total,
+        lambda progress: sweep.run(
+            case,
+            swept,
+            named,
+            max_seconds=max_seconds,
+            progress=progress,
+            keep=lambda results: report.write_rows(results, out),
+        ),
+    )
+    if results.rows:
+        report.show(results, console())
+        for path in report.write(results, out):
+            console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+    exit_if_wrong(results.wrong)
+
+
+def _against(op: str, context: typer.Context) -> None:
+    """Times the fixed cases of an op."""
+    options = context.params
+    if options["against"] not in fixed.CHOICES:
+        choices = ", ".join(fixed.CHOICES)
+        raise ValueError(f"unknown baseline {options['against']!r}: expected one of {choices}")
+    source = context.get_parameter_source
+    given = {name for name in options if getattr(source(name), "name", "") == "COMMANDLINE"}
+    for name in sorted(given - {"against", "threads", "out"}):
+        option = "--" + name.replace("_", "-")
+        raise ValueError(f"{option} does not apply to --against, whose cases are fixed, on a CPU")
+    torch.set_num_threads(options["threads"] or fixed.THREADS)
+    out = options["out"] if "out" in given else OUT_OF_FIXED
+    prepare(out, fixed.file_name(environment.facts("cpu")))
+    total = len(fixed.dtypes(op)) * len(fixed.COMPARISONS[op])
+    results = with_progress(total, lambda progress: fixed.run(op, progress=progress))
+    if results.rows:
+        console().print(fixed.table(results.rows))
+        path = fixed.write(results.rows, out)
+        console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+    exit_if_wrong(results.wrong)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            "lengths are integers with commas between them, such as 256,512; got "
+            f"{files.shown(text)}"
+        ) from None
+    for length in lengths:
+        if not 1 <= length <= _LONGEST:
+            raise ValueError(f"lengths must be positive and at most {_LONGEST}, got {length}")
+    return lengths
+
+
+@_command
+def attention(
+    heads: Heads = 8,
+    head_dim: Annotated[int, number("Size of a head.", int, 1, 256)] = 64,
+    causal: Annotated[bool, typer.Option(help="Hide the keys behind each query.")] = False,
+    window: Annotated[
+        int | None,
+        number("Keys on either side that a query sees, all by default.", int, 0, _LONGEST),
+    ] = None,
+    backward: Backward = False,
+) -> None:
+    """Softmax attention: plain quadratic, SDPA with each of its backends, and tfkern."""
+
+
+@_command
+def layer_norm(
+    hidden: Hidden = 1024,
+    residual: Annotated[bool, typer.Option("--residual", help="Add a residual in front.")] = False,
+    backward: Backward = False,
+) -> None:
+    """Layer norm: F.layer_norm, torch.compile of it, and tfkern, in GB/s."""
+
+
+@_command
+def mlp(
+    hidden: Hidden = 512,
+    expansion: Annotated[int, number("Inner features over hidden.", int, 1, 1024)] = 4,
+    activation: Annotated[str, typer.Option(help="gelu, gelu_tanh, relu or silu.")] = "gelu_tanh",
+    backward: Backward = False,
+) -> None:
+    """The MLP: plain PyTorch, torch.compile of it, and tfkern."""
+
+
+@_command
+def block(hidden: Hidden = 768, heads: Heads = 12) -> None:
+    """A training step of one decoder block: plain PyTorch, SDPA, torch.compile and tfkern."""
+
+
+@_command
+def model(
+    layers: Annotated[int, number("Blocks.", int, 1, 128)] = 2,
+    hidden: Hidden = 256,
+    heads: Heads = 4,
+) -> None:
+    """A training step of a decoder, without the optimizer: as `block`, of several layers."""

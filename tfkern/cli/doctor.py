@@ -1,0 +1,124 @@
+"""`tfkern doctor`."""
+
+import contextlib
+import importlib
+import pkgutil
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from rich.text import Text
+
+import tfkern
+import tfkern.benchmarks
+from tfkern.benchmarks import environment, report
+from tfkern.benchmarks.case import load
+from tfkern.cli.output import console
+from tfkern.ops import OPS
+
+
+def command(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="List each kernel and where it has run.")
+    ] = False,
+) -> None:
+    """Show versions, the device, and which backend runs each op here, or why not."""
+    show(kernels)
+
+
+def show(kernels: bool = False) -> None:
+    """Prints the facts of this installation and machine, and every backend of every op."""
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _facts().items():
+        facts.add_row(Text(name, style="bold"), Text(value))
+    screen = console()
+    screen.print(facts)
+    table = Table("op", "backend", "state")
+    for row in _backends():
+        table.add_row(*map(Text, row))
+    screen.print(table)
+    if kernels:
+        listed = Table("kernel", "backend", "for", "GPUs in benchmarks/results")
+        for kernel in _kernels():
+            listed.add_row(*map(Text, kernel))
+        screen.print(listed)
+
+
+def _facts() -> dict[str, str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        from tfkern import _C
+
+        native = f"built by {_C.compiler} for torch {_C.torch_version}"
+        architectures = ", ".join(getattr(_C, "cuda_architectures", ()))
+    except ImportError:
+        native, architectures = "not built", ""
+    facts = {
+        "tfkern": " ".join(filter(None, (tfkern.__version__, environment.commit()))),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": environment.installed("triton") or "not installed",
+        "native kernels": native,
+        "CUDA architectures": architectures or "none: no CUDA kernels in this build",
+        "device": environment.device_name(device),
+        "instruction set": environment.instructions(),
+        "CPU threads": str(torch.get_num_threads()),
+    }
+    return facts | ({"driver": environment.driver()} if device == "cuda" else {})
+
+
+def _backends() -> list[tuple[str, str, str]]:
+    """Every op and backend, and whether it serves an ordinary float32 call on this device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for op in OPS:
+        for name, reason in tfkern.backends(op).items():
+            if reason is None:
+                inputs = load(op)(length=8, device=device, backward=True).inputs()
+                reason = tfkern.explain(op, **inputs, backend=name).reasons.get(name)
+            rows.append((op, name, "on" if reason is None else f"off: {reason}"))
+    return rows
+
+
+def _kernels() -> list[tuple[str, str, str, str]]:
+    """Kernels by name, their backend, what they are built for, and the GPUs that have run them."""
+    rows = []
+    run = _gpus()
+    with contextlib.suppress(ImportError):  # without triton
+        kernels = importlib.import_module("tfkern.kernels")
+        for found in pkgutil.walk_packages(kernels.__path__, "tfkern.kernels."):
+            module, op = importlib.import_module(found.name), found.name.split(".")[2]
+            gpus = ", ".join(sorted(run.get((op, "triton"), ()))) or "no GPU yet"
+            for name, kernel in vars(module).items():
+                function = getattr(kernel, "fn", None)
+                if name.endswith("_kernel") and getattr(function, "__module__", "") == found.name:
+                    rows.append((f"{op}{name}", "triton", "sm_80 and later, when called", gpus))
+    with contextlib.suppress(ImportError):  # without native kernels
+        from tfkern import _C
+
+        for name in _C.cuda_kernels:
+            # `sum_partials_kernel` belongs to no op: layer_norm and mlp both call it.
+            ops = [op for op in OPS if name.startswith(op)] or ["layer_norm", "mlp"]
+            gpus = ", ".join(sorted({g for op in ops for g in run.get((op, "native"), ())}))
+            built_for = ", ".join(_C.cuda_architectures)
+            built_for += " and PTX" if "sm_80" in _C.cuda_architectures else ""
+            rows.append((name, "native", built_for, gpus or "no GPU yet"))
+    for name in sorted(torch._C._dispatch_get_all_op_names()):
+        if name.startswith("tfkern::"):
+            rows.append((name.removeprefix("tfkern::"), "native", "CPU", ""))
+    return rows
+
+
+def _gpus() -> dict[tuple[str, str], set[str]]:
+    """The GPUs that benchmarks/results has rows of, by op and backend."""
+    gpus: dict[tuple[str, str], set[str]] = {}
+    for path in Path(tfkern.benchmarks.__path__[0]).glob("results/**/*.csv"):
+        for row in report.read(path):
+            package, _, backend = row.get("variant", "").partition(" ")
+            ran = row.get("driver") and row.get("status") == "measured"  # a driver: on a GPU
+            if package == "tfkern" and ran:
+                gpus.setdefault((row["op"], backend), set()).add(row["device"])
+    return gpus

@@ -1,0 +1,82 @@
+"""Options that several commands have, and what their values stand for."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from tfkern import files
+from tfkern.benchmarks.case import DTYPES
+from tfkern.ops import OPS
+
+if TYPE_CHECKING:
+    from tfkern.models import Transformer
+    from tfkern.tokenize import Tokenizer
+
+
+def number(told: str, kind: type[int] | type[float], low: float, high: float, *names: str) -> Any:
+    """An option that takes numbers of this range, and says so to others."""
+
+    def parse(text: Any) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # NaN is in no range
+                return value
+        expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
+        raise typer.BadParameter(f"got {files.shown(str(text))}, expected {expected}")
+
+    return typer.Option(*names, help=told, parser=parse)
+
+
+SEEDS = (int, -(2**62), 2**62)  # there is room to count up from them
+SECONDS = (float, 0, 10**9)
+
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")]
+Model = Annotated[
+    Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
+OUT_OF_FIXED = Path("benchmarks/results")  # results of fixed cases, which are kept
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The dtype of this name."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def check_op(name: str) -> str:
+    """`name`, if an op with kernels is called so."""
+    if name not in OPS:
+        raise ValueError(f"unknown op {name!r}: expected one of {', '.join(OPS)}")
+    return name
+
+
+def check_device(name: str) -> str:
+    """The device to use: what was asked for, if it is there, or the best one for ""."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or name.endswith(":") or (index and not index.isdecimal()):
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:N")
+    if kind == "cuda" and (len(index) > 3 or int(index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {name} is not available: PyTorch sees {count} GPUs")
+    return "cpu" if kind == "cpu" else name
+
+
+def load(directory: Path, device: str) -> tuple["Transformer", "Tokenizer"]:
+    from tfkern import models, tokenize
+
+    device = check_device(device)
+    model = models.load(directory, device=device)
+    tokenizer = tokenize.load(directory)
+    if tokenizer.vocab_size > (model.config.vocab_size or 0):
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}"
+        )
+    return model, tokenizer

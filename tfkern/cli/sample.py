@@ -1,0 +1,113 @@
+"""`tfkern sample`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfkern.cli.options import SEEDS, Device, Model, load, number
+
+if TYPE_CHECKING:
+    from tfkern.models import Transformer
+    from tfkern.tokenize import Tokenizer
+
+_FACTOR = (float, 0, 10**6)
+
+
+def command(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or to transform.")] = "",
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="Begin with the model's start token alone.")
+    ] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")
+    ] = False,
+    samples: Annotated[
+        int,
+        number("Texts for each prompt; 0 with --unconditional: no end.", int, 0, 10**6),
+    ] = 1,
+    max_tokens: Annotated[int, number("The most to write.", int, 1, 10**6)] = 64,
+    temperature: Annotated[float, number("0: always the likeliest token.", *_FACTOR)] = 1.0,
+    top_k: Annotated[int, number("Draw from this many tokens; 0: all.", int, 0, 2**31)] = 0,
+    top_p: Annotated[float, number("Draw from tokens of this probability.", *_FACTOR)] = 1.0,
+    min_p: Annotated[float, number("Least probability beside the likeliest.", *_FACTOR)] = 0.0,
+    repetition_penalty: Annotated[float, number("Above 1: fewer repetitions.", *_FACTOR)] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
+    beams: Annotated[
+        int,
+        number("Beam search instead of drawing; 0: none.", int, 0, 1024),
+    ] = 0,
+    seed: Annotated[int, number("Of the first text; the others count up.", *SEEDS)] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Write text: what follows a prompt, or with --unconditional from nothing.
+
+    The same seed writes the same text.
+    """
+    from tfkern.generate import Sampling
+
+    if bool(prompt) + unconditional + interactive != 1:
+        raise ValueError("give one of a prompt, --unconditional and --interactive")
+    if samples == 0 and not unconditional:
+        raise ValueError("--samples 0 needs --unconditional")
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=None if top_p == 1 else top_p,
+        min_p=min_p or None,
+        repetition_penalty=repetition_penalty,
+    )
+    transformer, tokenizer = load(model, device)
+    options: dict[str, Any] = {"sampling": sampling, "stop": stop or []}
+
+    def write(text: str | None, number: int) -> None:
+        if samples != 1:
+            print(f"--- {number + 1}")
+        for piece in _pieces(
+            transformer, tokenizer, text, max_tokens, beams, options | {"seeds": seed + number}
+        ):
+            print(piece, end="", flush=True)
+        print()
+
+    if interactive:
+        while (text := _ask()) is not None:
+            for number in range(samples):
+                if text:
+                    write(text, number)
+        return
+    number = 0
+    while samples == 0 or number < samples:
+        write(prompt or None, number)
+        number += 1
+
+
+def _ask() -> str | None:
+    """A line of the user, None at the end of the input."""
+    try:
+        return input(">>> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _pieces(
+    model: "Transformer",
+    tokenizer: "Tokenizer",
+    prompt: str | None,
+    max_tokens: int,
+    beams: int,
+    options: dict[str, Any],
+) -> Any:
+    from tfkern.generate import beam_search, stream_text
+    from tfkern.generate.text import encode_prompts
+
+    if not beams:
+        yield from stream_text(model, tokenizer, prompt, max_tokens, **options)
+        return
+    if options["stop"]:
+        raise ValueError("--stop does not apply to --beams")
+    inputs = {} if prompt is None else encode_prompts(model, tokenizer, [prompt])
+    ((best,),) = beam_search(
+        model, max_tokens=max_tokens, beams=beams, sampling=options["sampling"], **inputs
+    )
+    yield tokenizer.decode(best.tokens.tolist())
