@@ -7,4 +7,6 @@ stands in `timing.py`, how memory is measured in `memory.py`; `sweep.py` puts th
 CPU, and `suite.py` next to all that PyTorch has on a GPU, in a process of `worker.py`.
 """
 
-OPS = ("attention", "layer_norm", "mlp", "block", "model")
+from tfkern import ops
+
+OPS = (*ops.OPS, "block", "model")

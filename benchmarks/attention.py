@@ -134,8 +134,8 @@ class OpCase(Case):
         from tfkern.kernels import attention as kernel
 
         arch = architecture(torch.device(self.device))
-        config = kernel._config("forward", self.head_dim, self.head_dim, self.torch_dtype, arch)
-        return config["BLOCK_T"], config["BLOCK_S"]
+        tiles = kernel.tiles_of("forward", self.head_dim, self.head_dim, self.torch_dtype, arch)
+        return tiles.rows, tiles.columns
 
     def _scores(self, forward: float, both: float, at_least: torch.dtype | None = None) -> int:
         """Bytes of so many matrices of scores, in the dtype of the inputs or a wider one."""

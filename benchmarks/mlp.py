@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 import tfkern
-from tfkern.validation.mlp import ACTIVATIONS, torch_mlp
+from tfkern.ops.mlp import ACTIVATIONS
+from tfkern.validation.mlp import torch_mlp
 
 from .case import (
     BACKWARD,

@@ -29,7 +29,6 @@ from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, prepared
 from .sweep import MEASURED
 from .worker import Lost, Worker
 
-OPS = ("attention", "layer_norm", "mlp")
 BACKENDS = ("triton", "native")
 PROTOCOL = timing.Protocol(
     warmup=3, min_samples=10, max_samples=50, min_seconds=0.05, long_seconds=0.25

@@ -7,6 +7,7 @@ with known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -48,6 +49,33 @@ def architecture(device: torch.device) -> int:
     """90 for sm_90. The CPU, where kernels are interpreted, passes for sm_80."""
     major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+class Tiles(NamedTuple):
+    """How much a program takes at once.
+
+    Attributes:
+        rows, columns: of the tile that it owns or walks over, in the order of the result's axes.
+        num_warps, num_stages: launch options of Triton.
+        depth: of the products that sum up to a tile, if they are cut.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int = 3
+    depth: int = 0
+
+
+@functools.cache
+def programs(device: torch.device, each: int, interpreted: int) -> int:
+    """How many programs fill a GPU that runs `each` on a multiprocessor.
+
+    On the CPU there are `interpreted`, few enough for tests to see them take several turns.
+    """
+    if device.type != "cuda":
+        return interpreted
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(dtype: torch.dtype) -> str:

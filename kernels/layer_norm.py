@@ -10,7 +10,6 @@ one small kernel adds the parts in a fixed order, so there are no atomics and th
 deterministic.
 """
 
-import functools
 import math
 
 import torch
@@ -18,25 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dropout, register, unavailable
+from . import Tiles, dropout, programs, register, unavailable
 
 _MAX_N = 16384  # the backward spills a little beyond 8192 and would spill badly beyond this
 
 
-def _config(N: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps: about 16 elements a thread, whole rows."""
-    BLOCK_N = max(16, triton.next_power_of_2(N))
-    BLOCK_M = max(1, 1024 // BLOCK_N)
-    num_warps = min(max(BLOCK_M * BLOCK_N // 512, 2), 32)
-    return BLOCK_M, BLOCK_N, num_warps
-
-
-@functools.lru_cache
-def _programs(device: torch.device) -> int:
-    """Programs of the backward: they fill the device, and leave the last sum small."""
-    if device.type != "cuda":
-        return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+def _tiles(N: int) -> Tiles:
+    """About 16 elements a thread, whole rows."""
+    columns = max(16, triton.next_power_of_2(N))
+    rows = max(1, 1024 // columns)
+    return Tiles(rows, columns, num_warps=min(max(rows * columns // 512, 2), 32))
 
 
 @triton.jit
@@ -101,12 +91,12 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
     x, residual = _rows(x, axes), _rows(residual, axes)
     M, N = x.shape
     if x.numel():
-        BLOCK_M, BLOCK_N, num_warps = _config(N)
-        _forward_kernel[(triton.cdiv(M, BLOCK_M),)](
+        tiles = _tiles(N)
+        _forward_kernel[(triton.cdiv(M, tiles.rows),)](
             x, weight, bias, residual, seed, y, _or_none(h), _or_none(mean), rstd,
             x.stride(0), 0 if residual is None else residual.stride(0), M, N,
             *dropout(dropout_p), eps,
-            RMS=rms, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+            RMS=rms, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.num_warps,
         )  # fmt: skip
     return y, h, mean, rstd
 
@@ -202,20 +192,21 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
     M, N = dy.shape
     if not dx.numel():
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    BLOCK_M, BLOCK_N, num_warps = _config(N)
-    programs = min(triton.cdiv(M, BLOCK_M), _programs(dy.device))
+    tiles = _tiles(N)
+    # They fill the device, and leave the last sum small.
+    parts = min(triton.cdiv(M, tiles.rows), programs(dy.device, 2, interpreted=4))
     partial_dweight, partial_dbias = (
-        None if p is None else rstd.new_empty(programs, N) for p in (weight, bias)
+        None if p is None else rstd.new_empty(parts, N) for p in (weight, bias)
     )
-    _backward_kernel[(programs,)](
+    _backward_kernel[(parts,)](
         dy, dh, h, weight, mean, rstd, seed,
         dx, _or_none(dresidual), partial_dweight, partial_dbias,
         dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), M, N, *dropout(dropout_p),
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.num_warps,
     )  # fmt: skip
     if weight is not None or bias is not None:
         _sum_partials_kernel[(triton.cdiv(N, 64),)](
-            partial_dweight, partial_dbias, _or_none(dweight), _or_none(dbias), programs, N,
+            partial_dweight, partial_dbias, _or_none(dweight), _or_none(dbias), parts, N,
             BLOCK_G=32, BLOCK_N=64,
         )  # fmt: skip
     return outputs

@@ -14,43 +14,31 @@ the rows, and so has a part of db1 in float32 registers; adding the parts needs 
 The other products are plain, and torch's: y = h w2^T + b2, dh, dx, dw1 and dw2.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import architecture, precision, register, unavailable
+from . import Tiles, architecture, precision, programs, register, unavailable
 
 _GROUP_M = tl.constexpr(8)  # row tiles of a group
 _BLOCK_M, _BLOCK_F = 8, 128  # tile of the backward
 
 
-def _config(
-    K: int, F: int, dtype: torch.dtype, gated: bool, arch: int
-) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_F, BLOCK_K, num_warps and num_stages of the forward on architecture sm_<arch>.
+def _tiles(K: int, F: int, dtype: torch.dtype, gated: bool, arch: int) -> Tiles:
+    """Tiles of the forward on architecture sm_<arch>.
 
     A gated program has two accumulators, so that fewer columns fill its registers. No entry spills.
     """
     if dtype == torch.float32 or K % 16 or F % 16:  # odd rows cannot be copied asynchronously
-        return 64, 32 if gated else 64, 32, 4, 3
+        return Tiles(64, 32 if gated else 64, num_warps=4, depth=32)
     if arch in (100, 103):  # accumulators lie outside the registers
-        return 128, 128 if gated else 256, 64, 8, 3
+        return Tiles(128, 128 if gated else 256, num_warps=8, depth=64)
     if arch == 90:
-        return 128, 128, 64, 8, 3
+        return Tiles(128, 128, num_warps=8, depth=64)
     if arch in (80, 87):
-        return 128, 64 if gated else 128, 64, 8, 3
-    return 128, 64 if gated else 128, 32, 8, 3  # 99 KiB of shared memory
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    """Programs of the backward: enough to fill the device, few enough for a small last sum."""
-    if device.type == "cpu":
-        return 4
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+        return Tiles(128, 64 if gated else 128, num_warps=8, depth=64)
+    return Tiles(128, 64 if gated else 128, num_warps=8, depth=32)  # 99 KiB of shared memory
 
 
 @triton.jit
@@ -155,14 +143,14 @@ def _forward(x, w1, b1, w_up, b_up, activation):
     (M, K), F, gated = x.shape, h.shape[1], w_up is not None
     if h.numel():
         b1, b_up = (b if b is None else b.contiguous() for b in (b1, b_up))
-        config = _config(K, F, x.dtype, gated, architecture(x.device))
-        block_m, block_f, block_k, num_warps, num_stages = config
-        _forward_kernel[(triton.cdiv(M, block_m) * triton.cdiv(F, block_f),)](
+        tiles = _tiles(K, F, x.dtype, gated, architecture(x.device))
+        _forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(F, tiles.columns),)](
             x, w1, b1, w_up, b_up, h, pre, M, F, K,
             *x.stride(), *w1.stride(), *(w_up if gated else w1).stride(),
-            ACTIVATION=activation, EVEN_K=K % block_k == 0,
-            PRECISION=precision(x.dtype), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
-            num_warps=num_warps, num_stages=num_stages,
+            ACTIVATION=activation, EVEN_K=K % tiles.depth == 0,
+            PRECISION=precision(x.dtype),
+            BLOCK_M=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return h, pre
 
@@ -219,9 +207,11 @@ def _backward(dh, pre, up, activation, bias):
         return dpre, h, db.zero_()
     dh, pre, up = (t if t is None else t.contiguous() for t in (dh, pre, up))
     columns = triton.cdiv(F, _BLOCK_F)
-    programs = max(1, min(triton.cdiv(M, _BLOCK_M), _programs(dh.device) // columns))
-    partial_db = dh.new_empty(programs, *db.shape, dtype=torch.float32) if bias else None
-    _backward_kernel[(columns, programs)](
+    # Enough programs to fill the device, few enough for a small last sum.
+    most = programs(dh.device, 8, interpreted=4) // columns
+    parts = max(1, min(triton.cdiv(M, _BLOCK_M), most))
+    partial_db = dh.new_empty(parts, *db.shape, dtype=torch.float32) if bias else None
+    _backward_kernel[(columns, parts)](
         dh, pre, up, dpre, h, partial_db, M, F,
         ACTIVATION=activation, BLOCK_M=_BLOCK_M, BLOCK_F=_BLOCK_F,
     )  # fmt: skip

@@ -18,6 +18,7 @@ if os.environ.get("TFKERN_CPU_SANITIZED"):
     emulation.load_sanitized()
 
 import tfkern  # noqa: E402
+from tfkern.ops import OPS  # noqa: E402
 
 if os.environ.get("TFKERN_CUDA_HOST"):
     emulation.patch()
@@ -61,7 +62,7 @@ def pytest_generate_tests(metafunc):
     if "backend" not in names:
         return
     file = metafunc.module.__name__.rpartition("test_")[2]
-    op = next(op for op in ("attention", "layer_norm", "mlp") if file.startswith(op))
+    op = next(op for op in OPS if file.startswith(op))
     cases = []
     for backend, reason in tfkern.backends(op).items():
         for dtype in DTYPES if "dtype" in names else (None,):

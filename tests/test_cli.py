@@ -173,7 +173,7 @@ def test_whatever_is_raised_is_one_line(monkeypatch, capsys, error, status, told
         raise error
 
     monkeypatch.delenv("TFKERN_TRACEBACK", raising=False)
-    monkeypatch.setattr(cli, "doctor", fails)
+    monkeypatch.setattr(doctor, "show", fails)
     assert main(["doctor"]) == status
     output = capsys.readouterr()
     assert output.err == ("" if told is None else f"tfkern: {told}\n") and output.out == ""

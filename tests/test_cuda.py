@@ -11,6 +11,7 @@ import emulation
 import pytest
 import torch
 
+from tfkern.ops import OPS
 from tfkern.reference.attention import Arguments
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
@@ -35,7 +36,7 @@ SOME = (
     ],
     ids=["plain", "sanitized", "all sanitized"],
 )
-@pytest.mark.parametrize("op", emulation.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_op_tests_pass_on_the_host(op, flavour, order, chosen):
     tests = (emulation.ROOT / "tests").glob(f"test_{op}*.py")
     result = emulation.pytest("-k", chosen, *tests, flavour=flavour, order=order)

@@ -12,11 +12,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tfkern
+from tfkern.ops import OPS
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
 LEVELS = _C.cpu_levels[: _C.cpu_levels.index(_C.cpu_capability()) + 1]
-OPS = ("attention", "layer_norm", "mlp")
 
 
 def run(*arguments, level):

@@ -11,6 +11,7 @@ from torch.func import functional_call
 import tfkern
 import tfkern.nn.attention
 from tfkern import nn
+from tfkern.ops import OPS
 from tfkern.testing import validate
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -20,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def forced(request):
     """The backends of the device's order, and each that runs all ops on this machine."""
     name = None if request.param == "default" else request.param
-    if name and any(tfkern.backends(op)[name] for op in ("attention", "layer_norm", "mlp")):
+    if name and any(tfkern.backends(op)[name] for op in OPS):
         pytest.skip(f"{name} does not run all ops here")
     with tfkern.use_backend(name):
         yield

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tfkern.ops
 from tfkern.ops.attention import bind, bind_varlen
 
 pytest.importorskip("tfkern._C", reason="no native build")
@@ -339,7 +340,7 @@ def test_drawn_calls_touch_no_foreign_memory(call, run):
 # ---- sanitizers ----
 
 FILE = emulation.ROOT / "tests" / "test_operators.py"
-FILES = [FILE, *(x for op in emulation.OPS for x in sorted(FILE.parent.glob(f"test_{op}*.py")))]
+FILES = [FILE, *(x for op in tfkern.ops.OPS for x in sorted(FILE.parent.glob(f"test_{op}*.py")))]
 SOME = "(test_operators or each_value or activations or long_rows or matches or residual)"
 
 

@@ -12,6 +12,7 @@ from weights import perturb
 import tfkern
 from tfkern.generate import GREEDY, generate
 from tfkern.models import Transformer, TransformerConfig, cross_entropy
+from tfkern.ops import OPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +39,7 @@ CONFIGS = {
 @pytest.fixture(params=["default", "reference", "native"])
 def forced(request):
     name = None if request.param == "default" else request.param
-    if name and any(tfkern.backends(op)[name] for op in ("attention", "layer_norm", "mlp")):
+    if name and any(tfkern.backends(op)[name] for op in OPS):
         pytest.skip(f"{name} does not run all ops here")
     with tfkern.use_backend(name):
         yield

@@ -29,7 +29,7 @@ from .. import register, unavailable
 from . import backward_kernels as _gradients
 from . import decode as _decode
 from . import forward_kernel as _tiles
-from .config import _config as _config
+from .config import tiles_of as tiles_of
 from .tile import options
 
 

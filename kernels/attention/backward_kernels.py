@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .. import architecture
 from . import bias_gradient
-from .config import _config, block
+from .config import block, constants, tiles_of
 from .tile import (
     INF,
     LOG2E,
@@ -327,12 +327,13 @@ def backward(do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv,
     inputs = (do, q, k, v, shift, rest, delta, opt, *numbers, *row_strides, *score_strides)
     aligns = {"ALIGN": align, "BIAS_ALIGN": bias_align}
     arch = architecture(q.device)
-    config = _config("dkv", D, Dv, q.dtype, arch, options=heavy(opt))
-    grid = (Hk * blocks(B, S, config["BLOCK_S"], opt),)
-    _dkv_kernel[grid](dk, dv, *inputs, **aligns, **config)
-    config = _config("dq", D, Dv, q.dtype, arch, options=heavy(opt))
-    grid = (H * blocks(B, T, config["BLOCK_T"], opt),)
-    _dq_kernel[grid](dq, *inputs, **aligns, **config)
+    tiles = tiles_of("dkv", D, Dv, q.dtype, arch, options=heavy(opt))
+    grid = (Hk * blocks(B, S, tiles.columns, opt),)
+    launch = aligns | constants(tiles, D, Dv, q.dtype)
+    _dkv_kernel[grid](dk, dv, *inputs, **launch, GUARD=arch == 90)
+    tiles = tiles_of("dq", D, Dv, q.dtype, arch, options=heavy(opt))
+    grid = (H * blocks(B, T, tiles.rows, opt),)
+    _dq_kernel[grid](dq, *inputs, **aligns, **constants(tiles, D, Dv, q.dtype))
     if dbias.numel() and S:
         dbias = bias_gradient.backward(dbias, inputs, aligns, delta.shape[-1])
     return dbias, delta

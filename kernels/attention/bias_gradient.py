@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import architecture
-from .config import _config
-from .decode import processors
+from .. import architecture, programs
+from .config import constants, tiles_of
 from .tile import (
     INF,
     RUNTIME,
@@ -130,18 +129,19 @@ def backward(dbias, inputs, aligns, padded):
     """Returns dbias, perhaps in the memory offered; `inputs` are those of the other kernels."""
     _, q, k, v, *_ = inputs
     (B, H, T, D), S, Dv = q.shape, k.shape[2], v.shape[3]
-    config = _config("dbias", D, Dv, q.dtype, architecture(q.device))
-    sizes = (B, H, triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(S, config["BLOCK_S"]))
+    shape = tiles_of("dbias", D, Dv, q.dtype, architecture(q.device))
+    sizes = (B, H, triton.cdiv(T, shape.rows), triton.cdiv(S, shape.columns))
     loops = [n if x == 1 else 1 for n, x in zip(sizes, dbias.shape, strict=True)]
     tiles = math.prod(sizes) // math.prod(loops)
     # Few tiles are summed in parts, which are added in a fixed order.
-    parts = min(math.prod(loops), triton.cdiv(4 * processors(q.device), tiles))
+    parts = min(math.prod(loops), triton.cdiv(programs(q.device, 4, interpreted=16), tiles))
     out = dbias
     if parts > 1:
         out = torch.empty(parts, *dbias.shape, dtype=torch.float32, device=q.device)
     _dbias_kernel[(tiles * parts,)](
         out, *inputs, padded, *loops, dbias.shape[1], dbias.numel(), parts,
-        SUM_T=dbias.shape[2] == 1, SUM_S=dbias.shape[3] == 1, **aligns, **config,
+        SUM_T=dbias.shape[2] == 1, SUM_S=dbias.shape[3] == 1, **aligns,
+        **constants(shape, D, Dv, q.dtype),
     )  # fmt: skip
     if parts > 1:
         return out.sum(0).to(dbias.dtype)

@@ -3,9 +3,9 @@
 import torch
 import triton
 
-from .. import precision
+from .. import Tiles, precision
 
-# (BLOCK_T, BLOCK_S, num_warps, num_stages) for head sizes up to 64, 128 and 256: large tiles that
+# Tiles(queries, keys, num_warps, num_stages) for head sizes up to 64, 128 and 256: large ones that
 # neither spill registers nor exceed the shared memory of an SM, which is 163 KiB on sm_80, 227 KiB
 # on sm_90 and sm_100, 99 KiB on others.
 _TILES = {
@@ -33,13 +33,13 @@ _FAMILIES = {80: "sm_80", 87: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"
 
 # The sides of those tiles that options halve, where there are no tiles for them.
 _HALVED = {
-    ("sm_80", "dq"): ("BLOCK_T", "BLOCK_S"),
-    ("others", "forward"): ("BLOCK_T", "BLOCK_S"),
-    ("others", "dq"): ("BLOCK_T", "BLOCK_S"),
-    ("sm_100", "dkv"): ("BLOCK_S",),
-    ("", "forward"): ("BLOCK_S",),
-    ("", "dkv"): ("BLOCK_T",),
-    ("", "dq"): ("BLOCK_S",),
+    ("sm_80", "dq"): ("rows", "columns"),
+    ("others", "forward"): ("rows", "columns"),
+    ("others", "dq"): ("rows", "columns"),
+    ("sm_100", "dkv"): ("columns",),
+    ("", "forward"): ("columns",),
+    ("", "dkv"): ("rows",),
+    ("", "dq"): ("columns",),
 }
 
 # Kernels with the same tiles everywhere.
@@ -51,30 +51,35 @@ _OTHER_TILES = {
 }
 
 
-def _config(
+def tiles_of(
     kernel: str, D: int, Dv: int, dtype: torch.dtype, arch: int, *, options: bool = False
-) -> dict:
-    """Constants and launch options on sm_<arch> of a kernel: "forward", "dkv", "dq", "decode" or
-    "dbias". With `options` there is more to hold in registers than scores, band and lengths."""
+) -> Tiles:
+    """Queries (rows) and keys (columns) of a tile on sm_<arch> of a kernel: "forward", "dkv", "dq",
+    "decode" or "dbias". With `options` registers hold more than scores, band and lengths."""
     size = max(D, Dv)
     float32 = dtype == torch.float32
     family = "float32" if float32 else _FAMILIES.get(arch, "others")
     own = _TILES.get((family, f"{kernel} with options")) if options else None
-    tiles = own or _OTHER_TILES.get((kernel, float32)) or _TILES[family, kernel]
-    tile = tiles[0 if size <= 64 else 1 if size <= 128 else 2]
-    config = dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), tile, strict=True))
+    known = own or _OTHER_TILES.get((kernel, float32)) or _TILES[family, kernel]
+    tiles = Tiles(*known[0 if size <= 64 else 1 if size <= 128 else 2])
     if options and not own:
-        for side in _HALVED.get((family, kernel)) or _HALVED.get(("", kernel), ()):
-            config[side] = max(16, config[side] // 2)
+        halved = _HALVED.get((family, kernel)) or _HALVED.get(("", kernel), ())
+        tiles = tiles._replace(**{side: max(16, getattr(tiles, side) // 2) for side in halved})
         if (family, kernel) == ("others", "forward"):
-            config["num_stages"] = 2
-    sizes = {"D": D, "Dv": Dv, "BLOCK_D": block(D), "BLOCK_DV": block(Dv)}
-    if kernel in ("forward", "dkv"):
-        config["GUARD"] = arch == 90
+            tiles = tiles._replace(num_stages=2)
+    return tiles
+
+
+def constants(tiles: Tiles, D: int, Dv: int, dtype: torch.dtype) -> dict:
+    """Constants and launch options of any of these kernels."""
     PRECISION = precision(dtype)
-    if PRECISION == "tf32x3" and size > 128:
+    if PRECISION == "tf32x3" and max(D, Dv) > 128:
         PRECISION = "ieee"  # three products would need more registers than there are
-    return config | sizes | {"PRECISION": PRECISION}
+    return {
+        "BLOCK_T": tiles.rows, "BLOCK_S": tiles.columns,
+        "D": D, "Dv": Dv, "BLOCK_D": block(D), "BLOCK_DV": block(Dv), "PRECISION": PRECISION,
+        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    }  # fmt: skip
 
 
 def block(size: int) -> int:

@@ -5,14 +5,11 @@ The rows of a tile are the queries of all heads that share a key head, so that k
 Each program leaves acc, m and l of its part of the keys; a second kernel weighs and adds them.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 
-from .. import architecture
-from .config import _config
+from .. import architecture, programs
+from .config import block, constants, tiles_of
 from .forward_kernel import attend, result
 from .tile import (
     INF,
@@ -43,13 +40,6 @@ def serves(q, k, opt) -> bool:
     S = k.shape[2] if opt.page_table is None else k.shape[2] * opt.page_table.shape[1]
     few = q.shape[1] // k.shape[1] * q.shape[2] <= _MAX_ROWS
     return few and S >= _MIN_S and opt.cu_seqlens_q is None
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -139,17 +129,18 @@ def forward(q, k, v, o, lse, opt, left, right, dropout_p):
     score_strides, bias_align = matrix_strides(opt.bias, opt.mask)
     numbers = integers(q, k, opt, left, right, dropout_p)
     group, S = numbers[1], numbers[3]
-    config = _config("decode", D, Dv, q.dtype, architecture(q.device))
-    programs = B * Hk * triton.cdiv(group * T, config["BLOCK_T"])
-    wanted = triton.cdiv(2 * processors(q.device), programs)
-    splits = min(wanted, triton.cdiv(S, 2 * config["BLOCK_S"]), _MAX_SPLITS.value)
+    tiles = tiles_of("decode", D, Dv, q.dtype, architecture(q.device))
+    owned = B * Hk * triton.cdiv(group * T, tiles.rows)
+    wanted = triton.cdiv(programs(q.device, 2, interpreted=8), owned)
+    splits = min(wanted, triton.cdiv(S, 2 * tiles.columns), _MAX_SPLITS.value)
     acc = lse.new_empty(B, H, T, splits, Dv)
     m, l = lse.new_empty(2, B, H, T, splits)
-    _decode_kernel[(programs * splits,)](
+    _decode_kernel[(owned * splits,)](
         q, k, v, acc, m, l, opt, *numbers, *row_strides, *score_strides, splits,
-        ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), **config,
+        ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt),
+        **constants(tiles, D, Dv, q.dtype),
     )  # fmt: skip
     _combine_kernel[(B * H * T,)](
         o, *lse, acc, m, l, opt, H, T, splits,
-        MAX_SPLITS=_MAX_SPLITS.value, Dv=Dv, BLOCK_DV=config["BLOCK_DV"],
+        MAX_SPLITS=_MAX_SPLITS.value, Dv=Dv, BLOCK_DV=block(Dv),
     )  # fmt: skip

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import architecture
-from .config import _config
+from .config import constants, tiles_of
 from .tile import (
     INF,
     LOG2E,
@@ -181,9 +181,11 @@ def forward(q, k, v, o, lse, opt, left, right, dropout_p):
     row_strides, align = strides(q, k, v)
     score_strides, bias_align = matrix_strides(opt.bias, opt.mask)
     numbers = integers(q, k, opt, left, right, dropout_p)
-    config = _config("forward", D, Dv, q.dtype, architecture(q.device), options=heavy(opt))
-    grid = (H * blocks(B, T, config["BLOCK_T"], opt),)
+    arch = architecture(q.device)
+    tiles = tiles_of("forward", D, Dv, q.dtype, arch, options=heavy(opt))
+    grid = (H * blocks(B, T, tiles.rows, opt),)
     _forward_kernel[grid](
         q, k, v, o, *lse, opt, *numbers, *row_strides, *score_strides,
-        ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), **config,
+        ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), GUARD=arch == 90,
+        **constants(tiles, D, Dv, q.dtype),
     )  # fmt: skip

@@ -20,7 +20,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 HOST = Path(__file__).parent / "cuda_host"
-OPS = ("attention", "layer_norm", "mlp")
 ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
 
 _FLAGS = {
@@ -87,6 +86,7 @@ def _library(name: str) -> str:
 def load():
     """torch.ops.tfkern_host with the operators of csrc/cuda, of the schemas that tfkern has."""
     import tfkern
+    from tfkern.ops import OPS
 
     flavour = os.environ.get("TFKERN_CUDA_HOST", "plain")
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
@@ -103,6 +103,8 @@ def load():
 
 def patch() -> None:
     """Makes the native backend run the operators for which there are CUDA kernels on the host."""
+    from tfkern.ops import OPS
+
     ops = load()
     importlib.import_module("tfkern.native.linear")._WIDENED_FROM = {}  # as it is on a GPU
     for op in OPS:

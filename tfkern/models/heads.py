@@ -7,8 +7,8 @@ from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
 from tfkern.models.embedding import rows
 from tfkern.nn import Linear
-from tfkern.nn.mlp import FUNCTIONS
 from tfkern.ops import linear
+from tfkern.ops.activation import FUNCTIONS
 
 
 class VocabularyHead(nn.Module):

@@ -1,23 +1,13 @@
 """Feed-forward sublayers on the fused kernels."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tfkern.nn.fusible import fusible
 from tfkern.ops import checks, gated_mlp, mlp
+from tfkern.ops.activation import FUNCTIONS
 from tfkern.ops.mlp import ACTIVATIONS
-
-# torch's, by the names of ours; a model is pickled with its functions, which lambdas cannot be
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 class MLP(nn.Module):

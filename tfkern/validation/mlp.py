@@ -9,14 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfkern import ops
+from tfkern.ops.activation import FUNCTIONS
 from tfkern.validation.case import Case, draw_size
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def draws(rng: random.Random, tensor: Callable[..., Tensor], backend: str | None) -> Iterator[Case]:
@@ -27,7 +21,7 @@ def draws(rng: random.Random, tensor: Callable[..., Tensor], backend: str | None
 def _draw(rng, tensor, backend) -> Case:
     M, K, F_, N = (draw_size(rng, 16, most) for most in (100, 160, 200, 160))
     gated, biased = (rng.random() < 0.5 for _ in range(2))
-    activation = rng.choice(list(ACTIVATIONS))
+    activation = rng.choice(list(FUNCTIONS))
 
     def layer(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
         return tensor(rows, columns) / math.sqrt(columns), tensor(rows) if biased else None
@@ -48,10 +42,10 @@ def _draw(rng, tensor, backend) -> Case:
 
 def torch_mlp(x, w1, b1, w2, b2, *, activation: str = "gelu_tanh") -> Tensor:
     """What `tfkern.mlp` computes, in torch's own operators."""
-    return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
+    return F.linear(FUNCTIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
 
 def torch_gated_mlp(x, w_gate, b_gate, w_up, b_up, w2, b2, *, activation: str = "silu") -> Tensor:
     """What `tfkern.gated_mlp` computes, in torch's own operators."""
     gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
-    return F.linear(ACTIVATIONS[activation](gate) * up, w2, b2)
+    return F.linear(FUNCTIONS[activation](gate) * up, w2, b2)
