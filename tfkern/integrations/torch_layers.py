@@ -19,8 +19,9 @@ def from_torch(layer: Layer, causal: bool | None = None) -> Block:
     """A block with the weights of a layer of torch.
 
     Its call gives (x, h): with norm_first=False x is the layer's output, with norm_first=True it is
-    x + h, the addition being left to the norm of the next block. Padding is given as
-    `Context({"key_lengths": lengths})` or `{"mask": mask[:, None, None]}`, True where a key exists.
+    x + h, the addition being left to the norm of the next block. Padding is given as the context:
+    `Context({"key_lengths": lengths})` or `Context({"mask": mask[:, None, None]})` of
+    `tfkern.models.blocks`, where the mask is True where a key exists.
 
     Args:
         layer: its activation is ReLU, GELU or SiLU. The dropout between its two linear layers has
