@@ -22,6 +22,7 @@ RANKS = {
     "tfkern.nn": 3,
     "tfkern.models": 4,
     "tfkern.tokenize": 4,
+    "tfkern.classic": 5,
     "tfkern.generate": 5,
     "tfkern.integrations": 5,
     "tfkern.testing": 1,

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 import tfkern
-from tfkern.models import cross_entropy
-from tfkern.models.recurrent import RecurrentSeq2Seq
-from tfkern.nn.attention_kinds import (
+from tfkern.classic import (
     AdditiveAttention,
     HardAttention,
     LuongAttention,
     MovingBaseline,
+    RecurrentSeq2Seq,
     SoftAttention,
     coverage_penalty,
     reinforce,
     running_mean,
 )
+from tfkern.models import cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,8 +166,9 @@ def test_additive_attention(kind):
     y, weights = module(query, memory, lengths)
     for b in range(B):
         for t, h in enumerate(query[b]):
-            hidden = [(module.query(h) + module.memory(m)).tanh() for m in memory[b, : lengths[b]]]
-            p = torch.cat([module.score(x) for x in hidden]).softmax(0)
+            a, there = module.scores, memory[b, : lengths[b]]
+            hidden = [(a.query(h) + a.memory(m)).tanh() for m in there]
+            p = torch.cat([a.score(x) for x in hidden]).softmax(0)
             context = p @ memory[b, : lengths[b]]
             if kind is SoftAttention:
                 context = context * (module.gate.weight[0] @ h + module.gate.bias).sigmoid()
@@ -177,12 +178,21 @@ def test_additive_attention(kind):
     assert torch.autograd.gradcheck(lambda q, m: module(q, m, lengths), (query, memory))
 
 
-def test_the_network_of_luongs_concat_is_called():
+@pytest.mark.parametrize(
+    "kind, member",
+    [
+        (lambda: LuongAttention(C, "concat"), "additive"),
+        (lambda: AdditiveAttention(C), "scores"),
+        (lambda: SoftAttention(C), "scores"),
+        (lambda: HardAttention(C), "scores"),
+    ],
+)
+def test_the_network_that_scores_is_called(kind, member):
     """What hangs on it is not passed over."""
-    module = LuongAttention(C, "concat").double()
+    module = kind().double()
     query, memory = inputs()
-    module.additive.register_forward_hook(lambda m, args, scores: 0 * scores)
-    _, weights = module(query, memory)
+    getattr(module, member).register_forward_hook(lambda m, args, scores: 0 * scores)
+    weights = module(query, memory)[1]
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / S))
 
 
@@ -202,7 +212,7 @@ def test_reinforce_is_unbiased(baseline):
     rewards = torch.tensor([1.0, 3.0, -2.0, 0.5, 4.0, 0.0], dtype=torch.float64)
     rows = logits.expand(n, 1, -1).clone().requires_grad_()
     module = HardAttention(1, 1, soft_share=0.0).train()
-    module.scores = lambda *_: rows
+    module.scores.forward = lambda *_: rows
     choice = module(None, torch.zeros(n, 6, 1))
     loss = reinforce(choice, rewards[choice.place], baseline, entropy=0.0)
     (grad,) = torch.autograd.grad(loss, rows)
@@ -236,7 +246,7 @@ def test_hard_attention_looks_at_one_patch():
     values = memory.clone()
     values[:, others] = torch.nan
     scores = module.scores(query, memory)
-    module.scores = lambda *_: scores
+    module.scores.forward = lambda *_: scores
     assert module(query, values).context.isfinite().all()
 
 

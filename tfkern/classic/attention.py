@@ -5,7 +5,7 @@ Additive attention scores by a small network (Bahdanau et al. 2015). Soft attent
 what it looks at, hard attention one thing, drawn at random (Xu et al. 2015).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class AdditiveScores(nn.Module):
         self.memory = nn.Linear(memory_dim or dim, hidden, bias=False)
         self.score = nn.Linear(hidden, 1, bias=False)
 
-    def forward(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Any:
+    def forward(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T, S), -inf beyond lengths; arguments as in `AdditiveAttention`."""
         checks.dense("query", query)
         checks.dense("memory", memory)
@@ -52,12 +52,18 @@ class AdditiveScores(nn.Module):
         return _within(self.score(hidden).squeeze(-1), lengths)
 
 
-class AdditiveAttention(AdditiveScores):
+class AdditiveAttention(nn.Module):
     """`softmax(v tanh(W query + U memory))`, the attention of Bahdanau et al. 2015.
 
     Args:
         dim, memory_dim, hidden_dim: as in `AdditiveScores`.
     """
+
+    def __init__(
+        self, dim: int, memory_dim: int | None = None, hidden_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.scores = AdditiveScores(dim, memory_dim, hidden_dim)
 
     def forward(
         self, query: Tensor, memory: Tensor, lengths: Tensor | None = None
@@ -75,10 +81,6 @@ class AdditiveAttention(AdditiveScores):
         """
         weights = _softmax(self.scores(query, memory, lengths))
         return weights @ memory, weights
-
-    def scores(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, S), -inf beyond lengths."""
-        return super().forward(query, memory, lengths)
 
 
 class LuongAttention(nn.Module):
@@ -255,13 +257,13 @@ class SoftAttention(AdditiveAttention):
         return self.gate(query).sigmoid() * context, weights
 
 
-class HardAttention(AdditiveAttention):
+class HardAttention(nn.Module):
     """One patch of those that Xu et al. 2015 choose from: in training drawn, else the likeliest.
 
     The draw has no gradient; `reinforce` trains the scores by what it led to.
 
     Args:
-        dim, memory_dim, hidden_dim: as in `AdditiveAttention`.
+        dim, memory_dim, hidden_dim: as in `AdditiveScores`.
         soft_share: in training this share of the batch takes the mean instead, which steadies it.
         temperature: divides the scores.
     """
@@ -274,17 +276,16 @@ class HardAttention(AdditiveAttention):
         soft_share: float = 0.5,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(dim, memory_dim, hidden_dim)
+        super().__init__()
         if not 0 <= soft_share <= 1 or not temperature > 0:
             raise ValueError(
                 f"soft_share must lie in [0, 1] and temperature be positive, got {soft_share} and "
                 f"{temperature}"
             )
+        self.scores = AdditiveScores(dim, memory_dim, hidden_dim)
         self.soft_share, self.temperature = soft_share, temperature
 
-    def forward(  # type: ignore[override]
-        self, query: Tensor, memory: Tensor, lengths: Tensor | None = None
-    ) -> Choice:
+    def forward(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Choice:
         """Looks at one place of the memory for each query; arguments as in `AdditiveAttention`."""
         logp = (self.scores(query, memory, lengths) / self.temperature).log_softmax(-1)
         weights = logp.exp()
@@ -357,17 +358,3 @@ def _within(scores: Tensor, lengths: Tensor | None) -> Tensor:
         return scores
     place = torch.arange(scores.shape[-1], device=scores.device)
     return scores.masked_fill((place >= lengths[:, None])[:, None], -torch.inf)
-
-
-__all__ = [
-    "AdditiveAttention",
-    "AdditiveScores",
-    "Choice",
-    "HardAttention",
-    "LuongAttention",
-    "MovingBaseline",
-    "SoftAttention",
-    "coverage_penalty",
-    "reinforce",
-    "running_mean",
-]

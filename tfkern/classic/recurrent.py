@@ -20,7 +20,7 @@ class RecurrentSeq2Seq(nn.Module):
         dim: of embeddings and states.
         cell: "gru" or "lstm".
         attention: what takes (states, memory, lengths) to (states, weights), such as
-            `tfkern.nn.attention_kinds.LuongAttention`; None for none.
+            `tfkern.classic.LuongAttention`; None for none.
         input_feeding: whether the decoder's next input holds the attentional state, so that it
             knows where it looked; it runs step by step then.
 
