@@ -15,7 +15,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from . import attention, block, environment, layer_norm, mlp, report, sweep, timing
+from . import attention, block, environment, layer_norm, measure, mlp, report, timing
 from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, compiled, prepared
 
 CHOICES = ("torch",)
@@ -169,7 +169,7 @@ def _disagreements(comparison: Comparison, case: Case) -> dict[str, str]:
         if variant.unavailable is not None:
             raise NotImplementedError(f"{variant.name} cannot run: {variant.unavailable}")
         torch.manual_seed(0)  # the same inputs for both, and in every run
-        problem = sweep.disagreement(case, variant)
+        problem = measure.disagreement(case, variant)
         if problem is not None:
             found[variant.name] = problem
     return found

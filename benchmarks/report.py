@@ -16,7 +16,8 @@ from rich.table import Table
 from tfkern import files
 
 from .case import BOTH
-from .sweep import MEASURED, Results, size, slopes
+from .measure import MEASURED, size
+from .sweep import Results, slopes
 
 # The colours of Okabe and Ito (2008), which stay apart for colour-blind readers. A variant keeps
 # its colour and marker in every chart.

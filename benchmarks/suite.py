@@ -3,7 +3,7 @@
 Attention has 16 384 tokens of 2048 features in every case, as FlashAttention's own benchmarks (Dao
 2023), so that only what is quadratic grows. All variants of a case are timed in one rotation, by
 the protocol of `timing.py`, and each is first compared with float64 at that very size
-(`sweep.disagreement`). A row is a pass of a variant of a case; a variant without a time has the
+(`measure.disagreement`). A row is a pass of a variant of a case; a variant without a time has the
 reason in its `status`. The rows of all cases stand in one file for each GPU, which is written after
 every case. Running a case replaces its rows.
 
@@ -24,9 +24,9 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from . import attention, environment, layer_norm, memory, mlp, report, sweep, timing
+from . import attention, environment, layer_norm, memory, mlp, report, timing
 from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, prepared
-from .sweep import MEASURED
+from .measure import MEASURED, disagreement, does_not_fit, measurements
 from .worker import Lost, Worker
 
 BACKENDS = ("triton", "native")
@@ -233,7 +233,7 @@ def measure(
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                failure = variant.unavailable or sweep.does_not_fit(case, variant)
+                failure = variant.unavailable or does_not_fit(case, variant)
                 failure = failure or _wrong(point, variant)
                 if failure is None:
                     step = prepared(case, variant, inputs)
@@ -270,7 +270,7 @@ def _free(device: str) -> None:
 
 def _wrong(point: Point, variant: Variant) -> str | None:
     torch.manual_seed(0)  # the same inputs for all, and in every run
-    problem = sweep.disagreement(point.case.excerpt(), variant, point.case)
+    problem = disagreement(point.case.excerpt(), variant, point.case)
     return None if problem is None else _WRONG + problem
 
 
@@ -305,7 +305,7 @@ def _as_rows(
                 "pass": which,
                 "variant": variant.name,
                 "status": failures.get(variant.name, MEASURED),
-                **sweep.measurements(case, which, time, ceiling),
+                **measurements(case, which, time, ceiling),
                 "against": fastest if time else None,
                 "ratio": None,
                 "peak_bytes": peaks.get(variant.name) if which == case.passes[-1] else None,

@@ -5,16 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-
-from tfkern.testing import validate
-
-from . import environment, memory, timing
+from . import environment, measure, memory, timing
 from .case import BOTH, FORWARD, Case, Variant, prepared
+from .measure import MEASURED, size
 
-MEASURED = "measured"
 _FAILURES = (RuntimeError, MemoryError)  # of a variant, which costs its own rows only
 
 
@@ -66,7 +60,7 @@ def run(
         left_out = {}
         for variant in variants:
             seconds = _predicted_seconds(point, previous.get(variant.name), results.ceiling)
-            left_out[variant.name] = does_not_fit(point, variant) or (
+            left_out[variant.name] = measure.does_not_fit(point, variant) or (
                 f"would take {_duration(seconds)} a call" if seconds > max_seconds else None
             )
         running = [v for v in variants if left_out[v.name] is None]
@@ -99,20 +93,6 @@ def check_memory(case: Case, backends: Iterable[str] | None = None) -> None:
         if need > there:
             sizes = f"at least {size(need)}, and {size(there)} of memory are free"
             raise ValueError(f"{case.op} does not fit: {what} it needs {sizes}")
-
-
-def count_flops(case: Case, variant: Variant) -> int:
-    """FLOPs of a call as its operators add up, on tensors without memory: any length, no time.
-
-    Plain operators count by their shapes. Fused ones count the tiles that they visit.
-    """
-    formulas = case.flop_formulas()
-    with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        step = prepared(case, variant, case.inputs(), traced=True)
-        output = step.forward()
-        if step.backward is not None:
-            step.backward(output)
-    return counter.get_total_flops()
 
 
 def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
@@ -153,7 +133,7 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
         unavailable, problem = variant.unavailable, None
         if unavailable is None:
             try:
-                problem = disagreement(small, variant)
+                problem = measure.disagreement(small, variant)
             except _FAILURES as error:  # a backend or an operator that does not serve these
                 unavailable = timing.reason(error)
                 timing.synchronize(small.device)
@@ -167,60 +147,6 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
         else:
             usable.add(variant.name)
     return usable
-
-
-def disagreement(case: Case, variant: Variant, whole: Case | None = None) -> str | None:
-    """How the variant differs from the reference in float64 on this case, None if it agrees.
-
-    With `whole`, of which the case is the excerpt, the variant computes all of that, on repetitions
-    of the excerpt's inputs, and the first is compared: the very kernels that are to be timed.
-    """
-    report = validate(
-        variant.call if whole is None else _repeated(variant.call, whole),
-        case.reference,
-        case.inputs(),
-        gradients=case.backward,
-        floor_scale=case.floor_scale(),
-    )
-    for c in report.comparisons:
-        if c.problem is not None:
-            return f"{c.name}: {c.problem}"
-        if not c.ok:
-            return f"{c.name} is off by {c.error:.1e}, the limit is {c.limit:.1e}"
-    return None
-
-
-def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
-    """The call on inputs repeated to the shapes of the whole case; the part of its outputs that
-    belongs to the inputs as they were."""
-    shapes = {name: x.shape for name, x in replace(whole, device="meta").inputs().items()}
-
-    def part(**inputs: Tensor) -> Any:
-        times = {
-            name: [n // m for n, m in zip(shapes[name], x.shape, strict=True)]
-            for name, x in inputs.items()
-        }
-        outputs = call(**{name: x.repeat(times[name]) for name, x in inputs.items()})
-        first = times[next(iter(inputs))]  # the outputs have the dimensions of the first input
-
-        def cut(output: Tensor) -> Tensor:
-            for dim, count in enumerate(first):
-                output = output.narrow(dim, 0, output.shape[dim] // count)
-            return output
-
-        return tuple(map(cut, outputs)) if isinstance(outputs, tuple) else cut(outputs)
-
-    return part
-
-
-def does_not_fit(case: Case, variant: Variant) -> str | None:
-    """Why there is too little memory for the variant now, by what it says and by its tensors."""
-    # A tenth stays free: the prediction leaves out what allocators and libraries keep.
-    there = 0.9 * memory.available(case.device)
-    for need in (variant.scratch, memory.footprint(case, variant)[1]):
-        if need > there:
-            return f"would need {size(need)}"
-    return None
 
 
 def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: float) -> float:
@@ -271,7 +197,7 @@ def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str
             "variant": variant.name,
             "pass": which,
             "status": failure or MEASURED,
-            **measurements(case, which, time, results.ceiling),
+            **measure.measurements(case, which, time, results.ceiling),
             "counted_flops": _counted(results, case, variant) if main else None,
             "peak_bytes": peak if main else None,
             "predicted_bytes": variant.scratch if main else None,
@@ -279,54 +205,12 @@ def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str
         results.rows.append(row | results.environment)
 
 
-def measurements(
-    case: Case, which: str, time: timing.Timing | None, ceiling: float
-) -> dict[str, Any]:
-    """The columns of a pass that hold what was measured, None where nothing was.
-
-    `ceiling` is in FLOP/s or bytes/s.
-    """
-    scale = 1e12 if case.unit == "TFLOP/s" else 1e9
-    row: dict[str, Any] = {
-        "p20_ms": None,
-        "p50_ms": None,
-        "p80_ms": None,
-        "samples": None,
-        "host_ms": None,
-        "graph_ms": None,
-        "rate": None,
-        "unit": case.unit,
-        "ceiling": ceiling / scale,
-        "fraction_of_ceiling": None,
-    }
-    if time is not None:
-        p20, p50, p80 = time.quantiles(which)
-        rate = case.work(which) / p50
-        row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
-        row |= {"samples": len(time.samples), "rate": rate / scale}
-        row |= {"fraction_of_ceiling": rate / ceiling}
-        row |= {"host_ms": _ms(time.host.get(which)), "graph_ms": _ms(time.graph.get(which))}
-    return row
-
-
 def _counted(results: Results, case: Case, variant: Variant) -> int | None:
     try:
-        return count_flops(case, variant)
+        return measure.count_flops(case, variant)
     except Exception as error:  # an operator that cannot be traced on tensors without memory
         results.note(f"FLOPs of {variant.name} are not counted: {timing.reason(error)}")
         return None
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
-
-
-def size(count: float) -> str:
-    """Bytes as text, such as 34 GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import tfkern
-from tfkern.benchmarks import against, attention, environment, memory, report, sweep, timing
+from tfkern.benchmarks import (
+    against,
+    attention,
+    environment,
+    measure,
+    memory,
+    report,
+    sweep,
+    timing,
+)
 from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load
 from tfkern.models import TransformerConfig
 from tfkern.models.blocks import Block
@@ -56,7 +65,7 @@ def _names(case):
 def test_counted_flops_are_quadratic(name, causal, backward):
     lengths = [4096, 8192, 16384, 32768, 65536]
     case = _case(causal=causal, backward=backward)
-    counts = [sweep.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
+    counts = [measure.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
     assert sweep.slope(lengths, counts) == pytest.approx(2, abs=0.02)
 
 
@@ -64,7 +73,7 @@ def test_counted_flops_are_quadratic(name, causal, backward):
 def test_counted_flops_equal_the_closed_form(name):
     case = _case(length=4096, batch=3)
     closed = 4 * 3 * 2 * 4096**2 * 8
-    assert sweep.count_flops(case, _variant(case, name)) == closed == case.work("forward")
+    assert measure.count_flops(case, _variant(case, name)) == closed == case.work("forward")
 
 
 @pytest.mark.parametrize("name", [n for n in _names(_case()) if n.startswith("tfkern")])
@@ -74,13 +83,13 @@ def test_counted_flops_of_a_window_are_linear(name, causal):
         pytest.skip("computes everything")
     lengths = [4096, 8192, 16384, 32768, 65536]
     case = _case(causal=causal, window=256, backward=True)
-    counts = [sweep.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
+    counts = [measure.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
     assert sweep.slope(lengths, counts) == pytest.approx(1, abs=0.02)
 
 
 def test_torch_computes_all_of_a_window():
     case = _case(length=1024, causal=True, window=64)
-    counted = sweep.count_flops(case, _variant(case, "sdpa flash"))
+    counted = measure.count_flops(case, _variant(case, "sdpa flash"))
     assert counted == 4 * 2 * 1024**2 * 8
 
 
@@ -164,7 +173,7 @@ def test_what_cannot_be_traced_has_no_flops(quick, monkeypatch):
     monkeypatch.setattr(sweep, "count_flops", fails)
     results = sweep.run(_case(), [16], ["reference"], protocol=_QUICK)
     assert {r["counted_flops"] for r in results.rows} == {None}
-    assert {r["status"] for r in results.rows} == {sweep.MEASURED}
+    assert {r["status"] for r in results.rows} == {measure.MEASURED}
     assert "FLOPs of plain are not counted: TypeError: fake tensors" in results.notes
 
 
@@ -173,11 +182,11 @@ def test_what_does_not_fit_is_predicted_and_not_run(quick, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: need)
     results = sweep.run(_case(), [512, 1024], protocol=_QUICK)
     rows = {(r["variant"], r["length"]): r for r in results.rows}
-    assert rows["plain", 512]["status"] == sweep.MEASURED
+    assert rows["plain", 512]["status"] == measure.MEASURED
     assert rows["plain", 1024]["status"] == "would need 16.8 MB"
     assert rows["plain", 1024]["predicted_bytes"] == need
     assert rows["plain", 1024]["p50_ms"] is None
-    assert rows["sdpa flash", 1024]["status"] == sweep.MEASURED
+    assert rows["sdpa flash", 1024]["status"] == measure.MEASURED
 
 
 def test_what_takes_too_long_is_predicted(quick):
@@ -220,7 +229,7 @@ def test_other_ops(quick, monkeypatch, tmp_path, op):
     )
     results = sweep.run(kind(length=16, hidden=48, backward=True), [16, 32], protocol=_QUICK)
     assert not results.wrong
-    assert {r["status"] for r in results.rows} == {sweep.MEASURED}
+    assert {r["status"] for r in results.rows} == {measure.MEASURED}
     assert len(report.write(results, tmp_path)) == 3
 
 
@@ -385,7 +394,7 @@ def test_what_runs_out_of_memory_costs_its_row_only(quick, monkeypatch, capsys, 
     results = sweep.run(_case(), [16, 256], protocol=_QUICK)
     status = {(r["variant"], r["length"]): r["status"] for r in results.rows}
     told = f"{type(error).__name__}: {error}"
-    assert status.pop(("greedy", 256)) == told and set(status.values()) == {sweep.MEASURED}
+    assert status.pop(("greedy", 256)) == told and set(status.values()) == {measure.MEASURED}
     report.show(results, Console(width=120))
     assert f"greedy at 256: {told}" in capsys.readouterr().out
 

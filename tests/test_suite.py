@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from tfkern.benchmarks import attention, environment, layer_norm, memory, mlp, report, suite, timing
 from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant
+from tfkern.benchmarks.measure import MEASURED, disagreement
 from tfkern.benchmarks.suite import Point
-from tfkern.benchmarks.sweep import MEASURED, disagreement
 from tfkern.benchmarks.worker import Lost, Worker, _serve
 from tfkern.cli import main
 

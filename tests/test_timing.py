@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tfkern.benchmarks import attention, sweep, timing
+from tfkern.benchmarks import attention, measure, timing
 from tfkern.benchmarks.case import BOTH, FORWARD
 
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
@@ -117,7 +117,7 @@ def test_times_of_a_gpu(monkeypatch):
     assert timings["long"].graph == {}  # launches are nothing beside it
     assert cuda.stream == "current" and cuda.log.count("reset") == 3
     assert all(t.failure is None and t.uncaptured is None for t in timings.values())
-    row = sweep.measurements(
+    row = measure.measurements(
         attention.OpCase(length=64, backward=True), BOTH, timings["both"], 1e12
     )
     assert row["host_ms"] == row["graph_ms"] == pytest.approx(5)

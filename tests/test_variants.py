@@ -1,4 +1,6 @@
-"""The same cases under pytest-benchmark: `pytest benchmarks --benchmark-only`.
+"""Every variant of the benchmarks under pytest-benchmark: right, and timed.
+
+    pytest -m slow tests/test_variants.py --benchmark-only
 
 One length and one pass each; `tfkern bench` does the sweeps.
 """
@@ -6,11 +8,11 @@ One length and one pass each; `tfkern bench` does the sweeps.
 import pytest
 import torch
 
-# Not relative: pytest imports this file by its path, and then it is no part of tfkern.
-from tfkern.benchmarks import OPS, sweep
+from tfkern.benchmarks import OPS, measure
 from tfkern.benchmarks.case import load, prepared
 
 pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.slow
 
 _LENGTHS = {"attention": 512, "layer_norm": 2048, "mlp": 512, "block": 256, "model": 256}
 
@@ -30,7 +32,7 @@ def test_benchmark(benchmark, case, variant):
     small = case.small()
     same = next(v for v in small.variants() if v.name == variant.name)
     try:
-        problem = sweep.disagreement(small, same)
+        problem = measure.disagreement(small, same)
     except NotImplementedError as error:
         pytest.skip(str(error))
     assert problem is None, "a wrong result is not timed"
