@@ -170,7 +170,7 @@ def test_what_cannot_be_traced_has_no_flops(quick, monkeypatch):
     def fails(case, variant):
         raise TypeError("fake tensors")
 
-    monkeypatch.setattr(sweep, "count_flops", fails)
+    monkeypatch.setattr(measure, "count_flops", fails)
     results = sweep.run(_case(), [16], ["reference"], protocol=_QUICK)
     assert {r["counted_flops"] for r in results.rows} == {None}
     assert {r["status"] for r in results.rows} == {measure.MEASURED}

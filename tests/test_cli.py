@@ -250,8 +250,9 @@ def test_a_forced_backend_that_cannot_serve_is_an_error(quick, capsys, tmp_path)
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
 def test_a_missing_extra_is_one_line(monkeypatch, capsys, missing):
-    for name in [n for n in sys.modules if n.startswith(("tfkern.benchmarks.", missing))]:
+    for name in [n for n in sys.modules if n.startswith(("tfkern.cli.", missing))]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(cli, name.removeprefix("tfkern.cli."), raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == (
