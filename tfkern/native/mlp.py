@@ -12,9 +12,10 @@ _activate_backward = torch.ops.tfkern.mlp_activation_backward.default
 
 def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
     dtype, product = x.dtype, product_dtype(x, x.dtype)
-    x, w1, b1, w_up, b_up, w2, b2 = (
-        t if t is None else t.to(product) for t in (x, w1, b1, w_up, b_up, w2, b2)
-    )
+    if product != dtype:
+        x, w1, b1, w_up, b_up, w2, b2 = (
+            t if t is None else t.to(product) for t in (x, w1, b1, w_up, b_up, w2, b2)
+        )
     total = F.linear(x, w1, b1)
     up = None if w_up is None else F.linear(x, w_up, b_up)
     h, rounded = _activate(total, up, activation, dtype)
@@ -31,7 +32,8 @@ def backward(dy, x, w1, b1, w_up, b_up, w2, b2, pre, up, activation, wanted=(Tru
     dtype, product = x.dtype, product_dtype(x, x.dtype)
     want_db1, want_db_up = want_db1 and b1 is not None, want_db_up and b_up is not None
     db2 = dy.sum(0) if want_db2 and b2 is not None else absent
-    dy, x, w1, w2 = (t.to(product) for t in (dy, x, w1, w2))
+    if product != dtype:
+        dy, x, w1, w2 = (t.to(product) for t in (dy, x, w1, w2))
     dpre, h, db = _activate_backward(dy @ w2, pre, up, activation, want_db1 or want_db_up)
     dpre, *dup = dpre.unbind()
     dx = dpre @ w1 if want_dx else absent
