@@ -303,6 +303,13 @@ def test_doctor_tells_which_gpus_ran_a_kernel(monkeypatch, tmp_path):
     assert doctor._gpus() == {("attention", "triton"): {"NVIDIA H100"}}
 
 
+def test_doctor_does_not_know_where_kernels_ran_without_results(monkeypatch, tmp_path):
+    """A wheel holds no results: that there are none says nothing."""
+    monkeypatch.setattr("tfkern.benchmarks.__path__", [str(tmp_path)])
+    told = {gpus for *_, backend, _, gpus in doctor._kernels() if gpus}
+    assert told <= {"not known here: wheels hold no results"}
+
+
 def test_doctor_lists_the_cuda_kernels():
     _C = pytest.importorskip("tfkern._C", reason="no native build")
     listed = {name: architectures for name, _, architectures, _ in doctor._kernels()}

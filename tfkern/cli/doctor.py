@@ -91,7 +91,7 @@ def _kernels() -> list[tuple[str, str, str, str]]:
         kernels = importlib.import_module("tfkern.kernels")
         for found in pkgutil.walk_packages(kernels.__path__, "tfkern.kernels."):
             module, op = importlib.import_module(found.name), found.name.split(".")[2]
-            gpus = ", ".join(sorted(run.get((op, "triton"), ()))) or "no GPU yet"
+            gpus = _told(run, [op], "triton")
             for name, kernel in vars(module).items():
                 function = getattr(kernel, "fn", None)
                 if name.endswith("_kernel") and getattr(function, "__module__", "") == found.name:
@@ -102,20 +102,30 @@ def _kernels() -> list[tuple[str, str, str, str]]:
         for name in _C.cuda_kernels:
             # `sum_partials_kernel` belongs to no op: layer_norm and mlp both call it.
             ops = [op for op in OPS if name.startswith(op)] or ["layer_norm", "mlp"]
-            gpus = ", ".join(sorted({g for op in ops for g in run.get((op, "native"), ())}))
+            gpus = _told(run, ops, "native")
             built_for = ", ".join(_C.cuda_architectures)
             built_for += " and PTX" if "sm_80" in _C.cuda_architectures else ""
-            rows.append((name, "native", built_for, gpus or "no GPU yet"))
+            rows.append((name, "native", built_for, gpus))
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith("tfkern::"):
             rows.append((name.removeprefix("tfkern::"), "native", "CPU", ""))
     return rows
 
 
-def _gpus() -> dict[tuple[str, str], set[str]]:
-    """The GPUs that benchmarks/results has rows of, by op and backend."""
+def _told(run: dict[tuple[str, str], set[str]] | None, ops: list[str], backend: str) -> str:
+    if run is None:
+        return "not known here: wheels hold no results"
+    return ", ".join(sorted({g for op in ops for g in run.get((op, backend), ())})) or "no GPU yet"
+
+
+def _gpus() -> dict[tuple[str, str], set[str]] | None:
+    """The GPUs that benchmarks/results has rows of, by op and backend. None if there is no such
+    folder, which is part of the repository but not of a wheel."""
+    results = Path(tfkern.benchmarks.__path__[0]) / "results"
+    if not results.is_dir():
+        return None
     gpus: dict[tuple[str, str], set[str]] = {}
-    for path in Path(tfkern.benchmarks.__path__[0]).glob("results/**/*.csv"):
+    for path in results.glob("**/*.csv"):
         for row in report.read(path):
             package, _, backend = row.get("variant", "").partition(" ")
             ran = row.get("driver") and row.get("status") == "measured"  # a driver: on a GPU
