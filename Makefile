@@ -70,7 +70,7 @@ clean:
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DATA)
 	@touch $@
 
-.gpu/ready: pyproject.toml setup.py tfkern_program.py $(wildcard csrc/* csrc/*/* csrc/cpu/attention/* kernels/* kernels/*/* tfkern/* tfkern/*/* benchmarks/*)
+.gpu/ready: pyproject.toml setup.py tfkern_program.py $(wildcard csrc/* csrc/*/* csrc/cpu/attention/* kernels/* kernels/*/* tfkern/* tfkern/*/* tfkern/*/*/* benchmarks/*)
 	rm -rf .gpu build
 	TFKERN_CUDA_ARCHITECTURES=$${TFKERN_CUDA_ARCHITECTURES-native} $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --target .gpu .
 	@touch $@

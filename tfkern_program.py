@@ -37,25 +37,28 @@ def main() -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     stop = _Stop()
+    status = 0
     try:
-        from tfkern import cli
+        try:
+            from tfkern import cli
 
-        stop.at_once = False
-        status = cli.main()
-    except SystemExit as left:  # the reader of a pipe is gone
-        status = left.code if isinstance(left.code, int) else 1
+            stop.at_once = False
+            status = cli.main()
+        except SystemExit as left:  # the reader of a pipe is gone
+            status = left.code if isinstance(left.code, int) else 1
+        except Exception as error:
+            status = failed(error)
+        stop.at_once = True  # nothing is left to clean up, nor anybody who would catch Stopped
     except Stopped:
         _flush()
         stop.leave()
-    except Exception as error:
-        status = failed(error)
     return _flush() or status
 
 
 class _Stop:
     """What a signal does: the first one raises Stopped, and soon the process ends in any case.
 
-    While `at_once` is set it ends without cleaning up, of which there is none during imports.
+    While `at_once` is set, during imports and at the end, it ends without cleaning up.
     """
 
     def __init__(self) -> None:

@@ -236,7 +236,7 @@ def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[in
     return 2 * B * H * visible_pairs(T, S, band, tile) * (products[0] * D + products[1] * Dv)
 
 
-# kBlock of csrc/cpu/attention.cpp. Its tiles of keys end where the last of these queries sees none.
+# kBlock of csrc/cpu/attention.h. Its tiles of keys end where the last of these queries sees none.
 _NATIVE_TILE = 64, 1
 
 

@@ -26,6 +26,7 @@ from tfkern.models import (  # noqa: E402
     save,
 )
 from tfkern.models.convert import FAMILIES as FAMILY  # noqa: E402
+from tfkern.models.convert import earlier  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -420,6 +421,15 @@ def test_directories_of_earlier_versions(name):
     expected = safetensors.load_file(directory / "expected.safetensors")
     logits = expected.pop("logits")
     torch.testing.assert_close(load(directory)(**expected), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_two_forms_in_one_file():
+    config = TransformerConfig(vocab_size=3, dim=2, layers=1, heads=1, max_length=4)
+    name = "decoder.blocks.0.attention"
+    state = {f"{name}.qkv.bias": torch.ones(6), f"{name}.qkv_by_head.bias": torch.zeros(6)}
+    for names in (list(state), list(reversed(state))):
+        with pytest.raises(ValueError, match="qkv_by_head.bias is there twice"):
+            earlier.today({name: state[name] for name in names}, config)
 
 
 @pytest.mark.parametrize(

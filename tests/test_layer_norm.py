@@ -483,6 +483,9 @@ def test_several_axes(backend, device, shape, residual):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="axes must lie in 1 to"):
         tfkern.rms_norm(x, axes=len(shape) + 1)
+    for axes in (2.0, "2", None, 0):
+        with pytest.raises(ValueError, match="axes must lie in 1 to"):
+            tfkern.layer_norm(x, axes=axes)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -121,6 +121,32 @@ doctor.show = deaf
     assert (process.returncode, error) == (status, f"tfkern: {told}\n")
 
 
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_while_nobody_reads_what_was_printed(number):
+    """Output that fills the pipe leaves the buffer at the end only."""
+    full = """
+import os, threading
+def show(kernels):
+    os.set_blocking(1, False)
+    try:
+        while True:
+            os.write(1, b"x")
+    except BlockingIOError:
+        os.set_blocking(1, True)
+    print("more")
+    threading.Timer(0.2, os.write, (2, b"soon\\n")).start()
+doctor.show = show
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    process = planted(full, "doctor", env=environment)
+    assert process.stderr.readline() == "soon\n"  # the main thread is flushing by now
+    time.sleep(0.2)
+    process.send_signal(number)
+    status, told = STATUS[number]
+    assert process.wait(timeout=PATIENCE) == status
+    assert process.stderr.read() == f"tfkern: {told}\n"
+
+
 def test_an_interrupt_that_the_caller_ignores_is_ignored():
     """As of a command in the background of a script."""
     code = "doctor.show = lambda kernels: (print('here', flush=True), time.sleep(1), print('on'))"

@@ -115,6 +115,13 @@ def test_positions_are_counted_in_tokens():
         last(torch.randn(B, T, 16, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("wrong", [(T,), (1, T + 1), (B + 1, T), (1, 1, T)], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_positions_that_do_not_fit(name, wrong):
+    with pytest.raises(ValueError, match="positions has shape"):
+        make(name)(torch.randint(V, (B, T)), positions=torch.zeros(wrong, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("positions", ["rotary", "relative"])
 def test_the_length_is_not_that_of_the_stream(positions):
     """Which is spread over devices where sequences are parallel: here one has 3 of 6 rows."""

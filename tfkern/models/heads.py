@@ -44,7 +44,8 @@ class VocabularyHead(nn.Module):
             y = self.norm(self.act(self.dense(y)))
         y = y if self.scale == 1 else y * self.scale
         table = table if self.weight is None else self.weight
-        assert table is not None
+        if table is None:
+            raise ValueError("a tied vocabulary head needs the table of a token embedding")
         logits = linear(y, table)
         logits = logits[..., : self.vocab_size]  # not those of the rows that pad the table
         return logits if self.bias is None else logits + self.bias

@@ -16,7 +16,7 @@ def cross_entropy(
             a language model (B, T): the token that follows each token.
 
     Raises:
-        ValueError: targets of another shape than the logits without classes.
+        ValueError: targets that are not int64, or of another shape than the logits without classes.
     """
     if isinstance(logits, tuple):
         if not isinstance(targets, (tuple, list)) or len(targets) != len(logits):
@@ -26,5 +26,7 @@ def cross_entropy(
     if not isinstance(targets, Tensor) or targets.shape != logits.shape[:-1]:
         shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         raise ValueError(f"targets has shape {shape}, expected {tuple(logits.shape[:-1])}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.flatten())

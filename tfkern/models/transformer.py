@@ -91,7 +91,8 @@ class Transformer(nn.Module):
             mask, source_mask: of tokens and source, see the class.
             token_types: (B, T), the segment of each token; 0 if None.
             positions: (B or 1, T) int64, of the tokens. If None they are counted, which a model
-                without embedding cannot do.
+                without embedding cannot do. ALiBi and relative positions are distances between
+                tokens, in number: they take no more than T from here.
 
         Returns:
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
@@ -210,6 +211,8 @@ class Transformer(nn.Module):
             has = "no such part" if stack is None else f"layers 0 to {len(stack.blocks) - 1}"
             raise ValueError(f"layer {layer} of {side!r}: the model has {has}")
         found: list[Tensor] = []
+        if stack.blocks[layer] is None:
+            raise ValueError(f"layer {layer} of {side!r} is in another stage of the model")
         module = getattr(stack.blocks[layer], "cross" if cross else "attention", None)
         if not isinstance(module, Attention):
             raise ValueError(f"the {side} has no cross-attention")
@@ -237,7 +240,10 @@ class Transformer(nn.Module):
         if embedding is None and positions is None:
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
         x = tokens if embedding is None else embedding(tokens)
-        B, T = len(x), embedding.length(tokens) if positions is None else positions.shape[1]
+        B, T = len(x), None if embedding is None else embedding.length(tokens)
+        if positions is not None:
+            _check_positions(positions, B, T)
+        T = positions.shape[1] if positions is not None else T or 0
         # One by one, since Dynamo takes tuples with symbols for unequal.
         if mask is not None and not (
             mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
@@ -247,6 +253,18 @@ class Transformer(nn.Module):
             positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)
         options |= {"mask": mask, "caches": caches, "recompute": self.recompute}
         return stack(x, positions, embedded=embedding is not None, **options)
+
+
+def _check_positions(positions: Tensor, B: int, T: int | None) -> None:
+    """T is that of tokens. Without an embedding nobody but the positions knows it."""
+    fits = positions.dim() == 2 and positions.shape[0] in (1, B)
+    if not fits or (T is not None and positions.shape[1] != T):
+        expected = (f"{B} or 1", "T" if T is None else T)
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)}, expected ({expected[0]}, {expected[1]})"
+        )
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise ValueError(f"positions must be integers, got {positions.dtype}")
 
 
 def _counted(steps: Tensor, mask: Mask, caches: Sequence[KVCache] | None) -> Tensor:

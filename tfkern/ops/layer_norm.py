@@ -103,7 +103,7 @@ def bind(
     checks.floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a 0-d tensor")
-    if axes != 1 and not 1 < axes <= x.dim():
+    if axes != 1 and not (checks.is_integer(axes) and 1 < axes <= x.dim()):
         raise ValueError(f"axes must lie in 1 to {x.dim()}, the axes of x, got {axes}")
     sizes = (x.shape[-1],) if axes == 1 else x.shape[-axes:]
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -157,7 +157,7 @@ _Backward = autograd.first_order("layer_norm")
 
 class _LayerNorm(torch.autograd.Function):
     """What it saves, and the gradients that it returns, are the caller's own tensors and not views
-    of them: autograd sees changes in place, and memory that two gradients share."""
+    of them: autograd sees changes in place, and copies what would be the `.grad` of two leaves."""
 
     generate_vmap_rule = True
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from tfkern import dispatch
 from tfkern.ops import autograd, checks
+from tfkern.ops.activation import FUNCTIONS
 
 dispatch.register("mlp")
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = tuple(FUNCTIONS)
 
 
 def mlp(

@@ -20,15 +20,21 @@ def today(state: State, config: TransformerConfig) -> State:
         module, _, parameter = name.partition(".gate_up.")
         if parameter:
             gate, up = _split(name, x, [config.hidden_size] * 2)
-            names |= {f"{module}.gate.{parameter}": gate, f"{module}.up.{parameter}": up}
+            _add(names, {f"{module}.gate.{parameter}": gate, f"{module}.up.{parameter}": up})
             continue
         for joined, sizes in ((".qkv.", [q, *kv]), (".kv.", kv)):
             if joined in name:
                 parts = _split(name, x, sizes)
                 x = torch.cat([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 1)
                 name = name.replace(joined, f"{joined[:-1]}_by_head.")
-        names[name] = x
+        _add(names, {name: x})
     return names
+
+
+def _add(names: State, more: State) -> None:
+    for name in more.keys() & names.keys():
+        raise ValueError(f"{name} is there twice: as it is named today, and within an earlier name")
+    names |= more
 
 
 def _split(name: str, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
