@@ -1,12 +1,13 @@
-// The arguments of attention's operators, and what is checked of them on every device: all that a
-// kernel would touch memory by. Values in memory are none of it: kernels clamp lengths and pages.
+// The arguments of attention's operators, and the checks of them that every device needs: whatever
+// decides which memory a kernel touches. Lengths and page numbers lie in memory and are not checked
+// here; kernels clamp them.
 #pragma once
 
 #include "tensor.h"
 
 namespace tfkern {
 
-// What forward and backward share, in the order of their schemas.
+// The arguments that forward and backward share, in the order of their schemas.
 constexpr const char* kAttentionSchema =
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, "
     "Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -30,17 +31,18 @@ struct AttentionArguments {
             stack.number(), stack.number(), stack.number()};
   }
 
-  int64_t pages() const { return page_table ? page_table->size(1) : 1; }  // of a batch
+  int64_t pages() const { return page_table ? page_table->size(1) : 1; }  // pages of a batch
   int64_t S() const { return k.size(2) * pages(); }
-  // Batches, or documents of a packed batch.
+  // The number of batches, or of documents of a packed batch.
   int64_t documents() const { return cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0); }
 };
 
-// What backward takes beside them: the first four before, the last after them.
+// The arguments that only backward has. In its schema, the first four come before the shared
+// arguments and bias_grad comes after.
 struct AttentionGradients {
   Tensor d_o;
   Optional dlse;  // (B, H, T)
-  Tensor o, lse;
+  Tensor o, lse;  // lse: (2, B, H, T)
   bool bias_grad = false;
 };
 
@@ -133,7 +135,8 @@ inline void check(const AttentionArguments& in, const AttentionGradients& g) {
 
 // ---- operators ----
 
-// The operator of a device that `run` computes.
+// attention_forward for the dispatcher: takes the arguments, checks them and calls `run`, which
+// computes it on one device.
 template <std::tuple<Tensor, Tensor> (*run)(const AttentionArguments&)>
 void attention_forward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
@@ -142,7 +145,7 @@ void attention_forward(StableIValue* values, uint64_t, uint64_t) {
   stack.give(run(in));
 }
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dbias, dsink
 
 template <Five (*run)(const AttentionArguments&, const AttentionGradients&)>
 void attention_backward(StableIValue* values, uint64_t, uint64_t) {

@@ -48,6 +48,7 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
     }                               \
   }
 
-// The same where `dtype` is one that is computed in C.
+// Evaluates the statement as TFKERN_DTYPE does, if `dtype` is computed in C; otherwise does
+// nothing.
 #define TFKERN_COMPUTED(C, dtype, ...) \
   TFKERN_DTYPE(dtype, if constexpr (std::is_same_v<::tfkern::Compute<T>, C>) __VA_ARGS__)

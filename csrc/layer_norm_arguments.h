@@ -1,12 +1,12 @@
-// What is checked of the arguments of layer norm's operators on every device. Tensors have any
-// strides: what has no rows at a common distance is copied.
+// The checks of the arguments of layer norm's operators that every device needs. Tensors may have
+// any strides: one whose rows have no common distance is copied (see with_row_stride).
 #pragma once
 
 #include "rows.h"
 
 namespace tfkern {
 
-// Whether t is absent or has the shape of x.
+// Tells whether t is absent or has the shape of x.
 inline bool is_like(const Optional& t, const Tensor& x) { return has_last_sizes(t, x, x.dim()); }
 
 inline void check_layer_norm_parameters(const Optional& weight, const Optional& bias,

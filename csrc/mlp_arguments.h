@@ -1,4 +1,4 @@
-// The arguments of the MLP's operators, and what is checked of them on every device.
+// The arguments of the MLP's operators, and the checks of them that every device needs.
 #pragma once
 
 #include <string>
@@ -17,7 +17,7 @@ inline Activation parse_activation(const std::string& name) {
   return Activation::silu;
 }
 
-// Whether the products around tensors of `dtype` have the computing type, and not just `dtype`.
+// Tells whether `product` is wider than the tensors of `dtype` around it: float32 beside 16 bits.
 inline bool is_wide(const Tensor& product, ScalarType dtype) {
   if (product.scalar_type() == dtype) return false;
   STD_TORCH_CHECK(product.scalar_type() == ScalarType::Float &&
@@ -26,7 +26,7 @@ inline bool is_wide(const Tensor& product, ScalarType dtype) {
   return true;
 }
 
-// Whether y is absent, or such a matrix as x.
+// Tells whether y is absent, or a matrix of the sizes and dtype of x.
 inline bool is_such_matrix(const Optional& y, const Tensor& x) {
   return !y || (y->dim() == 2 && y->size(0) == x.size(0) && y->size(1) == x.size(1) &&
                 y->scalar_type() == x.scalar_type());

@@ -1,6 +1,5 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the
-// counter-based generator that every backend draws dropout masks from, so that all of them draw the
-// same one.
+// counter-based generator of dropout masks. All backends use it, so that they draw the same masks.
 #pragma once
 
 #include <cstdint>

@@ -22,18 +22,18 @@ inline MatrixSize matrix_size(const Tensor& x, int64_t axes) {
   return size;
 }
 
-// The number of elements from one row to the next, 0 if there is one row; none if rows lie at
-// different distances, or the elements of a row not one after the other.
+// The number of elements from one row to the next; 0 if there is at most one row. Returns nullopt
+// if rows lie at different distances, or if the elements of a row do not lie one after the other.
 inline std::optional<int64_t> row_stride(const Tensor& x, int64_t axes) {
   if (x.numel() == 0) return 0;
-  int64_t next = 1;  // the stride at which an axis continues those after it
+  int64_t next = 1;  // the stride that an axis has if it continues the axes after it
   int64_t i = x.dim() - 1;
   for (; i >= x.dim() - axes; --i) {
     if (x.size(i) == 1) continue;
     if (x.stride(i) != next) return std::nullopt;
     next *= x.size(i);
   }
-  std::optional<int64_t> rows;  // the stride of the last axis of rows that has more than one
+  std::optional<int64_t> rows;  // the stride of the last axis of rows whose size is not 1
   for (; i >= 0; --i) {
     if (x.size(i) == 1) continue;
     if (rows && x.stride(i) != next) return std::nullopt;

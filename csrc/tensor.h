@@ -1,5 +1,5 @@
-// What the bindings need of torch: the stable ABI only, so that one binary serves every torch
-// >= 2.11.
+// The parts of torch that the bindings use. All belong to the stable ABI, so that one binary serves
+// every torch from 2.11 on.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -44,9 +44,9 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// ---- what the checks of every operator consist of ----
+// ---- checks of arguments ----
 
-// Calls f with each tensor that is there.
+// Calls f with each tensor that is not absent.
 template <class F, class... T>
 void each_tensor(const F& f, const T&... tensors) {
   const auto call = [&](const auto& t) {
@@ -59,8 +59,8 @@ void each_tensor(const F& f, const T&... tensors) {
   (call(tensors), ...);
 }
 
-// Kernels read all tensors on the device of the first, and whole elements, between which a view of
-// bytes may begin.
+// Checks that all tensors are on the device of the first, and that their memory is aligned to their
+// elements: a view of a tensor of bytes may begin anywhere.
 template <class... T>
 void check_memory(const Tensor& first, const T&... others) {
   const torch::stable::Device device = first.device();
@@ -77,10 +77,11 @@ void check_floating(const T&... tensors) {
   each_tensor([](const Tensor& t) { dtype(t); }, tensors...);
 }
 
-// Kernels multiply sizes, also where one of them is 0. Those of memory are padded, and become
-// bytes: they have a factor more.
+// A factor of sizes for check_countable, which leaves room for padding and for counting in bytes.
 constexpr int64_t kPadding = 1 << 13;
 
+// Checks that the product of the sizes fits into an int64: kernels multiply sizes. A size of 0
+// counts as 1, since kernels may multiply the others alone.
 inline void check_countable(std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
   for (const int64_t size : sizes) {
@@ -96,21 +97,21 @@ inline void check_dropout(const Optional& seed, double p) {
                   "tfkern: expected one int64 as seed");
 }
 
-// Whether x is a vector of n elements that lie one after the other.
+// Tells whether x is a vector of n elements that lie one after the other.
 inline bool is_vector(const Tensor& x, int64_t n) {
   return x.dim() == 1 && x.size(0) == n && (n <= 1 || x.stride(0) == 1);
 }
 
 // ---- operators ----
 
-// The arguments of an operator as the dispatcher hands them over, in the order of its schema, and
-// in their place its results. For operators with more arguments than one wants to write out twice;
-// TORCH_BOX does the same for a function.
+// The arguments of an operator as the dispatcher hands them over, in the order of its schema; the
+// results overwrite them. It serves operators with too many arguments to write out twice; for
+// others, TORCH_BOX makes the same of a function.
 class Stack {
  public:
   explicit Stack(StableIValue* values) : first_(values), next_(values) {}
 
-  // Each takes the next argument, which is the operator's own from then on.
+  // Each function takes the next argument, which the operator then owns.
   Tensor tensor() { return next<Tensor>(); }
   Optional optional() { return next<Optional>(); }
   std::optional<int64_t> integer() { return next<std::optional<int64_t>>(); }
@@ -134,8 +135,8 @@ class Stack {
 
 // ---- outputs ----
 
-// A new contiguous tensor on the device of `like`. By the shim: a call of torch's operator through
-// the dispatcher takes half a microsecond more.
+// A new contiguous tensor on the device of `like`. It calls torch's shim, because the operator
+// behind the dispatcher would take half a microsecond more.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                     ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
@@ -146,7 +147,7 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(handle);
 }
 
-// What an operator returns for an output that the call does not have.
+// The empty tensor that an operator returns for an output that the call does not have.
 inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
 
 // torch.promote_types of the two, or the type of `a` if there is no `b`.

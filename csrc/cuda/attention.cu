@@ -2,27 +2,31 @@
 // tfkern/reference/attention.py defines all options.
 //
 // A block owns 64 queries, 16 to each warp, and walks over the keys. It keeps a running maximum m
-// and sum l per row, and rescales what it has when m grows:
+// and sum l per row, and rescales l and acc when m grows:
 //
+// clang-format off
 //   m' = max(m, max s)   p = exp(s - m')   l = l exp(m - m') + sum p   acc = acc exp(m - m') + p v
+// clang-format on
 //
-// The maximum is subtracted before anything is multiplied: that is exact for all weights that
-// matter, however large the scores are, and no score overflows that is finite. A maximum drops NaN,
-// but p, l and acc do not.
+// The maximum is subtracted before the factor log2(e) is applied: the difference is then exact for
+// all weights that matter, however large the scores are, and no finite score overflows. The maximum
+// ignores NaN, but p, l and acc become NaN.
 //
-// The next tile of keys and values is copied while this one is multiplied. Few queries of many
-// keys: the rows of a block are the queries of all heads that share a key head, and the keys are
-// split among blocks, whose results a second kernel weighs and adds.
+// For the 16-bit types, the next tile of keys and values is copied while this one is multiplied.
+// If there are few queries, the rows of a block are the queries of all heads that share a key head;
+// if there are few blocks, the keys are split among more, whose results a second kernel weighs and
+// adds.
 #include "attention.h"
 
 namespace tfkern::cuda {
 namespace {
 
-constexpr int kRows = 64;  // queries of a block
+constexpr int kRows = 64;  // rows (queries) of a block
 constexpr int kThreads = 2 * kRows;
-constexpr int kMaxSplits = 64;
+constexpr int kMaxSplits = 64;  // the most blocks that share the keys of a row
 
-// Keys of a tile, and how many tiles are under way.
+// Sizes of the tiles of keys: kSize keys each, kStages tiles in shared memory at a time, and
+// kShared bytes of shared memory together with the queries.
 template <class T, int D>
 struct Keys {
   static constexpr int kSize = kPlanes<T> == 1 ? (D <= 128 ? 64 : 32) : 64 * 64 / D;
@@ -33,24 +37,24 @@ struct Keys {
 
 struct Forward {
   Attention in;
-  int64_t tiles;  // of queries, of all documents
-  bool packed;    // the rows of a block are those of all heads of a group
-  int splits;
+  int64_t tiles;  // tiles of kRows rows of all documents
+  bool packed;    // the rows of a block are the queries of all heads that share a key head
+  int splits;     // blocks that share the keys of a row
   void* o;
-  float* lse;                         // (2, B, H, T)
-  float *part_o, *part_m, *part_sum;  // (splits, B, H, T, Dv) and twice (splits, B, H, T)
+  float* lse;                         // (2, B, H, T): log-sum-exp, and what rounding took off it
+  float *part_o, *part_m, *part_sum;  // (splits, B, H, T, Dv), and (splits, B, H, T) for the others
 
   __host__ __device__ int64_t rows() const { return int64_t{in.B} * in.H * in.T; }
 };
 
-// exp(x - most) for x <= most, which is -inf where nothing has been seen.
+// exp(x - most) for x <= most. `most` is -inf where nothing has been seen; the result is then 0.
 __device__ inline float exp_below(float x, float most) {
   return exp2_approx((x - (most == -kInfinity ? 0.0f : most)) * kLog2E);
 }
 
-// The binary logarithm of the largest weight, exp(m - m). Values near the largest number of float32
-// or bfloat16 then do not overflow in sums of some hundred; small weights would in those of
-// float16.
+// The binary logarithm of the largest weight. With weights of at most 2^-8, sums of some hundred
+// values near the largest float32 or bfloat16 do not overflow. Values of float16 cannot overflow a
+// sum in float32, and weights this small would underflow in float16.
 template <class T>
 constexpr int kLargest = std::is_same_v<T, Half> ? 0 : -8;
 
@@ -60,7 +64,7 @@ __device__ inline float weight(float x, float most) {
   return exp2_approx(fmaf(x - (most == -kInfinity ? 0.0f : most), kLog2E, kLargest<T>));
 }
 
-// lse = m + log sum, and next to it what that lost in rounding.
+// Stores lse = m + log sum, and in the second half of `lse` what rounding took off it.
 template <class T>
 __device__ inline void store_lse(const Forward& a, int64_t row, float m, float sum) {
   const float logarithm = logf(ldexpf(sum, -kLargest<T>)), lse = m + logarithm;
@@ -68,6 +72,7 @@ __device__ inline void store_lse(const Forward& a, int64_t row, float m, float s
   a.lse[a.rows() + row] = sum == 0 ? 0.0f : m - lse + logarithm;
 }
 
+// Stores x and, if more than one feature is left, y.
 template <class T>
 __device__ inline void store_pair(void* out, int64_t at, float x, float y, int left) {
   T* to = static_cast<T*>(out) + at;
@@ -75,6 +80,7 @@ __device__ inline void store_pair(void* out, int64_t at, float x, float y, int l
   if (left > 1) to[1] = from_float<T>(y);
 }
 
+// Computes o and lse of a tile of rows, or with splits the part of them that some keys give.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   using K = Keys<T, D>;
@@ -86,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   Document d;
   int tile;
   if (!find_tile(in, index % a.tiles, false, kRows, d, tile)) return;
-  // With a limit to the right the last queries see most keys: they start first.
+  // With a limit to the right the last queries see the most keys, so their blocks start first.
   const int length = in.cu_seqlens_q.data ? d.queries : in.T;
   if (in.right < kNoLimit && !a.packed) tile = tiles_of(length, kRows) - 1 - tile;
   const int per_head = a.packed ? d.queries : 0;
@@ -117,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   if (K::kStages == 2 && keys.begin < keys.end) load_keys(keys.begin, 0);
   copy_commit();
   float acc[D / 8][4] = {};
-  float m[2], l[2];  // of the rows lane / 4 and 8 below; l is of this lane alone
+  float m[2], l[2];  // for rows lane / 4 and lane / 4 + 8; l sums the columns of this lane only
   const TileOrigin rows_of_warp{h0, row0 + 16 * warp, 0, per_head, false, rows};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     }
     if (in.seed) drop(x, in, d, origin);
     multiply_columns<T>(acc, x, values_at(stage));
-    __syncthreads();  // before the next tile but one takes the place of this one
+    __syncthreads();  // all warps have read this tile before another overwrites it
     if (K::kStages == 2) stage ^= 1;
   }
   copy_wait<0>();
@@ -212,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   }
 }
 
-// o and lse of the rows whose keys were split. A warp has a row.
+// Adds up o and lse of the rows whose keys were split. Each warp has one row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Forward a) {
   const Attention& in = a.in;
@@ -243,7 +249,7 @@ void run(const Device& device, Forward& a, const Tensor& like) {
   const Attention& in = a.in;
   const int heads = a.packed ? in.Hk : in.H;
   const int64_t blocks = a.tiles * heads;
-  // Blocks that the device has room for, if there are too few, share the keys of a row.
+  // Too few blocks would leave the device idle: then several share the keys of a row.
   const int64_t wanted = 2 * device.multiprocessors() / std::max<int64_t>(blocks, 1);
   const int64_t most = std::min<int64_t>(kMaxSplits, tiles_of(in.S, 4 * Keys<T, D>::kSize));
   a.splits =

@@ -1,14 +1,15 @@
-// What the attention kernels are given, and the tiles that they work on.
+// The arguments of the attention kernels, and the tiles that they work on.
 //
 // A warp multiplies 16 rows of a tile by the tensor cores' m16n8k16, whose fragments ptx.h
 // describes: in an accumulator c[n][i], lane l has row l / 4 + 8 (i / 2) and column 8 n + 2 (l % 4)
-// + i % 2. float32 is cut into three bfloat16 planes, x = x0 + x1 + x2, of 8 bits each. Of the nine
-// products of planes, the six that float32 would not lose are formed; bfloat16 has float32's
-// exponents, so that nothing below 3.39e38 overflows.
+// + i % 2. float32 is cut into three bfloat16 planes, x = x0 + x1 + x2, of 8 bits each. Six of the
+// nine products of planes are formed; the other three would be lost in float32's rounding. bfloat16
+// has float32's exponents, so that nothing below 3.39e38 overflows.
 //
-// Scores are in natural units, and forward and backward form the same ones to the last bit: a
-// softmax of large scores knows no other tolerance. So whatever a compiler could contract into an
-// FMA in one kernel and not in the other is written as an intrinsic.
+// Scores are in natural units, not yet multiplied by log2(e). Forward and backward must form equal
+// scores to the last bit: in a softmax of large scores, a rounding more or less is a factor of p.
+// So whatever a compiler could contract into an FMA in one kernel and not in the other is written
+// as an intrinsic.
 #pragma once
 
 #include "../attention_arguments.h"
@@ -19,15 +20,15 @@
 namespace tfkern::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kNoLimit = 1 << 29;
+constexpr int kNoLimit = 1 << 29;  // more than any row, key or distance
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A vector or matrix of integers or parameters; null if absent.
 struct Table {
   const void* data = nullptr;
   int64_t row = 0, column = 0;  // strides, in elements
-  Dtype dtype = Dtype::f32;     // of parameters
-  bool wide = false;            // int64, of integers
+  Dtype dtype = Dtype::f32;     // type of parameters
+  bool wide = false;            // integers are int64, not int32
 
   __device__ int integer(int64_t i, int64_t j) const {
     const int64_t at = i * row + j * column;
@@ -43,12 +44,12 @@ struct Table {
 };
 
 // A (batch, head, row, feature) tensor; strides are in bytes. With a table of pages, `batch` is the
-// stride of pages.
+// distance from one page to the next.
 struct HeadView {
   char* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
   int features = 0;
-  bool aligned = false;  // rows consist of whole pieces of 16 bytes
+  bool aligned = false;  // rows start at multiples of 16 bytes and have a multiple of 8 features
   Table pages;
   int page_size = 0, page_count = 0;
 };
@@ -62,8 +63,8 @@ struct Elements {
 
 struct Attention {
   int B, H, Hk, T, S, D, Dv;
-  Dtype q_dtype;    // of q, k and v
-  int documents;    // batches, or documents of a packed batch
+  Dtype q_dtype;    // type of q, k and v
+  int documents;    // number of batches, or of documents of a packed batch
   int left, right;  // query t sees the keys from t + offset - left to t + offset + right
   float scale, softcap;
   HeadView q, k, v;
@@ -82,7 +83,8 @@ __host__ __device__ inline int tiles_of(int64_t rows, int size) {
 
 __device__ inline int clamp(int x, int low, int high) { return max(low, min(x, high)); }
 
-// Queries and keys that belong together: those of a batch, or of a document of a packed batch.
+// The queries and keys of one batch, or of one document of a packed batch. `number` counts the
+// documents; query0 and key0 are the first rows, queries and keys how many there are.
 struct Document {
   int number, batch, query0, key0, queries, keys;
 
@@ -105,15 +107,16 @@ __device__ inline Document document_of(const Attention& a, int number) {
           clamp(a.cu_seqlens_k.integer(0, number + 1), key0, a.S) - key0};
 }
 
-// Tiles of `size` queries, or keys, of all documents: as many as there can be.
+// The most tiles of `size` queries (or keys) that all documents together can have.
 inline int64_t most_tiles(const Attention& a, bool of_keys, int size) {
   const int rows = of_keys ? a.S : a.T;
   if (a.cu_seqlens_q.data) return int64_t{rows} / size + a.documents;
   return int64_t{a.documents} * tiles_of(rows, size);
 }
 
-// The document that tile i belongs to; then `tile` is its number within. false if there is none.
-// Packed, the tiles of document n start at n + its first row / size, which leaves enough for each.
+// Finds the document that tile i belongs to, and the tile's index within it. Returns false if there
+// is none. In a packed batch, the tiles of document n start at (first row of n) / size + n, which
+// leaves enough for each document.
 __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, int size,
                                  Document& document, int& tile) {
   if (a.cu_seqlens_q.data == nullptr) {
@@ -125,7 +128,7 @@ __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, in
   const Table& firsts = of_keys ? a.cu_seqlens_k : a.cu_seqlens_q;
   const int rows = of_keys ? a.S : a.T;
   const auto start = [&](int n) { return clamp(firsts.integer(0, n), 0, rows) / size + n; };
-  int low = 0;  // becomes the last document whose tiles start here or before
+  int low = 0;  // becomes the last document whose tiles start at i or before
   for (int high = a.documents - 1; low < high;) {
     const int middle = (low + high + 1) / 2;
     if (start(middle) <= i) {
@@ -139,17 +142,17 @@ __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, in
   return tile >= 0 && tile < tiles_of(of_keys ? document.keys : document.queries, size);
 }
 
-// The keys that queries t0 to t1 of a document may see: begin to end.
 struct Range {
-  int begin, end;
+  int begin, end;  // end is not part of it
 };
 
+// The keys of a document that some query from t0 to t1 may see.
 __device__ inline Range keys_of(const Attention& a, const Document& d, int t0, int t1) {
   const int begin = t0 + d.offset() - a.left, end = t1 + d.offset() + a.right + 1;
   return {clamp(begin, 0, d.keys), clamp(end, 0, d.keys)};
 }
 
-// The queries that may see keys s0 to s1: begin to end.
+// The queries of a document that may see some key from s0 to s1.
 __device__ inline Range queries_of(const Attention& a, const Document& d, int s0, int s1) {
   const int begin = s0 - d.offset() - a.right, end = s1 - d.offset() + a.left + 1;
   return {clamp(begin, 0, d.queries), clamp(end, 0, d.queries)};
@@ -157,6 +160,7 @@ __device__ inline Range queries_of(const Attention& a, const Document& d, int s0
 
 // ---- tiles in shared memory ----
 
+// The bfloat16 or float16 numbers that hold one element.
 template <class T>
 constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
 
@@ -164,7 +168,7 @@ constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
 template <class T>
 using Factor = std::conditional_t<std::is_same_v<T, float>, BFloat16, T>;
 
-// x and y as three pairs of bfloat16, or as one pair.
+// Writes the pair (x, y) as kPlanes pairs of factors, the most significant bits first.
 template <class T>
 __device__ inline void split(float x, float y, uint32_t (&planes)[kPlanes<T>]) {
 #pragma unroll
@@ -177,8 +181,8 @@ __device__ inline void split(float x, float y, uint32_t (&planes)[kPlanes<T>]) {
   }
 }
 
-// ROWS rows of D features in pieces of 8, in an order that lets the 8 rows of a fragment lie in
-// different banks.
+// ROWS rows of D features in pieces of 8 features (16 bytes). Pieces are swizzled, so that the 8
+// rows of a fragment lie in different banks.
 template <class T, int ROWS, int D>
 struct Tile {
   static constexpr int kPieces = D / 8, kRows = ROWS;
@@ -193,9 +197,10 @@ struct Tile {
     return data + (plane * ROWS + row) * kPieces + swizzled;
   }
 
-  // Rows first to first + ROWS of a head, as far as they are before `end`; others are 0. With
-  // `per_head`, rows of one head after the other; with `lse`, that of row 0, rows that see nothing
-  // are 0 as well: they may hold anything. Complete after copy_commit, copy_wait and __syncthreads.
+  // Loads rows first to first + ROWS of a head, counted from row0; rows from `end` on become 0.
+  // With `per_head`, rows run through `per_head` rows of each head after the other. With `lse`,
+  // which points to that of row 0, rows that see nothing become 0 too, since they may hold
+  // anything. The tile is complete after copy_commit, copy_wait and __syncthreads.
   __device__ void load(const HeadView& x, int batch, int head, int row0, int first, int end,
                        int per_head = 0, const float* lse = nullptr) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
@@ -244,10 +249,10 @@ struct Tile {
   }
 };
 
-// c += a b over all planes that count, the smallest first; b is a pair of fragments side by side.
-// Planes are summed up apart from c: tensor cores truncate where they add to what is large. With
-// `exchanged` their order is that of b a, which gives the same bits: the sum of a tensor core does
-// not depend on which side a factor is on.
+// c += a b over the products of planes that count, the smallest first; b is two fragments side by
+// side. The products are summed apart from c, since tensor cores truncate small terms that they add
+// to a large sum. With `exchanged`, products of planes are added in the order of b a, so that
+// (b a)^T gets the same bits: a tensor core's sum does not depend on which side a factor is on.
 template <class T, bool exchanged>
 __device__ inline void multiply_planes(float (&c0)[4], float (&c1)[4],
                                        const uint32_t (&a)[kPlanes<T>][4],
@@ -274,7 +279,8 @@ __device__ inline void multiply_planes(float (&c0)[4], float (&c1)[4],
   }
 }
 
-// c += a b^T: rows row0 to row0 + 16 of a, all rows of b. `exchanged` gives the bits of (b a^T)^T.
+// c += a b^T, for rows row0 to row0 + 16 of a and all rows of b. With `exchanged`, c has the bits
+// of (b a^T)^T.
 template <class T, bool exchanged = false, int N, int R, int D>
 __device__ inline void multiply_rows(float (&c)[N][4], const Tile<T, R, D>& a, int row0,
                                      const Tile<T, 8 * N, D>& b) {
@@ -297,7 +303,7 @@ __device__ inline void multiply_rows(float (&c)[N][4], const Tile<T, R, D>& a, i
   }
 }
 
-// c += a b: a 16 rows as accumulators, b all rows of a tile.
+// c += a b, where a is 16 rows held as accumulators and b is a whole tile.
 template <class T, int N, int R, int D>
 __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8][4],
                                         const Tile<T, R, D>& b) {
@@ -338,30 +344,30 @@ __device__ inline void each(const F& f) {
   }
 }
 
-// Where the element of an accumulator stands: query t of head h, key s, counted in the document.
-// The rows of a tile are queries, of several heads one after the other if `queries_per_head` says
-// so, or, transposed, keys.
+// The place of an element of an accumulator: query t of head h and key s, counted in the document.
 struct Place {
   int h, t, s;
 };
 
+// The place of the first element of a tile. Rows are queries or, if transposed, keys. With
+// queries_per_head, rows are the queries of several heads, one head after the other.
 struct TileOrigin {
-  int h0, t0, s0;        // the first of the tile
-  int queries_per_head;  // of the rows, 0 if they all belong to h0
+  int h0, t0, s0;        // first head, query (row, with queries_per_head) and key
+  int queries_per_head;  // queries of each head, or 0 if all rows belong to h0
   bool transposed;
-  int rows;  // of all heads together, with queries_per_head
+  int rows;  // rows of all heads together; needed with queries_per_head only
 
   __device__ Place at(int row, int column) const {
     if (transposed) return {h0, t0 + column, s0 + row};
     if (queries_per_head == 0) return {h0, t0 + row, s0 + column};
     const int r = t0 + row;
-    if (r >= rows) return {h0, queries_per_head, s0 + column};  // a query that is not there
+    if (r >= rows) return {h0, queries_per_head, s0 + column};  // no such query exists
     return {h0 + r / queries_per_head, r % queries_per_head, s0 + column};
   }
 };
 
-// From x = q k to scores, also where they are hidden. With `slopes`, which may be absent (null),
-// also the derivative of the softcap.
+// Turns x = q k^T into scores, the hidden ones too. Unless `slopes` is null, the derivative of the
+// softcap is written to it.
 template <int N>
 __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attention& a,
                               const Document& d, const TileOrigin& origin) {
@@ -389,7 +395,7 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
     });
   }
   if (a.alibi_slopes.data) {
-    float slope[2];  // of the rows of this lane
+    float slope[2];  // ALiBi slopes of the two rows of this lane
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int h = origin.at(threadIdx.x % 32 / 4 + 8 * half, 0).h;
@@ -404,8 +410,8 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
   }
 }
 
-// Calls f(n, i) for the elements that are hidden. `limits` says that lengths or the window cut
-// through the tile.
+// Calls f(n, i) for the hidden elements of the tile. `limits` tells whether lengths or the window
+// may hide any.
 template <int N, class F>
 __device__ inline void each_hidden(const Attention& a, const Document& d, const TileOrigin& origin,
                                    bool limits, const F& f) {
@@ -428,8 +434,8 @@ __device__ inline void each_hidden(const Attention& a, const Document& d, const 
   }
 }
 
-// Multiplies each element by what dropout does: 0 or 1 / (1 - p). Element (t, s) has lane s % 4 of
-// a draw.
+// Multiplies each element by 0 where it is dropped, else by 1 / (1 - p). Element (t, s) takes lane
+// s % 4 of counter (s / 4, t, document H + h, 0).
 template <int N>
 __device__ inline void drop(float (&x)[N][4], const Attention& a, const Document& d,
                             const TileOrigin& origin) {
@@ -453,7 +459,8 @@ __device__ inline void drop(float (&x)[N][4], const Attention& a, const Document
 
 // ---- arguments ----
 
-// The arguments as the kernels see them. `in` gets contiguous rows where it has none.
+// The arguments as the kernels see them. q, k and v of `in` are replaced by copies with contiguous
+// rows where they have none.
 Attention attention(AttentionArguments& in);
 HeadView heads(const Tensor& t);
 

@@ -1,37 +1,46 @@
-// Softmax attention, backward: p = exp(s - lse) again, in two kernels. One owns a tile of keys and
-// sums dk and dv over the queries of all heads that share it; the other owns a tile of queries and
-// sums dq over the keys. A third owns a tile of dbias and sums over what bias is broadcast along;
-// if there are few tiles, in parts, which are added afterwards. There are no atomics, and how the
-// work is cut depends on the shapes only, so every run gives the same bits. The workspace is one
-// float per query, and the parts of dbias.
+// Softmax attention, backward. Every kernel computes p = exp(s - lse) again, tile by tile.
 //
-//   dv = (p keep)^T do,  ds = p (dp keep - delta),  dq = scale ds k,  dk = scale ds^T q
-//   dp = do v^T,  delta = rowsum(do o) - dlse
+// clang-format off
+//   dp = do v^T,  delta = rowsum(do o) - dlse,  ds = p (dp keep - delta)
+//   dv = (p keep)^T do,  dq = scale ds k,  dk = scale ds^T q
+// clang-format on
+//
+//   delta_kernel: delta of each query, and its term of dsink.
+//   dq_kernel: a block owns a tile of queries and sums dq over the keys.
+//   dkv_kernel: a block owns a tile of keys and sums dk or dv over the queries of all heads that
+//     share the keys.
+//   dbias_kernel: a block owns a tile of dbias and sums over the dimensions that bias is broadcast
+//     along. If there are few tiles, several blocks sum parts of each, which are added afterwards.
+//   sink_kernel: a block sums dsink of a head.
+//
+// There are no atomics, and how the work is cut depends on the shapes only, so every run gives the
+// same bits. The workspace is one float per query (two with a sink), and the parts of dbias.
 #include "attention_bias.h"
 
 namespace tfkern::cuda {
 namespace {
 
-constexpr int kLeastRows = 32;
-// Queries, or keys, that a block owns, 16 to a warp; and rows of the other side that come by at a
-// time.
+constexpr int kLeastRows = 32;  // the smallest kRows
+// Queries (keys in dkv_kernel) that a block owns, 16 to a warp.
 template <class T, int D>
 constexpr int kRows = kPlanes<T> == 3 && D == 256 ? kLeastRows : 64;
+// Keys (queries in dkv_kernel) that a block loads at each step of its walk.
 template <class T, int D>
 constexpr int kStep = kPlanes<T> == 1 && D <= 128 ? 32 : 16;
+// Bytes of shared memory: two tiles that the block owns and two that pass by.
 template <class T, int D>
 constexpr int64_t kShared = 2 * (Tile<T, kRows<T, D>, D>::kBytes + Tile<T, kStep<T, D>, D>::kBytes);
-constexpr int kThreads = 128;  // of the smaller kernels
+constexpr int kThreads = 128;  // threads of a block of delta_kernel and sink_kernel
 
 struct Backward {
   Attention in;
-  int64_t tiles;  // of all documents
+  int64_t tiles;  // tiles of kRows queries (or keys) of all documents
   HeadView d_o, o;
-  const float *lse, *low;  // (B, H, T) each: lse is their sum, -inf in rows that see nothing
-  const float* dlse;       // (B, H, T), may be null
-  float *delta, *sink_terms;
+  const float *lse, *low;     // (B, H, T): log-sum-exp rounded, -inf if nothing is seen; its error
+  const float* dlse;          // (B, H, T), may be null
+  float *delta, *sink_terms;  // (B, H, T); sink_terms is null without a sink
   void *dq, *dk, *dv;
-  void* dbias;  // with parts, one after the other
+  void* dbias;  // dbias, or its parts one after the other in float32
   Dtype dbias_dtype;
   BiasTiles bias;
 
@@ -40,7 +49,7 @@ struct Backward {
   }
 };
 
-// delta, and for the sink p_sink delta. A warp has a row.
+// Computes delta and, with a sink, the term -p_sink delta of dsink. Each warp has one row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
   const Attention& in = a.in;
@@ -51,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
       reinterpret_cast<const T*>(a.d_o.data + b * a.d_o.batch + h * a.d_o.head + t * a.d_o.row);
   const auto* o = reinterpret_cast<const T*>(a.o.data + b * a.o.batch + h * a.o.head + t * a.o.row);
   float sum = 0;
-  // Rows that see nothing may hold anything, NaN included. A row that sees NaN is another one.
+  // Rows that see nothing may hold anything, NaN included. A row whose scores are NaN has
+  // lse = NaN and counts as seen.
   const bool seen = a.lse[row] != -kInfinity;
   for (int n = threadIdx.x % 32; seen && n < in.Dv; n += 32)
     sum += to_float(d_o[n]) * to_float(o[n]);
@@ -68,7 +78,7 @@ __device__ inline void store_number(void* out, Dtype type, int64_t at, float x) 
   TFKERN_CUDA_DTYPE(type, static_cast<T*>(out)[at] = from_float<T>(x));
 }
 
-// dsink: a block sums the terms of a head.
+// Sums dsink: each block adds up the terms of one head.
 __global__ void __launch_bounds__(kThreads) sink_kernel(Backward a, void* dsink, Dtype type) {
   auto* shared = shared_memory<double>();
   const Attention& in = a.in;
@@ -84,8 +94,9 @@ __global__ void __launch_bounds__(kThreads) sink_kernel(Backward a, void* dsink,
   store_number(dsink, type, h, static_cast<float>(sum));
 }
 
-// From x = q k and dp = do v to p keep and ds (without the scale, with the softcap's slope unless
-// `of_bias`), of a tile. The rows are queries or, transposed, keys.
+// Turns x = q k^T of a tile into p keep, and dp = do v^T into ds, without the factor `scale`. ds is
+// the gradient before the softcap or, with `of_bias`, after it. Rows are queries or, if the origin
+// is transposed, keys.
 template <int N>
 __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Backward& a,
                                  const Document& d, const TileOrigin& origin, bool limits,
@@ -100,24 +111,26 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
     const int64_t at = a.row(d, p.h, p.t);
     const float lse = there ? a.lse[at] : 0.0f, low = there ? a.low[at] : 0.0f;
     const float delta = there ? a.delta[at] : 0.0f;
-    // The difference is exact for all weights that matter, and low is small. Scores of a row that
-    // sees nothing are -inf, or hidden.
+    // x - lse is exact for all weights that matter, and low is small. A row that sees nothing has
+    // lse = -inf; its scores are -inf too, so that p = 0, or each_hidden sets p and ds to 0 below.
     x[n][i] -= lse == -kInfinity ? 0.0f : lse;
     x[n][i] = exp2_approx(fmaf(x[n][i], kLog2E, -kLog2E * low));
     dp[n][i] = x[n][i] * (dp[n][i] - delta);
     if (!of_bias) dp[n][i] *= slopes[n][i];
   });
-  // Scores that are hidden went through the exponential as well, so their p and ds may be anything.
+  // Hidden scores went through the exponential as well, so their p and ds may be anything by now.
   each_hidden<N>(in, d, origin, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
   if (in.seed) drop(x, in, d, origin);
 }
 
+// Tells whether a length or the window may hide elements of queries t0 to t1 and keys s0 to s1.
 __device__ inline bool cuts(const Attention& a, const Document& d, int t0, int t1, int s0, int s1) {
   return t1 >= d.queries || s1 >= d.keys || t1 + d.offset() - s0 > a.left ||
          s1 - t0 - d.offset() > a.right;
 }
 
-// The accumulators of 16 rows as rows of a contiguous (batch, head, row, feature) tensor.
+// Writes the accumulators of 16 rows, times `scale`, to rows from `first` on of a contiguous
+// (batch, head, row, feature) tensor. Only `rows` rows and `features` features exist.
 template <class T, int N>
 __device__ inline void store_rows(void* out, const float (&acc)[N][4], int64_t first, int rows,
                                   int features, float scale) {
@@ -128,6 +141,7 @@ __device__ inline void store_rows(void* out, const float (&acc)[N][4], int64_t f
   });
 }
 
+// Computes dq: each block sums a tile of queries of one head over the keys.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
@@ -168,9 +182,9 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   store_rows<T>(a.dq, dq, a.row(d, h, first), d.queries - first, in.D, in.scale);
 }
 
-// dk and dv, by a block each: registers hold one of them whatever the head size, and only one
-// product is formed twice. The compiler is told that two blocks of the narrow types share an SM: it
-// would spill to make room for a third.
+// Computes dk and dv of a tile of keys by a block each: registers then hold one of the two sums
+// whatever the head size, and only q k^T is formed twice. The launch bounds tell the compiler that
+// two blocks of the 16-bit types share an SM: it would spill to make room for a third.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
@@ -221,7 +235,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_
                 part == 0 ? in.scale : 1.0f);
 }
 
-// A tile of dbias, or a part of its sum.
+// Computes a tile of dbias, or one part of the sum.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
@@ -237,7 +251,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
   float sum[N][4] = {};
   const int64_t last = min((part + 1) * bias.part_terms, bias.terms());
   for (int64_t i = part * bias.part_terms, next; i < last; i = next) {
-    next = min((i / bias.sum_s + 1) * bias.sum_s, last);  // those of the same queries
+    next = min((i / bias.sum_s + 1) * bias.sum_s, last);  // the terms that share the same queries
     const BiasTile term = bias.term(own, i);
     const Document d = document_of(in, term.b);
     const int h = term.h, t0 = term.t * kOwn;
@@ -290,7 +304,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
   }
 }
 
-// dbias may be empty, if there is none.
+// Launches dq_kernel, dkv_kernel and, unless `dbias` is empty, dbias_kernel.
 template <class T, int D>
 void run(const Device& device, Backward& a, const Tensor& dbias) {
   const Attention& in = a.in;
@@ -342,7 +356,7 @@ Five backward(const AttentionArguments& given, const AttentionGradients& g) {
   if (sink) dsink = empty(q, {sizes.H}, sink->scalar_type());
   const Device device(q);
   const bool nothing = q.numel() == 0 || sizes.S == 0 || sizes.documents == 0;
-  if (in.query_lengths || in.key_lengths || in.cu_seqlens_q || nothing) {  // rows of no document
+  if (in.query_lengths || in.key_lengths || in.cu_seqlens_q || nothing) {  // some rows are unused
     for (Tensor* x : {&dq, &dk, &dv}) torch::stable::zero_(*x);
   }
   if (nothing) {

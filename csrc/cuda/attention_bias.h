@@ -1,27 +1,28 @@
 // How the sums of dbias are cut into blocks.
 //
-// dbias falls into tiles of queries by keys. A tile sums terms, each from one tile of scores: one
-// batch, head, tile of queries and tile of keys where bias has that dimension, all of them where it
-// is broadcast along it. There may be far too few tiles for a device, so that several blocks share
-// the terms of a tile, and their sums are added afterwards. The shapes alone say how many.
+// dbias is cut into tiles of queries by keys. A tile is a sum of terms, and each term comes from
+// one tile of scores. Along a dimension that bias has (batch, head, queries, keys) a tile takes one
+// place; along a dimension that bias is broadcast along, it takes all. There may be far too few
+// tiles to fill a device: then several blocks share the terms of a tile, and their sums are added
+// afterwards. The number of these parts follows from the shapes alone.
 #pragma once
 
 #include "attention.h"
 
 namespace tfkern::cuda {
 
-constexpr int64_t kBiasBlocks = 1024;  // that are enough for any device
-constexpr int64_t kBiasTerms = 8;      // that are worth a block
+constexpr int64_t kBiasBlocks = 1024;  // blocks that are enough for any device
+constexpr int64_t kBiasTerms = 8;      // the fewest terms that are worth a block
 
 struct BiasTile {
-  int b, h, t, s;  // batch, head, and which tile of queries and of keys
+  int b, h, t, s;  // batch, head, index of the tile of queries, index of the tile of keys
 };
 
 struct BiasTiles {
   int B, H, T, S;                  // the sizes of bias: 1 where it is broadcast
-  int tiles_t, tiles_s;            // of dbias
+  int tiles_t, tiles_s;            // tiles of dbias along queries and keys
   int sum_b, sum_h, sum_t, sum_s;  // terms of a tile along each dimension
-  int64_t parts, part_terms;       // blocks of a tile, and terms of a block
+  int64_t parts, part_terms;       // blocks that share a tile, and terms of a block
 
   BiasTiles() = default;
   BiasTiles(const Attention& a, const int64_t (&sizes)[4], int rows, int keys)
@@ -44,7 +45,7 @@ struct BiasTiles {
   __host__ __device__ int64_t terms() const { return int64_t{sum_b} * sum_h * sum_t * sum_s; }
 
   __host__ __device__ BiasTile tile(int64_t i) const { return at(i, H, tiles_t, tiles_s); }
-  // Where term i of a tile stands. Those of a row of tiles of scores follow one another.
+  // The tile of scores of term i of a tile. The terms of the same queries follow one another.
   __host__ __device__ BiasTile term(const BiasTile& tile, int64_t i) const {
     const BiasTile x = at(i, sum_h, sum_t, sum_s);
     return {tile.b + x.b, tile.h + x.h, tile.t + x.t, tile.s + x.s};

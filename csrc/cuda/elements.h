@@ -1,15 +1,15 @@
 // Rows of tensors as the kernels read and write them: V consecutive elements at a time, as float.
 //
-// The element type is told at run time; a branch that a whole launch takes alike costs nothing
-// beside memory, and an instance per combination of types would cost minutes of compilation. Each
-// such branch holds all loads of a call, so that they are under way together.
+// The element type is an argument at run time: a branch that a whole launch takes alike costs
+// nothing beside the memory traffic, and an instance for each combination of types would cost
+// minutes of compilation. Each branch holds all loads of a call, so that they overlap.
 #pragma once
 
 #include "../rows.h"
 #include "launch.h"
 #include "ptx.h"
 
-// Statement(s) with `T` naming the element type; the kernels take no float64.
+// Runs the statements with `T` naming the element type, which is never float64.
 #define TFKERN_CUDA_DTYPE(dtype, ...)           \
   if ((dtype) == ::tfkern::Dtype::bf16) {       \
     using T = ::tfkern::BFloat16;               \
@@ -40,7 +40,7 @@ __device__ inline T from_float(float x) {
   }
 }
 
-// 16 bytes as floats, and back.
+// Converts 16 bytes to the floats from x[at] on.
 template <class T, int V>
 __device__ inline void unpack(float (&x)[V], int at, const uint4& raw) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -55,6 +55,7 @@ __device__ inline void unpack(float (&x)[V], int at, const uint4& raw) {
   }
 }
 
+// Converts the floats from x[at] on to 16 bytes.
 template <class T, int V>
 __device__ inline uint4 packed(const float (&x)[V], int at) {
   uint32_t words[4];
@@ -72,12 +73,13 @@ __device__ inline uint4 packed(const float (&x)[V], int at) {
 // A matrix with contiguous rows, or a contiguous vector; null data stands for an absent one.
 struct Matrix {
   char* data = nullptr;
-  int64_t stride = 0;  // in bytes
+  int64_t stride = 0;  // bytes from one row to the next
   Dtype dtype = Dtype::f32;
   bool aligned = false;  // every row starts at a multiple of 16 bytes
 };
 
-// A tensor whose last `axes` axes are the columns. Its rows have a common stride.
+// The matrix of a tensor whose last `axes` axes are the columns and whose rows have a common
+// stride.
 inline Matrix matrix(const Tensor& t, int64_t axes = 1) {
   const int64_t stride = *row_stride(t, axes) * static_cast<int64_t>(t.element_size());
   auto* first = data<char>(t);
@@ -89,7 +91,8 @@ inline Matrix matrix(const Optional& t, int64_t axes = 1) {
 }
 
 // Where one thread's K pieces of V elements lie: piece i is in row `row + i * row_step`, from
-// column `column + i * column_step` on. What lies past `rows` and `columns` is 0, and not stored.
+// column `column + i * column_step` on. Elements past `rows` and `columns` are loaded as 0, and
+// are not stored.
 struct Pieces {
   int64_t row, row_step, rows;
   int64_t column, column_step, columns;

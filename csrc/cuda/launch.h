@@ -1,9 +1,9 @@
 // How every CUDA kernel is launched, and what host code asks of a device.
 //
-// This and what it includes needs no header or library of a CUDA build of torch: the same operator
-// library loads where torch has no CUDA. With TFKERN_CUDA_HOST, kernels run on the host instead,
-// and their operators belong to the library tfkern_host, because tfkern has the CPU kernels
-// already.
+// This file and its includes need no header or library of a CUDA build of torch, so that the same
+// operator library also loads where torch has no CUDA. With TFKERN_CUDA_HOST, kernels run on the
+// host instead, and their operators belong to the library tfkern_host, because the CPU kernels
+// already take the names in tfkern.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -23,7 +23,7 @@
 
 namespace tfkern::cuda {
 
-// The shared memory whose size the launch gave; kernels have no other.
+// The dynamic shared memory, whose size the launch gives; kernels use no other.
 template <class T>
 __device__ inline T* shared_memory() {
 #ifdef TFKERN_CUDA_HOST
@@ -34,7 +34,7 @@ __device__ inline T* shared_memory() {
 #endif
 }
 
-// The CUDA kernels take no float64.
+// Raises an error if a tensor is float64.
 template <class... T>
 void check_no_float64(const T&... tensors) {
   const auto check = [](const Tensor& t) {
@@ -67,22 +67,23 @@ void launch(const Device&, void (*kernel)(P...), int64_t blocks, int threads, in
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next check would see it again
+  cudaGetLastError();  // clears the error, which the next check would see again
   STD_TORCH_CHECK(false, "tfkern: CUDA error: ", cudaGetErrorString(error));
 }
 
-// Makes the device of a tensor the current one while this lives.
+// Makes the device of a tensor the current one as long as the object lives.
 class Device {
  public:
   explicit Device(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
-    // Of a library that only CUDA builds of torch have, and have loaded: this one does not link to
-    // it, and Python loads it without adding its symbols to those that RTLD_DEFAULT looks through.
+    // The function lies in libtorch_cuda.so, which CPU builds of torch lack: so this library does
+    // not link to it. A CUDA build has loaded it already, but as Python does, without making its
+    // symbols global, so that dlsym needs its handle.
     using Lookup = int32_t (*)(int32_t, void**);
     static const auto stream = reinterpret_cast<Lookup>(dlsym(
         dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream"));
     STD_TORCH_CHECK(stream && stream(index_, &stream_) == 0,
                     "tfkern: this torch does not tell its current CUDA stream");
-    check(cudaSetDevice(index_));  // of this library's own runtime
+    check(cudaSetDevice(index_));  // this library has its own CUDA runtime
   }
 
   int multiprocessors() const {
@@ -99,7 +100,7 @@ class Device {
   void* stream_ = nullptr;
 };
 
-// Runs `kernel` on the current stream. An empty grid is no launch.
+// Launches `kernel` on the current stream, unless the grid is empty.
 template <class... P>
 void launch(const Device& device, void (*kernel)(P...), int64_t blocks, int threads,
             int64_t shared_bytes, std::type_identity_t<P>... args) {

@@ -4,9 +4,11 @@
 //
 // Forward: some warps hold a row in registers, so x is read once. Backward: a fixed number of
 // blocks stride over the rows, read h and dy once, and keep their part of dweight and dbias in
-// float32 registers; one small kernel adds the parts in a fixed order, without atomics. Rows that
-// do not fit into the registers of a block are read again for each step: three times in forward; in
-// backward twice, by a kernel that sums along the rows and by blocks that each own some columns.
+// float32 registers; one small kernel adds the parts in a fixed order, without atomics.
+//
+// Rows that do not fit into the registers of a block are read again for each step. Forward reads
+// them three times (RMS norm twice): for the mean, the deviation and the result. Backward reads
+// them twice: one kernel sums along the rows, then blocks that each own some columns do the rest.
 #include "../dropout.h"
 #include "../layer_norm_arguments.h"
 #include "../philox.h"
@@ -15,16 +17,16 @@
 namespace tfkern::cuda {
 namespace {
 
-constexpr int kMaxWarps = 16;         // of a row, and of a block
-constexpr int kForwardElements = 32;  // of a thread
-constexpr int kLongElements = 16;     // the same for rows that are read piece by piece
-constexpr int kBackwardElements =
-    16;                             // their gradients, and parts of dweight and dbias beside them
-constexpr int V = 8;                // consecutive elements of a thread
-constexpr int kResidentWarps = 16;  // that an SM can hold in backward
+constexpr int kMaxWarps = 16;         // the most warps of a row, and of a block
+constexpr int kForwardElements = 32;  // elements of a row that a thread holds in forward
+constexpr int kLongElements = 16;     // elements of a thread if rows are read piece by piece
+// Elements of a thread in backward, which holds parts of dweight and dbias for them as well.
+constexpr int kBackwardElements = 16;
+constexpr int V = 8;                // consecutive elements that a thread loads or stores at once
+constexpr int kResidentWarps = 16;  // warps that an SM can hold in backward
 
-// x[n] = keep ? x[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >> 32,
-// 1).
+// x[n] = keep ? x[n] / (1 - p) : 0.
+// Element (m, n) takes lane n % 4 of counter (n / 4, m, m >> 32, 1).
 template <int K>
 __device__ void drop(float (&x)[K][V], const uint64_t* given, const Dropout<float>& dropout,
                      const Pieces& at) {
@@ -57,7 +59,7 @@ __device__ void sum_row(float (&x)[K], int warps_per_row) {
   float* shared = shared_memory<float>();  // (K, kMaxWarps)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = warp / warps_per_row * warps_per_row;
-  __syncthreads();  // the sums before these have been read
+  __syncthreads();  // all threads have read the sums of the previous call
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (lane == 0) shared[k * kMaxWarps + warp] = x[k];
@@ -70,6 +72,7 @@ __device__ void sum_row(float (&x)[K], int warps_per_row) {
   }
 }
 
+// Bytes of shared memory that sum_row needs for two sums.
 constexpr int64_t kSumBytes = 2 * kMaxWarps * sizeof(float);
 
 struct Forward {
@@ -83,7 +86,7 @@ struct Forward {
   float *mean, *rstd;
 };
 
-// x += y, or x *= y. Two pieces of y at a time, for want of registers.
+// x += y, or x *= y. Only two pieces of y are loaded at a time, to save registers.
 template <bool multiply, int K>
 __device__ void combine(float (&x)[K][V], const Matrix& y, Pieces at) {
   if (y.data == nullptr) return;
@@ -100,6 +103,7 @@ __device__ void combine(float (&x)[K][V], const Matrix& y, Pieces at) {
   }
 }
 
+// Computes h = residual + dropout(x).
 template <int K>
 __device__ void load_h(float (&h)[K][V], const Forward& a, const Pieces& at) {
   load(h, a.x, at);
@@ -107,16 +111,17 @@ __device__ void load_h(float (&h)[K][V], const Forward& a, const Pieces& at) {
   combine<false>(h, a.residual, at);
 }
 
+// Normalises rows. With LONG a row does not fit into registers and is read again for each step.
 template <bool LONG>
 __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward a) {
   constexpr int K = (LONG ? kLongElements : kForwardElements) / V;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  const int threads = 32 * a.warps_per_row;  // of a row
+  const int threads = 32 * a.warps_per_row;  // threads of a row
   const int64_t m =
       static_cast<int64_t>(blockIdx.x) * (warps / a.warps_per_row) + warp / a.warps_per_row;
   Pieces at{m, 0, a.M, static_cast<int64_t>(threadIdx.x % threads) * V, threads * V, a.N};
   const int64_t first = at.column;
-  const int64_t width = LONG ? threads * V * K : a.N + 1;  // what the threads hold at a time
+  const int64_t width = LONG ? threads * V * K : a.N + 1;  // elements held at a time; else all
   const auto N = static_cast<float>(a.N);
   float h[K][V];
 
@@ -136,8 +141,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) forward_kernel(Forward a) {
     sum_row(sum, a.warps_per_row);
     mean = sum[0] / N;
   }
-  // The second pass also corrects the mean by what rounding left over (Chan, Golub and LeVeque
-  // 1983), which matters when the mean is large beside the deviation.
+  // This pass also corrects the mean by its rounding error (Chan, Golub and LeVeque 1983), which
+  // matters when the mean is large beside the deviation.
   float sums[2] = {0, 0};
   for (int64_t n = 0; n <= a.N; n += width) {
     at.column = first + n;
@@ -188,13 +193,12 @@ struct Backward {
   Matrix dy, dh, h, weight;
   const float *mean, *rstd;  // mean is null for RMS norm
   Matrix dx, dresidual;
-  Matrix dweight, dbias;  // parts, one row for each block that has these columns
-  // Of long rows only: blocks side by side, and what the kernel before summed along the rows.
-  int64_t column_blocks;
-  float* row_sums;  // (M, 2): of g xhat and of g
+  Matrix dweight, dbias;  // partial sums, one row for each block that has these columns
+  int64_t column_blocks;  // blocks side by side, 1 unless rows are long
+  float* row_sums;        // (M, 2): sums over each long row of g xhat and of g; g = dy weight
 };
 
-// xhat and g = dy weight of one row; 0 where there are no elements.
+// Loads dy, and computes xhat = (h - mean) rstd, of one row. Where there are no elements, dy is 0.
 template <int K>
 __device__ void load_gradient(float (&dy)[K][V], float (&xhat)[K][V], const Backward& a,
                               const Pieces& at) {
@@ -222,7 +226,7 @@ __device__ void load_weight(float (&weight)[K][V], const Backward& a, const Piec
   }
 }
 
-// For long rows, a block each: row_sums.
+// Computes row_sums of long rows; each block has one row.
 __global__ void __launch_bounds__(32 * kMaxWarps) row_sums_kernel(Backward a) {
   constexpr int K = kBackwardElements / V;
   const int threads = blockDim.x;
@@ -246,7 +250,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) row_sums_kernel(Backward a) {
   if (threadIdx.x < 2) a.row_sums[2 * at.row + threadIdx.x] = sums[threadIdx.x == 0 ? 0 : 1];
 }
 
-// Adds up the parts of the rows that a block works on at the same time, and stores the sum.
+// Adds up the parts of all rows that a block works on at the same time, and stores the sum. `row`
+// is this thread's row among these, and `rows` their number.
 template <int K>
 __device__ void store_part(float (&part)[K][V], const Matrix& out, const Pieces& at, int row,
                            int rows) {
@@ -269,12 +274,13 @@ __device__ void store_part(float (&part)[K][V], const Matrix& out, const Pieces&
   if (row + 1 == rows) store(out, part, at);
 }
 
+// Computes dx, dresidual and this block's parts of dweight and dbias.
 template <bool LONG>
 __global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
   constexpr int K = kBackwardElements / V;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  const int threads = 32 * a.warps_per_row;                                // of a row
-  const int rows = warps / a.warps_per_row, row = warp / a.warps_per_row;  // at the same time
+  const int threads = 32 * a.warps_per_row;                                // threads of a row
+  const int rows = warps / a.warps_per_row, row = warp / a.warps_per_row;  // rows at a time
   const int64_t column_block = LONG ? blockIdx.x % a.column_blocks : 0;
   const int64_t block = LONG ? blockIdx.x / a.column_blocks : blockIdx.x;
   const int64_t blocks = LONG ? gridDim.x / a.column_blocks : gridDim.x;
@@ -338,12 +344,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
 
 // ---- operators ----
 
-// The seed, or null where nothing is dropped.
+// The address of the seed, or null if nothing is dropped.
 const uint64_t* seed_of(const Optional& seed, double p) {
   return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
 }
 
-// How many warps hold a row, a power of two; 0 if too many would be needed.
+// The number of warps, a power of two, that hold a row of N elements; 0 if that is over kMaxWarps.
 int warps_per_row(int64_t N, int elements) {
   int warps = 1;
   while (warps <= kMaxWarps && warps * 32 * elements < N) warps *= 2;

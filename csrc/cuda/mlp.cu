@@ -2,7 +2,7 @@
 // tfkern/reference/mlp.py has the formulas. pre, h and, where the MLP is gated, up are (M, F)
 // matrices.
 //
-// A thread owns V columns and strides over the rows, some of them at a time. Each element is read
+// A thread owns V columns and strides over the rows, a few at a time. Each element is read
 // and written once; backward computes h again from pre and up, and keeps its parts of the
 // gradients of the biases in float32 registers. One small kernel adds the parts in a fixed order.
 #include "../mlp_arguments.h"
@@ -11,19 +11,20 @@
 namespace tfkern::cuda {
 namespace {
 
-constexpr int V = 8;                                // consecutive elements of a thread
-constexpr int kThreads = 128;                       // of a block
-constexpr int kForwardRows = 4, kBackwardRows = 2;  // that a thread works on at a time
-constexpr int kResidentBlocks = 8;                  // of an SM
+constexpr int V = 8;                                // columns of a thread
+constexpr int kThreads = 128;                       // threads of a block
+constexpr int kForwardRows = 4, kBackwardRows = 2;  // rows that a thread works on at a time
+constexpr int kResidentBlocks = 8;                  // blocks that an SM runs at the same time
 
-// 1 / (1 + exp(-x)) and its derivative, which lose no digits in either tail.
+// Returns sigma(x) = 1 / (1 + exp(-x)); `slope` becomes its derivative. Neither loses digits in
+// either tail.
 __device__ inline float sigmoid(float x, float& slope) {
   const float e = expf(-fabsf(x)), s = 1 / (1 + e);
   slope = e * s * s;
   return x < 0 ? e * s : s;
 }
 
-// act(x), and act'(x) as `slope`. A NaN stays one.
+// Activations: each returns act(x), and sets `slope` to act'(x). act(NaN) is NaN.
 __device__ inline float relu(float x, float& slope) {
   slope = x <= 0 ? 0.0f : 1.0f;
   return x <= 0 ? 0.0f : x;
@@ -69,6 +70,7 @@ __device__ void activate(float (&x)[K][V], float (&slope)[K][V], Activation acti
   if (activation == Activation::silu) activate_as<silu>(x, slope);
 }
 
+// x *= y
 template <int K>
 __device__ void scale(float (&x)[K][V], const float (&y)[K][V]) {
 #pragma unroll
@@ -78,10 +80,11 @@ __device__ void scale(float (&x)[K][V], const float (&y)[K][V]) {
   }
 }
 
-// How blocks cut (M, F): side by side, some columns each, and in groups that stride over the rows.
+// How blocks share an (M, F) matrix: column_blocks blocks lie side by side and form a group. All
+// groups stride over the rows.
 struct Tiling {
   int64_t M, F;
-  int threads_per_row;  // of a block, a power of two
+  int threads_per_row;  // threads of a block that share a row, a power of two
   int64_t column_blocks, groups;
 
   __host__ __device__ int rows() const { return kThreads / threads_per_row; }
@@ -109,6 +112,7 @@ struct Forward {
   Matrix pre, up, h;  // up is absent unless gated
 };
 
+// Computes h = act(pre), times up if gated.
 __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   constexpr int K = kForwardRows;
   Pieces at = a.tiling.first(K);
@@ -128,9 +132,10 @@ struct Backward {
   Tiling tiling;
   Activation activation;
   Matrix dh, pre, up, dpre, dup, h;
-  Matrix db, db_up;  // parts, one row for each row of threads
+  Matrix db, db_up;  // partial sums, one row for each row of threads
 };
 
+// Computes dpre, dup, h and partial sums of the gradients of the biases.
 __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
   constexpr int K = kBackwardRows;
   Pieces at = a.tiling.first(K);
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
     store(a.dpre, slope, at);
     store(a.h, h, at);
 #pragma unroll
-    for (int i = 0; i < K; ++i) {  // past the end, dh is 0
+    for (int i = 0; i < K; ++i) {  // rows past the end add 0: dh is 0
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         db[0][j] += slope[i][j];
@@ -170,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
 
 // ---- operators ----
 
-// The matrix of a tensor from one of its elements on.
+// The matrix of `t` that begins at element `first`.
 Matrix from(const Tensor& t, int64_t first) {
   Matrix m = matrix(t);
   m.data += first * static_cast<int64_t>(t.element_size());
@@ -178,14 +183,15 @@ Matrix from(const Tensor& t, int64_t first) {
   return m;
 }
 
-// On a GPU products have the dtype of the tensors.
+// Checks that the products have the dtype of pre: on a GPU they are never wider.
 void check_products(const Tensor& product, ScalarType type) {
   check_no_float64(product);
   STD_TORCH_CHECK(!is_wide(product, type),
                   "tfkern::mlp: the CUDA kernels take products of the dtype of pre");
 }
 
-// The sum of the product is pre itself.
+// `pre` is the schema's `total`: a total that is not wider than pre needs no copy, so the second
+// result is absent.
 std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, Optional up, std::string activation,
                                                   ScalarType type) {
   check_mlp_forward(pre, up, type);

@@ -1,7 +1,7 @@
-// All PTX of this package, and the conversions between float and the narrow types.
+// All PTX of this package, and the conversions between float and the 16-bit types.
 //
-// Names and layouts of the fragments are those of the PTX manual. With TFKERN_CUDA_HOST the same
-// functions come from the emulation in tests/support/cuda_host, which runs kernels on the host.
+// Names and layouts of fragments follow the PTX manual. With TFKERN_CUDA_HOST the same functions
+// come from the emulation in tests/support/cuda_host, which runs kernels on the host.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,8 @@ __device__ inline float f16_to_float(uint32_t bits) {
   return r;
 }
 
-__device__ inline float exp2_approx(float x) {  // two units in the last place; 0 for -inf
+// 2^x within two units in the last place; 0 for -inf.
+__device__ inline float exp2_approx(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
@@ -48,7 +49,7 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Writes zeros, and reads nothing, unless `valid`.
+// Copies 16 bytes if `valid`; otherwise reads nothing and writes zeros.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
@@ -57,7 +58,7 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
 
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most N of this thread's groups are under way.
+// Waits until at most N of this thread's committed groups of copies are unfinished.
 template <int N>
 __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -65,7 +66,8 @@ __device__ inline void copy_wait() {
 
 // ---- matrix products of a warp ----
 
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix
+// i / 8.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -80,7 +82,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                : "memory");
 }
 
-// c += a b, of 16x16 and 16x8 elements.
+// c += a b, where a has 16x16 elements and b has 16x8.
 __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                 BFloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

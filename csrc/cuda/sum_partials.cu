@@ -1,10 +1,12 @@
-// The last step of gradients that sum over rows: each block of a kernel left its part in float32.
+// The last step of gradients that are sums over rows: adds the partial sums, in float32, that the
+// blocks of an earlier kernel left.
 #include "elements.h"
 
 namespace tfkern::cuda {
 
-constexpr int kLanes = 32, kGroups = 8;
+constexpr int kLanes = 32, kGroups = 8;  // columns of a block, and threads that share a column
 
+// Sums each column: thread `group` takes every kGroups-th row, and the first adds their sums.
 __global__ void sum_partials_kernel(const float* partial, int64_t G, int64_t N, Matrix out) {
   float* shared = shared_memory<float>();  // (kGroups, kLanes)
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
