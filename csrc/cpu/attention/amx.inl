@@ -1,23 +1,24 @@
-// Fragment of forward.inl: products of attention on Intel AMX, of bfloat16 with sums in float. For
-// AVX-512 processors that have it; forward.inl chooses at run time.
+// Fragment of forward.inl: attention's products on Intel AMX, which multiplies bfloat16 and sums in
+// float. It is compiled for AVX-512 and used if the processor has AMX (see prepare_amx).
 //
-// A tile register holds 16 rows of 64 bytes. The right operand of its product comes in pairs: word
-// (k / 2, n) holds elements (k, n) and (k + 1, n). Keys and values are read where they lie; what
-// stands on the right is packed once per block of rows.
+// A tile register holds 16 rows of 64 bytes. The right operand of a product consists of pairs: for
+// even k, word (k / 2, n) holds elements (k, n) and (k + 1, n). Keys stand on the left and are read
+// where they lie; the operand on the right, from the rows of a block, is packed once per block.
 
-constexpr int64_t kAmxRows = 16;   // of a tile
-constexpr int64_t kAmxDepth = 32;  // terms of an inner product of two tiles
+constexpr int64_t kAmxRows = 16;   // rows of a tile register, and float columns
+constexpr int64_t kAmxDepth = 32;  // terms that a product of two tile registers adds
 
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
 
+// The memory layout that _tile_loadconfig reads: 8 tiles of 16 rows of 64 bytes.
 struct AmxConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles of full size for this thread, until the end of its scope.
+// Configures this thread's tile registers at full size as long as the object lives.
 struct AmxTiles {
   AmxTiles() {
     alignas(64) static const AmxConfig config;
@@ -27,7 +28,7 @@ struct AmxTiles {
   AmxTiles(const AmxTiles&) = delete;
 };
 
-// The part of amx_product whose result is R x N tiles, 1 or 2 each.
+// The part of amx_product whose result is R x N tiles, where R and N are 1 or 2.
 template <int R, int N>
 inline void amx_product_tiles(int64_t K, const BFloat16* left, int64_t left_stride,
                               const uint32_t* right, int64_t right_stride, float* out,
@@ -70,8 +71,8 @@ inline void amx_product_tiles(int64_t K, const BFloat16* left, int64_t left_stri
 
 #pragma GCC pop_options
 
-// out[M x N] = left[M x K] right[K x N] (+ what out holds, if `add`). M and N are multiples of 16,
-// K of 32.
+// out[M x N] = left[M x K] right[K x N], added to the old values of out if `add`. M and N are
+// multiples of 16, K of 32.
 inline void amx_product(int64_t M, int64_t N, int64_t K, BroadcastMatrix<BFloat16> left,
                         const uint32_t* right, int64_t right_stride, float* out, int64_t out_stride,
                         bool add) {
@@ -88,12 +89,12 @@ inline void amx_product(int64_t M, int64_t N, int64_t K, BroadcastMatrix<BFloat1
 
 // ---- packing ----
 
-// {a, b} as bfloat16, rounded to nearest.
+// Pairs {a, b} of bfloat16, rounded to nearest, ties away from zero.
 inline VecUint narrow_pairs(VecFloat a, VecFloat b) {
   return ((VecUint)a + 0x8000u) >> 16 | (((VecUint)b + 0x8000u) & 0xffff0000u);
 }
 
-// The first and the second of each pair.
+// Stores the first elements of the pairs to `first` and the second ones to `second`.
 inline void store_halves(BFloat16* first, BFloat16* second, VecUint pairs) {
   _mm256_storeu_si256((__m256i*)first, _mm512_cvtepi32_epi16((__m512i)pairs));
   _mm256_storeu_si256((__m256i*)second, _mm512_cvtepi32_epi16((__m512i)(pairs >> 16)));
@@ -108,14 +109,15 @@ inline void join_pairs(uint32_t* dst, const BFloat16* a, const BFloat16* b, int6
   }
 }
 
-// The transpose of M rows of N words, as rows of `out_stride` words. Both are multiples of 16.
+// Transposes M rows of N words (32 bits) into rows that lie `out_stride` words apart. M and N are
+// multiples of 16.
 inline void transpose_words(const void* rows, int64_t stride, int64_t M, int64_t N, void* out,
                             int64_t out_stride) {
   transpose(static_cast<const float*>(rows), stride, M, N, static_cast<float*>(out), out_stride);
 }
 
-// Rows [begin, begin + count) of `width` elements with zeros past N, and rows of zeros to `height`:
-// in place if there is nothing to fill and they lie side by side, else copied to `buffer`.
+// Rows [begin, begin + count), filled up with zeros to `height` rows of `width` elements. They are
+// used in place if there is nothing to fill and they lie side by side, else copied to `buffer`.
 inline BroadcastMatrix<BFloat16> amx_rows(BFloat16* buffer, const HeadRows& rows, int64_t begin,
                                           int64_t count, int64_t N, int64_t height, int64_t width) {
   if (!rows.pages && count == height && N == width && rows.stride == 2 * N) {
@@ -126,8 +128,8 @@ inline BroadcastMatrix<BFloat16> amx_rows(BFloat16* buffer, const HeadRows& rows
   return {buffer, width, 1};
 }
 
-// The rows of a block, of `width` elements with zeros past N; those that do not exist, or that a
-// given lse of infinity leaves out, are 0.
+// Copies the rows of a block, filled up with zeros from N to `width` elements. Rows that do not
+// exist become 0 and so do, if `lse` is given, rows whose lse is +inf.
 inline void amx_block_rows(BFloat16* dst, const HeadView& heads, const Block& block, int64_t N,
                            int64_t width, const float* lse = nullptr) {
   std::memset(dst, 0, kBlock * width * 2);
@@ -138,7 +140,7 @@ inline void amx_block_rows(BFloat16* dst, const HeadView& heads, const Block& bl
   }
 }
 
-// Makes `count` rows, a multiple of 2, the right operand of a product.
+// Joins `count` rows, an even number, in pairs: the right operand of a product that sums over them.
 inline void join_rows(uint32_t* pairs, const BFloat16* rows, int64_t stride, int64_t count,
                       int64_t N) {
   for (int64_t i = 0; i < count; i += 2) {
@@ -146,16 +148,17 @@ inline void join_rows(uint32_t* pairs, const BFloat16* rows, int64_t stride, int
   }
 }
 
-// Pairs of keys take the place of the first of two rows of a tile of floats.
+// Words from one pair of keys to the next in a tile of floats: a pair of keys is stored over the
+// first of the two rows that held them.
 constexpr int64_t kPairStride = 2 * kBlock;
 
-// Sets the pairs of keys past the last that a product reads to 0.
+// Sets to 0 the pairs past the last key that a product still reads.
 inline void end_pairs(float* tile, int64_t keys) {
   keys += keys % 2;
   std::fill(tile + keys * kBlock, tile + round_up(keys, kAmxDepth) * kBlock, 0.0f);
 }
 
-// out = x rows^T for the keys [s0, s0 + keys) of a tensor with N features, where `rows` come as
+// out = x rows^T, where x is keys [s0, s0 + keys) of a tensor with N features, and `rows` holds
 // pairs of features.
 inline void amx_key_product(const HeadRows& x, int64_t s0, int64_t keys, int64_t N,
                             const uint32_t* rows, int64_t width, BFloat16* buffer, float* out) {
@@ -166,7 +169,7 @@ inline void amx_key_product(const HeadRows& x, int64_t s0, int64_t keys, int64_t
 
 // ---- operands that are read along the keys ----
 
-// Fills `transposed` with the tiles of x, which has N features. Runs tasks until none is left.
+// Runs tasks until none is left; each fills one tile of `transposed` from x, which has N features.
 inline void attention_transpose(const AttentionScores<float>& a, const HeadView& x, int64_t N,
                                 std::atomic<int64_t>& next) {
   const int64_t width = round_up(N, kAmxRows);
@@ -185,7 +188,8 @@ inline void attention_transpose(const AttentionScores<float>& a, const HeadView&
   }
 }
 
-// out += x^T tile, where x is what was transposed and the tile holds pairs of keys.
+// out += x^T tile, where x is the tensor that attention_transpose read, and `tile` holds pairs of
+// keys.
 inline void amx_add_transposed(const AttentionScores<float>& a, const Block& block, int64_t hk,
                                int64_t s0, int64_t keys, int64_t N, float* tile, float* out) {
   end_pairs(tile, keys);
@@ -202,7 +206,7 @@ struct AmxForward {
   int64_t Dp;
   BFloat16 *q_rows, *k_buffer;
   uint32_t* qt;
-  float* scores;  // which become p in place, as pairs
+  float* scores;  // scores, which p replaces in place, as pairs of keys
 
   AmxForward(Scratch& scratch, const AttentionScores<float>& a) : Dp(round_up(a.D, kAmxDepth)) {
     q_rows = scratch.get<BFloat16>(kBlock * Dp);

@@ -1,4 +1,4 @@
-// Fragment of backward.inl: its products on Intel AMX. It assumes amx.inl.
+// Fragment of backward.inl: the products of the backward on Intel AMX. It assumes amx.inl.
 
 struct AmxBackward {
   static constexpr int64_t kKeyAlignment = kKeys;
@@ -7,8 +7,8 @@ struct AmxBackward {
   BFloat16 *q_rows, *do_rows, *o_rows, *buffer, *p_rows, *ds_rows;
   uint32_t *qt, *dot, *q_pairs, *do_pairs;
   NarrowScores<float> narrow;
-  float *s, *dp, *tail;  // dp becomes ds in place, as pairs
-  float* narrow_q;       // the rows of a narrow block
+  float *s, *dp, *tail;  // ds replaces dp in place, as pairs of keys
+  float* narrow_q;       // q of a narrow block
 
   AmxBackward(Scratch& scratch, const AttentionBackward<float>& a)
       : Dp(round_up(a.D, kAmxDepth)), Dvp(round_up(a.Dv, kAmxDepth)), narrow(scratch, a.D) {
@@ -70,7 +70,7 @@ struct AmxBackward {
   }
 
  private:
-  // out += tile right, where `right` holds the rows of the block as pairs and has N features.
+  // out += tile right, where `right` has N features and holds pairs of rows of the block.
   void add_rows(BFloat16* tile, int64_t width, int64_t keys, const uint32_t* right,
                 int64_t right_stride, int64_t N, float* out, int64_t stride) {
     const int64_t height = round_up(keys, kAmxRows), depth = round_up(width, kAmxDepth);
@@ -82,7 +82,7 @@ struct AmxBackward {
     if (height == keys) {
       return amx_product(keys, Np, depth, left, right, right_stride, out, stride, true);
     }
-    // The rows behind the last key belong to others.
+    // A product writes whole tiles of 16 rows, but rows of `out` after the last key are not ours.
     std::memset(tile + keys * kBlock, 0, (height - keys) * kBlock * 2);
     amx_product(height, Np, depth, left, right, right_stride, tail, Np, false);
     for (int64_t i = 0; i < keys; ++i) {

@@ -1,22 +1,22 @@
-// Fragment of attention.cpp, compiled once per instruction set: the blocks of rows that a task has.
-// It assumes rows.inl.
+// Fragment of attention.cpp, compiled once per instruction set: the blocks of rows that tasks work
+// on. It assumes rows.inl.
 
 // Queries [t0, t0 + queries) of heads [h0, h0 + heads), one head after the other. Several heads
 // share a block if they share keys and all their queries fit: grouped heads then fill the lanes
 // that the few queries of decoding leave, and keys are read once.
 struct Block {
   const Document& document;
-  int64_t number;  // of the document
+  int64_t number;  // index of the document
   int64_t h0, heads, t0, queries;
-  int64_t begin, end;  // keys that some row sees
+  int64_t begin, end;  // range of the keys that some row sees
 
   int64_t rows() const { return heads * queries; }
-  // Mostly one head, and no division.
+  // The head and the query of a row. Most blocks have one head, and then need no division.
   int64_t head(int64_t row) const { return heads == 1 ? h0 : h0 + row / queries; }
   int64_t query(int64_t row) const { return heads == 1 ? t0 + row : t0 + row % queries; }
 };
 
-// Block of queries [t0, t0 + kBlock), as far as they exist, of `heads` heads.
+// The block of those queries [t0, t0 + kBlock) that exist, of `heads` heads.
 inline Block block_at(const AttentionShape& a, int64_t number, int64_t h0, int64_t heads,
                       int64_t t0) {
   const Document& document = a.documents[number];
@@ -24,10 +24,10 @@ inline Block block_at(const AttentionShape& a, int64_t number, int64_t h0, int64
   const int64_t first = t0 + document.keys - document.queries, last = first + queries - 1;
   const int64_t end = std::clamp<int64_t>(last + a.right + 1, 0, queries ? document.keys : 0);
   const int64_t begin = std::clamp<int64_t>(first - a.left, 0, end);
-  return {document, number, h0, heads, t0, queries, begin / 4 * 4, end};  // Philox draws fours
+  return {document, number, h0, heads, t0, queries, begin / 4 * 4, end};  // a draw has 4 keys
 }
 
-// Block `i` of key head hk: those with the most keys come last within a head.
+// Block `i` of key head hk. Within a head, the blocks with the most keys come last.
 inline Block block_of(const AttentionShape& a, int64_t number, int64_t hk, int64_t i) {
   const Document& document = a.documents[number];
   const int64_t h0 = hk * a.group();
@@ -36,8 +36,8 @@ inline Block block_of(const AttentionShape& a, int64_t number, int64_t hk, int64
   return block_at(a, number, h0 + i / per_head, 1, i % per_head * kBlock);
 }
 
-// The rows of a block of a tensor with N features, padded with zeros, and rows of zeros up to
-// `count`. Those that a given lse of infinity leaves out are 0.
+// Loads the rows of a block of a tensor with N features, padded with zeros to whole vectors, and
+// adds rows of zeros up to `count`. If `lse` is given, rows whose lse is +inf become 0 too.
 template <class C>
 inline void load_block(C* dst, const HeadView& x, const Block& block, int64_t N, int64_t count,
                        const C* lse = nullptr) {
@@ -51,16 +51,18 @@ inline void load_block(C* dst, const HeadView& x, const Block& block, int64_t N,
   }
 }
 
-// What the rows of a block bring into their scores, along the lanes.
+// Inputs of the score computation for each row of a block, stored so that a vector load gives one
+// row per lane.
 template <class C>
 struct RowInputs {
-  alignas(64) C query[kBlock];     // counted from the block's first
-  alignas(64) C slope[kBlock];     // of alibi
-  alignas(64) uint32_t t[kBlock];  // of the counter of Philox
-  alignas(64) uint32_t stream[kBlock];
-  const char *bias[kBlock], *mask[kBlock];  // element of key 0
+  alignas(64) C query[kBlock];              // query, counted from the first of the block
+  alignas(64) C slope[kBlock];              // ALiBi slope
+  alignas(64) uint32_t t[kBlock];           // query, as word 1 of the Philox counter
+  alignas(64) uint32_t stream[kBlock];      // document H + head, as word 2 of the counter
+  const char *bias[kBlock], *mask[kBlock];  // address of the element for key 0
 };
 
+// The address of the element for a row of the block and key 0.
 inline const char* element(const ScoreTensor& e, const Block& block, int64_t row) {
   return e.data + block.document.batch * e.batch + block.head(row) * e.head +
          block.query(row) * e.query;
@@ -79,9 +81,9 @@ inline void fill_lanes(RowInputs<C>& lanes, const AttentionScores<C>& a, const B
   }
 }
 
-// Rows too few to fill half a vector, as in decoding: products then run along the features instead
-// of the rows, and o is kept by rows. The question is asked of the forward's block of these rows,
-// which holds all heads of a group if they share it.
+// Tells whether the rows fill at most half a vector, as in decoding. Products then run along the
+// features instead of the rows, and o is stored by rows. The answer counts the rows that the block
+// has in forward, where heads of a group may share it, so that backward forms the same scores.
 template <class C>
 inline bool is_narrow(const AttentionShape& a, const Block& block) {
   const Document& document = block.document;

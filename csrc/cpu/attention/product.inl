@@ -1,26 +1,28 @@
-// Fragment of attention.cpp, compiled once per instruction set: matrix products. Keys
-// and values enter them as scalars that are broadcast, so they need no packing, except where there
-// are too few rows to fill a vector: they are then read by vectors, and widened (type T) while they
-// are. It assumes vec.inl.
+// Fragment of attention.cpp, compiled once per instruction set: matrix products. Keys and values
+// enter as scalars that are broadcast, so they need no packing. If there are too few rows to fill a
+// vector, keys and values (of type T) are read by vectors instead and widened on the way. It
+// assumes vec.inl.
 
-// Accumulators, rows times vectors, fill the registers but for a row of `right` and a scalar.
+// The accumulators of a tile are kRows rows of kVectors vectors: as many as the registers hold
+// beside a row of `right` and a scalar.
 template <class C>
 constexpr int kRows = TFKERN_VEC_BYTES == 16 ? 4 : 6;
 template <class C>
 constexpr int kVectors = TFKERN_VEC_BYTES == 64 ? 4 : 2;
 
-// Terms that one accumulator sums before it is added to the result: rounding errors grow with it.
+// The most terms that one accumulator sums before it is added to the result: rounding errors grow
+// with their number.
 constexpr int64_t kDepth = 64;
 
-// A matrix whose elements are broadcast one at a time, so that its strides are free.
+// A matrix whose elements are broadcast one at a time, so that any strides (in elements) will do.
 template <class C>
 struct BroadcastMatrix {
   const C* data;
   int64_t row, column;
 };
 
-// The part of `product` whose accumulators are R rows of NV vectors. Beside each of its terms it
-// fetches `step` elements of what lies at `ahead`.
+// The part of `product` whose accumulators are R rows of NV vectors. With each term it prefetches
+// from `ahead`, and moves `ahead` on by `step` elements.
 template <int R, int NV, class C, class T>
 inline void product_tile(int64_t K, BroadcastMatrix<C> left, const T* right, int64_t right_stride,
                          C* out, int64_t out_stride, bool add, const C* ahead, int64_t step) {
@@ -59,6 +61,7 @@ inline void product_tile(int64_t K, BroadcastMatrix<C> left, const T* right, int
   } while (k < K);
 }
 
+// The part of `product` whose result is M rows of NV vectors.
 template <int NV, class C, class T>
 inline void product_panel(int64_t M, int64_t K, BroadcastMatrix<C> left, const T* right,
                           int64_t right_stride, C* out, int64_t out_stride, bool add,
@@ -86,14 +89,15 @@ inline void product_panel(int64_t M, int64_t K, BroadcastMatrix<C> left, const T
   }
 }
 
-// out[M x N] = left[M x K] right[K x N], added to what out holds if `add`. N fills whole vectors.
-// Meanwhile the M K elements from `ahead` on, which are needed next, are fetched from outer caches,
-// whose delay strided reads would feel.
+// out[M x N] = left[M x K] right[K x N], added to the old values of out if `add`. N fills whole
+// vectors. Meanwhile the M K elements from `ahead` on, which are needed next, are fetched from
+// outer caches: strided reads would otherwise wait for them.
 template <class C, class T>
 void product(int64_t M, int64_t N, int64_t K, BroadcastMatrix<C> left, const T* right,
              int64_t right_stride, C* out, int64_t out_stride, bool add, const C* ahead = nullptr) {
   constexpr int L = kLanes<C>, NV = kVectors<C>;
-  // kRows for each of K terms of M / kRows tiles, and more for the rows that fill no tile.
+  // M / kRows tiles of K terms each fetch M K elements at kRows elements a term. Two elements more
+  // make up for the rows that fill no tile.
   const int64_t step = ahead ? kRows<C> + 2 : 0;
   if (!ahead) ahead = out;
   int64_t n = 0;
@@ -119,8 +123,8 @@ inline Vec<C> pair_sums(Vec<C> a, Vec<C> b) {
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
 }
 
-// out[r][m] = sum_k left[m][k] right[r][k]: a product of rows that lie along the lanes, for R
-// too small to fill a vector. K fills whole vectors, and so do the rows of out.
+// out[r][m] = sum_k left[m][k] right[r][k], with k along the lanes: for R too small to fill a
+// vector. K fills whole vectors, and so do the rows of out.
 template <class C, class T>
 void row_product(int64_t M, int64_t R, int64_t K, BroadcastMatrix<T> left, const C* right,
                  int64_t right_stride, C* out, int64_t out_stride) {

@@ -1,13 +1,13 @@
 // Fragment of attention.cpp, compiled once per instruction set: rows of q, k and v in memory, and
-// how products get them. It assumes vec.inl and product.inl.
+// their conversion to operands of products. It assumes vec.inl and product.inl.
 
-// Rows of one head of a tensor, on pages if there is a table.
+// Rows of one head of a tensor, on pages if `pages` is not null.
 struct HeadRows {
   char* data;
-  int64_t stride;  // in bytes
+  int64_t stride;  // bytes from one row to the next
   Dtype dtype;
   const int64_t* pages = nullptr;
-  int64_t page_size = 0, page_stride = 0;
+  int64_t page_size = 0, page_stride = 0;  // rows of a page; bytes from one page to the next
 
   char* at(int64_t i) const {
     if (!pages) return data + i * stride;
@@ -15,7 +15,7 @@ struct HeadRows {
   }
 };
 
-// From the first row of a document on.
+// The rows of a head from the first row of a document on.
 inline HeadRows query_rows(const HeadView& t, const Document& document, int64_t h) {
   char* data = t.data + document.batch * t.batch + h * t.head;
   return {data + document.query0 * t.row, t.row, t.dtype};
@@ -42,10 +42,10 @@ inline void store_row(const HeadRows& rows, int64_t i, const C* src, int64_t N) 
 template <class C>
 constexpr Dtype kDtype = std::is_same_v<C, double> ? Dtype::f64 : Dtype::f32;
 
-// Rows of one head of k or v in the computing type, for products that read them by scalars, again
-// and again: in place if they are so in memory and side by side (rows a power of two apart would
-// fight for the same cache sets), else copied. Copies among the first `kept_` rows serve all blocks
-// of queries that follow one another.
+// Rows of one head of k or v in the computing type, for products that read them again and again by
+// scalars. Rows of this type that lie side by side are used in place; others are copied (rows that
+// lie a power of two apart, say, would fight for the same cache sets). Copies of the first `kept_`
+// rows are kept for the blocks of queries that follow.
 template <class C>
 class WidenedRows {
  public:
@@ -67,13 +67,13 @@ class WidenedRows {
   }
 
  private:
-  static constexpr int64_t kKept = 1 << 20;  // elements: of the order of a cache
+  static constexpr int64_t kKept = 1 << 20;  // elements that are kept: about the size of a cache
 
   bool in_place(const HeadRows& rows) const {
     return rows.dtype == kDtype<C> && !rows.pages && rows.stride == N_ * size(rows.dtype);
   }
 
-  // Adds to what is kept, which always is one stretch of one head.
+  // Adds rows to the copies that are kept, which are always one range [begin_, end_) of one head.
   void keep(const HeadRows& rows, int64_t begin, int64_t end) {
     if (rows.data != data_ || rows.pages != pages_ || begin > end_ || end < begin_) {
       data_ = rows.data;
@@ -98,13 +98,14 @@ class WidenedRows {
   Scratch* scratch_;
   int64_t kept_, N_;
   C* copies_ = nullptr;
-  const char* data_ = nullptr;  // of the head whose rows [begin_, end_) are kept
+  const char* data_ = nullptr;  // the head whose rows [begin_, end_) are kept
   const int64_t* pages_ = nullptr;
   int64_t begin_ = 0, end_ = 0;
 };
 
-// Rows for products that read them once or twice: in place in any type and at any distance if they
-// fill whole vectors, else copied, with zeros past N. `matrix` makes them an operand.
+// Rows for products that read them once or twice. Rows that fill whole vectors are used in place,
+// whatever their type and distance; others are copied in the computing type, with zeros past N.
+// `matrix` turns the result into an operand.
 template <class C>
 inline HeadRows narrow_rows(C* buffer, const HeadRows& rows, int64_t begin, int64_t count,
                             int64_t N) {

@@ -1,12 +1,12 @@
 // Fragment of attention.cpp, compiled once per instruction set: a tile of scores, and its dropout,
 // for forward and backward. It assumes block.inl.
 //
-// A tile is kKeys keys times a block of up to kBlock rows, with the rows along the lanes: what is
-// per row (running maximum, sum, lse, position, slope) is then a vector, and no reduction crosses
+// A tile is kKeys keys times a block of up to kBlock rows, with the rows along the lanes: values
+// per row (running maximum, sum, lse, position, slope) are then vectors, and no reduction crosses
 // lanes.
 
-// q k^T of a narrow block. The backward takes them from here as well: sums in another order would
-// differ by roundings, which exponentials of large scores turn into factors.
+// q k^T of a narrow block. Backward uses it as well as forward: sums in another order would differ
+// by roundings, which exponentials of large scores turn into factors.
 template <class C>
 struct NarrowScores {
   C *k_buffer, *rows;
@@ -15,7 +15,8 @@ struct NarrowScores {
     k_buffer = scratch.get<C>(kKeys * padded<C>(D));
     rows = scratch.get<C>(kLanes<C> * kKeys);
   }
-  // Returns the scores of keys [s0, s0 + keys): each row of the block has kKeys of them.
+  // Returns the scores of keys [s0, s0 + keys), one row of kKeys elements for each row of the
+  // block.
   C* by_rows(const AttentionScores<C>& a, const Block& block, int64_t hk, int64_t s0, int64_t keys,
              const C* q_rows) {
     const int64_t Dp = padded<C>(a.D);
@@ -33,7 +34,8 @@ struct NarrowScores {
   }
 };
 
-// dst[i] = the element `i * stride` bytes from p. A mask gives 0 for True and -inf for False.
+// dst[i] = the element `i * e.key` bytes after p, for n elements. A mask gives 0 for True and -inf
+// for False.
 template <class C>
 inline void load_elements(C* dst, const char* p, const ScoreTensor& e, int64_t n) {
   if (e.boolean) {
@@ -50,13 +52,13 @@ inline void load_elements(C* dst, const char* p, const ScoreTensor& e, int64_t n
   });
 }
 
-// tile[s][row] = the element of each row and key s0 + s. `buffer` is as large as the tile.
+// tile[s][row] = the element of e for the row and key s0 + s. `buffer` is as large as the tile.
 template <class C>
 inline void load_tile(C* tile, const ScoreTensor& e, const char* const* lanes, int64_t s0,
                       int64_t keys, int64_t rows, C* buffer) {
   constexpr int L = kLanes<C>;
   const int64_t width = padded<C>(rows), offset = s0 * e.key;
-  bool same = true;  // in all rows
+  bool same = true;  // all rows have the same elements
   for (int64_t i = 1; i < rows; ++i) same &= lanes[i] == lanes[0];
   if (same) {
     load_elements(buffer, lanes[0] + offset, e, keys);
@@ -99,14 +101,15 @@ inline void mask_band(C* scores, const AttentionShape& a, const Block& block,
   }
 }
 
-// Whether the band hides any of the keys [s0, s0 + keys) from a row of the block.
+// Tells whether the band hides any of the keys [s0, s0 + keys) from a row of the block.
 inline bool band_hides(const AttentionShape& a, const Block& block, int64_t s0, int64_t keys) {
   const int64_t first = block.t0 + block.document.keys - block.document.queries - s0;
   return first + block.queries - 1 > a.left || first + a.right < keys - 1;
 }
 
-// Calls part(s, count, t) for parts of a tile of keys that hold all that its rows see: keys [s0 +
-// s, s0 + s + count) and the rows from t on. Rows that see no key of the second half skip it.
+// Calls part(s, count, t) for the parts of a tile that hold everything its rows see: keys
+// [s0 + s, s0 + s + count) and the rows from t on. The second half of the keys leaves out the first
+// rows, which see none of it.
 template <class C, class F>
 inline void seen_parts(const AttentionShape& a, const Block& block, int64_t s0, int64_t keys,
                        F part) {
@@ -119,21 +122,22 @@ inline void seen_parts(const AttentionShape& a, const Block& block, int64_t s0, 
   part(kHalf, keys - kHalf, t);
 }
 
-// Whether nothing is done to q k^T but hiding some of it, and scaling it by a positive number. The
-// factor may then wait until exponentials are taken.
+// Tells whether scores are just q k^T times a positive factor, some of them hidden. The factor can
+// then wait until the exponential is taken.
 template <class C>
 inline bool scaled_late(const AttentionScores<C>& a) {
   return a.scale > 0 && a.softcap == 0 && !a.bias.data && !a.alibi_slopes;
 }
 
-// The factor that finish_scores leaves out.
+// The factor of the scores that finish_scores leaves out, and that the exponential must apply.
 template <class C>
 inline C late_scale(const AttentionScores<C>& a) {
   return scaled_late(a) ? a.scale : C{1};
 }
 
-// Turns q k^T into the scores of keys [s0, s0 + keys), but for late_scale. With a softcap, its
-// derivative goes to `slope`, unless that is null. `tile` and `buffer` are room for a tile each.
+// Turns q k^T of keys [s0, s0 + keys) into scores, except for the factor late_scale. Unless `slope`
+// is null, the derivative of the softcap is written to it. `tile` and `buffer` are room for a tile
+// each.
 template <class C>
 inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& block,
                           const RowInputs<C>& lanes, int64_t s0, int64_t keys, C* tile, C* buffer,
@@ -183,8 +187,8 @@ inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& b
 
 // ---- dropout ----
 
-// keep[s][row] = 1 / (1 - p) where key s0 + s is kept, else 0. s0 is a multiple of 4, and keys come
-// in fours: what takes them in pairs reads one past the last.
+// keep[s][row] = 1 / (1 - p) where key s0 + s is kept, else 0. s0 is a multiple of 4. Keys are
+// filled up to a multiple of 4, so that callers that take them in pairs may read one past the last.
 template <class C>
 inline void dropout_tile(C* keep, const AttentionScores<C>& a, const RowInputs<C>& lanes,
                          int64_t s0, int64_t keys, int64_t width) {
@@ -209,7 +213,7 @@ inline void dropout_tile(C* keep, const AttentionScores<C>& a, const RowInputs<C
   }
 }
 
-// keep[s][row] = weight[row], times what `keep` holds if that is set.
+// keep[s][row] = weight[row], times the old keep[s][row] if `set`.
 template <class C>
 inline void weigh_tile(C* keep, const C* weight, bool set, int64_t width) {
   for (int64_t s = 0; s < kKeys; ++s) {
