@@ -1,5 +1,6 @@
-// Vectors of float or double, compiled once per instruction set: each_isa.h includes this inside a
-// namespace and a target region of its own, hence without a guard. TFKERN_VEC_BYTES is the width.
+// Vectors of float or double, compiled once per instruction set: each_isa.h includes this file
+// several times, each time in another namespace and target region, hence without a guard.
+// TFKERN_VEC_BYTES is the width of a vector.
 //
 // The vectors are the compiler's own (GCC vector extension): + - * /, comparisons and ?: work on
 // them, and a * b + c becomes a fused multiply-add.
@@ -27,11 +28,11 @@ struct VecOf<double> {
 template <class C>
 using Vec = typename VecOf<C>::type;
 template <class C>
-using VecIndex = typename VecOf<C>::index;  // of lanes, for __builtin_shuffle
+using VecIndex = typename VecOf<C>::index;  // indices of lanes, for __builtin_shuffle
 template <class C>
 constexpr int kLanes = TFKERN_VEC_BYTES / sizeof(C);
 
-// n, rounded up to whole vectors.
+// n rounded up to whole vectors.
 template <class C>
 inline int64_t padded(int64_t n) {
   return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
@@ -42,7 +43,8 @@ inline Vec<C> broadcast(C value) {
   return Vec<C>{} + value;
 }
 
-// ---- memory: any element type is widened to the computing type on load, rounded on store ----
+// ---- memory: elements of any type are widened to the computing type on load, rounded on store
+// ----
 
 inline VecFloat load(const float* p) {
   VecFloat v;
@@ -62,7 +64,7 @@ inline void store(BFloat16* p, VecFloat v) {
   bits += 0x7fffu + ((bits >> 16) & 1u);             // round to nearest, ties to even
   bits = v == v ? bits : (VecUint{} + 0x7fc00000u);  // the carry could turn a NaN into an infinity
 #if TFKERN_VEC_BYTES == 64
-  // GCC 12 would shift, and shuffle two vectors.
+  // One permutation takes the upper halves; GCC 12 would shift and then shuffle two vectors.
   static constexpr uint16_t kUpper[] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   const __m512i upper = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)kUpper));
   const __m512i h = _mm512_permutexvar_epi16(upper, (__m512i)bits);
@@ -73,7 +75,7 @@ inline void store(BFloat16* p, VecFloat v) {
 #endif
 }
 
-// GCC 12 would widen 16-bit integers in two halves and join them.
+// Intrinsics, because GCC 12 would widen 16-bit integers in two halves and join them.
 #if TFKERN_VEC_BYTES == 64
 inline VecFloat load(const BFloat16* p) {
   return (VecFloat)((VecUint)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
@@ -119,7 +121,8 @@ inline void store(Half* p, VecFloat v) {
 }
 #endif
 
-// The first n elements; the other lanes are 0 and their memory is not touched.
+// Loads or stores the first n elements only; memory past them is not touched. A load sets the other
+// lanes to 0.
 template <class T>
 inline Vec<Compute<T>> load(const T* p, int n) {
   T part[kLanes<Compute<T>>] = {};
@@ -133,8 +136,8 @@ inline void store(T* p, Vec<Compute<T>> v, int n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
-// The first n elements of v, or all if it has no more; only seldom is one side double and the other
-// not.
+// Stores the first n elements of v, or all if it has no more. The slow branch serves the rare case
+// that just one of T and v is double.
 template <class T, class V>
 inline void store_as(T* p, V v, int64_t n) {
   constexpr int L = sizeof(V) / sizeof(v[0]);
@@ -167,7 +170,7 @@ inline V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
-// a * b, rounded. The compiler would not round it if it fused the product with a sum that follows.
+// a * b, always rounded: the compiler may not fuse it with a sum that follows.
 template <class V>
 inline V rounded_product(V a, V b) {
   V product = a * b;
@@ -179,7 +182,7 @@ inline V rounded_product(V a, V b) {
   return product;
 }
 
-// Whether a comparison holds in some lane.
+// Tells whether a comparison holds in some lane.
 template <class M>
 inline bool any(M mask) {
   bool result = false;
@@ -187,7 +190,7 @@ inline bool any(M mask) {
   return result;
 }
 
-// 0, 1, 2, ... From memory, since GCC 12 would build such a vector lane by lane at run time.
+// 0, 1, 2, ..., loaded from memory, since GCC 12 would build the vector lane by lane at run time.
 template <class C>
 inline VecIndex<C> iota() {
   static constexpr std::conditional_t<sizeof(C) == 4, int32_t, int64_t> kNumbers[] = {
@@ -197,7 +200,7 @@ inline VecIndex<C> iota() {
   return v;
 }
 
-// Sum over the lanes, always in the same order: of halves, of quarters, ...
+// The sum over the lanes, always in the same order: halves are added, then quarters, and so on.
 template <class C>
 inline C sum(Vec<C> v) {
 #pragma GCC unroll 4
@@ -230,7 +233,7 @@ inline VecFloat exp_remainder(VecFloat x, VecFloat n) {
 
 // e^x within 2 ulp.
 inline VecFloat exp(VecFloat x) {
-  x = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));  // above: inf, below: 0; NaN stays
+  x = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));  // past these: inf or 0; NaN stays
   const VecFloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecFloat n = (x * 1.44269504f + magic) - magic;
   // 2^n in two factors, since n reaches from -150 to 128
@@ -243,8 +246,8 @@ inline VecDouble exp(VecDouble x) {
   return x;
 }
 
-// log2(x) of positive normal numbers, NaN of infinity and NaN, as the sum of an integer and of a
-// fraction from -0.59 to 0.42. What the polynomial in t leaves out of log2((1 + t) / (1 - t)) is
+// log2(x) as the sum of an integer and of a fraction from -0.59 to 0.42. x is a positive normal
+// number; infinity and NaN give NaN. The error of the polynomial, as log2((1 + t) / (1 - t)), is
 // less than 6e-9.
 inline VecFloat log2_fraction(VecFloat x, VecFloat& integer) {
   // x = 2^n m, 2/3 <= m < 4/3
@@ -264,7 +267,7 @@ inline VecDouble log2_fraction(VecDouble x, VecDouble& integer) {
   return x;
 }
 
-// 2^x within 2 ulp for x <= 127, where tiny results may be lost: what would be below 2^-126 is 0.
+// 2^x within 2 ulp for x <= 127. Results below 2^-126 become 0.
 #if TFKERN_VEC_BYTES == 64
 inline VecFloat exp2_flush(VecFloat x) {
   constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
@@ -276,7 +279,7 @@ inline VecFloat exp2_flush(VecFloat x) {
   p = p * r + 0.693147063f;
   p = p * r + 1.0f;
   const __mmask16 normal =
-      _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);  // or NaN
+      _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);  // true for NaN too
   return (VecFloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);       // p 2^floor(x)
 }
 #else
@@ -330,8 +333,9 @@ inline VecFloat reciprocal(VecFloat x) {
 }
 inline VecDouble reciprocal(VecDouble x) { return 1 / x; }
 
-// 1 / (1 + e^-x) and its derivative, which keep their digits in either tail: relative errors grow
-// there like that of e^-x, |x| half units in the last place.
+// Returns sigma(x) = 1 / (1 + e^-x); `slope` becomes its derivative. Both keep their digits in
+// either tail, where their relative errors grow like that of e^-|x|: |x| half units in the last
+// place.
 template <class C>
 inline Vec<C> sigmoid(Vec<C> x, Vec<C>& slope) {
   const Vec<C> e = exp2_flush(abs(x) * C(-1.4426950408889634)), s = reciprocal(1 + e);
@@ -339,8 +343,8 @@ inline Vec<C> sigmoid(Vec<C> x, Vec<C>& slope) {
   return x < 0 ? e * s : s;
 }
 
-// The normal distribution function, erfc(-x / sqrt(2)) / 2, and its density. The relative error is
-// 2e-6 down to x = -6 and 2e-5 at -13, below which it is 0.
+// Returns the normal distribution function, erfc(-x / sqrt(2)) / 2; `density` becomes its
+// derivative. The relative error is 2e-6 down to x = -6 and 2e-5 at -13; below, the result is 0.
 inline VecFloat normal_cdf(VecFloat x, VecFloat& density) {
   const VecFloat z = x * 0.707106781f, t = abs(z), zz = z * z;
   // t < 1: erf(z) = z P(z^2)
@@ -375,8 +379,8 @@ inline VecDouble normal_cdf(VecDouble x, VecDouble& density) {
 
 // ---- order of lanes ----
 
-// Turns L rows of L elements into L columns. Rows i and i + W trade the blocks that lie off the
-// diagonal, for W = L / 2, L / 4, ..., 1.
+// Transposes L rows of L elements. For W = L / 2, L / 4, ..., 1, rows i and i + W exchange their
+// blocks of W elements off the diagonal.
 template <class C>
 inline void transpose(Vec<C>* rows) {
   constexpr int L = kLanes<C>;
@@ -397,7 +401,7 @@ inline void transpose(Vec<C>* rows) {
 
 // ---- random numbers ----
 
-// High and low words of the products of each lane with a constant.
+// The high and low words of the product of each lane with b.
 inline void multiply(VecUint a, uint32_t b, VecUint& high, VecUint& low) {
   const VecUlong even = (VecUlong)a & 0xffffffffu, odd = (VecUlong)a >> 32;
 #if TFKERN_VEC_BYTES == 64
@@ -417,8 +421,8 @@ inline void multiply(VecUint a, uint32_t b, VecUint& high, VecUint& low) {
 }
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the
-// counter-based generator that every backend draws dropout masks from, so that all of them draw the
-// same one. A counter per lane: c[i] becomes lane i of the draw.
+// counter-based generator of dropout masks. All backends use it, so that they draw the same masks.
+// Each vector lane has its own counter of four words c[i], which become the four words of its draw.
 inline void philox(uint64_t key, VecUint c[4]) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {

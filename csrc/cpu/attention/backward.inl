@@ -1,8 +1,8 @@
-// Fragment of attention.cpp, compiled once per instruction set: backward. s and p are
-// computed again tile by tile. It assumes forward.inl.
+// Fragment of attention.cpp, compiled once per instruction set: backward. s and p are computed
+// again, tile by tile. It assumes forward.inl.
 
-// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`: where a query sees one
-// key only, sum(do o) then differs from dp, and ds from 0, by no more than o was rounded.
+// sum[t] = sum_d a[d][t] b[d][t], in the order and rounding of `product`. If a query sees one key
+// only, sum(do o) then differs from dp, and so ds from 0, only by the rounding of o.
 template <class C>
 inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* sum) {
   constexpr int L = kLanes<C>;
@@ -19,17 +19,21 @@ inline void dot_products(const C* a, const C* b, int64_t D, int64_t width, C* su
   }
 }
 
-// Blocks of rows that walk over the keys together: each tile of keys, and of the sums of dk and dv,
-// is fetched once for all of them.
+// The number of blocks of rows that walk over the keys together: each tile of k, v, dk and dv is
+// fetched once for all of them.
 constexpr int64_t kBlocksPerWalk = 4;
 
-// ---- products of the backward: two ways with the same functions ----
+// ---- products of the backward ----
 //
-// Copies share their tiles; allocate_rows gives one rows of its own. load: takes the rows of a
-// block, of which those with lse = inf become 0, and gives do_o = sum(do o). multiply: s = q
-// k^T, as in the forward, and dp = do v^T of keys [s0, s0 + keys), whose sums of dk and dv, if not
-// null, are needed next. take: p and ds of keys s0 + s and s0 + s + 1 and a vector of rows. add: dv
-// += p^T do, dk += ds^T q for these keys, and dq^T += k^T ds.
+// There are two implementations with the same functions (the second is in amx_backward.inl). Copies
+// of an object share its buffers for tiles.
+//
+//   allocate_rows: gives a copy buffers of its own for the rows of a block.
+//   load: reads q, do and o of a block (0 for rows with lse = inf), and sets do_o = sum(do o).
+//   multiply: s = q k^T, as in forward, and dp = do v^T for keys [s0, s0 + keys). Unless `sums` is
+//     null, it points to the dk and dv of these keys, which are prefetched.
+//   take: stores p and ds of keys s0 + s and s0 + s + 1 for a vector of rows.
+//   add: dv += p^T do and dk += ds^T q for these keys, and dq^T += k^T ds.
 
 template <class C>
 struct WideBackward {
@@ -38,7 +42,7 @@ struct WideBackward {
   C *q_rows, *do_rows, *o_rows, *qt, *dot, *ot;
   std::shared_ptr<WidenedRows<C>> k_rows, v_rows;
   NarrowScores<C> narrow;
-  C *s, *dp;  // which become p and ds in place
+  C *s, *dp;  // p and ds replace s and dp in place
 
   WideBackward(Scratch& scratch, const AttentionBackward<C>& a) : narrow(scratch, a.D) {
     for (C** x : {&o_rows, &ot}) *x = scratch.get<C>(padded<C>(a.Dv) * kBlock);
@@ -107,7 +111,7 @@ struct WideBackward {
 
 // ---- a tile of gradients ----
 
-// Room for what belongs to a tile.
+// Buffers for a tile.
 template <class C>
 struct BackwardRoom {
   C *slope, *keep, *tile, *buffer;
@@ -117,14 +121,15 @@ struct BackwardRoom {
   }
 };
 
-// A block of rows, and room for it. p = 2^((s - lse) / ln(2) - rest). Rows that take no part, lse =
-// -inf, may hold NaN: they become 0, with lse = inf, so that p = 0.
+// A block of rows and its buffers. p = 2^((s - lse) / ln(2) - rest), where `rest` is lse_rest in
+// base 2. Rows that see no key have lse = -inf and may hold NaN: they are loaded as 0, with
+// lse = inf, so that p = 0.
 template <class C, class Products>
 struct BackwardRows {
   Products products;
   std::optional<Block> block;
   RowInputs<C> lanes;
-  C *lse, *rest, *dlse, *do_o, *dqt;  // do_o = sum(do o); dq^T / scale
+  C *lse, *rest, *dlse, *do_o, *dqt;  // do_o = sum(do o), dqt = dq^T / scale
 
   BackwardRows(Scratch& scratch, const AttentionBackward<C>& a, const Products& like)
       : products(like) {
@@ -133,6 +138,7 @@ struct BackwardRows {
     dqt = scratch.get<C>(padded<C>(a.D) * kBlock);
   }
   int64_t width() const { return padded<C>(block->rows()); }
+  // The key at which the walk begins.
   int64_t begin() const { return block->begin / Products::kKeyAlignment * Products::kKeyAlignment; }
 
   void load(const AttentionBackward<C>& a, const Block& rows) {
@@ -154,9 +160,9 @@ struct BackwardRows {
   }
 };
 
-// Gives the products p = exp(scale s - lse) keep and ds = p (dp keep -
-// delta) slope. `keep` and `slope` may be null, for 1. delta = sum(do o) - dlse comes as its two
-// terms: if the first cancels dp, the second is left exact.
+// Hands `rows.products` p keep, where p = exp(scale s - lse), and ds = p (dp keep - delta) slope.
+// `keep` and `slope` are 1 if null. The two terms of delta = sum(do o) - dlse are subtracted one by
+// one: if sum(do o) cancels dp, dlse is left exact.
 template <class C, class Rows>
 inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, const C* slope) {
   constexpr int L = kLanes<C>;
@@ -181,7 +187,8 @@ inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, co
   }
 }
 
-// The gradients for keys [s0, s0 + keys): of q k^T, or without `slope` of the scores.
+// Computes p and ds for keys [s0, s0 + keys). ds is the gradient of the products, but for the
+// factor `scale`, or without `slope` the gradient after the softcap.
 template <class C, class Rows>
 void tile_gradients(BackwardRoom<C>& room, Rows& rows, const AttentionBackward<C>& a, int64_t hk,
                     int64_t s0, int64_t keys, C* slope, const C* sums) {
@@ -222,6 +229,7 @@ int64_t attention_dkv_width(const AttentionBackward<C>& a) {
   return padded<C>(a.D) + padded<C>(a.Dv);
 }
 
+// Writes dq of a block. `dq_rows` is room for kBlock rows.
 template <class C, class Rows>
 void store_dq(const AttentionBackward<C>& a, Rows& rows, C* dq_rows) {
   const int64_t Dp = padded<C>(a.D);
@@ -234,6 +242,7 @@ void store_dq(const AttentionBackward<C>& a, Rows& rows, C* dq_rows) {
   }
 }
 
+// Writes the terms of dsink of a block's rows: -p_sink (sum(do o) - dlse).
 template <class C, class Rows>
 void store_sink_terms(const AttentionBackward<C>& a, const Rows& rows) {
   const Block& block = *rows.block;
@@ -247,11 +256,11 @@ void store_sink_terms(const AttentionBackward<C>& a, const Rows& rows) {
   }
 }
 
-// Runs tasks (document, key head, chunk of the blocks of rows of its query heads) until none is
-// left. A task walks over the keys for a few blocks of rows after the other: dq of these is
-// complete when the walk ends, dk and dv add up in memory. With several chunks per head a
-// task's sums go to `partials`, to be added by attention_store_dkv; with one, it stores them
-// itself.
+// Runs tasks until none is left. A task is a document, a key head, and a chunk of the blocks of
+// rows of the query heads. It takes a few blocks at a time and walks over the keys with them: their
+// dq is complete when the walk ends, while dk and dv add up in memory until the task ends. If a key
+// head has several chunks, their sums go to `partials`, and attention_store_dkv adds them later;
+// otherwise the task stores dk and dv itself.
 template <class C, class Products>
 void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   const int64_t Dp = padded<C>(a.D), sums_width = Dp + padded<C>(a.Dv);
@@ -274,13 +283,14 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
     if (chunk >= chunks) continue;
     C* sums = own_sums;
     if (chunks > 1) sums = a.partials + a.partial_row(document, hk, chunk) * sums_width;
-    int64_t ready = 0;  // keys whose sums have begun: just before they are needed in the cache
+    // Sums are set to 0 just before they are needed, so that they are in the cache.
+    int64_t ready = 0;  // number of keys whose sums have been set
     const auto begin_sums = [&](int64_t end) {
       if (end > ready) std::fill(sums + ready * sums_width, sums + end * sums_width, C{0});
       ready = std::max(ready, end);
     };
 
-    // Every chunk takes blocks from all over the sequence, since causal ones differ in work.
+    // A chunk takes every chunks-th block of the sequence, since causal blocks differ in work.
     for (int64_t i = chunk; i < blocks;) {
       int64_t begin = document.keys, end = 0, count = 0;
       for (; count < kBlocksPerWalk && i < blocks; ++count, i += chunks) {
@@ -311,7 +321,7 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
 
 // ---- gradient of the bias ----
 
-// Products whose ds go to `total`, one row of kBlock elements per key.
+// Products that add ds to `total`, which has one row of kBlock elements per key.
 template <class C, class Products>
 struct BiasSums : Products {
   using Products::Products;
@@ -324,8 +334,8 @@ struct BiasSums : Products {
   }
 };
 
-// Runs tasks, each of which owns a tile of dbias and adds up what falls on it, over the batches,
-// heads, queries and keys along which bias is broadcast, in their order.
+// Runs tasks until none is left. Each owns a tile of dbias and sums ds over the batches, heads,
+// queries and keys along which bias is broadcast, always in the same order.
 template <class C, class Products>
 void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   const BiasGradient& g = a.dbias;

@@ -1,8 +1,8 @@
 // Fragment of attention.cpp, compiled once per instruction set: forward, a walk over the
 // keys of a block of rows with an online softmax. It assumes scores.inl.
 
-// How far a score may exceed the maximum it is compared with before that is raised, so that p is at
-// most 2^8. Most tiles then leave the sums of earlier ones as they are (FlashAttention-4).
+// How far a score may exceed the row's maximum before the maximum is raised; p is thus at most 2^8.
+// Most tiles then need not rescale the sums of earlier tiles (FlashAttention-4).
 template <class C>
 constexpr C kHeadroom = 8 / kLog2E<C>;
 
@@ -12,11 +12,11 @@ inline V exp_difference(V x, C scale, V shift) {
   return exp2_flush((rounded_product(x, V{} + scale) - shift) * kLog2E<C>);
 }
 
-// Takes a tile of scores into the maximum (up to kHeadroom) and sum of each query and turns it into
-// p = exp(score - maximum), times `keep` unless that is null, for the products to take. A score is
-// `scale` times what is in the tile. Returns whether `factor`, by which what was summed before is
-// to be scaled, differs from 1 anywhere; only then it is written. The maximum is subtracted from
-// the rounded score: where scores are large, a rounding more or less is a factor of p.
+// Adds a tile of scores to the maximum (up to kHeadroom) and sum of each row, and hands
+// p = exp(score - maximum), times `keep` unless that is null, to `products`. A score is `scale`
+// times an element of the tile. Returns true if the maximum of some row was raised; only then is
+// `factor` written, by which the earlier o of each row must be multiplied. The maximum is
+// subtracted from the rounded score: if scores are large, a rounding more or less is a factor of p.
 template <class C, class Products>
 inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t width, C scale,
                            C* maximum, C* sum, C* factor, Products& products) {
@@ -38,10 +38,10 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
     rescale |= any(raised);
   }
   for (int64_t t = 0; t < width; t += L) {
-    // A query that saw no key yet has m = -inf; any finite number in its place gives p = 0.
+    // A row that has seen no key yet has m = -inf; any finite number in its place gives p = 0.
     const Vec<C> m = load(maximum + t);
     const Vec<C> shift = m == -std::numeric_limits<C>::infinity() ? Vec<C>{} : m;
-    // Two sums per tile: their rounding errors grow less than those of one that runs over all keys.
+    // Two sums per tile have smaller rounding errors than one sum over all keys.
     Vec<C> l0{}, l1{};
     for (int64_t s = 0; s < keys; s += 2) {
       const int64_t n = s * kBlock + t;
@@ -66,9 +66,9 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
   return rescale;
 }
 
-// This is what a walk over keys leaves of each row: an estimate of the maximum of the scores s, sum
-// = sum exp(s - maximum), and o = sum exp(s - maximum) v, which is divided by sum in the end.
-// Feature d of row i of o lies at i * row + d * column.
+// The result of a walk over keys for each row: an estimate of the maximum of the scores s, sum =
+// sum exp(s - maximum), and o = sum exp(s - maximum) v, which is divided by sum in the end. Feature
+// d of row i of o lies at i * row + d * column.
 template <class C>
 struct Partial {
   C *maximum, *sum, *o;
@@ -84,7 +84,7 @@ inline Partial<C> partial_at(C* data, const AttentionShape& a, const Block& bloc
   return {data, data + kBlock, o, 1, kBlock};
 }
 
-// Sets the results to those of a walk that has seen no key.
+// Sets the results to the values before the first key.
 template <class C>
 inline void start(const Partial<C>& partial, const Block& block, int64_t Dv) {
   std::fill(partial.maximum, partial.maximum + kBlock, -std::numeric_limits<C>::infinity());
@@ -93,7 +93,7 @@ inline void start(const Partial<C>& partial, const Block& block, int64_t Dv) {
   std::fill(partial.o, partial.o + size, C{0});
 }
 
-// Multiplies the rows of o by a factor each, and says whether the results are finite.
+// Multiplies each row of o by its factor, and returns whether all results are finite.
 template <class C>
 inline bool rescale(const Partial<C>& partial, const Block& block, int64_t Dv, const C* factor) {
   constexpr int L = kLanes<C>;
@@ -120,7 +120,7 @@ inline bool rescale(const Partial<C>& partial, const Block& block, int64_t Dv, c
   return !any(zeros != 0);
 }
 
-// weight = 1 / sum, or 0 in rows that saw no key.
+// weight = 1 / sum, or 0 for rows that saw no key.
 template <class C>
 inline void invert(const Partial<C>& partial, const Block& block, C* weight) {
   constexpr int L = kLanes<C>;
@@ -130,12 +130,13 @@ inline void invert(const Partial<C>& partial, const Block& block, C* weight) {
   }
 }
 
-// Takes in what a walk over other keys left. Both are normalised, and so is the result.
+// Adds the result of a walk over other keys. In both, o is divided by sum already, and so it is in
+// the result.
 template <class C>
 inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t rows, int64_t Dv) {
   for (int64_t i = 0; i < rows; ++i) {
     const C top = std::max(partial.maximum[i], other.maximum[i]);
-    const C m = top == -std::numeric_limits<C>::infinity() ? C{0} : top;  // no key seen yet
+    const C m = top == -std::numeric_limits<C>::infinity() ? C{0} : top;  // neither has seen a key
     C ours = std::exp(partial.maximum[i] - m) * partial.sum[i];
     C theirs = std::exp(other.maximum[i] - m) * other.sum[i];
     const C sum = ours + theirs;
@@ -151,12 +152,11 @@ inline void join(const Partial<C>& partial, const Partial<C>& other, int64_t row
   }
 }
 
-// A log-sum-exp: what follows the largest score is kept apart, since it would be lost beside a
-// large one.
+// A log-sum-exp as maximum + rest: in one number, rest would be lost beside a large score.
 struct LogSumExp {
   double maximum, rest;
 
-  // Takes in one more score, of value 0, and returns by what that multiplies o.
+  // Adds the score of a key whose value is 0, and returns the factor by which it multiplies o.
   double add(double score) {
     const double gap = score - maximum - rest;
     if (!(gap > 0)) {
@@ -169,15 +169,15 @@ struct LogSumExp {
   }
 };
 
-// Room for the rows of o: kBlock rows of padded(Dv).
+// Writes o and lse of a block, with the sink added. `o_rows` is room for kBlock rows of padded(Dv).
 template <class C>
 inline void store_output(const AttentionForward<C>& a, const Block& block,
                          const Partial<C>& partial, C* o_rows) {
   constexpr int L = kLanes<C>;
   constexpr double kInf = std::numeric_limits<double>::infinity(), kLn2 = 0.69314718055994531;
   const int64_t rows = block.rows(), Dvp = padded<C>(a.Dv);
-  C integer[kBlock], fraction[kBlock];  // of log2 of the sums
-  C factor[kBlock] = {};                // of the sinks
+  C integer[kBlock], fraction[kBlock];  // log2 of the sums in two terms
+  C factor[kBlock] = {};                // factors of o due to the sinks
   for (int64_t t = 0; t < padded<C>(rows); t += L) {
     Vec<C> n;
     store(fraction + t, log2_fraction(load(partial.sum + t), n));
@@ -203,13 +203,14 @@ inline void store_output(const AttentionForward<C>& a, const Block& block,
   }
 }
 
-// A task is a part of the keys of a block of rows.
+// A task: part `part` of the `parts` parts of the keys of a block of rows.
 struct ForwardTask {
   Block block;
   int64_t hk, part, parts;
 };
 
-// Neighbouring tasks share keys; within a head the blocks with the most keys come first.
+// The task of this index. Neighbouring tasks share keys; within a head, the blocks with the most
+// keys come first.
 template <class C>
 inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
   const auto after = std::upper_bound(a.first_task.begin(), a.first_task.end(), task);
@@ -223,15 +224,20 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
 
 // ---- products of the forward ----
 //
-// Three ways with the same functions (the third is in attention_amx.h). load: takes the rows of a
-// block. multiply: `scores` = q k^T of keys [s0, s0 + keys). take: p of keys s0 + s and s0 + s + 1
-// and a vector of rows. add_values: o += p v. A walk may begin at multiples of kFirst.
+// There are three implementations with the same functions (the third is in amx.inl):
+//
+//   load: reads q of a block.
+//   multiply: scores = q k^T for keys [s0, s0 + keys).
+//   take: stores p of keys s0 + s and s0 + s + 1 for a vector of rows.
+//   add_values: o += p v.
+//
+// A walk over keys must begin at a multiple of kKeyAlignment.
 
-// By vectors of rows.
+// Products with a block's rows along the lanes.
 template <class C>
 struct WideForward {
   static constexpr int64_t kKeyAlignment = 4;
-  C *q_rows, *qt, *scores;  // which become p in place
+  C *q_rows, *qt, *scores;  // p replaces the scores in place
   WidenedRows<C> k_rows, v_rows;
 
   WideForward(Scratch& scratch, const AttentionForward<C>& a)
@@ -260,7 +266,7 @@ struct WideForward {
   void add_values(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                   int64_t keys, C* o) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
-    // After the last tile come the rows of o.
+    // The next memory that is needed: the next keys or, after the last tile, the rows of o.
     const HeadRows output = query_rows(a.o, block.document, block.h0);
     const C* ahead = s0 + keys < block.end ? k_rows.at(k, s0 + keys)
                                            : reinterpret_cast<const C*>(output.at(block.t0));
@@ -272,7 +278,7 @@ struct WideForward {
   }
 };
 
-// By vectors of features.
+// Products with the features along the lanes, for narrow blocks.
 template <class C>
 struct NarrowForward {
   static constexpr int64_t kKeyAlignment = 4;
@@ -312,7 +318,7 @@ struct NarrowForward {
 
 // ---- the walk ----
 
-// Room for what belongs to a tile of scores.
+// Buffers for a tile of scores.
 template <class C>
 struct ForwardRoom {
   C *tile, *buffer, *factor;
@@ -324,7 +330,8 @@ struct ForwardRoom {
   }
 };
 
-// If `weight` is given, it multiplies all p of a row, but not their sum.
+// Walks over keys [begin, end) and adds them to `partial`. If `weight` is given, it multiplies the
+// p of each row in o, but not in their sum.
 template <class C, class Products>
 void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
                int64_t end, Products& products, ForwardRoom<C>& room, const Partial<C>& partial,
@@ -346,8 +353,8 @@ void walk_keys(const AttentionForward<C>& a, const Block& block, int64_t hk, int
   }
 }
 
-// The same for a narrow block whose rows see all of these keys, with nothing done to the scores:
-// decoding as it mostly is. The keys lie along the lanes.
+// walk_keys for the usual case of decoding: the block is narrow, its rows see all of these keys,
+// and scores are just scaled products. The keys lie along the lanes.
 template <class C>
 void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t begin,
                  int64_t end, NarrowForward<C>& products, const Partial<C>& partial) {
@@ -388,6 +395,7 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
 #include "amx.inl"
 #endif
 
+// Runs forward tasks until none is left.
 template <class C, class Products>
 void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
   const int64_t Dv = a.Dv;
@@ -418,8 +426,8 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
     C weight[kBlock] = {};
     invert(partial, block, weight);
     if (!rescale(partial, block, Dv, weight)) {
-      // Large values overflow where their weights do not sum up to 1 yet, which they do when they
-      // are divided first, the maximum being known.
+      // Large values overflow if their weights sum up to more than 1. A second walk divides the
+      // weights first: the maximum and the sum are known by now.
       C maximum[kBlock];
       std::copy(partial.maximum, partial.maximum + kBlock, maximum);
       start(partial, block, Dv);
@@ -430,7 +438,7 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
         walk_keys(a, block, hk, begin, end, products, room, partial, weight);
       }
     }
-    // Who finishes the last part of a block joins them all, in their order.
+    // The thread that finishes a block's last part joins all parts, always in the same order.
     if (parts > 1 && ++a.finished[task - part] < parts) continue;
     const Partial<C> first = partial_at(data - part * a.partial_size(), a, block);
     for (int64_t i = 1; i < parts; ++i) {
@@ -441,8 +449,7 @@ void forward_tasks(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
   }
 }
 
-// Runs tasks until none is left. What the parts of a block leave goes to `a.partials`, if there are
-// several.
+// Runs tasks until none is left. If a block has several parts, their results go to `a.partials`.
 template <class C>
 void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
 #if TFKERN_VEC_BYTES == 64
