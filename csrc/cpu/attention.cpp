@@ -1,12 +1,14 @@
 // Softmax attention on the CPU: FlashAttention (Dao 2022, 2023), forward and backward.
 //
+// clang-format off
 //   s = scale q k^T, modified and masked;   o = dropout(softmax(s)) v;   lse = log sum exp s
+// clang-format on
 //
 // tfkern/reference/attention.py defines all options. q is (B, H, T, D), k (B, Hk, S, D), v
 // (B, Hk, S, Dv); key head h / (H / Hk) serves query head h. Strides are arbitrary except that rows
-// are contiguous. What lies beyond the lengths is never read. Work is cut into tiles of kKeys keys
-// times kBlock rows, so memory is linear in T and S; float16 and bfloat16 are widened and computed
-// in float, except that AMX, where it is there, multiplies bfloat16 as it is. How the work is cut
+// are contiguous. Elements beyond the lengths are never read. Work is cut into tiles of kKeys keys
+// times kBlock rows, so memory is linear in T and S. float16 and bfloat16 are widened and computed
+// in float; only AMX, on processors that have it, multiplies bfloat16 as it is. How the work is cut
 // depends on the shapes only, never on the number of threads, and no sum is shared between tasks,
 // so results are bit-equal from run to run.
 #include "attention.h"
@@ -59,7 +61,8 @@ void transpose_keys(const AttentionScores<C>& a, const HeadView& x, int64_t N,
 #endif
 }
 
-// Calls `work` once per thread with a counter that hands out tasks: who is free takes the next one.
+// Calls `work` once per thread with a counter that hands out tasks: a thread that is free takes the
+// next one.
 template <class Work>
 void run_tasks(const Work& work) {
   std::atomic<int64_t> next{0};
@@ -67,8 +70,8 @@ void run_tasks(const Work& work) {
                               [&](int64_t, int64_t) { work(next); });
 }
 
-// On a processor with AMX its products take bfloat16: lets `x`, with N features, be read along the
-// keys.
+// Switches to AMX if the processor has it and the tensors are bfloat16: transposes `x`, which has N
+// features, for products that read it along the keys.
 template <class C>
 void prepare_amx(AttentionScores<C>& a, const HeadView& x, int64_t N, Scratch& scratch) {
   if (isa() != Isa::amx || a.q.dtype != Dtype::bf16) return;
@@ -106,7 +109,7 @@ ScoreTensor elements(const Optional& t) {
           boolean};
 }
 
-// The elements of a vector or, row by row, of a matrix of integers.
+// The elements of a vector of integers, or of a matrix row by row.
 std::vector<int64_t> integers(const Tensor& t) {
   const bool wide = t.scalar_type() == ScalarType::Long;
   const int64_t dim = t.dim(), rows = dim == 2 ? t.size(0) : 1, columns = t.size(dim - 1);
@@ -122,7 +125,7 @@ std::vector<int64_t> integers(const Tensor& t) {
   return result;
 }
 
-// The elements of a vector or, row by row, of a matrix in the computing type; empty if absent.
+// The elements of a vector, or of a matrix row by row, in the computing type; empty if absent.
 template <class C>
 std::vector<C> parameters(const Optional& t) {
   if (!t) return {};
@@ -136,7 +139,7 @@ std::vector<C> parameters(const Optional& t) {
   return result;
 }
 
-// Lengths clamped to [0, limit]; absent ones are `limit`.
+// Lengths clamped to [0, limit]; B times `limit` if they are absent.
 std::vector<int64_t> lengths(const Optional& t, int64_t B, int64_t limit) {
   if (!t) return std::vector<int64_t>(B, limit);
   std::vector<int64_t> result = integers(*t);
@@ -180,7 +183,7 @@ AttentionShape shape(const AttentionArguments& in) {
           documents(in, B, T, S)};
 }
 
-// The arguments as the kernels see them, and what they point to.
+// The arguments as the kernels see them, together with the memory that they point to.
 template <class C>
 struct BoundArguments {
   Tensor q, k, v;
@@ -226,7 +229,8 @@ struct BoundArguments {
   }
 };
 
-// Sets the rows of a contiguous (B, heads, rows, size) array that belong to no document.
+// Sets the rows of a contiguous (B, heads, rows, size) array that belong to no document to `value`.
+// `keys` tells whether rows are keys or queries.
 template <class T>
 void fill_rest(T* data, int64_t heads, int64_t rows, int64_t size, const AttentionShape& a,
                bool keys, T value) {
@@ -236,7 +240,7 @@ void fill_rest(T* data, int64_t heads, int64_t rows, int64_t size, const Attenti
       std::fill(head + begin * size, head + end * size, value);
     }
   };
-  int64_t batch = 0, end = 0;  // what comes before is done
+  int64_t batch = 0, end = 0;  // all rows before row `end` of `batch` are done
   for (const Document& d : a.documents) {
     if (d.batch != batch) fill(batch, end, rows), end = 0;
     batch = d.batch;
@@ -276,7 +280,8 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
   zero_rest(o, a, false);
   fill_rest(a.lse, a.H, a.T, 1, a, false, -std::numeric_limits<C>::infinity());
   fill_rest(a.lse_rest, a.H, a.T, 1, a, false, C{0});
-  // About 64 tasks, as far as the shape tells: what documents hold does not matter.
+  // Parts are cut so that there are about 64 tasks. Only the shape counts, not the lengths of the
+  // documents.
   const bool shared = a.group() * a.T <= kBlock;
   const int64_t blocks = a.B * a.Hk * (shared ? 1 : a.group() * ((a.T + kBlock - 1) / kBlock));
   a.part_keys = std::max<int64_t>(4, (blocks * a.S / 64 + kKeys - 1) / kKeys) * kKeys;
@@ -291,7 +296,7 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
   if (join) a.partials = scratch.get<C>(tasks * a.partial_size());
   const auto finished = std::make_unique<std::atomic<int64_t>[]>(join ? tasks : 0);
   a.finished = finished.get();
-  // Rows of decoding are too few for it.
+  // Decoding has too few rows for AMX to pay.
   if (a.group() * a.T > kBlock / 8) prepare_amx(a, a.v, a.Dv, scratch);
   run_tasks([&](std::atomic<int64_t>& next) { run_forward(a, next); });
   return {o, lse};

@@ -1,9 +1,9 @@
 // Compiles TFKERN_KERNEL once per instruction set, each in a namespace of its own.
 //
 // The whole body, vec.inl included, lies inside the target region: a template that is defined
-// outside of it compiles every vector operation to a call. For the same reason lambdas in kernels
-// handle no vectors themselves: their bodies may take the options in force where they are
-// instantiated.
+// outside of it would compile every vector operation to a call. For the same reason lambdas in
+// kernels handle no vectors themselves: their bodies may be compiled with the options in force
+// where they are instantiated.
 //
 // Include all standard headers before this one. There is no include guard on purpose.
 #include <algorithm>
@@ -39,7 +39,7 @@ namespace tfkern::avx2 {
 #pragma GCC pop_options
 #endif
 
-// Every compiler has 16-byte vectors: SSE2, NEON, or scalar code where neither is there.
+// Every compiler has 16-byte vectors: SSE2, NEON, or scalar code on processors with neither.
 #define TFKERN_VEC_BYTES 16
 namespace tfkern::baseline {
 #include "vec.inl"

@@ -1,4 +1,4 @@
-// Which vector instructions a kernel may use, decided once per process at run time.
+// The vector instructions that kernels may use, chosen once per process at run time.
 #pragma once
 
 #include <cstdlib>
@@ -11,14 +11,14 @@
 
 namespace tfkern {
 
-enum class Isa { baseline, avx2, avx512, amx };  // amx: avx512, and products of bfloat16 tiles
+enum class Isa { baseline, avx2, avx512, amx };  // amx: avx512 plus AMX
 
 inline const char* name(Isa isa) {
   constexpr const char* kNames[] = {"default", "avx2", "avx512", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
-// Whether the processor has AMX for bfloat16, and Linux lets this process use it.
+// Tells whether the processor has AMX for bfloat16 and Linux lets this process use it.
 inline bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -56,7 +56,7 @@ inline Isa isa() {
 
 }  // namespace tfkern
 
-// Calls `function` of the namespace of the level in use.
+// Calls `function` in the namespace of the level that is in use.
 #if defined(__x86_64__)
 #define TFKERN_ISA_CALL(function, ...)                  \
   switch (::tfkern::isa()) {                            \

@@ -1,6 +1,6 @@
 // Layer norm and RMS norm on the CPU. The operators take tensors of any rank; kernels take them as
-// matrices (M, N), where all but the last `axes` axes are rows. All that happens to a row (dropout,
-// residual, statistics, output) happens before the next, while it is in the L1 cache.
+// matrices (M, N), where all but the last `axes` axes are rows. A row goes through all steps
+// (dropout, residual, statistics, output) before the next row begins, while it is in the L1 cache.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -27,9 +27,9 @@ struct LayerNormForward {
   const uint64_t* seed;  // null without dropout
   Dropout<C> dropout;
   Rows x, residual;
-  const C *weight, *bias;  // padded
+  const C *weight, *bias;  // N elements each, padded
   Rows y, h;
-  C *mean, *rstd;
+  C *mean, *rstd;  // (M,); mean is null for RMS norm
 };
 
 template <class C>
@@ -39,8 +39,8 @@ struct LayerNormBackward {
   const uint64_t* seed;  // null without dropout
   Dropout<C> dropout;
   Rows dy, dh, h;
-  const C* weight;  // padded
-  const C *mean, *rstd;
+  const C* weight;       // N elements, padded
+  const C *mean, *rstd;  // (M,); mean is null for RMS norm
   Rows dx, dresidual;
 };
 
@@ -63,7 +63,7 @@ void backward_rows(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C*
   TFKERN_ISA_CALL(layer_norm_backward, a, begin, end, dweight, dbias);
 }
 
-// N, rounded up to whole vectors of every instruction set.
+// N rounded up to whole vectors of every instruction set.
 int64_t padded(int64_t N) { return round_up(N, 16); }
 
 Rows rows(const Tensor& t, int64_t axes) {
@@ -73,7 +73,7 @@ Rows rows(const Tensor& t, int64_t axes) {
 
 Rows rows(const Optional& t, int64_t axes) { return t ? rows(*t, axes) : Rows{}; }
 
-// N parameters in the computing type, or as many times the value that does nothing, padded.
+// N parameters in the computing type, padded; N times `neutral` if they are absent.
 template <class C>
 const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
   const int64_t P = padded(N);
@@ -86,7 +86,7 @@ const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
   return out;
 }
 
-// The seed, or null where nothing is dropped.
+// The address of the seed, or null if nothing is dropped.
 const uint64_t* seed_of(const Optional& seed, double p) {
   return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
 }
@@ -156,7 +156,7 @@ Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optio
   // shape alone, so that the result does not depend on the number of threads.
   const int64_t chunks = std::clamp<int64_t>(M * N / 32768, 1, std::clamp<int64_t>(M / 16, 1, 64));
   const int64_t P = padded(N);
-  C* sums = scratch.get<C>(chunks * 2 * P);  // for each chunk, of dweight and of dbias
+  C* sums = scratch.get<C>(chunks * 2 * P);  // (chunks, 2, P): dweight and dbias
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       C* part = std::fill_n(sums + i * 2 * P, 2 * P, C{0}) - 2 * P;

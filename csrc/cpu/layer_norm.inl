@@ -1,15 +1,16 @@
-// Fragment of layer_norm.cpp, compiled once per instruction set: rows [begin, end) of the
-// arguments. It assumes vec.inl.
+// Fragment of layer_norm.cpp, compiled once per instruction set: the kernels for rows [begin, end)
+// of the arguments. It assumes vec.inl.
 //
-// A row that has the computing type and consists of whole vectors is read and written where it
-// lies. Any other passes through a buffer, whose elements past N are 0.
+// A row that has the computing type and consists of whole vectors is read and written in place. Any
+// other row passes through a buffer, whose elements past N are 0.
 
+// Tells whether rows are read and written in place.
 template <class C>
 inline bool in_place(const Rows& rows, int64_t N) {
   return rows.dtype == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32) && N % kLanes<C> == 0;
 }
 
-// The row to read.
+// Row m in the computing type: in place, or copied to `buffer`.
 template <class C>
 inline const C* source(const Rows& rows, int64_t m, int64_t N, C* buffer) {
   const char* row = rows.data + m * rows.stride;
@@ -18,13 +19,13 @@ inline const C* source(const Rows& rows, int64_t m, int64_t N, C* buffer) {
   return buffer;
 }
 
-// Where to write the row, to be followed by `finish`.
+// The address to write row m to: in place, or `buffer`. A call of `finish` must follow.
 template <class C>
 inline C* target(const Rows& rows, int64_t m, int64_t N, C* buffer) {
   return in_place<C>(rows, N) ? reinterpret_cast<C*>(rows.data + m * rows.stride) : buffer;
 }
 
-// rows[m] = values, if they are not there already.
+// Copies `values` to row m, unless they have been written in place.
 template <class C>
 inline void finish(const Rows& rows, int64_t m, int64_t N, const C* values) {
   char* row = rows.data + m * rows.stride;
@@ -32,8 +33,8 @@ inline void finish(const Rows& rows, int64_t m, int64_t N, const C* values) {
   TFKERN_DTYPE(rows.dtype, convert(reinterpret_cast<T*>(row), values, N));
 }
 
-// out[n] = keep ? row[n] / (1 - p) : 0. Element (m, n) takes lane n % 4 of counter (n / 4, m, m >>
-// 32, 1).
+// out[n] = keep ? row[n] / (1 - p) : 0.
+// Element (m, n) takes lane n % 4 of counter (n / 4, m, m >> 32, 1).
 template <class C>
 inline void drop(C* out, const C* row, int64_t m, int64_t N, uint64_t seed,
                  const Dropout<C>& dropout) {
@@ -52,19 +53,19 @@ inline void drop(C* out, const C* row, int64_t m, int64_t N, uint64_t seed,
   }
 }
 
-// Starts to fetch a row. The processor by itself fetches ahead within pages of 4 KiB only.
+// Starts to fetch a row. By itself, the processor fetches ahead only within pages of 4 KiB.
 inline void prefetch(const Rows& rows, int64_t m, int64_t N) {
   const char* row = rows.data + m * rows.stride;
   for (int64_t i = 0; i < N * size(rows.dtype); i += 64) __builtin_prefetch(row + i);
 }
 
-// Mean, and mean square about it. Two passes; the second also corrects the mean by what rounding
-// left over (Chan, Golub and LeVeque 1983), which matters when the mean is large beside the
-// deviation. RMS norm has the mean 0.
+// Computes the mean of a row and the mean square of the differences from it, in two passes. The
+// second pass also corrects the mean by its rounding error (Chan, Golub and LeVeque 1983), which
+// matters when the mean is large beside the deviation. For RMS norm the mean is 0.
 template <class C>
 inline void moments(const C* h, int64_t N, bool rms, C& mean, C& square) {
   constexpr int L = kLanes<C>;
-  constexpr int kChains = 4;  // of additions, none of which waits for another
+  constexpr int kChains = 4;  // independent sums, none of which waits for another
   Vec<C> s[kChains] = {}, s1[kChains] = {}, s2[kChains] = {};
   int64_t n = 0;
   if (!rms) {
@@ -98,6 +99,7 @@ inline void moments(const C* h, int64_t N, bool rms, C& mean, C& square) {
   }
 }
 
+// y = (h - mean) * rstd * weight + bias
 template <class C, class T>
 inline void normalise(T* y, const C* h, C mean, C rstd, const C* weight, const C* bias, int64_t N) {
   constexpr int L = kLanes<C>;
@@ -106,6 +108,7 @@ inline void normalise(T* y, const C* h, C mean, C rstd, const C* weight, const C
   }
 }
 
+// Normalises rows [begin, end).
 template <class C>
 void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end) {
   constexpr int L = kLanes<C>;
@@ -132,7 +135,7 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
 
     C mean, square;
     moments(h, N, a.rms, mean, square);
-    const C rstd = static_cast<C>(1 / std::sqrt(square + a.eps));  // in double, once a row
+    const C rstd = static_cast<C>(1 / std::sqrt(square + a.eps));  // in double
     if (a.mean) a.mean[m] = mean;
     a.rstd[m] = rstd;
     prefetch(a.x, m + 1, N);
@@ -141,8 +144,8 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
   }
 }
 
-// Sums of weight * dy * xhat and of weight * dy over the row; adds dy * xhat and dy to dweight and
-// dbias. Past N, dy is 0, so every product is.
+// Sums weight * dy * xhat over the row to `dot` and weight * dy to `total`, and adds dy * xhat to
+// dweight and dy to dbias. Past N, dy is 0, and so is every product.
 template <class C>
 inline void weigh(const C* dy, const C* h, C mean, C rstd, const C* weight, int64_t P, C* dweight,
                   C* dbias, C& dot, C& total) {
@@ -180,7 +183,8 @@ inline void gradient(T* g, const C* dy, const C* h, C mean, C rstd, C c1, C c2, 
   }
 }
 
-// Also adds these rows' sums to dweight and dbias, of whole vectors.
+// Computes dx and dresidual of rows [begin, end), and adds the sums over these rows to dweight and
+// dbias, which are padded to whole vectors.
 template <class C>
 void layer_norm_backward(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight,
                          C* dbias) {

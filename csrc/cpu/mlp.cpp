@@ -2,11 +2,11 @@
 // and, where the MLP is gated, up are (M, F) matrices.
 //
 // Each pass reads and writes every element once. Backward computes h again from pre and up, and
-// sums the gradients of the biases in the registers' precision while dpre and dup go by.
+// sums the gradients of the biases in the computing type as it forms dpre and dup.
 //
-// Products may be float32 where tensors are bfloat16 or float16. Then their results and factors
-// (the total that pre is the rounding of, h, dh, dpre) are float32, and the passes convert as they
-// go.
+// torch's products may be float32 while pre is bfloat16 or float16. Then everything that enters or
+// leaves a product is float32 (total, whose rounding is pre; up in forward; h, dh, dpre and dup),
+// and the passes convert on the way.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -18,18 +18,18 @@ namespace tfkern {
 
 struct MlpForward {
   Activation activation;
-  Dtype dtype;  // of pre
-  bool wide;    // all else is in the computing type, not in that of pre
+  Dtype dtype;  // type of pre and rounded_up
+  bool wide;    // total, up and h have the computing type, not dtype
   int64_t F;
-  const void *total, *up;  // x w1^T + b1 and x w_up^T + b_up, null if it is not gated
-  void *pre, *rounded_up;  // null if they are total and up
+  const void *total, *up;  // x w1^T + b1; x w_up^T + b_up, or null without gate
+  void *pre, *rounded_up;  // total and up rounded to dtype; null if they have that type already
   void* h;
 };
 
 struct MlpBackward {
   Activation activation;
-  Dtype dtype;
-  bool wide;
+  Dtype dtype;  // type of pre and up
+  bool wide;    // dh, dpre, dup and h have the computing type, not dtype
   int64_t F;
   const void *dh, *pre, *up;
   void *dpre, *dup, *h;
@@ -51,7 +51,7 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, void* db) {
   TFKERN_ISA_CALL(mlp_backward, a, begin, end, db);
 }
 
-// The second of two contiguous tensors in one.
+// The address of the second half of a contiguous tensor.
 void* second(const Tensor& pair) {
   return static_cast<char*>(pair.data_ptr()) + pair.numel() / 2 * pair.element_size();
 }
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, Optional up, std
   return {h, pre};
 }
 
-// The sum of the partial sums of all chunks, rounded.
+// Adds the partial sums of all chunks, W elements each, and rounds the result to db.
 template <class T>
 void finish(T* db, Compute<T>* partial, int64_t chunks, int64_t W) {
   for (int64_t i = 1; i < chunks; ++i) {

@@ -1,7 +1,7 @@
-// Fragment of mlp.cpp, compiled once per instruction set: rows [begin, end) of the arguments. It
-// assumes vec.inl.
+// Fragment of mlp.cpp, compiled once per instruction set: the kernels for rows [begin, end) of the
+// arguments. It assumes vec.inl.
 
-// Activations: `value` gives act(x), and sets slope to act'(x). A NaN stays one.
+// Activations: `value` returns act(x), and sets `slope` to act'(x). act(NaN) is NaN.
 template <class C>
 struct Relu {
   static Vec<C> value(Vec<C> x, Vec<C>& slope) {
@@ -43,7 +43,7 @@ struct Silu {
   }
 };
 
-// A vector, of which a row may have only n elements left.
+// Loads or stores a vector, or only its first n elements if a row has no more left.
 template <class T>
 inline Vec<Compute<T>> load_left(const T* p, int64_t n) {
   return n >= kLanes<Compute<T>> ? load(p) : load(p, static_cast<int>(n));
@@ -52,7 +52,7 @@ template <class T>
 inline void store_left(T* p, Vec<Compute<T>> v, int64_t n) {
   n >= kLanes<Compute<T>> ? store(p, v) : store(p, v, static_cast<int>(n));
 }
-// p += v
+// p += v, for the first n elements.
 template <class C>
 inline void accumulate(C* p, Vec<C> v, int64_t n) {
   store_left(p, load_left(p, n) + v, n);
@@ -68,7 +68,8 @@ inline const T* row(const void* first, int64_t m, int64_t F) {
   return first ? static_cast<const T*>(first) + m * F : nullptr;
 }
 
-// T is the type of pre, P that of the factors and results of products.
+// Computes h, and rounds total and up to pre and rounded_up if they are wider. T is the type of
+// pre, P that of all that enters or leaves products.
 template <class T, class P, class Act>
 void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   using V = Vec<Compute<T>>;
@@ -92,7 +93,8 @@ void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// db has the sums of dpre, then those of dup.
+// Computes dpre, dup and h. Unless db is null, adds the sums of dpre over the rows to its first F
+// elements, and the sums of dup to the next F.
 template <class T, class P, class Act>
 void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>* db) {
   using V = Vec<Compute<T>>;

@@ -1,4 +1,4 @@
-// Memory for the time of a call.
+// Temporary memory of a call.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Uninitialised arrays that live as long as this, at the beginning of cache lines.
+// Uninitialised arrays that live as long as the object and start at multiples of 64 bytes, the size
+// of a cache line.
 class Scratch {
  public:
   Scratch() = default;
@@ -45,9 +46,10 @@ class Scratch {
   };
   std::vector<std::unique_ptr<Array>> arrays_;
 
-  // One large array waits for the next call. Given back to the system, each of its pages would be
-  // cleared again at its first use: 5 % of a backward of 2048 tokens and 4 heads of 128.
-  static constexpr int64_t kLarge = 4 << 20, kMost = 64 << 20;
+  // One large array is kept for the next call. If it were given back to the system, each of its
+  // pages would be cleared again at its first use: this took 5 % of a backward of 2048 tokens and 4
+  // heads of 128.
+  static constexpr int64_t kLarge = 4 << 20, kMost = 64 << 20;  // bytes of an array to keep
   static inline std::atomic<Array*> spare_{nullptr};
 };
 

@@ -1,10 +1,12 @@
-// How attention's kernels find their tiles, for sizes that no test could compute.
+// Operators that show how attention's kernels find their tiles, so that tests can check sizes far
+// too large to compute attention for.
 #include "attention_bias.h"
 
 namespace tfkern::cuda {
 namespace {
 
-// (tiles, 2): the document of each tile and its number within, -1 where there is none.
+// Returns (tiles, 2): the document of each tile and the tile's index within it, or -1 if there is
+// none.
 Tensor packed_tiles(Tensor cu_seqlens, int64_t rows, int64_t size, bool of_keys) {
   Attention a{};
   a.documents = static_cast<int>(cu_seqlens.numel()) - 1;
@@ -35,7 +37,7 @@ BiasTiles bias_tiles(const Tensor& scores, const Tensor& bias, int64_t rows, int
                    static_cast<int>(keys));
 }
 
-// Tiles of dbias, terms of a tile, its parts, and terms of a part.
+// Returns the numbers of tiles of dbias, terms of a tile, parts of a tile, and terms of a part.
 Tensor bias_counts(Tensor scores, Tensor bias, int64_t rows, int64_t keys) {
   const BiasTiles a = bias_tiles(scores, bias, rows, keys);
   Tensor out = empty(scores, {4}, ScalarType::Long);
@@ -44,7 +46,7 @@ Tensor bias_counts(Tensor scores, Tensor bias, int64_t rows, int64_t keys) {
   return out;
 }
 
-// Batch, head, tile of queries and tile of keys of a term.
+// Returns batch, head, tile of queries and tile of keys of a term.
 Tensor bias_term(Tensor scores, Tensor bias, int64_t rows, int64_t keys, int64_t tile,
                  int64_t term) {
   const BiasTiles a = bias_tiles(scores, bias, rows, keys);

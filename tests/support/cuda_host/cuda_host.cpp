@@ -1,4 +1,4 @@
-// The fibers of cuda_host.h and the shared memory that they see.
+// The implementation of cuda_host.h: fibers, and the shared memory that they see.
 #include "cuda_host.h"
 
 #include <sys/mman.h>
@@ -28,7 +28,8 @@ namespace {
 // ---- switching from one stack to another ----
 
 #if defined(__x86_64__)
-// Saves the registers that a call preserves on this stack, and goes on where `to` was left.
+// Saves the registers that a call must preserve on this stack and its pointer in `from`, and
+// continues on the stack `to`, where that was left.
 extern "C" void cuda_host_switch(void** from, void* to);
 asm(R"(
   .text
@@ -56,14 +57,14 @@ struct Context {
 
   void start(char* stack, size_t size, void (*entry)()) {
     auto* top = reinterpret_cast<void**>(stack + size) - 1;
-    *top = nullptr;  // where `entry` would return to, at the address that a call leaves it
+    *top = nullptr;  // return address of `entry`, which never returns, where a call would store it
     *--top = reinterpret_cast<void*>(entry);
     stack_pointer = top - 6;
   }
   void switch_to(Context& other) { cuda_host_switch(&stack_pointer, other.stack_pointer); }
 };
 #else
-struct Context {  // the same, with two calls of the system
+struct Context {  // the same interface, by functions of the C library
   ucontext_t context;
 
   void start(char* stack, size_t size, void (*entry)()) {
@@ -85,7 +86,7 @@ constexpr size_t kStack = size_t{1} << 16;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kMargin = 4096;  // bytes on either side of shared memory
 constexpr int64_t kMaxShared = 163 << 10;
-constexpr unsigned char kMarginByte = 0xA5, kPoison = 0xFF;  // a NaN in every floating type
+constexpr unsigned char kMarginByte = 0xA5, kPoison = 0xFF;  // kPoison: a NaN of every type
 
 enum class State { ready, block, warp, done };
 
@@ -97,10 +98,10 @@ struct Copy {
 
 struct Fiber {
   Context context;
-  std::vector<Copy> copies;              // of the group that is open
-  std::deque<std::vector<Copy>> groups;  // those under way
+  std::vector<Copy> copies;              // copies since the last copy_commit
+  std::deque<std::vector<Copy>> groups;  // committed groups that have not been waited for
   State state = State::done;
-  void* fake_stack = nullptr;  // of AddressSanitizer
+  void* fake_stack = nullptr;  // belongs to AddressSanitizer
 };
 
 struct Warp {
@@ -130,7 +131,7 @@ int order = std::getenv("TFKERN_CUDA_ORDER") ? std::atoi(std::getenv("TFKERN_CUD
 alignas(128) unsigned char shared[kMaxShared + 2 * kMargin];
 int64_t shared_size;
 
-// Leaves the fiber of this thread until the scheduler gives it its turn again.
+// Switches to the scheduler, and returns when it gives this thread its next turn.
 void pause() {
   Fiber& fiber = fibers[thread.x];
   const Index self = thread;
@@ -199,7 +200,7 @@ void check_margins() {
   }
 }
 
-// 0 to n - 1 in the order of turns.
+// The numbers 0 to n - 1 in the order of turns.
 std::vector<int> turns(int n, uint32_t state) {
   std::vector<int> result(n);
   std::iota(result.begin(), result.end(), 0);
@@ -235,12 +236,13 @@ void run_block(int threads) {
     fibers[t].copies.clear();
     fibers[t].groups.clear();
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stacks() + t * kStack, kStack);  // of frames that never returned
+    __asan_unpoison_memory_region(stacks() + t * kStack, kStack);  // old frames
 #endif
     fibers[t].context.start(stacks() + t * kStack, kStack, enter);
     warps[t / 32].arrived = 0;
   }
-  // A warp runs as far as it gets before the next one does, which shows best what it relies on.
+  // A warp runs as far as it can before the next one starts: this shows best whether it relies on
+  // results of other warps.
   for (int done = 0; done < threads && !failure;) {
     bool progress = false;
     for (int warp : warp_turns) progress |= run_warp(warp, threads - 32 * warp, lane_turns, done);

@@ -1,14 +1,14 @@
-// What CUDA C++ adds to C++, for a host compiler: the sources of csrc/cuda compile against this and
-// run on the CPU.
+// The parts of CUDA C++ that a host compiler lacks: the sources of csrc/cuda compile against this
+// header and run on the CPU.
 //
-// Blocks run one after the other, the threads of a block as fibers: one runs until it waits for
-// others, at __syncthreads or in an operation of its warp. The order in which they get their turn
-// is settable, and a kernel that is right gives the same bits under every order. A missing
-// __syncthreads does not: the thread that runs first reads what was not written yet, or overwrites
-// what is still needed. Shared memory is NaN before each block, and has margins that are checked
-// after it; AddressSanitizer reports the very access. Only compute capability 8.0 is imitated, and
-// only what the kernels use: grids and blocks have one dimension, shared memory is all dynamic, and
-// loads and stores happen in program order.
+// Blocks run one after the other. The threads of a block are fibers: a fiber runs until it waits
+// for others, at __syncthreads or in an operation of its warp. The order of their turns is
+// settable. A correct kernel gives the same bits under every order, but a kernel that lacks a
+// __syncthreads does not: the thread that runs first reads values that are not written yet, or
+// overwrites values that are still needed. Shared memory is NaN before each block, and has margins
+// on both sides that are checked after it; AddressSanitizer reports the access itself. Only compute
+// capability 8.0 is imitated, and only the parts that the kernels use: grids and blocks have one
+// dimension, shared memory is all dynamic, and loads and stores happen in program order.
 #pragma once
 
 #include <algorithm>
@@ -35,11 +35,11 @@ struct Index {
 
 extern Index thread, block, block_size, grid_size;
 
-// The order of turns: 0 ascending, 1 descending, n > 1 shuffled by n.
+// Sets the order of turns: 0 is ascending, 1 descending, and n > 1 shuffled with n as seed.
 void set_order(int order);
 
-// Runs body() for every thread of every block. Throws std::runtime_error on what a GPU would not
-// forgive.
+// Runs body() for every thread of every block. Throws std::runtime_error if a kernel does anything
+// that a GPU would not forgive.
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body);
 
 void* shared_memory();
@@ -47,19 +47,20 @@ void* shared_memory();
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* what);
 
-// Fails unless a 16-byte access to shared memory is inside of it and aligned.
+// Fails unless the 16 bytes at p lie inside shared memory and are aligned.
 void check_shared(const void* p);
 
-// Copies of 16 bytes to shared memory, or of zeros. From the call until its group is waited for,
-// NaN is there, so that a missing wait is seen, and a reader of what the copy overwrites.
+// Copies 16 bytes (zeros unless `valid`) to shared memory. From the call until its group is waited
+// for, the destination is NaN. This reveals a missing wait, and a thread that still reads what the
+// copy overwrites.
 void copy_async(void* shared, const void* global, bool valid);
 void copy_commit();
 void copy_wait(size_t groups);
 
 void sync_block();
 
-// Waits for the lanes of `mask`. The last one to arrive calls op(slots), slots[i] being what lane i
-// gave; each must give the same op.
+// Waits for the lanes of `mask`, which must all give the same op. The last lane to arrive calls
+// op(slots, mask), where slots[i] is the slot that lane i gave.
 void sync_warp(uint32_t mask, void* slot, void (*op)(void* const* slots, uint32_t mask));
 
 }  // namespace cuda_host

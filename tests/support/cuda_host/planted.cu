@@ -1,5 +1,5 @@
-// Kernels with a fault each, which the emulation or the tests around it must report, and the
-// wrapped instructions on their own.
+// Kernels that each have one fault, which the emulation or its tests must report, and kernels that
+// run the functions of ptx.h on their own.
 #include <torch/csrc/stable/ops.h>
 
 #include "launch.h"
@@ -20,7 +20,7 @@ enum Fault {
   early_copy
 };
 
-// y = x in reverse order, block by block, through shared memory.
+// Writes each block of x in reverse order to y, through shared memory. `fault` chooses a fault.
 __global__ void reverse_kernel(const float* x, float* y, int n, int fault) {
   float* shared = shared_memory<float>();
   const int i = threadIdx.x, last = blockDim.x - 1;
@@ -52,7 +52,7 @@ Tensor reverse(Tensor x, int64_t fault) {
   return y;
 }
 
-// c = a b of 16x16 and 16x8 elements, through shared memory and the tensor cores.
+// c = a b through shared memory and the tensor cores, where a has 16x16 elements and b has 16x8.
 template <class T>
 __global__ void product_kernel(const uint4* a, const uint4* b, float* c) {
   uint4* shared = shared_memory<uint4>();  // a: rows of two pieces; b: of one
@@ -82,7 +82,7 @@ Tensor product(Tensor a, Tensor b) {
   return c;
 }
 
-// What a shuffle gives each lane of a warp.
+// Writes the value that a shuffle gives each lane of a warp.
 __global__ void shuffle_kernel(const int64_t* x, int64_t* out) {
   out[threadIdx.x] = __shfl_xor_sync(0xffffffff, x[threadIdx.x], 3);
 }

@@ -1,10 +1,12 @@
 // The functions of csrc/cuda/ptx.h on the host. Fragments are laid out as in the PTX manual, in the
-// sections on ldmatrix and on mma.m16n8k16: with g = lane / 4 and t = lane % 4,
+// sections on ldmatrix and on mma.m16n8k16. With g = lane / 4 and t = lane % 4:
 //
+// clang-format off
 //   8x8 matrix     row g, columns 2t and 2t + 1          transposed: column g, rows 2t and 2t + 1
 //   a (16x16)      a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next
 //   b (16x8)       b_i: rows 2t + 8 i and the next, column g
 //   c (16x8)       c[i]: row g + 8 (i / 2), column 2t + i % 2
+// clang-format on
 #pragma once
 
 #include "cuda_host.h"

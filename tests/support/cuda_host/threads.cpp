@@ -1,5 +1,6 @@
-// Torch's threads, as std::thread: ThreadSanitizer knows those, and not the ones of torch's OpenMP.
-// All threads begin together, and each gets its part however small it is.
+// Torch's parallel_for with std::thread, which ThreadSanitizer understands; it does not understand
+// the threads of torch's OpenMP. All threads begin together, and each gets a part of the range,
+// however small.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <barrier>
