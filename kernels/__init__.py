@@ -29,9 +29,9 @@ if _INTERPRETED:
 
 
 def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
-    """Defines operator `schema` with its launcher and its fake, and returns the operator."""
+    """Defines the operator `schema` with its launcher and its fake, and returns it."""
 
-    def on_device(x, *args):  # the launches go to the current device, which may be another one
+    def on_device(x, *args):  # Triton launches on the current device, which may not be that of x
         with torch.cuda.device_of(x):
             return launcher(x, *args)
 
@@ -46,18 +46,19 @@ def register(schema: str, launcher: Callable, fake: Callable) -> Callable:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """90 for sm_90. The CPU, where kernels are interpreted, passes for sm_80."""
+    """The compute capability as a number: 90 for sm_90, and 80 for the CPU, as an interpreter."""
     major, minor = (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 class Tiles(NamedTuple):
-    """How much a program takes at once.
+    """The tile that a program works on at once, and how it is launched.
 
     Attributes:
-        rows, columns: of the tile that it owns or walks over, in the order of the result's axes.
+        rows, columns: size of the tile that a program owns or walks over, in the order of the
+            result's axes.
         num_warps, num_stages: launch options of Triton.
-        depth: of the products that sum up to a tile, if they are cut.
+        depth: number of terms of a tile's products that are loaded at a time; 0 if all are.
     """
 
     rows: int
@@ -69,9 +70,9 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def programs(device: torch.device, each: int, interpreted: int) -> int:
-    """How many programs fill a GPU that runs `each` on a multiprocessor.
+    """The number of programs that fill a GPU if a multiprocessor runs `each` of them.
 
-    On the CPU there are `interpreted`, few enough for tests to see them take several turns.
+    On the CPU it is `interpreted`, so few that in tests a program takes several turns.
     """
     if device.type != "cuda":
         return interpreted
@@ -79,19 +80,19 @@ def programs(device: torch.device, each: int, interpreted: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot: float32 is TF32 only where torch's own switch allows it."""
+    """`input_precision` of tl.dot: float32 becomes TF32 only if torch's own switch allows it."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def dropout(p: float) -> tuple[int, float]:
-    """(last, factor): an element is kept, times the factor, if its draw is above `last`."""
+    """(last, factor): an element whose draw is above `last` is kept and multiplied by `factor`."""
     return math.ceil(p * 2**32) - 1, 1 / (1 - p) if p < 1 else 0.0
 
 
 def unavailable(x: torch.Tensor) -> str | None:
-    """Why no kernel here can take `x`: its device or its dtype. None if it can."""
+    """The reason why no kernel here can take `x`, its device or its dtype. None if all can."""
     if x.device.type != "cuda" and not (x.device.type == "cpu" and _INTERPRETED):
         return f"needs a CUDA device (or TRITON_INTERPRET=1 for the CPU), got {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):

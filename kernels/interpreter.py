@@ -1,16 +1,16 @@
 """Repairs Triton's interpreter where it departs from what a GPU computes.
 
-Triton 3.6 keeps bfloat16 as uint16 bit patterns in numpy, and
-- multiplies and adds the patterns as integers, in `tl.dot` as in elementwise arithmetic;
-- truncates on the way from float32, loses subnormals on the way back, and takes the *value* of
-  an integer or a float64 for the pattern;
-- lets `tl.maximum(nan, x)` be NaN, which is x on a GPU unless `propagate_nan` asks otherwise;
-- rounds the product within `tl.fma`, which is there to keep it exact;
-- leaves the order of the sums of `tl.dot` to a BLAS, which takes another one for a tile of another
-  shape, or transposed: products of float32 and less are summed in float64 and rounded once;
-- turns a loop bound into an index by way of an array of one dimension, which numpy 2.4 refuses.
+The interpreter of Triton 3.6 keeps bfloat16 as uint16 bit patterns in numpy. Its faults are:
+- It multiplies and adds the patterns as integers, in `tl.dot` as in elementwise arithmetic.
+- It truncates when it converts from float32, loses subnormals when it converts back, and takes the
+  *value* of an integer or a float64 for the pattern.
+- `tl.maximum(nan, x)` is NaN; on a GPU it is x unless `propagate_nan` asks otherwise.
+- `tl.fma` rounds the product, although its purpose is to keep the product exact.
+- `tl.dot` leaves the order of its sums to a BLAS, and the order differs if a tile has another shape
+  or is transposed. Repaired, products of float32 and less are summed in float64 and rounded once.
+- A loop bound becomes an index by way of an array of one dimension, which numpy 2.4 refuses.
 
-Left as they are: `tl.sum` and atomics over bfloat16. Kernels accumulate in float32.
+`tl.sum` and atomics over bfloat16 are not repaired: kernels accumulate in float32.
 """
 
 import functools
@@ -27,9 +27,10 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 
 def narrow(x: np.ndarray) -> np.ndarray:
-    """Numbers -> bfloat16 bit patterns, rounded to nearest even; NaN as `cvt.rn.bf16` has it."""
+    """Numbers -> bfloat16 bit patterns, rounded to nearest even. NaN becomes 0x7FFF, as a GPU's
+    `cvt.rn.bf16` makes it."""
     x = x.astype(np.float32)
-    bits = x.view(np.uint32).astype(np.uint64)  # room for the carry out of a NaN
+    bits = x.view(np.uint32).astype(np.uint64)  # the sum for a NaN needs 33 bits
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 

@@ -1,11 +1,11 @@
-"""Layer norm and RMS norm of the rows of tensors, dropout and residual addition in front.
+"""Layer norm and RMS norm of the rows of tensors, with dropout and residual addition in front.
 
-The operators take tensors of any rank, and the kernels (M, N) matrices: the last `axes` axes have N
-elements, and all others M.
+The operators take tensors of any rank, the kernels (M, N) matrices: the last `axes` axes have N
+elements, and all others have M.
 
 Forward: a program holds whole rows in registers, so x is read once; the variance is summed from the
 register copy, which is as stable as Welford's method. Backward: a fixed number of programs stride
-over the rows, read x and dy once, and keep their part of dweight and dbias in float32 registers;
+over the rows, read h and dy once, and keep their part of dweight and dbias in float32 registers;
 one small kernel adds the parts in a fixed order, so there are no atomics and the result is
 deterministic.
 """
@@ -23,7 +23,7 @@ _MAX_N = 16384  # the backward spills a little beyond 8192 and would spill badly
 
 
 def _tiles(N: int) -> Tiles:
-    """About 16 elements a thread, whole rows."""
+    """A tile of whole rows, with about 16 elements for each thread."""
     columns = max(16, triton.next_power_of_2(N))
     rows = max(1, 1024 // columns)
     return Tiles(rows, columns, num_warps=min(max(rows * columns // 512, 2), 32))
@@ -47,6 +47,7 @@ def _forward_kernel(
     stride_x, stride_r, M, N, last_dropped, keep_scale, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Computes h = residual + dropout(x), its statistics and y for BLOCK_M rows."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
@@ -65,7 +66,7 @@ def _forward_kernel(
     else:
         mean = tl.sum(h, 1) / N
         centred = tl.where(mask, h - mean[:, None], 0.0)
-        shift = tl.sum(centred, 1) / N  # what rounding left over, when the mean is large
+        shift = tl.sum(centred, 1) / N  # rounding error of the mean, which matters if it is large
         centred = tl.where(mask, centred - shift[:, None], 0.0)
         tl.store(MEAN + m, mean + shift, mask=in_m)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / N + tl.cast(eps, tl.float32))
@@ -79,7 +80,7 @@ def _forward_kernel(
 
 
 def _rows(x: Tensor | None, axes: int) -> Tensor | None:
-    """x as a matrix with contiguous rows; a view where strides allow."""
+    """x as an (M, N) matrix with contiguous rows; a view if strides allow."""
     if x is None:
         return None
     x = x.reshape(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]))
@@ -120,6 +121,7 @@ def _backward_kernel(
     stride_dy, stride_dh, stride_h, M, N, last_dropped, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Computes dx and dresidual, and one part of dweight and dbias."""
     pid = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     in_n = n < N
@@ -167,6 +169,7 @@ def _backward_kernel(
 def _sum_partials_kernel(
     PARTIAL_DW, PARTIAL_DB, DW, DB, G, N, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    """Adds the G parts of dweight and dbias of BLOCK_N columns."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
     db = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
@@ -193,7 +196,7 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
     if not dx.numel():
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     tiles = _tiles(N)
-    # They fill the device, and leave the last sum small.
+    # Enough programs to fill the device, few enough for a small last sum.
     parts = min(triton.cdiv(M, tiles.rows), programs(dy.device, 2, interpreted=4))
     partial_dweight, partial_dbias = (
         None if p is None else rstd.new_empty(parts, N) for p in (weight, bias)

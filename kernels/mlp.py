@@ -1,17 +1,18 @@
-"""The MLP around torch's products: a first product that activates as it ends, and the way back.
+"""The MLP: its first product fused with the activation, and the backward of the activation.
 
     pre = x w1^T + b1,  h = act(pre)            gated: h = act(pre) up, up = x w_up^T + b_up
 
-Forward: a program forms a tile of pre, gated also the same tile of up, which share what is loaded
-of x. It rounds both to the dtype of x and activates what it rounded, so that the backward, which
-only gets these, computes the same h. Consecutive programs work on a group of row tiles, so that
-what they load is still in the L2 cache for the next one. pre and up lie in one tensor, (1, M, F) or
-gated (2, M, F); so do their gradients.
+Forward: a program forms a tile of pre and, if gated, the same tile of up from the same loads of x.
+It rounds both to the dtype of x and activates the rounded values, so that the backward, which only
+gets these, computes the same h. Consecutive programs work on a group of row tiles, so that the
+tiles that one loads are still in the L2 cache for the next. pre and up lie in one tensor, (1, M, F)
+or gated (2, M, F); so do their gradients.
 
-Backward: one pass over dh and pre gives dpre and h. A program owns some columns and strides over
-the rows, and so has a part of db1 in float32 registers; adding the parts needs no atomics.
+Backward: one pass over dh, pre and up gives dpre, dup and h. A program owns some columns and
+strides over the rows, with a part of the gradients of the biases in float32 registers. The parts
+are added without atomics.
 
-The other products are plain, and torch's: y = h w2^T + b2, dh, dx, dw1 and dw2.
+torch computes all other products: y = h w2^T + b2, dh, dx, dw1, dw_up and dw2.
 """
 
 import torch
@@ -21,16 +22,16 @@ import triton.language as tl
 
 from . import Tiles, architecture, precision, programs, register, unavailable
 
-_GROUP_M = tl.constexpr(8)  # row tiles of a group
-_BLOCK_M, _BLOCK_F = 8, 128  # tile of the backward
+_GROUP_M = tl.constexpr(8)  # row tiles of a group of programs
+_BLOCK_M, _BLOCK_F = 8, 128  # rows and columns of a tile of the backward
 
 
 def _tiles(K: int, F: int, dtype: torch.dtype, gated: bool, arch: int) -> Tiles:
-    """Tiles of the forward on architecture sm_<arch>.
+    """The tile of the forward on architecture sm_<arch>.
 
-    A gated program has two accumulators, so that fewer columns fill its registers. No entry spills.
+    A gated program has two accumulators, so fewer columns fill its registers. No choice spills.
     """
-    if dtype == torch.float32 or K % 16 or F % 16:  # odd rows cannot be copied asynchronously
+    if dtype == torch.float32 or K % 16 or F % 16:  # the latter cannot be copied asynchronously
         return Tiles(64, 32 if gated else 64, num_warps=4, depth=32)
     if arch in (100, 103):  # accumulators lie outside the registers
         return Tiles(128, 128 if gated else 256, num_warps=8, depth=64)
@@ -43,7 +44,7 @@ def _tiles(K: int, F: int, dtype: torch.dtype, gated: bool, arch: int) -> Tiles:
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + e^-x) and its derivative, which lose no digits in either tail."""
+    """(sigma, slope): 1 / (1 + e^-x) and its derivative. Neither loses digits in either tail."""
     e = tl.exp(-tl.abs(x))
     s = 1 / (1 + e)
     return tl.where(x < 0, e * s, s), e * s * s
@@ -51,7 +52,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """act(x) and act'(x) in float32; a NaN stays one."""
+    """(act(x), act'(x)) in float32; act(NaN) is NaN."""
     if ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
@@ -85,6 +86,7 @@ def _forward_kernel(
     ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Computes a tile of pre and h and, if gated, of up."""
     GATED: tl.constexpr = W_UP is not None
     pid = tl.program_id(0)
     blocks_f = tl.cdiv(F, BLOCK_F)
@@ -97,7 +99,7 @@ def _forward_kernel(
     f = tl.arange(0, BLOCK_F)
     k = tl.arange(0, BLOCK_K)
 
-    # Rows past the end repeat the last one: loads need no mask, and the products are not stored.
+    # Rows past the end repeat the last row: loads need no mask, and their products are not stored.
     x_tile = tl.minimum(m, M - 1 - first_m)[:, None] * stride_xm + k[None, :] * stride_xk
     w_rows = tl.minimum(f, F - 1 - first_f)[None, :]
     w_tile = w_rows * stride_wf + k[:, None] * stride_wk
@@ -165,6 +167,7 @@ def _backward_kernel(
     DH, PRE, UP, DPRE, H, PARTIAL_DB, M, F,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """Computes dpre, dup and h of some columns, and a part of the gradients of their biases."""
     GATED: tl.constexpr = UP is not None
     pid = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)

@@ -1,23 +1,27 @@
 """Softmax attention: FlashAttention-2 (Dao 2022, 2023), forward and backward.
 
 Forward: a program owns a tile of queries and walks over the keys. It keeps a running maximum m and
-sum l per row, and rescales what it has when m grows, so the scores s stay on chip:
+sum l per row, and rescales l and acc when m grows, so the scores s stay on chip:
 
     m' = max(m, max s)   p = exp(s - m')   l = l exp(m - m') + sum p   acc = acc exp(m - m') + p v
 
-It ends with o = acc / l and lse = m + log l. Backward: p = exp(s - lse) again, in two kernels. One
-owns a tile of keys and sums dk and dv over the queries of all heads that share it; the other owns a
-tile of queries and sums dq over the keys. A third, if asked for, owns a tile of dbias. No atomics,
-so every run gives the same bits. Few queries over many keys take the kernels of decode.py.
+It ends with o = acc / l and lse = m + log l. Few queries over many keys use the kernels of
+decode.py instead.
+
+Backward: a small kernel prepares lse and delta = sum(do o) - dlse; then p = exp(s - lse) is
+computed again in two kernels. In one, a program owns a tile of keys and sums dk and dv over the
+queries of all heads that share it; in the other, it owns a tile of queries and sums dq over the
+keys. If dbias is wanted, a third kernel owns tiles of dbias. There are no atomics, so every run
+gives the same bits.
 
 Query t sees key s if t < query_length, s < key_length and -left <= s - t - offset <= right. Tiles
-in which nothing is seen are skipped, and only tiles in which something is not seen compute masks.
-Rows past a length are loaded as 0, so what they hold reaches nothing.
+in which nothing is seen are skipped, and masks are computed only in tiles in which something is not
+seen. Rows past a length are loaded as 0, so that their values reach nothing.
 
-Exponentials have base 2: exp(scale x) = exp2(scale log2(e) x). Where nothing is added to the
-products x, m and s are in their units, and scale, which is positive, comes with log2(e) after the
-difference, which is exact beside the maximum however large scores are. lse is kept in two parts,
-its value and what rounding left out of it, so that the backward finds p of the forward.
+Exponentials have base 2: exp(scale x) = exp2(scale log2(e) x). If nothing is added to the products
+x, then m and s are not scaled yet, and the positive factor scale log2(e) is applied after the
+difference s - m: the difference is exact near the maximum, however large scores are. lse is kept in
+two parts, the rounded value and its rounding error, so that backward finds the p of forward.
 """
 
 import torch
@@ -78,10 +82,11 @@ def _backward(do, dlse, o, lse, *args):
 
 
 def _scaled(q, scale):
-    """(q, scale, factor): the arguments of the kernels, and what their dq is to be multiplied by.
+    """(q, scale, factor): q and scale as the kernels take them, and the factor of their dq.
 
-    The scale must not be negative. In float32 it is 1, so that lse, whose second part would be
-    taken up by the rounding of a scaled maximum, has the logarithm of the sum beside any score.
+    Kernels need a scale that is not negative. In float32 q is scaled beforehand and the scale is 1.
+    Otherwise the rounding error of a scaled maximum would fill the second part of lse, which must
+    hold the logarithm of the sum when scores are large.
     """
     if q.dtype == torch.float32:
         return q * scale, 1.0, scale

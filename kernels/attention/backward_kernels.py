@@ -1,5 +1,5 @@
 # ruff: noqa: E741  O is the letter of the papers
-"""dk and dv, a tile of keys at a time; dq, a tile of queries at a time."""
+"""dk and dv, summed by programs that own a tile of keys, and dq, by programs that own queries."""
 
 import triton
 import triton.language as tl
@@ -43,12 +43,12 @@ def _delta_kernel(
     stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
     ALIGN: tl.constexpr, Dv: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """shift and rest, which give p of what `scores` returns, and delta, what the ds of all keys of
-    a query have in common.
+    """Computes shift, rest and delta of each query, for ds = p (dp - delta).
 
-    lse = late_scale shift + rest, so p = exp(late_scale (x - shift) - rest): beside a large score x
-    the difference is exact, and rest, in base 2, is small. Queries that see no key, and the
-    padding, get shift +inf, rest 0 and delta 0, so that p = 0 and ds = 0.
+    shift and rest give p = exp(late_scale (x - shift) - rest) from the values x that `scores`
+    returns, since lse = late_scale shift + rest. The difference x - shift is exact even if x is
+    large, and rest is small; it is stored in base 2, times log2(e). Queries that see no key, and
+    the padding, get shift +inf, rest 0 and delta 0, so that p = 0 and ds = 0.
     """
     padded = tl.cdiv(T, PAD) * PAD
     tile, b, h = owner(None, padded, H, 0, False, BLOCK_T)
@@ -71,8 +71,8 @@ def _delta_kernel(
         delta -= tl.load(DLSE + row, mask=sees, other=0.0)
     scale = tl.cast(opt.late_scale, tl.float32)
     shift = lse / scale
-    shift += (tl.fma(-shift, scale, lse) + low) / scale  # the division may be off by a little
-    shift = tl.where(tl.abs(shift) < INF, shift, 0.0)  # a tiny scale
+    shift += (tl.fma(-shift, scale, lse) + low) / scale  # corrects the rounding of the division
+    shift = tl.where(tl.abs(shift) < INF, shift, 0.0)  # a tiny scale lets the quotient overflow
     rest = (tl.fma(-shift, scale, lse) + low) * LOG2E
     row = (b * H + h) * padded + t
     tl.store(SHIFT + row, tl.where(sees, shift, INF))
@@ -93,7 +93,7 @@ def _dkv_kernel(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GUARD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_S keys of one key head."""
+    """Computes dk and dv of BLOCK_S keys of one key head."""
     tile, b, key_head = owner(opt.cu_seqlens_k, S, H // group, documents, False, BLOCK_S)
     batch, q_start, t_end, _ = extent(opt.cu_seqlens_q, opt.query_lengths, b, T)
     batch, k_start, s_end, s_rows = extent(opt.cu_seqlens_k, opt.key_lengths, b, S)
@@ -122,7 +122,7 @@ def _dkv_kernel(
     band = Band(t_end, s_end, left, right)
     scoring = Scoring(opt, b, H, band, bias, mask, limit)
 
-    # What is computed for keys from s_end on has no meaning, and is dropped at the end.
+    # The sums for keys from s_end on are meaningless; they are replaced by 0 at the end.
     s0 = tile * BLOCK_S
     first, full, full_stop, stop = query_ranges(band, s0, opt, BLOCK_T, BLOCK_S)
     exists = s0 + tl.arange(0, BLOCK_S) < s_end
@@ -163,8 +163,8 @@ def _dkv_loop(
     """Adds the queries start ... stop of a group of heads to dk (without scale) and dv of a tile of
     keys. Tiles are transposed, (keys, queries), so that p and ds enter products from registers.
 
-    Heads and tiles share one loop: around an inner loop, the compiler would hold in registers all
-    that is the same for every head, and spill.
+    Heads and tiles share one loop: with a loop over tiles inside one over heads, the compiler would
+    hold in registers all that is the same for every head, and spill.
     """
     opt = scoring.opt
     band = scoring.band
@@ -181,7 +181,7 @@ def _dkv_loop(
                 shift = tl.load(queries.SHIFT + rows)
                 rest = tl.load(queries.REST + rows)
                 delta = tl.load(queries.DELTA + rows)
-            else:  # another document follows instead of padding
+            else:  # the rows past t_end belong to another document, not to the padding
                 shift = tl.load(queries.SHIFT + rows, mask=valid, other=INF)
                 rest = tl.load(queries.REST + rows, mask=valid, other=0.0)
                 delta = tl.load(queries.DELTA + rows, mask=valid, other=0.0)
@@ -232,7 +232,7 @@ def _dq_kernel(
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_T queries of one head."""
+    """Computes dq of BLOCK_T queries of one head."""
     tile, b, h = owner(opt.cu_seqlens_q, T, H, documents, right is not None, BLOCK_T)
     batch, q_start, t_end, t_rows = extent(opt.cu_seqlens_q, opt.query_lengths, b, T)
     batch, k_start, s_end, _ = extent(opt.cu_seqlens_k, opt.key_lengths, b, S)
@@ -282,7 +282,8 @@ def _dq_kernel(
         True, PRECISION, D, Dv, BLOCK_S,
     )  # fmt: skip
     row = (batch * H + h) * T + q_start
-    dq = tl.where(sees[:, None], dq * tl.cast(opt.scale, tl.float32), 0.0)  # it may be NaN
+    # In rows that see no key, dq may be NaN.
+    dq = tl.where(sees[:, None], dq * tl.cast(opt.scale, tl.float32), 0.0)
     store(DQ + row * D, dq, t0, t_rows, D, BLOCK_T, BLOCK_D)
 
 
@@ -311,7 +312,8 @@ def _dq_loop(
 
 
 def backward(do, dlse, q, k, v, o, lse, opt, left, right, dropout_p, dq, dk, dv, dbias):
-    """Writes dq, dk and dv. Returns dbias, and delta, (B, H, T) and padding."""
+    """Writes dq, dk and dv, and returns dbias and delta. delta is (B, H, T), with T padded to a
+    multiple of PAD."""
     (B, H, T, D), Hk, S, Dv = q.shape, k.shape[1], k.shape[2], v.shape[3]
     do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
     shift, rest, delta = lse.new_empty(3, B, H, triton.cdiv(T, PAD.value) * PAD.value)

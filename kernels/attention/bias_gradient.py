@@ -1,4 +1,4 @@
-"""dbias, a tile at a time: ds summed over the dimensions that bias is broadcast along."""
+"""dbias: a program sums ds of one tile over the dimensions that bias is broadcast along."""
 
 import math
 
@@ -38,8 +38,9 @@ def _dbias_kernel(
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One part of the sum of one tile of dbias. The terms are loops_b batches of loops_h heads of
-    loops_t by loops_s tiles: 1 along a dimension that bias has, all along one that it has not."""
+    """Computes one part of the sum of one tile of dbias. The terms of the sum are loops_b batches
+    of loops_h heads of loops_t by loops_s tiles of scores. A count is 1 along a dimension that bias
+    has; along a dimension that bias is broadcast along, it takes in all."""
     pid = tl.program_id(0)
     part = pid % parts
     tile = pid // parts
@@ -53,7 +54,8 @@ def _dbias_kernel(
     terms = tl.cast(loops_b, tl.int64) * loops_h * loops_t * loops_s
     first = part * terms // parts
     last = (part + 1) * terms // parts
-    # Without lengths, the same keys are seen in all terms, perhaps none.
+    # Without lengths, all terms of a tile see the same keys. If they see none of the tile, the sum
+    # is skipped.
     if not SUM_T and not SUM_S and opt.query_lengths is None and opt.key_lengths is None:
         t_first = tile_t * BLOCK_T
         band = Band(T, S, left, right)
@@ -126,14 +128,15 @@ def _dbias_kernel(
 
 
 def backward(dbias, inputs, aligns, padded):
-    """Returns dbias, perhaps in the memory offered; `inputs` are those of the other kernels."""
+    """Returns dbias, either `dbias` itself or, if it is summed in parts, a new tensor. `inputs` are
+    the inputs of the dkv and dq kernels, `padded` the rows of a head of shift, rest and delta."""
     _, q, k, v, *_ = inputs
     (B, H, T, D), S, Dv = q.shape, k.shape[2], v.shape[3]
     shape = tiles_of("dbias", D, Dv, q.dtype, architecture(q.device))
     sizes = (B, H, triton.cdiv(T, shape.rows), triton.cdiv(S, shape.columns))
     loops = [n if x == 1 else 1 for n, x in zip(sizes, dbias.shape, strict=True)]
     tiles = math.prod(sizes) // math.prod(loops)
-    # Few tiles are summed in parts, which are added in a fixed order.
+    # If there are few tiles, each is summed in parts, which are added in a fixed order.
     parts = min(math.prod(loops), triton.cdiv(programs(q.device, 4, interpreted=16), tiles))
     out = dbias
     if parts > 1:

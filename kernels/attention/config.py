@@ -5,9 +5,9 @@ import triton
 
 from .. import Tiles, precision
 
-# Tiles(queries, keys, num_warps, num_stages) for head sizes up to 64, 128 and 256: large ones that
+# (queries, keys, num_warps, num_stages) for head sizes up to 64, 128 and 256. Tiles are large, but
 # neither spill registers nor exceed the shared memory of an SM, which is 163 KiB on sm_80, 227 KiB
-# on sm_90 and sm_100, 99 KiB on others.
+# on sm_90 and sm_100, and 99 KiB on others.
 _TILES = {
     ("sm_80", "forward"): ((128, 32, 4, 4), (128, 64, 8, 3), (64, 32, 8, 3)),
     ("sm_80", "dkv"): ((32, 128, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
@@ -31,7 +31,8 @@ _TILES = {
 }
 _FAMILIES = {80: "sm_80", 87: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
 
-# The sides of those tiles that options halve, where there are no tiles for them.
+# The sides of tiles that options halve, for kernels without an entry "... with options" above. The
+# family "" stands for all families that are not listed.
 _HALVED = {
     ("sm_80", "dq"): ("rows", "columns"),
     ("others", "forward"): ("rows", "columns"),
@@ -42,7 +43,7 @@ _HALVED = {
     ("", "dq"): ("columns",),
 }
 
-# Kernels with the same tiles everywhere.
+# Tiles of kernels that use the same on every architecture, by (kernel, whether q is float32).
 _OTHER_TILES = {
     ("decode", False): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
     ("decode", True): ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
@@ -54,8 +55,8 @@ _OTHER_TILES = {
 def tiles_of(
     kernel: str, D: int, Dv: int, dtype: torch.dtype, arch: int, *, options: bool = False
 ) -> Tiles:
-    """Queries (rows) and keys (columns) of a tile on sm_<arch> of a kernel: "forward", "dkv", "dq",
-    "decode" or "dbias". With `options` registers hold more than scores, band and lengths."""
+    """The tile, queries (rows) by keys (columns), of a kernel on sm_<arch>: "forward", "dkv", "dq",
+    "decode" or "dbias". `options` tells that the call needs more registers: see tile.heavy."""
     size = max(D, Dv)
     float32 = dtype == torch.float32
     family = "float32" if float32 else _FAMILIES.get(arch, "others")
@@ -71,7 +72,7 @@ def tiles_of(
 
 
 def constants(tiles: Tiles, D: int, Dv: int, dtype: torch.dtype) -> dict:
-    """Constants and launch options of any of these kernels."""
+    """The constants and launch options that all attention kernels take."""
     PRECISION = precision(dtype)
     if PRECISION == "tf32x3" and max(D, Dv) > 128:
         PRECISION = "ieee"  # three products would need more registers than there are
@@ -83,5 +84,5 @@ def constants(tiles: Tiles, D: int, Dv: int, dtype: torch.dtype) -> dict:
 
 
 def block(size: int) -> int:
-    """A head size as tl.dot takes it: a power of two, at least 16."""
+    """`size` rounded up to a head size that tl.dot takes: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))

@@ -1,8 +1,8 @@
 # ruff: noqa: E741  O and l are the letters of the papers
-"""o and lse of few queries over many keys, which are split among programs.
+"""o and lse of few queries over many keys: the keys are split among programs.
 
 The rows of a tile are the queries of all heads that share a key head, so that keys are read once.
-Each program leaves acc, m and l of its part of the keys; a second kernel weighs and adds them.
+Each program stores acc, m and l of its part of the keys; a second kernel weighs and adds the parts.
 """
 
 import triton
@@ -30,13 +30,13 @@ from .tile import (
     strides,
 )
 
-_MAX_ROWS = 64
-_MIN_S = 256
-_MAX_SPLITS = tl.constexpr(64)
+_MAX_ROWS = 64  # the most queries that share a key head
+_MIN_S = 256  # the fewest keys
+_MAX_SPLITS = tl.constexpr(64)  # the most parts of the keys
 
 
 def serves(q, k, opt) -> bool:
-    """Whether a call is one of few queries and many keys."""
+    """Tells whether a call has few queries and many keys."""
     S = k.shape[2] if opt.page_table is None else k.shape[2] * opt.page_table.shape[1]
     few = q.shape[1] // k.shape[1] * q.shape[2] <= _MAX_ROWS
     return few and S >= _MIN_S and opt.cu_seqlens_q is None
@@ -53,8 +53,8 @@ def _decode_kernel(
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """acc (B, H, T, splits, Dv), m and l (B, H, T, splits) of BLOCK_T rows of one key head over one
-    of the parts of its keys."""
+    """Computes acc (B, H, T, splits, Dv), m and l (B, H, T, splits) of BLOCK_T rows of one key head
+    over one part of the keys."""
     pid = tl.program_id(0)
     split = pid % splits
     tiles = tl.cdiv(group * T, BLOCK_T)
@@ -100,7 +100,7 @@ def _combine_kernel(
     O, LSE, LOW, ACC, M, L, opt, H, T, splits,
     MAX_SPLITS: tl.constexpr, Dv: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query from the parts of its keys."""
+    """Adds up o and lse of one query from the parts of its keys."""
     row = tl.program_id(0).to(tl.int64)
     b = row // T // H
     _, _, t_end, _ = extent(None, opt.query_lengths, b, T)
@@ -123,6 +123,7 @@ def _combine_kernel(
 
 
 def forward(q, k, v, o, lse, opt, left, right, dropout_p):
+    """Writes o and lse, of which lse[1] is the rounding error of lse[0]."""
     (B, H, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     q, k, v = rows(q), rows(k), rows(v)
     row_strides, align = strides(q, k, v)

@@ -46,8 +46,8 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GUARD: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of BLOCK_T queries of one head."""
-    # With a limit to the right the last queries see most keys: they start first.
+    """Computes o and lse of BLOCK_T queries of one head."""
+    # With a limit to the right the last queries see the most keys, so their programs start first.
     block, b, h = owner(opt.cu_seqlens_q, T, H, documents, right is not None, BLOCK_T)
     batch, q_start, t_end, t_rows = extent(opt.cu_seqlens_q, opt.query_lengths, b, T)
     batch, k_start, s_end, _ = extent(opt.cu_seqlens_k, opt.key_lengths, b, S)
@@ -80,7 +80,7 @@ def _forward_kernel(
     tl.store(LOW + row + t, low, mask=t < t_rows)
 
 
-_SMALLER = tl.constexpr(8)  # weights are 2^-8 exp(s - m)
+_SMALLER = tl.constexpr(8)  # weights are 2^-8 exp(s - m), except in float16: see _attend
 
 
 @triton.jit
@@ -89,8 +89,8 @@ def attend(
     PAGE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """(acc, m, l) of a tile of queries over the keys in `ranges`: see key_ranges. m is the maximum
-    of what `scores` returns."""
+    """(acc, m, l) of a tile of queries over the keys in `ranges` (see key_ranges). m is the maximum
+    of the values that `scores` returns."""
     start, full, full_stop, stop = ranges
     acc = tl.zeros([q.shape[0], BLOCK_DV], tl.float32)
     m = tl.full([q.shape[0]], -INF, tl.float32)
@@ -121,12 +121,12 @@ def _attend(
 ):  # fmt: skip
     """Adds the keys start ... stop to acc, m and l of a tile of queries.
 
-    With GUARD the loop is not entered if it would not run: ptxas serialises the asynchronous
-    products of sm_90 where acc could come to their end without them.
+    With GUARD an empty loop is branched around: ptxas serialises the asynchronous products of sm_90
+    if a path leads to the end of the loop without any product.
     """
     unit = in_base_2(scoring.opt)
-    # Sums of values near the largest number of float32 or bfloat16 do not overflow if weights are
-    # small; small weights would in float16.
+    # With small weights, sums of values near the largest float32 or bfloat16 do not overflow. In
+    # float16 small weights would underflow, and its values cannot overflow a sum in float32.
     SMALLER: tl.constexpr = 0 if q.dtype == tl.float16 else _SMALLER
     if not GUARD or start < stop:
         for s0 in range(start, stop, BLOCK_S):
@@ -137,7 +137,8 @@ def _attend(
             x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
             x, _ = scores(x, t, s[None, :], head, scoring, MASKED)
             m_new = tl.maximum(m, tl.max(x, 1))
-            # Differences come before factors: a rounded product of m would be far from its scores.
+            # The difference comes before the factor: if m and x were scaled first, the rounding of
+            # large products would be a factor of p.
             shift = tl.where(m_new == -INF, 0.0, m_new)
             p = tl.exp2((x - shift[:, None]) * unit - SMALLER)
             rescale = tl.exp2((m - shift) * unit)
@@ -152,8 +153,9 @@ def _attend(
 
 @triton.jit
 def result(acc, m, l, h, exists, opt, DTYPE: tl.constexpr):
-    """o, lse, and what the rounding of lse lost, of rows of head h, or of one head for each row. A
-    query that saw no key has l = 0 and m = -inf, and gets 0, -inf and 0. DTYPE is that of q."""
+    """(o, lse, low) of rows of head h, or of one head for each row; low is the rounding error of
+    lse. A query that saw no key has l = 0 and m = -inf; its results are 0, -inf and 0. DTYPE is the
+    dtype of q."""
     scale = tl.cast(opt.late_scale, tl.float32)
     FACTOR: tl.constexpr = 1.0 if DTYPE == tl.float16 else 2.0**_SMALLER.value
     l *= FACTOR
@@ -176,6 +178,7 @@ def result(acc, m, l, h, exists, opt, DTYPE: tl.constexpr):
 
 
 def forward(q, k, v, o, lse, opt, left, right, dropout_p):
+    """Writes o and lse, of which lse[1] is the rounding error of lse[0]."""
     (B, H, T, D), Dv = q.shape, v.shape[3]
     q, k, v = rows(q), rows(k), rows(v)
     row_strides, align = strides(q, k, v)

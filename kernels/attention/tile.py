@@ -1,8 +1,8 @@
-"""What all attention kernels share: arguments, the place of a program, loads, scores of a tile.
+"""Functions of all attention kernels: arguments, the place of a program, loads, scores of a tile.
 
-A tile of scores is (queries, keys), or transposed. t and s are the indices of its queries and keys
-within their batch or document, shaped to broadcast to the tile, (rows, 1) and (1, columns) or the
-other way round; so the functions here serve both.
+A tile of scores is (queries, keys), or transposed (keys, queries). t and s are the indices of its
+queries and keys within their batch or document. They broadcast to the tile: t is (rows, 1) and s
+(1, columns) or, transposed, the other way round. So the functions here serve both kinds of tiles.
 """
 
 import math
@@ -19,7 +19,7 @@ from .. import dropout
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
-# Integers that vary from call to call: no kernel is compiled again for their values.
+# The integer arguments that vary from call to call: no kernel is compiled again for their values.
 RUNTIME = """H group T S documents pages left right limit
     stride_qb stride_qh stride_qt stride_kb stride_kh stride_ks stride_vb stride_vh stride_vs
     stride_ob stride_oh stride_ot stride_dob stride_doh stride_dot
@@ -28,10 +28,10 @@ RUNTIME = """H group T S documents pages left right limit
 
 
 class Options(NamedTuple):
-    """Tensors and floats of a call. Kernels are compiled for those that are None."""
+    """Tensors and floats of a call. Each set of fields that are None has kernels of its own."""
 
-    scale: float  # not negative
-    late_scale: float  # positive: what makes scores of what `scores` returns
+    scale: float  # factor of the products q k^T, not negative
+    late_scale: float  # positive factor that turns the values `scores` returns into scores
     softcap: float | None
     bias: Tensor | None
     mask: Tensor | None
@@ -47,7 +47,8 @@ class Options(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Which queries see which keys: t < t_end, s < s_end, -left <= s - t - offset <= right."""
+    """The limits of sight: query t < t_end sees key s < s_end if -left <= s - t - offset <= right,
+    where offset = s_end - t_end. left and right are None if there is no limit."""
 
     t_end: object
     s_end: object
@@ -56,7 +57,7 @@ class Band(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """The strides of bias or mask, (B, H, T, S), in elements."""
+    """The strides of bias or mask, (B, H, T, S), in elements; 0 along broadcast dimensions."""
 
     stride_b: object
     stride_h: object
@@ -65,17 +66,16 @@ class Matrix(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the scores of a query head take: the rows of its bias and mask, its slope, and its word
-    of the dropout's counter."""
+    """The inputs that the scores of a query head need, beside q and k."""
 
-    bias: object
-    mask: object
-    slope: object
-    counter: object
+    bias: object  # pointer to bias of the head
+    mask: object  # pointer to mask of the head
+    slope: object  # ALiBi slope
+    counter: object  # b H + h, a word of the dropout's counter
 
 
 class Scoring(NamedTuple):
-    """How products become scores in batch or document b."""
+    """The arguments that turn products into scores in batch or document b."""
 
     opt: object
     b: object
@@ -83,11 +83,11 @@ class Scoring(NamedTuple):
     band: object
     bias: object
     mask: object
-    limit: object  # of the draws of elements that are dropped
+    limit: object  # the largest draw that drops an element
 
 
 class Queries(NamedTuple):
-    """The queries of the group of heads from h on that share a key head."""
+    """The queries of the `group` heads from h on, which share a key head."""
 
     Q: object
     DO: object
@@ -104,8 +104,8 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys, or the values, of one head: row s stands at pointer + s stride. In pages, at
-    pointer + table[s // PAGE] stride_page + s % PAGE stride."""
+    """The keys, or the values, of one head. Row s lies at pointer + s stride or, with pages, at
+    pointer + table[s // PAGE] stride_page + (s % PAGE) stride."""
 
     pointer: object
     stride: object
@@ -115,7 +115,7 @@ class Keys(NamedTuple):
 
 
 def options(a: Arguments, scale: float) -> Options:
-    """What kernels take of a call; `scale` is what they multiply scores by."""
+    """The Options of a call. `scale` is the factor that kernels multiply products by."""
     softcap = a.softcap if a.softcap > 0 else None
     late_scale = softcap or max(scale, 1e-45)  # the least float32 there is
     if a.bias is not None or a.alibi_slopes is not None:
@@ -147,7 +147,7 @@ def _packed(x: Tensor | None) -> Tensor | None:
 
 
 def integers(q, k, opt: Options, left, right, dropout_p) -> tuple:
-    """The integers that follow the options in the arguments of the kernels."""
+    """The integer arguments of the kernels that follow the options."""
     H, T, S = q.shape[1], q.shape[2], k.shape[2]
     if opt.page_table is not None:
         S *= opt.page_table.shape[1]
@@ -159,41 +159,44 @@ def integers(q, k, opt: Options, left, right, dropout_p) -> tuple:
 
 
 def heavy(opt: Options) -> bool:
-    """Whether a call takes more registers than causal attention with lengths."""
+    """Tells whether a call needs more registers than causal attention with lengths."""
     several = (opt.softcap, opt.bias, opt.mask, opt.alibi_slopes, opt.cu_seqlens_q, opt.seed)
     return any(x is not None for x in several)
 
 
 def documents(opt: Options) -> int:
+    """The number of documents of a packed batch; 0 if the batch is not packed."""
     return 0 if opt.cu_seqlens_q is None else opt.cu_seqlens_q.shape[0] - 1
 
 
 def page_size(k: Tensor, opt: Options) -> int | None:
+    """The number of keys of a page; None without pages."""
     return None if opt.page_table is None else k.shape[2]
 
 
 def blocks(B: int, N: int, BLOCK: int, opt: Options) -> int:
-    """How many programs own the N rows of a head in all batches: see `owner`."""
+    """The number of programs that own the N rows of a head in all batches: see `owner`."""
     packed = opt.cu_seqlens_q is not None
     return N // BLOCK + documents(opt) if packed else B * triton.cdiv(N, BLOCK)
 
 
 def rows(x: Tensor) -> Tensor:
-    """x with contiguous rows, which is all that the kernels ask of its strides."""
+    """x, or a copy whose rows are contiguous: kernels ask no more of its strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """Strides of batch, head and row in units of 1, 2, 4 or 8 elements, and that unit: it tells the
-    compiler how rows are aligned, and is nearly always a matter of the head size alone."""
+    """(strides, unit): strides of batch, head and row in units of 1, 2, 4 or 8 elements. The unit
+    tells the compiler how rows are aligned, and nearly always depends on the head size alone."""
     all_strides = [x.stride(i) if x.shape[i] > 1 else 0 for x in tensors for i in range(3)]
     align = math.gcd(8, *all_strides)
     return [s // align for s in all_strides], align
 
 
 def matrix_strides(*matrices: Tensor | None) -> tuple[list[int], int]:
-    """Strides of bias and mask, 0 where they broadcast. Those of batch, head and query are in units
-    of 8 elements if they can, of 1 otherwise."""
+    """(strides, unit): strides of bias and mask, 0 along dimensions that they broadcast along. The
+    strides of batch, head and query are in units of 8 elements if all are multiples of 8, else of
+    1; the stride of keys is in elements."""
     found = [[0 if x is None or n == 1 else s for n, s in _sizes_and_strides(x)] for x in matrices]
     align = 8 if all(s % 8 == 0 for matrix in found for s in matrix[:3]) else 1
     return [s // align if i < 3 else s for matrix in found for i, s in enumerate(matrix)], align
@@ -205,11 +208,12 @@ def _sizes_and_strides(x: Tensor | None):
 
 @triton.jit
 def owner(CU_SEQLENS, N, H, documents, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """(block, b, h) of a program that owns BLOCK of N rows; the blocks of a head run one after the
-    other.
+    """(block, b, h) of a program that owns BLOCK of N rows. Programs of consecutive blocks of a
+    head follow one another, with REVERSE from the last block to the first.
 
-    Packed, the blocks of document b start at cu_seqlens[b] // BLOCK + b, which leaves enough for
-    each, and there are N // BLOCK + documents; in the surplus no row lies within the document.
+    In a packed batch, the blocks of document b start at cu_seqlens[b] // BLOCK + b, which leaves
+    enough for each document. There are N // BLOCK + documents of them; a surplus block has no row
+    within its document. REVERSE has no effect.
     """
     pid = tl.program_id(0)
     if CU_SEQLENS is None:
@@ -224,7 +228,7 @@ def owner(CU_SEQLENS, N, H, documents, REVERSE: tl.constexpr, BLOCK: tl.constexp
         block = pid % blocks
         low = tl.cast(0, tl.int32)
         high = documents - 1
-        while low < high:  # the last document that starts at this block or before
+        while low < high:  # finds the last document that starts at this block or before
             middle = (low + high + 1) // 2
             starts = (tl.load(CU_SEQLENS + middle) // BLOCK + middle) <= block
             low = tl.where(starts, middle, low)
@@ -235,8 +239,8 @@ def owner(CU_SEQLENS, N, H, documents, REVERSE: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def extent(CU_SEQLENS, LENGTHS, b, N):
-    """(batch, start, end, rows) of the rows of batch or document b: they are rows start, start + 1
-    ... of the batch, the first `end` of them exist, and `rows` of them are to be written."""
+    """(batch, start, end, rows) of batch or document b: its rows are start, start + 1, ... of
+    `batch`. The first `end` of them exist, and results are written for the first `rows`."""
     if CU_SEQLENS is not None:
         start = _clamp(tl.load(CU_SEQLENS + b), 0, N).to(tl.int64)
         end = (_clamp(tl.load(CU_SEQLENS + b + 1), start, N) - start).to(tl.int32)
@@ -249,7 +253,7 @@ def extent(CU_SEQLENS, LENGTHS, b, N):
 
 @triton.jit
 def matrix(stride_b, stride_h, stride_t, stride_s, ALIGN: tl.constexpr):
-    """A Matrix from the arguments of a kernel."""
+    """The Matrix of strides that a kernel takes in units of ALIGN elements."""
     return Matrix(
         tl.cast(stride_b, tl.int64) * ALIGN, tl.cast(stride_h, tl.int64) * ALIGN,
         tl.cast(stride_t, tl.int64) * ALIGN, tl.cast(stride_s, tl.int64),
@@ -261,7 +265,7 @@ def keys_at(
     X, opt, b, batch, start, h, stride_b, stride_h, stride_s, S, pages,
     ALIGN: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of key head h in batch or document b."""
+    """The Keys (keys or values) of key head h in batch or document b."""
     stride_b = tl.cast(stride_b, tl.int64) * ALIGN
     stride_s = tl.cast(stride_s, tl.int64) * ALIGN
     X += h * stride_h * ALIGN
@@ -278,8 +282,8 @@ def _clamp(x, low, high):
 
 @triton.jit
 def load(X, offsets, valid, D: tl.constexpr, COLS: tl.constexpr):
-    """The rows at X + offsets as a (rows, COLS) tile; 0 where a row is not valid (None: all are)
-    and in columns past D."""
+    """The rows at X + offsets as a (rows, COLS) tile. Columns past D and rows that are not valid
+    are 0; if `valid` is None, all rows are valid."""
     col = tl.arange(0, COLS)[None, :]
     tile = X + offsets[:, None] + col
     if valid is None and D == COLS:
@@ -294,7 +298,7 @@ def load(X, offsets, valid, D: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def load_rows(X, start, stride, valid, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows start, start + 1, ... of X, as `load`."""
+    """Rows start, start + 1, ... of X, as `load` returns them."""
     return load(X + start * stride, tl.arange(0, ROWS).to(tl.int64) * stride, valid, D, COLS)
 
 
@@ -303,7 +307,7 @@ def load_keys(
     keys, s0, valid,
     PAGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values s0, s0 + 1, ..., as `load`."""
+    """Keys or values s0, s0 + 1, ..., as `load` returns them."""
     if PAGE is None:
         return load_rows(keys.pointer, s0, keys.stride, valid, D, ROWS, COLS)
     else:
@@ -339,8 +343,9 @@ def head_at(h, scoring):
 
 @triton.jit
 def key_ranges(band, t_first, t_last, BLOCK_S: tl.constexpr):
-    """(start, full, full_stop, stop): of the queries t_first ... t_last, some see keys from start
-    to stop, and all see those from full to full_stop. All but stop are multiples of BLOCK_S."""
+    """(start, full, full_stop, stop): some queries of t_first ... t_last see keys from start to
+    stop, and all of them see the keys from full to full_stop. All but stop are multiples of
+    BLOCK_S."""
     s_end = band.s_end
     offset = s_end - band.t_end
     start = 0
@@ -359,9 +364,9 @@ def key_ranges(band, t_first, t_last, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def query_ranges(band, s0, opt, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(start, full, full_stop, stop): of the keys from s0 on, some are seen by queries from start
-    to stop, and all are by those from full to full_stop. start and full are multiples of
-    BLOCK_T, full_stop is or is t_end."""
+    """(start, full, full_stop, stop): queries from start to stop see some of the BLOCK_S keys from
+    s0 on, and queries from full to full_stop see all of them. start and full are multiples of
+    BLOCK_T; full_stop is a multiple of BLOCK_T, or equals t_end."""
     s_last = tl.minimum(s0 + BLOCK_S, band.s_end) - 1
     t_end = tl.where(s0 <= s_last, band.t_end, 0)
     offset = band.s_end - band.t_end
@@ -375,18 +380,19 @@ def query_ranges(band, s0, opt, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     if band.left is not None:
         stop = _clamp(s_last - offset + band.left + 1, 0, t_end)
         full_stop = _clamp(s0 - offset + band.left + 1, 0, t_end) // BLOCK_T * BLOCK_T
-    if opt.bias is not None or opt.mask is not None:  # which have no elements beyond s_end
+    if opt.bias is not None or opt.mask is not None:  # they must not be read beyond s_end
         full = tl.where(s0 + BLOCK_S > band.s_end, tl.cdiv(t_end, BLOCK_T) * BLOCK_T, full)
     return start, full, full_stop, stop
 
 
 @triton.jit
 def scores(x, t, s, head, scoring, MASKED: tl.constexpr):
-    """(scores, slope): scores times late_scale are the scores of the products x, and slope is their
-    derivative in scale x. Unless MASKED, all queries that exist see all keys.
+    """(values, slope): values times late_scale are the scores of the products x = q k^T, and slope
+    is the derivative of the softcap. Unless MASKED, all queries that exist see all keys.
 
-    What is added to products is added in units of its own: a mask of the lowest number there is
-    would overflow in units of base 2. The products of forward and backward round at the same steps.
+    Bias and ALiBi are added in natural units: a bias of the lowest finite number would overflow if
+    it were multiplied by log2(e). Forward and backward round at the same steps, so that they get
+    the same scores.
     """
     opt = scoring.opt
     band = scoring.band
@@ -418,7 +424,7 @@ def _distance(t, s, band):
 
 @triton.jit
 def _elements(matrix, head, t, s, band, MASKED: tl.constexpr):
-    """A tile of bias or mask, 0 where there is no query or key."""
+    """A tile of bias or mask; 0 where no query or, if MASKED, no key exists."""
     elements = head + t * matrix.stride_t + s * matrix.stride_s
     exists = t < band.t_end
     if MASKED:  # a condition on s would split the loads of whole tiles into single elements
@@ -439,8 +445,8 @@ def _visible(t, s, band):
 
 @triton.jit
 def _tanh(x):
-    """Near 0 by its continued fraction x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9)))), as
-    (e^2x - 1) / (e^2x + 1) would cancel."""
+    """tanh(x) = (e^2x - 1) / (e^2x + 1). For |x| <= 1 the numerator would cancel, so the continued
+    fraction x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9)))) is used."""
     e = tl.exp2(tl.minimum(tl.maximum(x, -10.0), 10.0) * (2 * LOG2E))
     x2 = x * x
     large = tl.abs(x) > 1
@@ -450,7 +456,8 @@ def _tanh(x):
 
 @triton.jit
 def keep(t, s0, head, scoring, TRANSPOSED: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Which elements the dropout keeps: key s takes lane s % 4 of counter (s // 4, t, head, 0)."""
+    """The elements that dropout keeps. Element (t, s) takes lane s % 4 of counter
+    (s // 4, t, head.counter, 0)."""
     group = s0 // 4 + tl.arange(0, BLOCK_S // 4)
     group = group[:, None] if TRANSPOSED else group[None, :]
     zero = tl.zeros_like(group) + tl.zeros_like(t)
@@ -471,8 +478,8 @@ def gradients(
     x, dp, shift, rest, delta, t, s, s0, head, scoring,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(p keep, ds, slope) of a tile, from x = q k^T and dp = do v^T + `minus_delta`. ds is that of
-    the scores after the softcap, whose derivative is slope."""
+    """(p keep, ds, slope) of a tile, from x = q k^T and dp = do v^T + minus_delta(...). ds is the
+    gradient of the scores after the softcap; slope is the softcap's derivative."""
     # forward: p = exp(s - lse)
     x, slope = scores(x, t, s, head, scoring, MASKED)
     p = tl.exp2(tl.fma(x - shift, in_base_2(scoring.opt), -rest))
@@ -488,13 +495,14 @@ def gradients(
 
 @triton.jit
 def in_base_2(opt):
-    """The factor of differences of what `scores` returns, as exp2 takes them."""
+    """The factor that turns differences of values of `scores` into exponents of exp2."""
     return tl.cast(opt.late_scale, tl.float32) * LOG2E
 
 
 @triton.jit
 def minus_delta(delta, opt, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """What the sum dp = do v^T starts with: -delta, unless dropout comes in between."""
+    """The initial value of the sum dp = do v^T: -delta, or 0 with dropout, which is applied to dp
+    before delta is subtracted."""
     zeros = tl.zeros([ROWS, COLS], tl.float32)
     if opt.seed is None:
         zeros -= delta
