@@ -105,8 +105,8 @@ inline bool is_vector(const Tensor& x, int64_t n) {
 // ---- operators ----
 
 // The arguments of an operator as the dispatcher hands them over, in the order of its schema; the
-// results overwrite them. It serves operators with too many arguments to write out twice; for
-// others, TORCH_BOX makes the same of a function.
+// results overwrite them. It serves operators with too many arguments to write out twice; TORCH_BOX
+// wraps the functions of all others.
 class Stack {
  public:
   explicit Stack(StableIValue* values) : first_(values), next_(values) {}

@@ -87,7 +87,7 @@ struct AttentionScores : AttentionShape {
   Dropout<C> dropout;
 
   // Only on AMX: transposed tiles of v in forward, of k in backward. first_tile has the index of
-  // each document's first tile and, at last, the number of all tiles.
+  // each document's first tile, followed by the number of all tiles.
   std::vector<int64_t> first_tile;
   BFloat16* transposed = nullptr;  // null without AMX
 
@@ -104,7 +104,7 @@ struct AttentionForward : AttentionScores<C> {
   // If there are few rows and many keys, the keys are cut into parts, so that every thread has
   // work.
   int64_t part_keys;                // keys of a part
-  std::vector<int64_t> first_task;  // first task of each document and, at last, the number of tasks
+  std::vector<int64_t> first_task;  // first task of each document, then the number of all tasks
   C* partials;                      // results of tasks, needed if a block has several parts
   std::atomic<int64_t>* finished;   // finished[t]: parts done of the block whose first task is t
 

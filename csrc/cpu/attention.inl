@@ -1,4 +1,4 @@
-// The kernels of attention.cpp for one instruction set, each fragment after those that it assumes.
+// The kernels of attention.cpp for one instruction set. A fragment follows all that it assumes.
 // clang-format off
 #include "attention/product.inl"
 #include "attention/rows.inl"

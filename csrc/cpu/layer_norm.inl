@@ -135,7 +135,7 @@ void layer_norm_forward(const LayerNormForward<C>& a, int64_t begin, int64_t end
 
     C mean, square;
     moments(h, N, a.rms, mean, square);
-    const C rstd = static_cast<C>(1 / std::sqrt(square + a.eps));  // in double
+    const C rstd = static_cast<C>(1 / std::sqrt(square + a.eps));  // in float64
     if (a.mean) a.mean[m] = mean;
     a.rstd[m] = rstd;
     prefetch(a.x, m + 1, N);

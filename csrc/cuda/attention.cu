@@ -41,7 +41,7 @@ struct Forward {
   bool packed;    // the rows of a block are the queries of all heads that share a key head
   int splits;     // blocks that share the keys of a row
   void* o;
-  float* lse;                         // (2, B, H, T): log-sum-exp, and what rounding took off it
+  float* lse;  // (2, B, H, T): log-sum-exp rounded, and what rounding left out
   float *part_o, *part_m, *part_sum;  // (splits, B, H, T, Dv), and (splits, B, H, T) for the others
 
   __host__ __device__ int64_t rows() const { return int64_t{in.B} * in.H * in.T; }
@@ -64,7 +64,7 @@ __device__ inline float weight(float x, float most) {
   return exp2_approx(fmaf(x - (most == -kInfinity ? 0.0f : most), kLog2E, kLargest<T>));
 }
 
-// Stores lse = m + log sum, and in the second half of `lse` what rounding took off it.
+// Stores lse = m + log sum, rounded, and what the rounding left out in the second half of `lse`.
 template <class T>
 __device__ inline void store_lse(const Forward& a, int64_t row, float m, float sum) {
   const float logarithm = logf(ldexpf(sum, -kLargest<T>)), lse = m + logarithm;
@@ -80,7 +80,7 @@ __device__ inline void store_pair(void* out, int64_t at, float x, float y, int l
   if (left > 1) to[1] = from_float<T>(y);
 }
 
-// Computes o and lse of a tile of rows, or with splits the part of them that some keys give.
+// Computes o and lse of a tile of rows or, with splits, acc / l, m and l over one part of the keys.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   using K = Keys<T, D>;

@@ -7,7 +7,7 @@
 // has float32's exponents, so that nothing below 3.39e38 overflows.
 //
 // Scores are in natural units, not yet multiplied by log2(e). Forward and backward must form equal
-// scores to the last bit: in a softmax of large scores, a rounding more or less is a factor of p.
+// scores to the last bit: if scores are large, a single different rounding changes p by a factor.
 // So whatever a compiler could contract into an FMA in one kernel and not in the other is written
 // as an intrinsic.
 #pragma once
@@ -199,7 +199,7 @@ struct Tile {
 
   // Loads rows first to first + ROWS of a head, counted from row0; rows from `end` on become 0.
   // With `per_head`, rows run through `per_head` rows of each head after the other. With `lse`,
-  // which points to that of row 0, rows that see nothing become 0 too, since they may hold
+  // which points to the lse of row 0, rows that see nothing become 0 too, since they may hold
   // anything. The tile is complete after copy_commit, copy_wait and __syncthreads.
   __device__ void load(const HeadView& x, int batch, int head, int row0, int first, int end,
                        int per_head = 0, const float* lse = nullptr) const {
@@ -251,8 +251,8 @@ struct Tile {
 
 // c += a b over the products of planes that count, the smallest first; b is two fragments side by
 // side. The products are summed apart from c, since tensor cores truncate small terms that they add
-// to a large sum. With `exchanged`, products of planes are added in the order of b a, so that
-// (b a)^T gets the same bits: a tensor core's sum does not depend on which side a factor is on.
+// to a large sum. With `exchanged`, they are summed in the order that b a would have, which gives
+// the same bits: a tensor core's sum does not depend on which side a factor is on.
 template <class T, bool exchanged>
 __device__ inline void multiply_planes(float (&c0)[4], float (&c1)[4],
                                        const uint32_t (&a)[kPlanes<T>][4],

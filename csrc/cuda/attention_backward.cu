@@ -1,4 +1,5 @@
-// Softmax attention, backward. Every kernel computes p = exp(s - lse) again, tile by tile.
+// Softmax attention, backward. The kernels of dq, dk, dv and dbias compute p = exp(s - lse) again,
+// tile by tile.
 //
 // clang-format off
 //   dp = do v^T,  delta = rowsum(do o) - dlse,  ds = p (dp keep - delta)
@@ -36,7 +37,7 @@ struct Backward {
   Attention in;
   int64_t tiles;  // tiles of kRows queries (or keys) of all documents
   HeadView d_o, o;
-  const float *lse, *low;     // (B, H, T): log-sum-exp rounded, -inf if nothing is seen; its error
+  const float *lse, *low;     // (B, H, T): log-sum-exp, -inf in rows that see nothing; its error
   const float* dlse;          // (B, H, T), may be null
   float *delta, *sink_terms;  // (B, H, T); sink_terms is null without a sink
   void *dq, *dk, *dv;

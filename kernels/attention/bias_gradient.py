@@ -108,7 +108,7 @@ def _dbias_kernel(
             head_at(h, scoring), scoring, True, False, BLOCK_S,
         )  # fmt: skip
         # forward: s = softcap tanh(scale q k^T / softcap) + bias
-        dbias += tl.where(sees[:, None], ds, 0.0)  # it may be NaN
+        dbias += tl.where(sees[:, None], ds, 0.0)  # other rows may be NaN
 
     rows = tl.where(SUM_T, 1, T)
     columns = tl.where(SUM_S, 1, S)

@@ -137,8 +137,8 @@ def _attend(
             x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
             x, _ = scores(x, t, s[None, :], head, scoring, MASKED)
             m_new = tl.maximum(m, tl.max(x, 1))
-            # The difference comes before the factor: if m and x were scaled first, the rounding of
-            # large products would be a factor of p.
+            # The difference comes before the factor: if large x and m were scaled first, their
+            # rounding would change p by a factor.
             shift = tl.where(m_new == -INF, 0.0, m_new)
             p = tl.exp2((x - shift[:, None]) * unit - SMALLER)
             rescale = tl.exp2((m - shift) * unit)

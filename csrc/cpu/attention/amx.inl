@@ -200,6 +200,7 @@ inline void amx_add_transposed(const AttentionScores<float>& a, const Block& blo
 
 // ---- products of the forward ----
 
+// Products of bfloat16 tiles. p is rounded to bfloat16.
 struct AmxForward {
   static constexpr int64_t kKeyAlignment = kKeys;
   AmxTiles tiles;

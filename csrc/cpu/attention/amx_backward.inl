@@ -1,5 +1,6 @@
 // Fragment of backward.inl: the products of the backward on Intel AMX. It assumes amx.inl.
 
+// Products of bfloat16 tiles. p and ds are rounded to bfloat16.
 struct AmxBackward {
   static constexpr int64_t kKeyAlignment = kKeys;
   using Registers = AmxTiles;

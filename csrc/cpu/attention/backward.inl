@@ -35,6 +35,7 @@ constexpr int64_t kBlocksPerWalk = 4;
 //   take: stores p and ds of keys s0 + s and s0 + s + 1 for a vector of rows.
 //   add: dv += p^T do and dk += ds^T q for these keys, and dq^T += k^T ds.
 
+// Products with a block's rows along the lanes.
 template <class C>
 struct WideBackward {
   struct Registers {};

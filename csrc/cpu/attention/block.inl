@@ -16,7 +16,7 @@ struct Block {
   int64_t query(int64_t row) const { return heads == 1 ? t0 + row : t0 + row % queries; }
 };
 
-// The block of those queries [t0, t0 + kBlock) that exist, of `heads` heads.
+// The block of the queries from t0 on, at most kBlock of each of `heads` heads.
 inline Block block_at(const AttentionShape& a, int64_t number, int64_t h0, int64_t heads,
                       int64_t t0) {
   const Document& document = a.documents[number];
@@ -24,7 +24,7 @@ inline Block block_at(const AttentionShape& a, int64_t number, int64_t h0, int64
   const int64_t first = t0 + document.keys - document.queries, last = first + queries - 1;
   const int64_t end = std::clamp<int64_t>(last + a.right + 1, 0, queries ? document.keys : 0);
   const int64_t begin = std::clamp<int64_t>(first - a.left, 0, end);
-  return {document, number, h0, heads, t0, queries, begin / 4 * 4, end};  // a draw has 4 keys
+  return {document, number, h0, heads, t0, queries, begin / 4 * 4, end};  // keys of whole draws
 }
 
 // Block `i` of key head hk. Within a head, the blocks with the most keys come last.

@@ -16,7 +16,8 @@ inline V exp_difference(V x, C scale, V shift) {
 // p = exp(score - maximum), times `keep` unless that is null, to `products`. A score is `scale`
 // times an element of the tile. Returns true if the maximum of some row was raised; only then is
 // `factor` written, by which the earlier o of each row must be multiplied. The maximum is
-// subtracted from the rounded score: if scores are large, a rounding more or less is a factor of p.
+// subtracted from the rounded score, as in backward: if scores are large, a single different
+// rounding changes p by a factor.
 template <class C, class Products>
 inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t width, C scale,
                            C* maximum, C* sum, C* factor, Products& products) {
