@@ -1,4 +1,4 @@
-"""Chooses the backend that runs an op. The only file that names one.
+"""Chooses the backend that runs an op. No other file names a backend.
 
 A backend is a package with one module per op, and each module has `forward`, `backward` and
 `why_not`, which returns a sentence or None. Backends are imported before the first call that may
@@ -28,16 +28,16 @@ _missing: dict[
     str, str | None
 ] = {}  # backend -> why its package cannot be imported, None if it can
 _implementations: dict[tuple[str, str], ModuleType] = {}  # (backend, op)
-# Each thread's own setting would need a threading.local or a ContextVar. Dynamo does not trace the
-# latter, and does not notice when the former changes.
+# A setting per thread would need a threading.local or a ContextVar. Dynamo does not trace a
+# ContextVar, and does not notice when a threading.local changes.
 _forced: str | None = None
 _initial: str | None = None
-_blocks: list[tuple] = []  # the open ones of use_backend: thread, backend, identity
+_blocks: list[tuple] = []  # open use_backend blocks: thread, backend, identity
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that a call would use, and why the ones before it would not serve."""
+    """The backend that a call would use, and why the backends before it cannot serve."""
 
     op: str
     backend: str | None
@@ -49,14 +49,14 @@ class Explanation:
 
 
 def check_backend(name: str) -> str:
-    """`name`, if there is such a backend; ValueError otherwise."""
+    """Returns `name` if there is a backend of this name; raises ValueError otherwise."""
     if name not in _PACKAGE:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(_PACKAGE)}")
     return name
 
 
 def load(backend: str) -> None:
-    """Imports a backend for all ops. A package that refuses is noted with its reason."""
+    """Imports a backend for all ops. If the import fails, the reason is kept."""
     if backend not in _missing:
         try:
             importlib.import_module(_PACKAGE[backend])
@@ -74,10 +74,10 @@ def load(backend: str) -> None:
 
 
 def _refuse_derivatives(operator: torch._ops.OpOverload) -> None:
-    """Lets a trace fail that would differentiate a kernel: its derivative would be 0 silently.
+    """Makes traces that would differentiate a kernel fail: the derivative would silently be 0.
 
-    Outside traces the functions that call kernels see to this, and a kernel of the dispatcher in
-    Python would cost as much as a small op. Traces ask the table that this adds to, and no others.
+    Outside traces the callers of kernels prevent this, and a kernel for the Autograd key, written
+    in Python, would cost as much as a small op. So this uses py_impl, which only traces look up.
     """
 
     def run(*args):
@@ -95,7 +95,7 @@ def register(op: str) -> None:
     _ops.append(op)
     for backend in ("native", "reference"):
         load(backend)
-    if torch.cuda.device_count() > 0:  # asks the driver, and makes no CUDA context
+    if torch.cuda.device_count() > 0:  # asks the driver without making a CUDA context
         load("triton")
     if _forced is not None:
         load(_forced)
@@ -117,7 +117,7 @@ def why_not(op: str, backend: str, args: tuple) -> str | None:
 
 
 def requires_grad(args: Iterable) -> bool:
-    """Whether one of the arguments does, or what transforms of torch.func have wrapped in it."""
+    """Whether an argument, or what torch.func has wrapped in it, requires a gradient."""
     for a in args:  # any() of a generator takes longer
         if isinstance(a, torch.Tensor) and a.requires_grad:
             return True
@@ -135,7 +135,7 @@ def _order(args: tuple, backend: str | None) -> tuple[str, ...]:
 
 
 def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
-    """Which backend serves the call: the forced one or none, else the device's first that can."""
+    """Which backend serves the call: the forced one or none, else the first one that can."""
     reasons: dict[str, str] = {}
     for name in _order(args, backend):
         reason = why_not(op, name, args)
@@ -164,7 +164,7 @@ def select(op: str, args: tuple, backend: str | None = None) -> str:
 
 
 def backends(op: str) -> dict[str, str | None]:
-    """Every backend by name, with the reason why it cannot run `op` at all here, None if it can."""
+    """For every backend, the reason why it cannot run `op` here at all, or None if it can."""
     if op not in _ops:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(_ops)}")
     for backend in _PACKAGE:
@@ -181,16 +181,16 @@ def backends(op: str) -> dict[str, str | None]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Forces a backend within a `with` block: "native", "triton" or "reference"; None lifts it.
 
-    A forced backend never falls back: a call that it cannot serve raises NotImplementedError; only
-    `tfkern.linear` then is torch's. The backward of a call uses the backend of its forward. The
-    setting holds for the whole process, and TFKERN_BACKEND sets it from the start. Blocks of one
-    thread nest; while one is open, another thread that opens one gets a RuntimeError, and may give
-    `backend=` to its calls instead.
+    A forced backend never falls back: a call that it cannot serve raises NotImplementedError,
+    except that `tfkern.linear` then runs torch's function. The backward of a call uses the backend
+    of its forward. The setting holds for the whole process; TFKERN_BACKEND sets it from the start.
+    Blocks of one thread nest. While a block is open, opening one in another thread raises
+    RuntimeError; that thread may give `backend=` to its calls instead.
     """
     global _forced
     if name is not None:
         load(check_backend(name))
-    if torch.compiler.is_compiling():  # a trace is through with the block before others run
+    if torch.compiler.is_compiling():  # traced code leaves the block before other threads run
         previous, _forced = _forced, name
         try:
             yield
@@ -198,7 +198,7 @@ def use_backend(name: str | None) -> Iterator[None]:
             _forced = previous
         return
     block = (threading.get_ident(), name, object())
-    _blocks.append(block)  # before the others are looked at, so that of two threads one sees both
+    _blocks.append(block)  # before the check, so that of two threads at least one sees both
     try:
         if any(thread != block[0] for thread, *_ in _blocks):
             raise RuntimeError(
@@ -217,7 +217,7 @@ _UNCHANGED = contextlib.nullcontext()
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device."""
-    # torch.amp.is_autocast_available, which knows meta too, cannot be traced by torch 2.11.
+    # is_autocast_enabled raises for "meta", and torch 2.11 cannot trace is_autocast_available.
     kind = device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
@@ -228,7 +228,7 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def distinct(args: tuple) -> tuple:
-    """The arguments with repeated tensors as views: torch.compile refuses one tensor twice."""
+    """The arguments, with repeated tensors as views: torch.compile refuses a tensor given twice."""
     if not torch.compiler.is_compiling():
         return args
     out: list = []

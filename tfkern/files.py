@@ -16,27 +16,27 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-_PREFIX = ".tfkern-"  # of the folders in which files are written
-_STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others hold these open, and would see no new file
-_LIMIT = 1 << 28  # bytes of a text
+_PREFIX = ".tfkern-"  # name of a folder in which new files are written
+_STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others have these open and would miss a new file
+_LIMIT = 1 << 28  # most bytes that a text file may have
 _TRIES = 100
 T = TypeVar("T")
 
 
 class Beside:
-    """A folder within a directory, for files that are to take the places of those there.
+    """A folder within a directory, for new files that will replace the directory's own.
 
     Attributes:
-        folder: where they are written.
+        folder: the folder where the new files are written.
     """
 
     def __init__(self, directory: Path, folder: Path) -> None:
         self.directory, self.folder = directory, folder
 
     def settle(self) -> None:
-        """Brings all files to the disk, with the modes that files of this process have."""
+        """Brings all new files to the disk, with the mode that this process gives to new files."""
         fresh = self.folder / ".mode"
-        fresh.touch()  # reading the umask would change it for other threads
+        fresh.touch()  # shows the mode; to read the umask is to set it, for other threads, too
         mode = stat.S_IMODE(fresh.stat().st_mode)
         fresh.unlink()
         for file in self.folder.iterdir():
@@ -47,7 +47,7 @@ class Beside:
                 raise IsADirectoryError(21, "Is a directory", str(self.directory / file.name))
 
     def place(self, *names: str) -> None:
-        """Puts settled files into the directory in this order, each by one rename."""
+        """Moves settled files into the directory in the order of names, each by one rename."""
         for name in names:
             os.replace(self.folder / name, self.directory / name)
             _sync(self.directory)
@@ -61,11 +61,11 @@ class Beside:
 
 @contextmanager
 def beside(directory: Path) -> Iterator[Beside]:
-    """A folder for new files of a directory.
+    """A folder for new files of a directory, which is removed when the block ends.
 
-    Nobody else who asks for one gets it before the block ends, and what a process left that ended
-    in such a block is removed. Where the file system or the platform (Windows) cannot lock, there
-    is neither.
+    A lock on the directory makes other callers wait until the block ends. Folders that are there
+    when the lock is taken were left by processes that died in their blocks, and are removed. Where
+    the file system or the platform (Windows) cannot lock, neither happens.
 
     Raises:
         OSError: with the name of the directory, where a file cannot be written.
@@ -84,14 +84,14 @@ def beside(directory: Path) -> Iterator[Beside]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    if fcntl is None:  # a platform that opens no folders either
+    if fcntl is None:  # on Windows, which cannot open folders either
         yield
         return
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-            for left in directory.glob(f"{_PREFIX}*"):  # of the dead: the living hold the lock
+            for left in directory.glob(f"{_PREFIX}*"):  # left by the dead: the living hold the lock
                 shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
@@ -100,16 +100,16 @@ def _locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, in place of `path`, which takes its place when the block ends.
+    """A path for a new file, which replaces the one at `path` when the block ends.
 
-    If the block fails, or the process ends in it, `path` is as it was. Links are followed. What is
-    no regular file, such as /dev/stdout, a pipe or a device, is written to itself.
+    If the block fails, or the process ends within it, `path` is as it was. Links are followed. If
+    `path` is no regular file, but /dev/stdout, a pipe or a device, it is written to directly.
 
         with replacing("rows.csv") as new:
             new.write_text("a,b\\n")
 
     Raises:
-        OSError: where it cannot be written, or its folder is not there.
+        OSError: `path` cannot be written, or its folder does not exist.
     """
     path = Path(path)
     if _written_to_itself(path):
@@ -123,16 +123,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write(path: str | Path, content: str | bytes) -> None:
-    """Replaces a file by one with this content, whole or not at all: see `replacing`."""
+    """Replaces the content of a file, as a whole or not at all: see `replacing`."""
     with replacing(path) as new:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def replaceable(path: Path) -> Path:
-    """The path, if `replacing` can put a file there now, which is found out before the work.
+    """`path`, if `replacing` can put a file there now: a check to make before long work.
 
     Raises:
-        ValueError: it cannot: a folder has the name, or its own folder takes no files.
+        ValueError: `path` is a folder, or cannot be written, or its folder takes no files.
     """
     try:
         if path.is_dir():
@@ -148,10 +148,10 @@ def replaceable(path: Path) -> Path:
 
 
 def regular(path: Path) -> Path:
-    """The path, if there is a file that can be read to its end: no pipe, device or folder.
+    """`path`, if it is a regular file, which can be read to its end: no pipe, device or folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     try:
         kind = os.stat(path).st_mode
@@ -163,10 +163,10 @@ def regular(path: Path) -> Path:
 
 
 def read(path: Path) -> bytes:
-    """What a regular file holds that is small enough to be text.
+    """The content of a regular file that is small enough to be text.
 
     Raises:
-        ValueError: there is no such file, or it cannot be read.
+        ValueError: there is no such file, it is too large, or it cannot be read.
     """
     try:
         if (size := regular(path).stat().st_size) > _LIMIT:
@@ -177,10 +177,13 @@ def read(path: Path) -> bytes:
 
 
 def steadily(read: Callable[[], T], *paths: Path) -> T:
-    """What a function returns or raises that reads files, once none was replaced meanwhile.
+    """The result of `read`, a function that reads the files `paths`, from one state of them.
+
+    If one of the files was replaced while `read` ran, it runs again. ValueErrors that it raises for
+    files that stayed are passed on.
 
     Raises:
-        ValueError: they are replaced all the time.
+        ValueError: the files are replaced all the time.
     """
     for _ in range(_TRIES):
         before = [_seen(path) for path in paths]
@@ -196,13 +199,13 @@ def steadily(read: Callable[[], T], *paths: Path) -> T:
 
 
 def parse(content: bytes | str, source: object) -> dict[str, Any]:
-    """The JSON object of a text, whoever wrote it.
+    """The JSON object of a text that may come from anyone.
 
     Args:
-        source: what errors call it.
+        source: name of the text in errors.
 
     Raises:
-        ValueError: it is no object of JSON, or has a name twice.
+        ValueError: the text is no JSON object, or has a name twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -225,12 +228,12 @@ def parse(content: bytes | str, source: object) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds: `read` and `parse`."""
+    """The JSON object in a file, by `read` and `parse`."""
     return parse(read(path), path)
 
 
 def shown(value: Any) -> str:
-    """A value of a file as a short piece of one line."""
+    """A value from a file as short text without line breaks, for messages."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # an int of thousands of digits
@@ -238,7 +241,7 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, as a piece of one line."""
+    """The message of an error as at most some 300 characters without line breaks."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]}..."
 
@@ -253,7 +256,7 @@ def _written_to_itself(path: Path) -> bool:
 
 
 def _seen(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is replaced."""
+    """Facts of a file that differ once it is replaced; None if there is no file."""
     try:
         found = path.lstat()
     except OSError:
@@ -262,7 +265,7 @@ def _seen(path: Path) -> tuple[int, int, int] | None:
 
 
 def _sync(path: Path) -> None:
-    if fcntl is None and path.is_dir():  # Windows opens no folders
+    if fcntl is None and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What came before transformers: attention beside a recurrent network, and that network alone."""
+"""Models from before transformers: a recurrent encoder-decoder, and attention beside it."""
 
 from tfkern.classic.attention import (
     AdditiveAttention,

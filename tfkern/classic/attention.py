@@ -1,4 +1,4 @@
-"""The kinds of attention that came before, and beside, the scaled dot product of transformers.
+"""Kinds of attention from before the scaled dot product of transformers, and beside it.
 
 Global attention looks at all of a memory, local attention at a window of it (Luong et al. 2015).
 Additive attention scores by a small network (Bahdanau et al. 2015). Soft attention takes a mean of
@@ -19,8 +19,8 @@ REACHES = ("global", "local-m", "local-p")
 def running_mean(x: Tensor) -> Tensor:
     """The mean of each token and those before it, (B, T, C) to (B, T, C).
 
-    It is the aggregation that causal attention does when all scores are equal, so that each token
-    that may be seen has the same weight.
+    Causal attention computes this when all scores are equal, since all visible tokens then have the
+    same weight.
     """
     count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)
     return x.cumsum(1) / count[:, None]
@@ -30,9 +30,9 @@ class AdditiveScores(nn.Module):
     """`v tanh(W query + U memory)`, the scores of Bahdanau et al. 2015.
 
     Args:
-        dim: of queries.
-        memory_dim: of the memory; dim if None.
-        hidden_dim: of the network that scores; dim if None.
+        dim: size of the queries.
+        memory_dim: size of the memory's vectors; dim if None.
+        hidden_dim: inner size of the network that scores; dim if None.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AdditiveScores(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, S), -inf beyond lengths; arguments as in `AdditiveAttention`."""
+        """The scores (B, T, S), -inf beyond lengths. Arguments as in `AdditiveAttention`."""
         checks.dense("query", query)
         checks.dense("memory", memory)
         hidden = (self.query(query)[:, :, None] + self.memory(memory)[:, None]).tanh()
@@ -73,11 +73,11 @@ class AdditiveAttention(nn.Module):
         Args:
             query: (B, T, dim).
             memory: (B, S, memory_dim).
-            lengths: (B,), how much of the memory exists; all if None.
+            lengths: (B,), how many vectors of the memory exist; all if None.
 
         Returns:
-            (B, T, memory_dim) and (B, T, S), of which each row adds up to 1, or to 0 for a memory
-            of length 0.
+            The contexts (B, T, memory_dim) and the weights (B, T, S). A row of weights adds up to
+            1, or to 0 for a memory of length 0.
         """
         weights = _softmax(self.scores(query, memory, lengths))
         return weights @ memory, weights
@@ -86,17 +86,17 @@ class AdditiveAttention(nn.Module):
 class LuongAttention(nn.Module):
     """`tanh(C [context; query])` with the contexts of Luong et al. 2015.
 
-    Dot and general scores run on the fused op, also in windows; the weights are computed besides.
+    Dot and general scores run on the fused op, also in windows; the weights are computed apart.
 
     Args:
-        dim: of queries and memory.
+        dim: size of the vectors of queries and memory.
         score: "dot": q m; "general": q W m; "concat": v tanh(W [q; m]); "location": W q, which
-            knows a place of the memory by its number alone.
-        reach: "global": all of the memory; "local-m": `window` tokens on both sides of that with
-            the number of the query; "local-p": on both sides of a place that the query predicts,
-            and the weights fall off around it as a Gaussian of deviation window / 2.
-        window: of the local ones.
-        max_length: of the memory, needed by the score "location".
+            depends on the index of a vector in the memory and not on the vector.
+        reach: "global": all of the memory; "local-m": up to `window` tokens on either side of the
+            index of the query; "local-p": up to `window` on either side of a place that the query
+            predicts, where the weights fall off as a Gaussian of deviation window / 2.
+        window: tokens on either side, needed by the local reaches.
+        max_length: the longest memory, needed by the score "location".
 
     Raises:
         ValueError: an unknown name, or a number that is missing.
@@ -138,12 +138,12 @@ class LuongAttention(nn.Module):
         Args:
             query: (B, T, dim).
             memory: (B, S, dim).
-            lengths: (B,), how much of the memory exists; all if None.
-            first: number of the first query, for local-m.
+            lengths: (B,), how many vectors of the memory exist; all if None.
+            first: index of the first query, for "local-m".
 
         Returns:
-            (B, T, dim) and (B, T, S). A row of weights adds up to 1, to less with "local-p", and to
-            0 where there is nothing to see.
+            The states (B, T, dim) and the weights (B, T, S). A row of weights adds up to 1, to less
+            with "local-p", and to 0 where there is nothing to see.
 
         Raises:
             ValueError: with the score "location", a memory longer than max_length.
@@ -172,14 +172,14 @@ class LuongAttention(nn.Module):
         return self.combine(torch.cat([context, query], -1)).tanh(), weights
 
     def predicted_places(self, query: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
-        """Of local-p the centre of each window, (B, T), from 0 to lengths (or size)."""
+        """The centres (B, T) of the windows of "local-p", from 0 to lengths (size if None)."""
         ratio = self.place(self.place_hidden(query).tanh()).squeeze(-1).sigmoid()
         return ratio * (size if lengths is None else lengths[:, None])
 
     def _band(
         self, query: Tensor, memory: Tensor, lengths: Tensor | None, first: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which places are in the window (B or 1, 1, T, S), and the log of the Gaussian."""
+        """The window as a mask (B or 1, 1, T, S), and the Gaussian's log (B, T, S), or None."""
         if self.reach == "global":
             return None, None
         assert self.window is not None
@@ -189,7 +189,7 @@ class LuongAttention(nn.Module):
             centre = (first + torch.arange(query.shape[1], device=query.device))[None]
             square = lengths is None and first == 0 and query.shape[1] == S
             if square and self.kind in ("dot", "general"):
-                return None, None  # the op has such windows
+                return None, None  # the fused op takes this window as an option
             return ((place - centre[..., None]).abs() <= self.window)[:, None], None
         distance = place - self.predicted_places(query, S, lengths)[..., None]
         return (distance.abs() <= self.window)[:, None], -2 * (distance / self.window) ** 2
@@ -209,8 +209,8 @@ class LuongAttention(nn.Module):
             options["window"] = (self.window, self.window)
         o, lse = attention(q, k, k, return_lse=True, **options)
         if fall is not None:
-            # a factor g of the weights: the same softmax with log g in its scores, times the ratio
-            # of the two sums
+            # Weights p times a factor g are the softmax of scores + log g, times the ratio of the
+            # sums of exponentials with and without log g.
             options["bias"] = fall[:, None].to(torch.promote_types(q.dtype, torch.float32))
             o, narrow = attention(q, k, k, return_lse=True, **options)
             ratio = torch.where(lse != -torch.inf, narrow - lse, -torch.inf).exp()
@@ -220,14 +220,14 @@ class LuongAttention(nn.Module):
 
 
 class Choice(NamedTuple):
-    """What hard attention did.
+    """What hard attention chose.
 
     Attributes:
         context: (B, T, memory_dim).
-        weights: (B, T, S), the distribution that the place was drawn from.
-        place: (B, T) int64.
-        log_prob: (B, T), of the place.
-        entropy: (B, T), of the distribution.
+        weights: (B, T, S), the distribution from which the place is drawn.
+        place: (B, T) int64, index of the chosen vector of the memory.
+        log_prob: (B, T), log probability of the place.
+        entropy: (B, T), entropy of the distribution, in nats.
     """
 
     context: Tensor
@@ -240,7 +240,7 @@ class Choice(NamedTuple):
 class SoftAttention(AdditiveAttention):
     """The mean over patches of Xu et al. 2015, with a gate: `sigmoid(b query) sum(weights patch)`.
 
-    Differentiable, and trained as everything else.
+    It is differentiable, so that ordinary gradients train it.
     """
 
     def __init__(
@@ -258,13 +258,13 @@ class SoftAttention(AdditiveAttention):
 
 
 class HardAttention(nn.Module):
-    """One patch of those that Xu et al. 2015 choose from: in training drawn, else the likeliest.
+    """One patch for each query (Xu et al. 2015): in training a drawn one, else the likeliest.
 
-    The draw has no gradient; `reinforce` trains the scores by what it led to.
+    The draw has no gradient; `reinforce` trains the scores by the reward that followed.
 
     Args:
         dim, memory_dim, hidden_dim: as in `AdditiveScores`.
-        soft_share: in training this share of the batch takes the mean instead, which steadies it.
+        soft_share: share of the batch that takes the mean instead in training, which steadies it.
         temperature: divides the scores.
     """
 
@@ -314,7 +314,7 @@ class MovingBaseline(nn.Module):
         self.register_buffer("value", torch.zeros(()))
 
     def forward(self, reward: Tensor) -> Tensor:
-        """The baseline for a batch of rewards, before it takes them in."""
+        """The baseline before this batch of rewards, which then enters the mean."""
         before = self.value.clone()
         self.value.lerp_(reward.detach().mean().to(self.value.dtype), 1 - self.momentum)
         return before
@@ -323,32 +323,32 @@ class MovingBaseline(nn.Module):
 def reinforce(
     choice: Choice, reward: Tensor, baseline: Tensor | float = 0.0, entropy: float = 0.002
 ) -> Tensor:
-    """A loss whose gradient estimates that of the negative expected reward (Williams 1992).
+    """A loss whose gradient estimates the gradient of the negative expected reward (Williams 1992).
 
-    It is unbiased for every baseline that does not depend on the choice.
+    The estimate is unbiased for every baseline that does not depend on the choice.
 
     Args:
-        choice: of `HardAttention`.
+        choice: the result of `HardAttention`.
         reward: (B, T), or (B,) for all of a row's choices, such as the log likelihood of the
             target. It gets no gradient here.
         baseline: subtracted from the reward.
         entropy: weight of the entropy, which keeps the choice from settling too soon.
 
     Returns:
-        0-d, the mean over choices.
+        The loss, 0-d, a mean over choices.
     """
     reward = reward.detach() if reward.dim() == 2 else reward.detach()[:, None]
     return -((reward - baseline) * choice.log_prob + entropy * choice.entropy).mean()
 
 
 def coverage_penalty(weights: Tensor) -> Tensor:
-    """`sum_s (1 - sum_t weights)^2`, the mean over the batch: that every place of (B, T, S) weights
-    be looked at equally in the course of T steps (the doubly stochastic attention of Xu et al.)."""
+    """`sum_s (1 - sum_t weights)^2` of weights (B, T, S), the mean over the batch. It is least if
+    all places are looked at equally in T steps (doubly stochastic attention, Xu et al. 2015)."""
     return (1 - weights.sum(1)).square().sum(-1).mean()
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Of the last axis; where all is -inf it is 0, with gradients of 0."""
+    """The softmax of the last axis. A row of -inf gives 0, with gradients of 0."""
     hidden = scores == -torch.inf
     return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) * ~hidden
 

@@ -12,17 +12,17 @@ class RecurrentSeq2Seq(nn.Module):
     """A recurrent encoder whose last state begins a recurrent decoder (Sutskever et al. 2014; Cho
     et al. 2014).
 
-    Without attention that state is all that the decoder knows of the source, whatever its length.
-    With it the decoder also looks back at every state of the encoder (Luong et al. 2015).
+    Without attention, that state is all that the decoder knows of the source, however long it is.
+    With attention, the decoder also looks back at every state of the encoder (Luong et al. 2015).
 
     Args:
         vocab_size: number of tokens.
-        dim: of embeddings and states.
+        dim: size of embeddings and states.
         cell: "gru" or "lstm".
-        attention: what takes (states, memory, lengths) to (states, weights), such as
-            `tfkern.classic.LuongAttention`; None for none.
-        input_feeding: whether the decoder's next input holds the attentional state, so that it
-            knows where it looked; it runs step by step then.
+        attention: module from (states, memory, lengths) to (states, weights), such as
+            `tfkern.classic.LuongAttention`; None for no attention.
+        input_feeding: whether each input of the decoder holds the attentional state of the step
+            before, so that it knows where it has looked. The decoder then runs step by step.
 
     Raises:
         ValueError: another cell, or input_feeding without attention.
@@ -55,10 +55,10 @@ class RecurrentSeq2Seq(nn.Module):
         source: Tensor,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """The logits, of which `tfkern.models.cross_entropy` makes a loss.
+        """The logits, from which `tfkern.models.cross_entropy` makes a loss.
 
         Args:
-            tokens: (B, T), what the decoder has written so far.
+            tokens: (B, T), the text that the decoder has written so far.
             source: (B, S).
             lengths: (B,) int64, tokens of each source; all if None.
 

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations, as far as a few at a time can tell."""
+"""Beam search: likely continuations, found by following a few at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from tfkern.models import Transformer
 
 @dataclass(frozen=True)
 class Beam:
-    """A continuation.
+    """A continuation of a prompt.
 
     Attributes:
-        tokens: 1-d int64, the one that ended it included.
-        score: the sum of its log probabilities, divided by its length to the power of the penalty.
+        tokens: 1-d int64, with the token that ended it.
+        score: sum of the tokens' log probabilities, divided by their number ** length_penalty.
     """
 
     tokens: Tensor
@@ -46,12 +46,13 @@ def beam_search(
     Args:
         model, prompts, max_tokens, source, end_tokens, cache: as in `generate`.
         beams: how many continuations are followed; 1 is greedy decoding.
-        best: how many are returned of each prompt, at most beams; fewer if there are no more.
-        length_penalty: power of the length that the log probability is divided by: more than 0
-            favours longer ones.
-        early_stopping: True ends when as many as beams have ended; False also when the best running
-            one is worse than the worst of them at its present length; "never" when it could not
-            become better at any length.
+        best: the most continuations to return for each prompt, from 1 to beams.
+        length_penalty: exponent: a score is the log probability / length ** length_penalty, so that
+            values above 0 favour longer texts.
+        early_stopping: when the search for a prompt ends. True: once `beams` continuations have
+            ended. False: once the best running one, scored at its present length, is worse than
+            the worst of them. "never": once the best running one could not beat the worst of them
+            at any length.
         sampling: penalties, bans, bias and min_tokens apply; nothing is drawn.
 
     Returns:
@@ -72,14 +73,14 @@ def beam_search(
     device = session.device
     ends = torch.tensor(asked.ends, dtype=torch.int64, device=device)
     logits = session.feed(*pad(asked.prompts, device))
-    # of the model's distribution nothing is cut off
+    # The search follows the model's whole distribution: nothing is cut off.
     rules = replace(
         asked.sampling, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None
     )
 
-    kept = max(2, 1 + len(ends)) * beams  # enough that as many as beams have not ended
+    kept = max(2, 1 + len(ends)) * beams  # enough to hold `beams` that have not ended
     running = torch.full((B, beams), -torch.inf, device=device)
-    running[:, 0] = 0.0  # the others are the same text
+    running[:, 0] = 0.0  # all beams begin with the same text, so only the first counts
     tokens = torch.zeros(B, beams, 0, dtype=torch.int64, device=device)
     finished = _Finished(B, beams, max_tokens, device)
     hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)
@@ -96,7 +97,7 @@ def beam_search(
         candidates = torch.cat([_rows(tokens, parent), token[..., None]], -1)
 
         counts = ended & hopeful & ~(finished.full & (early_stopping is True))
-        counts[:, beams:] = False  # behind as many better ones, none that ends counts
+        counts[:, beams:] = False  # an end counts only among the best `beams` candidates
         finished.add(candidates, torch.where(counts, top / n**length_penalty, -torch.inf))
         running, order = top.masked_fill(ended, -torch.inf).topk(beams)
         tokens, parent = _rows(candidates, order), parent.gather(1, order)
@@ -123,16 +124,16 @@ class _Finished:
 
     @property
     def full(self) -> Tensor:
-        """Whether there are as many as beams, (B, 1)."""
+        """(B, 1) bool: whether `beams` continuations have ended."""
         return (self.scores > -torch.inf).all(1, keepdim=True)
 
     @property
     def worst(self) -> Tensor:
-        """The least score, (B, 1); where there are fewer than beams, one that all exceed."""
+        """(B, 1): the lowest of the `beams` scores, -inf while fewer have ended."""
         return self.scores[:, -1:]
 
     def add(self, candidates: Tensor, scores: Tensor) -> None:
-        """Takes the best of these (B, K, n) and those that are there."""
+        """Keeps the best of the present continuations and the candidates (B, K, n)."""
         n = candidates.shape[-1]
         padded = F.pad(candidates, (0, self.tokens.shape[-1] - n))
         lengths = torch.full_like(candidates[..., 0], n)
@@ -152,5 +153,5 @@ class _Finished:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows index (B, N) of x (B, K, n)."""
+    """For each batch, the rows of x (B, K, n) that index (B, N) names."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

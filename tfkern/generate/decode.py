@@ -26,30 +26,30 @@ def generate(
 ) -> list[Tensor]:
     """Continues every prompt.
 
-    Call eval() first if the model has dropout. Prompts may have unequal lengths; each row is what
-    it would be alone, up to rounding: products may round otherwise for another number of rows, and
-    then a token that was close may be another one, in 16 bits often.
+    Call eval() first if the model has dropout. Prompts may have unequal lengths. Each row is what
+    it would be alone, up to rounding: products with another number of rows may round differently,
+    which can turn a near tie between two tokens. In 16-bit dtypes this happens often.
 
     Args:
         model: a decoder, or an encoder-decoder, with head "lm".
         prompts: a tensor (B, T), or sequences of tokens; start_token if None.
-        max_tokens: the most to be written for each.
+        max_tokens: the most new tokens for each prompt.
         source: what the encoder of an encoder-decoder reads, in the form of prompts.
         samples: continuations of each prompt, one after the other in the result.
-        sampling: how tokens are chosen; drawn from the model's distribution if None.
-        seeds: of each row, or that of the first, which the others count up from. No row's draws
-            depend on those of another.
-        end_tokens: those that end a row; end_token of the configuration if None.
+        sampling: how tokens are chosen; if None they are drawn from the model's distribution.
+        seeds: one seed for each row, or the seed of the first row: the next ones count up from it.
+            No row's draws depend on those of another.
+        end_tokens: tokens that end a row; end_token of the configuration if None.
         cache: "static", "growing" or "none", see `Session`.
         stop: called with the row and each new token; True ends the row.
 
     Returns:
-        For each row the new tokens, 1-d int64, the one that ended it included.
+        For each row the new tokens, 1-d int64, including the one that ended it.
 
     Raises:
         ValueError: a model that does not write, prompts beyond its context, tokens that it lacks,
-            or numbers out of range; and in the course of the text, if every token is excluded or
-            the logits are not finite.
+            or numbers out of range; also while writing, if every token is excluded or the logits
+            are not finite.
     """
     written: list[list[int]] = []
     for step in stream(
@@ -117,7 +117,7 @@ def _steps(
         if not alive or written == max_tokens - 1:
             return
         tokens = torch.tensor([[token or 0] for token in step], device=device)
-        new = None  # rows that ended read nothing more
+        new = None  # how many tokens each row reads: 0 once it has ended; None: one each
         if len(alive) < len(history):
             new = torch.tensor([int(i in alive) for i in range(len(history))], device=device)
         logits = session.feed(tokens, new)

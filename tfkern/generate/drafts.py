@@ -26,15 +26,16 @@ def speculative(
 ) -> list[Tensor]:
     """Continues every prompt with the distribution of `model`, and fewer calls of it.
 
-    Each token of a draft is kept with probability min(1, p / q), p being what the model gives it
-    and q what the draft did; in place of the first that is not kept one is drawn from
-    max(0, p - q). So what is written follows p exactly, and with temperature 0 it is what
+    Each token of a draft is kept with probability min(1, p / q), where p is its probability in
+    `model` and q in `draft`. The first token that is not kept is replaced by one drawn from
+    max(0, p - q), normalised. So the text follows p exactly, and with temperature 0 it is what
     `generate` writes (Leviathan et al. 2023; Chen et al. 2023). Prompts are continued one after
     the other.
 
     Args:
-        model: whose texts these are; `draft`: of the same vocabulary.
-        lookahead: tokens of a draft.
+        model: the model whose distribution the text follows.
+        draft: a smaller model with the same vocabulary.
+        lookahead: number of tokens of a draft.
         prompts, max_tokens, source, sampling, seeds, end_tokens: as in `generate`.
 
     Returns:
@@ -73,8 +74,8 @@ def _one(
     generator: torch.Generator,
     ends: list[int],
 ) -> list[int]:
-    """The new tokens. The large session has read all but the last, the small one up to
-    drafted_to."""
+    """The new tokens of one prompt. Before each draft the large session has read all tokens but the
+    last, the small one the first `drafted_to`."""
     large, small = pair
     tokens, prompt, drafted_to = list(tokens), len(tokens), 0
     device = large.device
@@ -87,7 +88,7 @@ def _one(
 
     while True:
         room = max_tokens - (len(tokens) - prompt)
-        count = min(lookahead, room - 1)  # the model adds one
+        count = min(lookahead, room - 1)  # the large model adds one token
         text, q = list(tokens), []
         for _ in range(count):
             logits = small.feed(torch.tensor([text[drafted_to:]], device=device))

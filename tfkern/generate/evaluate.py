@@ -17,16 +17,16 @@ def perplexity(
 ) -> float:
     """exp of the mean cross entropy of each token but the first, given those before it.
 
-    The text is read in windows of which each begins `stride` tokens after the one before, and only
-    what no window has predicted yet counts. So a token is predicted from at least window - stride
-    others, except at the beginning.
+    The text is read in windows, each of which begins `stride` tokens after the one before. A token
+    counts in the first window that predicts it. So each is predicted from at least window - stride
+    tokens before it, except in the first window.
 
     Args:
         model: a decoder with head "lm".
         tokens: (n,), at least 2.
         window: tokens read at once, at least 2 and at most the model's context.
-        stride: at most window - 1; that if None, so that every token is predicted in the window
-            before it is read as context only once.
+        stride: tokens from one window to the next, 1 to window - 1; window - 1 if None, which
+            reads the text with the fewest windows.
 
     Raises:
         ValueError: numbers that do not fit, or a model that is no decoder.

@@ -1,4 +1,4 @@
-"""What is asked of a model, checked before any of it is done."""
+"""The arguments of generation, checked before the model runs."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -15,12 +15,12 @@ Seeds = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Request:
-    """Texts to be continued.
+    """Texts to be continued, and how.
 
     Attributes:
         prompts: the tokens that each row begins with.
-        sources: for an encoder-decoder, what the encoder reads for each row.
-        capacity: the most tokens that a row will have.
+        sources: for an encoder-decoder, the tokens that the encoder reads for each row.
+        capacity: the most tokens that a row will have, prompt included.
         sampling: how tokens are chosen.
         ends: tokens that end a row.
     """

@@ -1,4 +1,4 @@
-"""From logits to a token: what changes the distribution, and the draw."""
+"""From logits to a token: rules that change the distribution, and the draw."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +13,17 @@ class Sampling:
 
     Args:
         repetition_penalty: logits of tokens that occurred are divided by it where positive, and
-            multiplied where negative (Keskar et al. 2019).
-        no_repeat_ngram: no sequence of this many tokens occurs twice; 0 for no such rule.
+            multiplied by it where negative (Keskar et al. 2019).
+        no_repeat_ngram: no sequence of this many tokens occurs twice; 0 for no limit.
         banned: sequences of tokens that never occur.
         bias: added to the logits of tokens.
-        min_tokens: before there are as many, none that ends the text is drawn.
+        min_tokens: the fewest new tokens: before, no token that ends the text is drawn.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draw from the k most likely tokens (Fan et al. 2018).
         top_p: draw from the fewest tokens whose probabilities add up to p (Holtzman et al. 2020).
-        min_p: draw from tokens at least this times as likely as the most likely (Nguyen et al.
+        min_p: draw from tokens at least min_p times as likely as the most likely (Nguyen et al.
             2024).
-        typical_p: as top_p, in the order of how near a token's information is to the expected
+        typical_p: as top_p, but tokens whose information is nearest to its expectation come first
             (Meister et al. 2023).
 
     Raises:
@@ -68,8 +68,8 @@ class Sampling:
         Args:
             logits: (B, V).
             history: the tokens of each row so far, prompt included.
-            written: how many of them are no prompt.
-            end_tokens: those that end the text.
+            written: how many tokens of each row are new, not of the prompt.
+            end_tokens: tokens that end the text.
         """
         x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if self.repetition_penalty != 1:
@@ -95,7 +95,7 @@ class Sampling:
         return x
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of logits that `logits` gave, float64; with temperature 0 all is on one token.
+        """The probabilities (B, V) float64 of logits from `logits`; 0 or 1 with temperature 0.
 
         Raises:
             ValueError: a row of which every token is excluded, or whose logits are not finite.
@@ -121,11 +121,13 @@ def uniform(generator: torch.Generator) -> Tensor:
 
 
 def draw(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """A token of each row (B, V) of probabilities, by one number of the row's own generator, so
-    that what else is in the batch does not matter. (B,) int64."""
+    """One token for each row of the probabilities (B, V), as (B,) int64.
+
+    Each row takes one number from its own generator, so that no row depends on the others.
+    """
     u = torch.stack([uniform(g) for g in generators])
     sums = p.cumsum(-1)
-    # the first whose sum exceeds u: never one of probability 0
+    # The first token whose sum exceeds u, which never has probability 0.
     return torch.searchsorted(sums, u.to(p.device)[:, None] * sums[:, -1:], right=True)[:, 0].clamp(
         max=p.shape[-1] - 1
     )
@@ -179,9 +181,9 @@ def typical_p(x: Tensor, p: float) -> Tensor:
 
 
 def _likely(x: Tensor, order: Tensor, p: float) -> Tensor:
-    """x with the fewest tokens of an order (B, V) whose probabilities add up to p; at least one.
+    """x (B, V), -inf but for the first tokens in `order` (B, V) that add up to p; at least one.
 
-    What is summed up are those that go: for p = 1 no rounding may take any.
+    The sums run over the tokens that are dropped, so that with p = 1 rounding drops none.
     """
     after = x.gather(-1, order).softmax(-1).flip(-1).cumsum(-1).flip(-1)
     dropped = after <= 1 - p

@@ -1,4 +1,4 @@
-"""A model that reads tokens bit by bit, and what earlier ones left."""
+"""A model that reads texts step by step, and keeps the keys and values of earlier tokens."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ class Session:
         model: a decoder or an encoder-decoder with head "lm".
         batch: how many texts.
         capacity: the most tokens of a text.
-        sources: of each text what the encoder reads: once, as are the keys and values that
-            cross-attention takes from it. None for a decoder.
+        sources: for each text, the tokens that the encoder reads, None for a decoder. The encoder
+            runs once, and cross-attention computes its keys and values once.
         cache: "static", "growing" (see `tfkern.nn.KVCache`), or "none", which reads everything
             again at every step.
 
@@ -65,8 +65,8 @@ class Session:
             ]  # fmt: skip
 
     def feed(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Reads (B, T) tokens, of each row the first lengths (B,), and gives the logits (B, V) of
-        what follows the last of them."""
+        """Reads tokens (B, T), or of row b the first lengths[b]. Returns the logits (B, V) of the
+        token that follows."""
         hidden = self._read(tokens, lengths)
         if lengths is None:
             last = hidden[:, -1:]
@@ -76,11 +76,11 @@ class Session:
         return self.model.project(last)[:, 0]
 
     def feed_all(self, tokens: Tensor) -> Tensor:
-        """Reads (B, T) tokens and gives the logits (B, T, V) of what follows each."""
+        """Reads tokens (B, T). Returns the logits (B, T, V) of the token that follows each."""
         return self.model.project(self._read(tokens, None))
 
     def reorder(self, rows: Tensor) -> None:
-        """Row b goes on as row rows[b], which has the same source."""
+        """Lets row b go on from what row rows[b] has read. Both must have the same source."""
         self._rows = [list(self._rows[i]) for i in rows.tolist()]
         for cache in self._caches or ():
             cache.reorder(rows)
@@ -92,7 +92,7 @@ class Session:
             cache.crop(torch.full((len(self._rows),), length, device=self.device))
 
     def _read(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """The hidden states of the tokens (B, T, dim)."""
+        """The hidden states (B, T, dim) of the tokens."""
         T = tokens.shape[1]
         if self._caches is not None:
             return self.model.decode(
@@ -118,7 +118,7 @@ def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What keys and values will have: autocast computes them in its own."""
+    """The dtype of keys and values: under autocast, autocast's own."""
     kind = weight.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -8,7 +8,7 @@ import torch
 from tfkern.generate.decode import generate, stream
 from tfkern.models import Transformer
 
-if TYPE_CHECKING:  # which needs the library tokenizers; tokens alone do not
+if TYPE_CHECKING:  # needs the library tokenizers, without which models still generate tokens
     from tfkern.tokenize import Tokenizer
 
 
@@ -21,11 +21,11 @@ def complete(
     stop: Sequence[str] = (),
     **options: Any,
 ) -> list[str]:
-    """What follows each prompt, or for an encoder-decoder what it makes of it.
+    """The text that follows each prompt; from an encoder-decoder, the text that it makes of it.
 
     Args:
         stop: strings before which a text ends, wherever the borders of tokens are.
-        options: further ones of `generate`.
+        options: further arguments of `generate`.
 
     Returns:
         As many texts as prompts, times samples.
@@ -60,8 +60,8 @@ def stream_text(
     stop: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """The text of `complete` in pieces, as soon as it is certain that no string to stop at begins
-    there. Without a prompt it begins with the model's start token."""
+    """The text of `complete` in pieces, each given as soon as no string to stop at can begin in it.
+    Without a prompt the text begins with the model's start token."""
     if options.get("samples", 1) != 1:
         raise ValueError(f"a stream has one text, got samples = {options['samples']}")
     text = _Text(tokenizer, stop)
@@ -86,7 +86,7 @@ def fill_mask(
     Args:
         model: an encoder with head "mlm" or "pretraining".
         text: with the tokenizer's mask token, such as "[MASK]".
-        count: how many for each mask, at most the vocabulary.
+        count: number of tokens for each mask, at most the size of the vocabulary.
 
     Raises:
         ValueError: a model without such a head, a text without a mask, or count out of range.
@@ -117,7 +117,7 @@ def fill_mask(
 def encode_prompts(
     model: Transformer, tokenizer: "Tokenizer", prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """The argument of `generate` that texts are: prompts of a decoder, or the source."""
+    """Texts as an argument of `generate`: prompts of a decoder, or source of an encoder-decoder."""
     both = model.config.architecture == "encoder_decoder"
     rows = [tokenizer.encode(text, template=both) for text in prompts]
     return {"source" if both else "prompts": rows}
@@ -143,7 +143,7 @@ class _Text:
         return self.value
 
     def certain(self) -> int:
-        """How much of the value cannot become part of a string to stop at; it never shrinks."""
+        """How many characters of the value can be in no string to stop at; this never shrinks."""
         if self.ended:
             return len(self.value)
         longest = 0

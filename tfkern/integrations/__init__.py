@@ -1,5 +1,5 @@
-"""Other libraries' models on tfkern's kernels, and their weights in tfkern's models.
+"""Models of other libraries on tfkern's kernels, and their weights in tfkern's models.
 
-`tfkern.integrations.hf` for transformers, `tfkern.integrations.torch_layers` for torch.nn. Neither
+`tfkern.integrations.hf` serves transformers, `tfkern.integrations.torch_layers` torch.nn. Neither
 is imported before it is named.
 """

@@ -1,4 +1,4 @@
-"""transformers on tfkern's kernels, without a change to its models.
+"""Runs models of the library transformers on tfkern's kernels, without changing their code.
 
 hf.register()
 model = AutoModel.from_pretrained(name, attn_implementation="tfkern")
@@ -19,12 +19,12 @@ from tfkern.ops import attention, attention_weights, gated_mlp, layer_norm, mlp,
 def register(name: str = "tfkern") -> None:
     """Makes tfkern's attention an `attn_implementation` of transformers.
 
-    It takes what transformers' "sdpa" takes, besides position biases with a gradient (T5), soft
-    caps, sinks and fewer key heads than query heads, none of which makes it write out a matrix of
-    scores. `output_attentions=True` in a call gives the weights before dropout, computed besides.
+    It takes what transformers' "sdpa" takes, and also position biases with a gradient (T5), soft
+    caps, sinks and grouped key heads, without writing out a matrix of scores for any of them.
+    `output_attentions=True` in a call also computes the weights, from before dropout.
 
     Args:
-        name: the string to be given as attn_implementation.
+        name: the string to give as attn_implementation.
 
     Raises:
         ImportError: transformers is not installed, or is older than 4.53.
@@ -33,7 +33,7 @@ def register(name: str = "tfkern") -> None:
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, attention_forward)
-    # Under the same name: without it transformers makes no mask, not even a causal one.
+    # Without a mask function of this name transformers makes no mask, not even a causal one.
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
@@ -51,19 +51,19 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with the arguments and results that transformers has for it.
+    """Attention with the arguments and results of an attention function of transformers.
 
     Args:
-        module: the caller; its is_causal counts if that argument is None.
+        module: the calling module. Its attribute is_causal counts if the argument is None.
         query: (B, H, T, D); key, value: (B, Hk, S, D).
         attention_mask: bool, True where a query sees a key, or floating, added to the scores. If
             None all keys are seen, or with is_causal query t sees the keys up to t.
-        dropout, scaling, softcap: numbers.
+        dropout: probability; scaling: factor of the scores; softcap: their limit, None for none.
         position_bias: added to the scores, before the mask.
-        s_aux: (H,), the sink.
+        s_aux: (H,), logit of the sink of each head.
 
     Returns:
-        (B, T, H, D), and the weights (B, H, T, S) if kwargs ask for them.
+        (B, T, H, D), and the weights (B, H, T, S) if kwargs have output_attentions, else None.
 
     Raises:
         NotImplementedError: a paged cache.
@@ -74,7 +74,7 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and T > 1
-    if causal and key.shape[2] > T:  # a static cache with room behind the T first tokens
+    if causal and key.shape[2] > T:  # a static cache has room behind the first T tokens
         key, value = key[:, :, :T], value[:, :, :T]
         position_bias = None if position_bias is None else position_bias[..., :T]
     mask, bias = attention_mask, position_bias
@@ -99,7 +99,7 @@ class Patch:
     """What `patch` did to a model.
 
     Attributes:
-        names: the modules that run on tfkern now.
+        names: names of the modules that now run on tfkern.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Patch:
         self._modules: list[nn.Module] = []
 
     def undo(self) -> None:
-        """Gives every module its own forward back."""
+        """Gives every patched module its own forward back."""
         for module in self._modules:
             del module.forward
         self.names, self._modules = [], []
@@ -119,22 +119,22 @@ class Patch:
         self.undo()
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any], bound: object) -> None:
-        """Lets a call of the module be `forward(bound, ...)`: a closure would read the weights of
-        the original in a copy."""
+        """Makes a call of the module run `forward(bound, ...)`. A deep copy of the module also
+        copies what a partial binds; with a closure the copy would use the original's weights."""
         module.forward = partial(forward, bound)
         self._modules.append(module)
 
 
 def patch(model: nn.Module) -> Patch:
-    """Lets the norms and MLPs of a model compute with tfkern's kernels. Parameters stay where they
+    """Makes the norms and MLPs of a model compute with tfkern's kernels. Parameters stay where they
     are.
 
-    Known are torch's layer norm, RMS norms by their name and form (a weight and variance_epsilon),
-    and MLPs of these forms, on torch's linear layers: c_fc and c_proj (the GPTs), fc1 and fc2 (ViT,
-    BART), wi and wo, wi_0 and wi_1 (T5), gate_proj, up_proj and down_proj (Llama), intermediate and
-    output (BERT). What has another form or activation stays as it is. At every call so does an MLP
-    some layers of which have hooks, or have been replaced by an adapter, a quantiser or a
-    parametrisation, or drop something in its middle.
+    It knows torch's layer norm, RMS norms by name and form (a weight and variance_epsilon), and
+    MLPs of these forms on torch's linear layers: c_fc and c_proj (the GPTs), fc1 and fc2 (ViT,
+    BART), wi and wo or wi_0, wi_1 and wo (T5), gate_proj, up_proj and down_proj (Llama),
+    intermediate and output (BERT). Modules of other forms or activations stay as they are. An MLP
+    runs its own code in calls where a layer of it has hooks, has been replaced by an adapter, a
+    quantised or a parametrised layer, or where dropout acts between its layers.
 
         with hf.patch(model) as patched:
             print(patched.names)
@@ -143,12 +143,12 @@ def patch(model: nn.Module) -> Patch:
         model: changed in place.
 
     Returns:
-        What undoes it, by `undo()` or at the end of a with statement.
+        A `Patch` that takes it back by `undo()` or at the end of a with statement.
     """
     done = Patch()
     for name, module in model.named_modules():
         if "forward" in vars(module):
-            continue  # of a part of what was patched before
+            continue  # a part of a module that is already patched
         if any(change(done, module) for change in (_norm, _whole, _fc, _bert)):
             done.names.append(name)
     return done
@@ -161,7 +161,7 @@ _ACTIVATIONS = {
 
 
 def _activation(module: Any) -> str | None:
-    """tfkern's name of an activation of transformers or torch which nothing hangs on."""
+    """tfkern's name for an activation of transformers or torch, None if unknown or with hooks."""
     if not isinstance(module, nn.Module) or not unadorned(module, _ours(module)):
         return None
     if isinstance(module, nn.GELU):
@@ -170,7 +170,7 @@ def _activation(module: Any) -> str | None:
 
 
 def _ours(module: nn.Module) -> Any:
-    """The forward that `patch` gave the module, if it did."""
+    """The forward that `patch` gave the module, or None."""
     forward = vars(module).get("forward")
     ours = isinstance(forward, partial) and forward.func.__module__ == __name__
     return forward if ours else None
@@ -181,14 +181,14 @@ def _has(module: Any, *names: str) -> bool:
 
 
 def _linear(module: Any, *names: str) -> bool:
-    """Whether these are linear layers and no more: subclasses may add to the product."""
+    """Whether the named layers are plain linear layers: subclasses may add to the product."""
     if not _has(module, *names):
         return False
     return all(fusible(m, LINEAR, _ours(m)) for m in (getattr(module, name) for name in names))
 
 
 def _drops(dropout: nn.Module) -> bool:
-    """Whether a call of it may do more than hand on its input."""
+    """Whether a call of this dropout may do more than return its input."""
     idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
     return not idle or not unadorned(dropout)
 
@@ -214,12 +214,12 @@ def _layer_norm(module: Any, input: Tensor) -> Tensor:
 
 def _rms_norm(module: Any, x: Tensor) -> Tensor:
     if x.dtype != module.weight.dtype:
-        return type(module).forward(module, x)  # each has its own rules for the result's dtype
+        return type(module).forward(module, x)  # the class decides on the result's dtype
     return rms_norm(x, module.weight, eps=module.variance_epsilon)
 
 
 def _whole(done: Patch, module: Any) -> bool:
-    """An MLP that is called as one."""
+    """Patches an MLP that its model calls as one module."""
     for activation, forward in (
         (_gpt_activation, _gpt_mlp),
         (_t5_activation, _t5_mlp),
@@ -232,10 +232,10 @@ def _whole(done: Patch, module: Any) -> bool:
 
 
 def _gpt_activation(module: Any) -> str | None:
-    """The activation of an MLP of this form, None of another or if it is not to be fused."""
+    """The activation of an MLP of the GPTs, None for other modules or if it must not be fused."""
     if not _has(module, "c_fc", "c_proj", "act", "dropout"):
         return None
-    # Conv1D, the linear layer of some, holds weights (in, out).
+    # Some of these models use Conv1D, a linear layer with weights (in, out).
     turned = _turned(module)
     kinds = (type(module.c_fc),) if turned else LINEAR
     plain = fusible(module.c_fc, kinds) and fusible(module.c_proj, kinds)
@@ -263,7 +263,7 @@ def _t5_activation(module: Any) -> str | None:
 
 def _t5_mlp(module: Any, x: Tensor) -> Tensor:
     act, wo = _t5_activation(module), module.wo
-    # wo may be kept in float32
+    # transformers may keep wo in float32 in a 16-bit model
     if act is None or _drops(module.dropout) or x.dtype != wo.weight.dtype:
         return type(module).forward(module, x)
     if hasattr(module, "wi_0"):
@@ -290,10 +290,10 @@ def _gated(x: Tensor, gate: Any, up: Any, down: Any, act: str) -> Tensor:
 
 
 class _Parts:
-    """An MLP whose parts a model calls one by one. If it may be fused when the first is called,
-    that one and those after it hand on what they get, and the last computes it all."""
+    """An MLP whose parts a model calls one by one. If it may be fused when the first part is
+    called, all parts but the last return their inputs, and the last computes the whole MLP."""
 
-    act: str | None = None  # in the course of such a call
+    act: str | None = None  # activation of the fused call in progress
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -314,7 +314,7 @@ class _Parts:
 
 
 class _Fc(_Parts):
-    """BART calls fc1, the activation and fc2 itself."""
+    """The MLP of BART, which calls fc1, the activation and fc2 itself."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
@@ -349,7 +349,7 @@ def _fc(done: Patch, module: Any) -> bool:
 
 
 class _Bert(_Parts):
-    """intermediate and output; the latter also adds and normalises."""
+    """The MLP of BERT: intermediate and output, which also adds the residual and normalises."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)

@@ -1,4 +1,4 @@
-"""Blocks from `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer`, and back."""
+"""Converts `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer` to blocks and back."""
 
 from typing import Any
 
@@ -18,15 +18,15 @@ _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 def from_torch(layer: Layer, causal: bool | None = None) -> Block:
     """A block with the weights of a layer of torch.
 
-    Its call gives (x, h): with norm_first=False x is the layer's output, with norm_first=True it is
-    x + h, the addition being left to the norm of the next block. Padding is given as the context:
+    A call of the block returns (x, h). With norm_first=False the layer's output is x; with
+    norm_first=True it is x + h, which the norm of the next block adds. Padding is given as context:
     `Context({"key_lengths": lengths})` or `Context({"mask": mask[:, None, None]})` of
     `tfkern.models.blocks`, where the mask is True where a key exists.
 
     Args:
-        layer: its activation is ReLU, GELU or SiLU. The dropout between its two linear layers has
-            no counterpart: other probabilities are taken over.
-        causal: whether self-attention sees earlier tokens only; if None those of a decoder do.
+        layer: a layer with ReLU, GELU or SiLU. The probabilities of dropout are taken over, except
+            between its two linear layers, where a block has no dropout.
+        causal: whether a token sees no later ones; if None, true for the layer of a decoder.
 
     Returns:
         A copy, in the layer's dtype, device and mode. Tensors are (B, T, dim) whatever batch_first.
@@ -72,7 +72,7 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
 
     Args:
         block: a `Block`.
-        batch_first: of the layer.
+        batch_first: the layer's argument: whether its tensors are (B, T, dim), not (T, B, dim).
 
     Raises:
         ValueError: a block that torch's layers cannot express: other norms, gated MLPs, grouped

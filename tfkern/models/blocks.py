@@ -14,17 +14,17 @@ from tfkern.nn.rotary import rotate
 from tfkern.ops import attention, attention_weights
 
 KeysValues = tuple[Tensor, Tensor]
-_NORMS = (LayerNorm, RMSNorm, BatchNorm, NoNorm)  # which drop and add, too
+_NORMS = (LayerNorm, RMSNorm, BatchNorm, NoNorm)  # norms that also drop and add
 
 
 @dataclass(frozen=True)
 class Context:
-    """What is the same for all blocks of a stack.
+    """Arguments that are the same for all blocks of a stack.
 
     Attributes:
-        self_options: of self-attention, see `Attention.forward`.
-        cross_options: of cross-attention.
-        norm_options: of the norms: for batch norm the mask of the tokens that it counts.
+        self_options: arguments of self-attention, see `Attention.forward`.
+        cross_options: arguments of cross-attention.
+        norm_options: arguments of the norms: batch norm takes a mask of the tokens that count.
     """
 
     self_options: dict[str, Any] = field(default_factory=dict)
@@ -35,9 +35,9 @@ class Context:
 class Attention(nn.Module):
     """Attention of a sequence to itself, or with `cross` to the output of an encoder.
 
-    The rows of qkv_by_head are, for each key head, those of its queries, its keys and its values,
-    so that equal parts of them are whole heads. With `cross` q has the rows of the queries, and
-    kv_by_head for each key head those of its keys and its values.
+    The rows of qkv_by_head are grouped by key head: first its queries, then its key and its value.
+    So they can be cut into equal parts that hold whole heads. With `cross`, q has the rows of the
+    queries, and kv_by_head those of keys and values, grouped in the same way.
     """
 
     def __init__(self, config: TransformerConfig, causal: bool, cross: bool = False) -> None:
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         Args:
             memory: with cross, the encoder's output (B, S, dim), or `keys_values` of it.
             rotation: cosine and sine as given by `rotary_table`.
-            cache: what earlier tokens left, to which these are added.
+            cache: keys and values of earlier tokens, to which those of x are appended.
             options: further arguments of `tfkern.attention`.
         """
         q, k, v = self._project(x, memory, rotation)
@@ -99,11 +99,11 @@ class Attention(nn.Module):
         return self.q if self.cross else self.qkv_by_head
 
     def query_rows(self, weight: Tensor) -> Tensor:
-        """Those of the queries among the rows of that layer, as a view."""
+        """The rows that make the queries, of the weight of `query_layer`, as a view."""
         return weight if self.cross else self._by_head(weight, 0)[:, : self.group]
 
     def keys_values(self, memory: Tensor) -> KeysValues:
-        """Keys and values (B, Hk, S, D) of an encoder's output, which stay while a decoder runs."""
+        """Keys and values (B, Hk, S, D) of an encoder's output, for all steps of a decoder."""
         k, v = self._by_head(self.kv_by_head(memory), -1).transpose(1, 2).unbind(3)
         return k, v
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
             heads = self._by_head(self.qkv_by_head(x), -1)  # (B, T, Hk, G + 2, D)
             if self.group == 1:
                 q, k, v = heads.unbind(3)
-            else:  # of q a copy, which costs less than products of their own for keys and values
+            else:  # flatten copies q, which costs less than separate products for k and v
                 q, k, v = (x.flatten(2, 3) for x in heads.split((self.group, 1, 1), 3))
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotation is not None:
@@ -129,13 +129,13 @@ class Attention(nn.Module):
         return q, k, v
 
     def _by_head(self, rows: Tensor, axis: int) -> Tensor:
-        """An axis of rows as one of key heads, one of their vectors, and one of elements."""
+        """Splits an axis of rows into key heads, the vectors of a head, and their elements."""
         each = 2 if self.cross else self.group + 2
         return rows.unflatten(axis, (-1, each, self.head_dim))
 
 
 class Block(nn.Module):
-    """One layer: attention, in a decoder behind an encoder also cross-attention, and an MLP.
+    """One layer: attention, cross-attention in a decoder that follows an encoder, and an MLP.
 
     Pre-norm, where x is the output of the sublayer before and h the residual stream without it:
 
@@ -170,9 +170,9 @@ class Block(nn.Module):
         Args:
             x, h: (B, T, dim). With post_norm, and in front of the first block, x is the stream
                 itself and h is None.
-            context: what all blocks are told.
+            context: arguments that all blocks share.
             memory: what cross-attention attends to.
-            cache: what earlier tokens left in self-attention.
+            cache: keys and values of earlier tokens in self-attention.
         """
         context = context or Context()
         options = context.self_options | ({} if cache is None else {"cache": cache})
@@ -201,7 +201,7 @@ class Block(nn.Module):
         dropout_p, counted = self.dropout if self.training else 0.0, context.norm_options
         if self.post_norm:
             return add_and_norm(norm, apply(x, **options), x, dropout_p, **counted), None
-        if h is None:  # x is no output of a sublayer, which alone are dropped
+        if h is None:  # x is the stream: dropout is for outputs of sublayers
             dropout_p = 0.0
         y, h = add_and_norm(norm, x, h, dropout_p, return_residual=True, **counted)
         return apply(y, **options), h
@@ -215,7 +215,7 @@ def add_and_norm(
     return_residual: bool = False,
     **counted: Tensor,
 ) -> Any:
-    """What norms of ours return: that of `h = residual + dropout(x)`, and h. Others are given h."""
+    """norm(h) of `h = residual + dropout(x)`, or (norm(h), h). Foreign norms are called with h."""
     if isinstance(norm, _NORMS):
         options: Any = {"dropout_p": dropout_p, "return_residual": return_residual}
         return norm(x, residual=residual, **options, **counted)
@@ -225,7 +225,7 @@ def add_and_norm(
 
 
 def norm(config: TransformerConfig) -> nn.Module:
-    """The norm of a configuration. That of weights is no part of the stream."""
+    """The norm layer of a configuration. "weight_norm" needs none: see `normalise_weights`."""
     if config.norm == "layer_norm":
         return LayerNorm(config.dim, config.norm_eps, bias=config.bias)
     if config.norm == "rms_norm":

@@ -56,20 +56,20 @@ class TransformerConfig:
     Shape:
         architecture: "decoder", "encoder" or "encoder_decoder".
         dim: size of the residual stream.
-        layers: number of blocks, of an encoder-decoder those of the decoder.
-        encoder_layers: of an encoder-decoder; layers if None.
+        layers: number of blocks; in an encoder-decoder, of the decoder.
+        encoder_layers: number of blocks of the encoder in an encoder-decoder; layers if None.
         heads: query heads of each block.
         head_dim: size of a head; dim / heads if None.
         kv_heads: key and value heads, a divisor of heads (Ainslie et al. 2023); heads if None.
-        hidden_dim: of the MLP. If None 4 dim, or 8/3 dim rounded up to a multiple of 8 for a gated
-            MLP, which then has as many weights (Shazeer 2020).
+        hidden_dim: inner size of the MLP. If None 4 dim, or for a gated MLP 8/3 dim rounded up to a
+            multiple of 8, which gives it as many weights (Shazeer 2020).
 
     Input, of tokens or of images:
         vocab_size: number of tokens.
         vocab_multiple: the embedding has rows for a multiple of this many tokens, which makes
-            faster products. The added ones have no logits.
+            faster products. The added rows have no logits.
         pad_token: its embedding is not trained.
-        start_token, end_token: those that begin what a decoder writes, and end it.
+        start_token, end_token: the tokens that begin and end what a decoder writes.
         token_types: number of segments told apart, as in BERT.
         scale_embedding: whether embeddings are multiplied by sqrt(dim) (Vaswani et al. 2017).
         embedding_norm: whether a norm follows the embedding.
@@ -84,8 +84,8 @@ class TransformerConfig:
             "none". Images have learned ones.
         position_offset: rows of the learned positions before that of position 0; BART has 2.
         rotary_base: base of the wave lengths of rotary positions.
-        relative_buckets, relative_distance: of relative positions: how many kinds of distance, and
-            where the last begins.
+        relative_buckets, relative_distance: for relative positions, the number of kinds of distance
+            and the distance from which on all are of the last kind.
 
     Blocks:
         norm: "layer_norm", "rms_norm", "batch_norm" over the tokens, "weight_norm" of the linear
@@ -96,7 +96,7 @@ class TransformerConfig:
         gated: whether the MLP is gated; "silu" is the usual activation then.
         activation: one of `tfkern.mlp`.
         attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
-        bias: whether linear layers and layer norms have one.
+        bias: whether linear layers and layer norms have a bias.
         dropout: probability after the embedding and after each sublayer, in training mode.
         attention_dropout: probability for the weights of attention, in training mode.
 
@@ -105,8 +105,8 @@ class TransformerConfig:
             "pretraining" (mlm and next_sentence), "next_sentence", "classification" of the
             sequence or the image, "token" (a class for each), "span" (its first and last token) or
             "none" (hidden states).
-        classes: of classification and token.
-        pooler: whether a dense layer with tanh stands before what sees the whole sequence.
+        classes: number of classes of the heads "classification" and "token".
+        pooler: whether heads for the whole sequence have a dense layer with tanh in front.
         tie_embeddings: whether the head is the token embedding (Press, Wolf 2017).
         logit_scale: factor of the logits; dim^-0.5 in T5.
         logit_bias: whether an lm head has a constant bias, as in BART's files.
@@ -230,7 +230,7 @@ _TYPES: dict[str, Any] = {field.name: field.type for field in fields(Transformer
 
 
 def check_field(name: str, value: Any) -> None:
-    """Checks the type and the range of a value of one field, without a look at the others.
+    """Checks the type and the range of the value of one field, without looking at other fields.
 
     Raises:
         ValueError: `TransformerConfig` cannot have it.

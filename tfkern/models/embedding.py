@@ -1,4 +1,4 @@
-"""What stands in front of the first block: from tokens or images to vectors."""
+"""The layers in front of the first block: from tokens or images to vectors."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ def rows(config: TransformerConfig) -> int:
 
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token, which a head may use as its table, too."""
+    """A vector for each token. The head may use the same table."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(rows(config), config.dim, config.pad_token)
@@ -30,7 +30,7 @@ class TokenEmbedding(nn.Embedding):
         return x if self.scale == 1 else x * self.scale
 
     def length(self, tokens: Tensor) -> int:
-        """How long the sequences are."""
+        """The length of the sequences."""
         return tokens.shape[1]
 
 
@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Module):
         return torch.cat([self.first.expand(len(x), -1, -1), x], 1) + positions
 
     def length(self, images: Tensor) -> int:
-        """How long the sequences are that images become."""
+        """The length of the sequences that images become: one class token and the patches."""
         height, width = (n // self.projection.kernel_size[0] for n in images.shape[2:])
         return 1 + height * width
 

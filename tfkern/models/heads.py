@@ -14,8 +14,8 @@ from tfkern.ops.activation import FUNCTIONS
 class VocabularyHead(nn.Module):
     """Logits of tokens: `scale * norm(act(dense(y))) @ table^T + bias`.
 
-    The dense layer, its norm and the bias are those of masked language models. The table is the
-    weight, or where there is none that of the embedding, so that one parameter is both.
+    Only masked language models have the dense layer, its norm and a trained bias. The table is
+    `weight`, or with tied embeddings the weight of the token embedding.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
@@ -36,7 +36,7 @@ class VocabularyHead(nn.Module):
             self.weight = nn.Parameter(torch.empty(rows(config), config.dim))
 
     def forward(self, y: Tensor, *, table: Tensor | None) -> Tensor:
-        """(..., dim) and (rows, dim) to logits (..., vocab_size).
+        """y (..., dim) and the table (rows, dim) to logits (..., vocab_size).
 
         The table has to be named: FlopCounterMode fails on parameters among positional arguments.
         """
@@ -47,12 +47,12 @@ class VocabularyHead(nn.Module):
         if table is None:
             raise ValueError("a tied vocabulary head needs the table of a token embedding")
         logits = linear(y, table)
-        logits = logits[..., : self.vocab_size]  # not those of the rows that pad the table
+        logits = logits[..., : self.vocab_size]  # without the rows that pad the table
         return logits if self.bias is None else logits + self.bias
 
 
 class Pooler(nn.Module):
-    """tanh of a dense layer, in front of what sees the whole sequence (Devlin et al. 2019)."""
+    """tanh of a dense layer, in front of heads for the whole sequence (Devlin et al. 2019)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def classifier(config: TransformerConfig) -> nn.Linear | None:
 
 
 def pool(y: Tensor, mask: Tensor | None, kind: str) -> Tensor:
-    """One vector for each sequence: that of the first token, of the last one, or their mean.
+    """One vector for each sequence: its first token, its last token, or the mean of all.
 
     Args:
         y: (B, T, dim).

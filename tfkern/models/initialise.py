@@ -19,8 +19,8 @@ _DRAWN = (nn.Linear, nn.Embedding, nn.Conv2d, VocabularyHead)
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: TransformerConfig) -> None:
-    """Draws all weights by the scheme `config.init`; biases are 0, and norms leave things as they
-    are. See `TransformerConfig`."""
+    """Draws all weights by the scheme `config.init` (see `TransformerConfig`); biases become 0, and
+    weights of norms 1."""
     draw = _SCHEMES[config.init](model, config)
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -38,17 +38,17 @@ def initialise(model: nn.Module, config: TransformerConfig) -> None:
                 module.weight = drawn
             else:
                 weight.copy_(drawn)
-        elif isinstance(weight, Tensor):  # of a norm
+        elif isinstance(weight, Tensor):  # the module is a norm
             nn.init.ones_(weight)
 
 
-# Schemes: from a model to what draws a weight of one of its modules.
+# A scheme takes a model, and returns the function that draws the weight of one of its modules.
 _Draw = Callable[[Tensor, nn.Module], None]
 
 
 def _gpt2(model: nn.Module, config: TransformerConfig) -> _Draw:
-    """Layers that write to the residual stream are smaller by the root of how many others do, two
-    in each block."""
+    """Divides layers that write to the residual stream by the root of their number, taken as two
+    for each block."""
     scale = {
         layer: math.sqrt(2 * len(stack.blocks))
         for stack in model.modules()
@@ -72,7 +72,7 @@ def _truncated(model: nn.Module, config: TransformerConfig) -> _Draw:
 
 
 def _t5(model: nn.Module, config: TransformerConfig) -> _Draw:
-    """Queries are smaller by the root of the head size, which the scores are not divided by."""
+    """Divides queries by the root of the head size, since T5 does not divide the scores by it."""
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     queries = {attention.query_layer: attention for attention in attentions}
 

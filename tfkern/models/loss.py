@@ -8,11 +8,11 @@ from torch.nn import functional as F
 def cross_entropy(
     logits: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]
 ) -> Tensor:
-    """The mean cross entropy in nats, float32 or wider. For several heads it is the sum of theirs.
+    """The mean cross entropy in nats, float32 or wider; for several heads, the sum of their means.
 
     Args:
-        logits: (..., classes), as a model returns them, or a tuple with those of each head.
-        targets: (...) int64, -100 where there is none, or as many of them as there are heads. For
+        logits: (..., classes), as a model returns them, or a tuple with the logits of each head.
+        targets: (...) int64, -100 where there is none; for several heads, one tensor for each. For
             a language model (B, T): the token that follows each token.
 
     Raises:

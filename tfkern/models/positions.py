@@ -27,8 +27,8 @@ def sinusoids(positions: Tensor, dim: int, halves: bool = False) -> Tensor:
 def alibi_slopes(heads: int, device: Any = None) -> Tensor:
     """The slope of each head, (heads,) float32 (Press et al. 2022).
 
-    2^(-8 i / heads) for a power of 2. Otherwise those of the next lower power, then every second
-    one of the next higher.
+    The slopes are 2^(-8 i / heads), i from 1, if heads is a power of 2. Otherwise they are the
+    slopes for the next lower power, then every second slope for the next higher one.
     """
     power = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -39,12 +39,12 @@ def alibi_slopes(heads: int, device: Any = None) -> Tensor:
 def relative_bucket(distance: Tensor, causal: bool, buckets: int, furthest: int) -> Tensor:
     """The kind of a distance, in the manner of T5 (Raffel et al. 2020).
 
-    Half of the kinds are for one distance each, the others for ranges that grow as its logarithm,
-    up to `furthest`, from where on all are of the last kind.
+    Half of the kinds are for one distance each. The others are for ranges that have equal lengths
+    in the logarithm of the distance. All distances from `furthest` on are of the last kind.
 
     Args:
         distance: position of the key minus position of the query, integers of any shape.
-        causal: keys to the right do not occur; otherwise half of the kinds are theirs.
+        causal: keys to the right do not occur; otherwise half of the kinds are for them.
         buckets: how many kinds there are.
 
     Returns:
@@ -57,7 +57,7 @@ def relative_bucket(distance: Tensor, causal: bool, buckets: int, furthest: int)
         distance = -distance.abs()
     back = (-distance).clamp(min=0)
     exact = buckets // 2
-    # float32, and in this order: other roundings would move borders
+    # Computed in float32 and in this order, as T5 does: other roundings would move the borders.
     ratio = (back.clamp(min=1).float() / exact).log() / math.log(furthest / exact)
     far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
     return right + torch.where(back < exact, back, far)

@@ -46,7 +46,7 @@ _VIT = Config(
 
 
 def _sized(base: Config, *shapes: tuple) -> list[Config]:
-    """The base in other sizes: layers, dim, heads, and where it is not 4 dim hidden_dim."""
+    """The base in other sizes: layers, dim, heads, and hidden_dim where it is not 4 dim."""
     return [
         replace(base, layers=n, dim=dim, heads=heads, hidden_dim=hidden[0] if hidden else None)
         for n, dim, heads, *hidden in shapes

@@ -1,4 +1,4 @@
-"""What passes through the layers of a model in one step, in numbers."""
+"""The sizes of activations and gradients in the layers of a model, in one training step."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from tfkern.models.blocks import Block
 
 
 class LayerReport(NamedTuple):
-    """Of one block.
+    """The numbers of one block.
 
     Attributes:
-        name: of the module.
-        activation: root mean square of the stream behind it.
-        gradient: norm of the gradients of all its parameters.
+        name: name of the module.
+        activation: root mean square of the residual stream behind the block.
+        gradient: norm of the gradients of all parameters of the block.
     """
 
     name: str
@@ -24,11 +24,11 @@ class LayerReport(NamedTuple):
 
 
 def report_layers(model: nn.Module, loss: Callable[[], Tensor]) -> list[LayerReport]:
-    """Activations and gradients of each block, which norms and residuals keep of one size.
+    """Activations and gradients of each block. Norms and residuals keep them of similar size.
 
     Args:
-        model: a `Transformer`. Its gradients are those of this step afterwards.
-        loss: computes it with the model.
+        model: a `Transformer`. Afterwards its parameters hold the gradients of this step.
+        loss: function that runs the model and returns the loss.
 
     Returns:
         One entry for each block, in the order of the model.

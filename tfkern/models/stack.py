@@ -21,8 +21,8 @@ Mask = Tensor | None
 class Stack(nn.Module):
     """Blocks with what precedes and follows them: positions, segments, norms.
 
-    In a stage of a pipeline the blocks of other stages are None, and but for the last stage so is
-    the norm. The modules that are left keep their names.
+    In a stage of a pipeline, the blocks of other stages are None, and the norm is None except in
+    the last stage. The modules that are left keep their names.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Stack(nn.Module):
         """(B, T, dim) to (B, T, dim), with the arguments of `Transformer`.
 
         Args:
-            x: embedded tokens, or if not `embedded` what the stage of a pipeline before this one
-                returned. Its length is not looked at: where the stream is spread over devices,
-                each has a part.
+            x: embedded tokens; if not `embedded`, what the previous stage of a pipeline returned.
+                T is that of `positions`, never the length of x: where the stream is spread over
+                devices, x is only a part.
             positions: (B or 1, T) int64, of the tokens.
 
         Returns:
-            The hidden states, or of a stage without the norm the residual stream.
+            The hidden states, or the residual stream from a stage without the norm.
         """
         config = self.config
         if token_types is not None and not config.token_types:
@@ -100,7 +100,7 @@ class Stack(nn.Module):
         return x if h is None else drop_and_add(x, h, dropout_p, True)
 
     def _add_positions(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
-        """Adds what depends on the positions and the segments of tokens alone."""
+        """Adds the vectors of the positions and of the segments."""
         config = self.config
         if config.positions.startswith("sinusoidal"):
             halves = config.positions == "sinusoidal_halves"
@@ -120,7 +120,7 @@ class Stack(nn.Module):
         memory_mask: Mask,
         caches: Sequence[KVCache] | None,
     ) -> Context:
-        """What every block is told. Of x only the dtype and the device matter."""
+        """The arguments that all blocks share. x tells only the dtype and the device."""
         config, steps = self.config, torch.arange(positions.shape[1], device=x.device)
         options: dict[str, Any] = _visible(mask)
         if mask is not None and mask.dim() == 1:

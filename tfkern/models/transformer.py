@@ -32,16 +32,16 @@ class Transformer(nn.Module):
     side, and positions are counted without it. Or (B,) int32 or int64: how many there are, with
     padding on the right, which is then never read. Outputs at padding mean nothing.
 
-    A stage of a pipeline is a model with one stack in which what other stages have is None: the
-    embedding but in the first one; the norm, the vocabulary, the pooler and the classifier but in
-    the last one; and blocks. It takes the residual stream in place of tokens, and returns it in
-    place of logits. A last stage whose table is that of the embedding has it as
-    `vocabulary.weight`.
+    A stage of a pipeline is a model with one stack, in which modules that belong to other stages
+    are None. Only the first stage has the embedding, only the last one the norm, the vocabulary,
+    the pooler and the classifier, and each stage has some of the blocks. Other stages take the
+    residual stream in place of tokens, and return it in place of logits. With tied embeddings the
+    last stage has the table as `vocabulary.weight`.
 
     Attributes:
         recompute: whether a training step keeps only the inputs of the blocks, and computes what is
-            inside them again in backward (Chen et al. 2016). False at first. The running statistics
-            of batch norms take in each batch twice then.
+            inside them again in backward (Chen et al. 2016). Default False. If True, the running
+            statistics of batch norms take in each batch twice.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -96,9 +96,9 @@ class Transformer(nn.Module):
 
         Returns:
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
-            (B, classes); "next_sentence" (B, 2); "pretraining" those of mlm and next_sentence;
-            "span" (B, 2, T), of the first token and of the last; "none" the hidden states
-            (B, T, dim).
+            (B, classes); "next_sentence" (B, 2); "pretraining" the results of mlm and
+            next_sentence; "span" (B, 2, T), logits of the first token, then of the last; "none"
+            the hidden states (B, T, dim).
 
         Raises:
             ValueError: shapes that do not fit, or inputs that the architecture lacks.
@@ -140,9 +140,9 @@ class Transformer(nn.Module):
         """The hidden states (B, T, dim) of the decoder.
 
         Args:
-            memory: what `encode` returned, or for each block the `keys_values` of it.
-            caches: for each block what earlier tokens left; these are appended. A mask must be
-                lengths then.
+            memory: what `encode` returned, or for each block its `keys_values`.
+            caches: for each block, keys and values of earlier tokens, to which those of `tokens`
+                are appended. With caches, a mask must be lengths (B,).
 
         Raises:
             ValueError: as `forward`.
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
         """One vector (B, dim) for each sequence of hidden states.
 
         Args:
-            kind: "first", "last" or "mean" of the tokens. If None what the heads use: the first of
-                an encoder, the last of a decoder, and behind it the pooler if there is one.
+            kind: "first", "last" or "mean" of the tokens. If None, as for the heads: the first
+                token of an encoder, the last of a decoder, through the pooler if there is one.
         """
         if kind is not None:
             return heads.pool(y, mask, kind)
@@ -194,13 +194,13 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The weights of attention in one block, (B, H, T, S), before dropout.
 
-        The kernels stay fused: the weights are computed besides, in the block that is asked for.
+        The kernels stay fused: the weights are computed separately, for this block only.
 
         Args:
-            layer: of the stack, from 0.
+            layer: index of the block in its stack, from 0.
             tokens: as in `forward`, as are options (source and masks).
             side: "encoder" or "decoder"; the decoder if there is one and this is None.
-            cross: those of the decoder's tokens to the encoder's.
+            cross: the weights of cross-attention, from the decoder's tokens to the encoder's.
 
         Raises:
             ValueError: a side or a layer that the model lacks.
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         caches: Sequence[KVCache] | None = None,
         **options: Any,
     ) -> Tensor:
-        """Tokens, or in a stage without embedding the residual stream, through a stack."""
+        """Runs a stack on tokens, or on the residual stream in a stage without embedding."""
         embedding = self.embedding
         if embedding is None and positions is None:
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         if positions is not None:
             _check_positions(positions, B, T)
         T = positions.shape[1] if positions is not None else T or 0
-        # One by one, since Dynamo takes tuples with symbols for unequal.
+        # Dynamo takes tuples with symbolic sizes for unequal, so sizes are compared one by one.
         if mask is not None and not (
             mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
         ):
@@ -268,7 +268,7 @@ def _check_positions(positions: Tensor, B: int, T: int | None) -> None:
 
 
 def _counted(steps: Tensor, mask: Mask, caches: Sequence[KVCache] | None) -> Tensor:
-    """Positions (B or 1, T) of tokens, without those of padding on the left."""
+    """Positions (B or 1, T) of tokens; padding on the left is not counted."""
     if caches is not None:
         return caches[0].lengths[:, None] + steps
     if mask is not None and mask.dim() == 2:

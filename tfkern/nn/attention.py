@@ -11,14 +11,14 @@ from tfkern.ops.attention_weights import attention_weights
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention` on the fused kernels: its constructor, parameters, state dict.
+    """`torch.nn.MultiheadAttention` on the fused kernels, with its constructor and state dict.
 
-    Every call runs the fused op, with all masks and dropout. need_weights=True computes the weights
-    besides, in memory that grows with T S; need_weights=False avoids it.
+    Every call runs the fused op, with all masks and dropout. need_weights=True also computes the
+    weights, in memory that grows with T S; need_weights=False avoids this.
 
-    It differs from torch in these points. A query that may see no key gives the zero vector before
-    out_proj, not NaN. is_causal needs no attn_mask. The weights that are returned are those before
-    dropout. Nested tensors raise.
+    There are four differences from torch. A query that may see no key gives the zero vector before
+    out_proj, not NaN. is_causal needs no attn_mask. The returned weights are from before dropout.
+    Nested tensors raise.
 
     Attention with several heads: Vaswani et al. 2017.
     """
@@ -45,13 +45,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             query: embed_dim features.
             key, value: S instead of T; kdim and vdim features.
             key_padding_mask: (B, S), or (S,) without a batch. bool: True hides the key. Floating:
-                added to the scores. Padding on the right is faster given as key_lengths: what
-                they hide is not read.
+                added to the scores. For padding on the right, key_lengths is faster: hidden keys
+                are not read.
             need_weights: also return the weights.
             attn_mask: (T, S) or (B * H, T, S). bool: True hides the key. Floating: added to the
                 scores. Floating masks may have a gradient.
             average_attn_weights: return the mean of the weights over the heads.
-            is_causal: query t sees the keys s <= t. An attn_mask beside it must be that same mask.
+            is_causal: query t sees the keys s <= t. An attn_mask beside it must say the same.
             key_lengths: (B,) integers, or 0-d without a batch: the keys from there on are hidden.
                 With is_causal the queries from there on are padding too, and see nothing.
 
@@ -76,12 +76,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         _check_mask("attn_mask", attn_mask, (T, S), (B * H, T, S))
         _check_lengths(key_lengths, B, key_padding_mask, is_causal and T != S)
         window = None
-        if is_causal:  # which says all that attn_mask says
+        if is_causal:  # an attn_mask beside it says the same
             attn_mask = None
             k, v, window = upper_left(k, v, T)
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask[:, : k.shape[2]]
-        # In front of the others the added keys are within all lengths and causal limits.
+        # The added keys stand in front, so that they lie within all lengths and causal limits.
         k, v, added = self._prepend_keys(k, v)
         mask, bias = _mask_and_bias(q, added, attn_mask, key_padding_mask)
         options: dict = {
@@ -101,7 +101,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             return output, None
         weights = attention_weights(q, k, lse, **options)
-        # Torch has the added keys at the end; those that causality cut off have weights of 0.
+        # Torch has the added keys at the end. Keys that upper_left cut off have weights of 0.
         weights = F.pad(weights, (0, S + added - k.shape[2])).roll(-added, -1)
         weights = (weights.mean(1) if average_attn_weights else weights).to(query.dtype)
         return output, weights if batched else weights.squeeze(0)
@@ -161,8 +161,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)).flatten(-2)
 
     def _prepend_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """k and v (B, H, S, D) behind bias_k and bias_v, then zeros, where the module has them, and
-        how many keys these are."""
+        """k and v (B, H, S, D) with bias_k and bias_v, then zeros, in front, where the module has
+        them, and the number of added keys."""
         B, H, S, D = k.shape
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 1, 0)) for x in (k, v))
@@ -203,7 +203,7 @@ def _check_lengths(
 def _mask_and_bias(
     q: Tensor, added: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The masks of the module as those of the fused op, each no larger than it was given."""
+    """The masks as the fused op takes them, each still broadcast as it was given."""
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unflatten(0, q.shape[:2])
     if key_padding_mask is not None:
@@ -214,11 +214,11 @@ def _mask_and_bias(
         if given is None:
             continue
         if added:
-            given = F.pad(given, (added, 0))  # False or 0: seen
+            given = F.pad(given, (added, 0))  # False or 0: visible
         if given.dtype == torch.bool and mask is None:
             mask = ~given
             continue
-        if given.dtype == torch.bool:  # beside another: (B, H, T, S) is what a common one may need
+        if given.dtype == torch.bool:  # a second one; both in one mask may need (B, H, T, S)
             given = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf)
         bias = given if bias is None else bias + given
     if bias is not None and bias.dtype == torch.float64:

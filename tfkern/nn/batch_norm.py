@@ -10,10 +10,10 @@ from tfkern.ops import checks
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` over the tokens of a batch, of which padding is not counted.
+    """`torch.nn.BatchNorm1d` over the tokens of a batch; padding does not count.
 
-    Its constructor, parameters and state dict. In training each feature is normalised over all
-    tokens, so a token also learns about later ones through the statistics.
+    Constructor, parameters and state dict are torch's. In training each feature is normalised over
+    all tokens, so through the statistics a token also depends on later ones.
 
     Batch normalization: Ioffe, Szegedy 2015.
     """
@@ -72,11 +72,11 @@ class BatchNorm(nn.BatchNorm1d):
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1
             weight: Any = self.momentum
-            if weight is None:  # the mean over all batches
+            if weight is None:  # torch's meaning: the mean over all batches
                 weight = 1.0 / self.num_batches_tracked
             with torch.no_grad():
                 unbiased = variance * n / (n - 1).clamp(min=1)
-                weight = weight * (total > 0)  # nothing is learned from nothing
+                weight = weight * (total > 0)  # a batch without tokens changes nothing
                 self.running_mean += weight * (mean - self.running_mean)
                 self.running_var += weight * (unbiased - self.running_var)
         return mean, variance
@@ -99,7 +99,7 @@ class NoNorm(nn.Module):
 
 
 def drop_and_add(x: Tensor, residual: Tensor | None, dropout_p: float, training: bool) -> Tensor:
-    """residual + dropout(x), the sum that norms are given."""
+    """residual + dropout(x), the input of a norm."""
     checks.dense("input", x)
     x = F.dropout(x, dropout_p, training)
     return x if residual is None else residual + x

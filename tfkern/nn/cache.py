@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, for generation token by token."""
+"""Keys and values of earlier tokens, to generate token by token."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _KINDS = ("static", "growing", "ring")
 
 
 class KVCache:
-    """The keys and values that a layer's attention has seen, one sequence for each batch.
+    """The keys and values of the tokens that a layer has seen, one sequence for each batch.
 
         cache = KVCache(B, Hk, D, capacity=4096, dtype=q.dtype, device=q.device)
         k, v, key_lengths = cache.append(k, v)
@@ -22,23 +22,25 @@ class KVCache:
 
     - "static" holds up to capacity tokens. `append` works in place and never waits for the GPU, so
       that torch.compile traces it and CUDA graphs replay it.
-    - "growing" begins like that and doubles its capacity whenever a token might not fit: it counts
-      the rows of every `append`, right padding too. Neither torch.compile nor CUDA graphs can
-      follow it to its next buffer.
+    - "growing" begins as "static" and doubles its capacity whenever a token might not fit: it
+      counts the rows of every `append`, right padding too. Neither torch.compile nor CUDA graphs
+      can follow it to its next buffer.
     - "ring" holds the last capacity tokens, for attention with
-      `causal=True, window=(capacity - 1, None)` or a narrower one while `append` is given more
-      than one row. Memory is bounded however long the sequence. In place as "static".
+      `causal=True, window=(capacity - 1, None)`, or with a narrower window while `append` is given
+      more than one row. Memory is bounded however long the sequence. `append` works in place.
 
-    The ring hands out single rows in ring order, where the last query may see all that is there:
+    When a ring is given one row, it returns keys in ring order, and the query must see all of them:
     a window narrower than the capacity, alibi_slopes, and a bias or mask that depends on the key
-    do not work then. Rotary positions do: keys are turned before they are appended.
+    then give wrong results. Rotary positions work: keys are turned before they are appended.
 
     There are no gradients through a cache.
 
     Args:
-        batch: B, heads: Hk, size: D of the keys.
-        capacity: tokens of each sequence; for "growing" those of the first buffer.
-        value_size: Dv, D if None.
+        batch: B, the number of sequences.
+        heads: Hk, the number of key heads.
+        size: D, the size of a key.
+        capacity: most tokens of a sequence; for "growing" in the first buffer.
+        value_size: Dv, the size of a value; D if None.
         kind: "static", "growing" or "ring".
         dtype, device: of keys and values.
 
@@ -66,11 +68,11 @@ class KVCache:
                 raise ValueError(f"{name} must be positive, got {x}")
         self.kind = kind
         options = {"dtype": dtype, "device": device}
-        with torch.inference_mode(False):  # whose tensors nobody may write to outside of it
+        with torch.inference_mode(False):  # inference tensors cannot be written to in ordinary mode
             self._k = torch.zeros(batch, heads, capacity, size, **options)
             self._v = torch.zeros(batch, heads, capacity, value_size, **options)
             self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._rows = 0  # of a growing cache: no sequence is longer
+        self._rows = 0  # for "growing": an upper bound of all lengths
 
     @property
     def capacity(self) -> int:
@@ -93,9 +95,9 @@ class KVCache:
                 query_lengths, too. All T if None.
 
         Returns:
-            k (B, Hk, S, D), v (B, Hk, S, Dv), key_lengths (B,). They are the cache itself, valid
-            until the next call of one of its methods, or, where a ring is given several rows, a
-            copy of what it held and the new rows, in the order of time.
+            k (B, Hk, S, D), v (B, Hk, S, Dv), key_lengths (B,). k and v are the cache itself, valid
+            until the next call of one of its methods. A ring that is given several rows returns a
+            copy instead: what it held and the new rows, in the order of time.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, tensors that require a gradient,
@@ -121,7 +123,7 @@ class KVCache:
             return self._append_to_ring(k, v, new, total)
         step = torch.arange(T, device=k.device)
         batch = torch.arange(k.shape[0], device=k.device)[:, None]
-        # T rows have T different places, also beyond the capacity, where only padding may be
+        # The T places differ also where they wrap around; only padding may lie beyond the capacity.
         place = (self._lengths[:, None] + step) % self.capacity
         for cache, x in ((self._k, k), (self._v, v)):
             x = x.detach().transpose(1, 2)
@@ -133,8 +135,8 @@ class KVCache:
         return self._k, self._v, total.clamp(max=self.capacity)
 
     def reserve(self, rows: int) -> None:
-        """Makes room in a growing cache for the rows of the next `append`, whose S is then the
-        capacity. The other kinds stay as they are."""
+        """Makes room in a growing cache for the rows of the next `append`, which will return S =
+        capacity keys. The other kinds stay as they are."""
         needed = self._rows + rows
         if self.kind != "growing" or needed <= self.capacity:
             return
@@ -146,7 +148,7 @@ class KVCache:
             )
 
     def reset(self) -> None:
-        """Forgets all tokens. Keeps the memory."""
+        """Forgets all tokens, and keeps the memory."""
         self._lengths.zero_()
         self._rows = 0
 
@@ -158,7 +160,7 @@ class KVCache:
 
         Raises:
             ValueError: another shape, dtype or device, negative lengths (on the CPU), or a ring,
-                which has overwritten what would be the last tokens then.
+                which may have overwritten the tokens that would now be its last.
         """
         if self.kind == "ring":
             raise ValueError("a ring cannot be cropped")
@@ -169,7 +171,7 @@ class KVCache:
         self._lengths.copy_(torch.minimum(self._lengths, lengths.to(self._lengths.dtype)))
 
     def reorder(self, indices: Tensor) -> None:
-        """Sequence b becomes what sequence indices[b] was, as beam search needs it.
+        """Replaces sequence b by sequence indices[b], for beam search.
 
         Args:
             indices: (B,) int32 or int64, on the device of the cache.
@@ -206,13 +208,13 @@ class KVCache:
         W, T = self.capacity, k.shape[2]
         old = self._lengths.clamp(max=W)
         out = torch.arange(W + T, device=k.device)
-        # Row j handed out is the j-th oldest of the ring, and after those row j - old of the new.
+        # Returned row j is the j-th oldest of the ring, or from j = old on, new row j - old.
         oldest = (self._lengths - old)[:, None]
         source = torch.where(out < old[:, None], (oldest + out) % W, W + out - old[:, None])
-        # Place s of the ring is for the last token whose position leaves the remainder s.
+        # Place s of the ring holds the last token whose position is s modulo W.
         place = torch.arange(W, device=k.device)
         age = (total[:, None] - 1 - place) % W
-        kept = ((old + new)[:, None] - 1 - age).clamp(min=0)  # 0 for places still empty
+        kept = ((old + new)[:, None] - 1 - age).clamp(min=0)  # 0 where the place is still empty
         rows = []
         for cache, x in ((self._k, k), (self._v, v)):
             rows.append(_gather(torch.cat([cache, x.detach()], 2), source.clamp(max=W + T - 1)))
@@ -222,5 +224,5 @@ class KVCache:
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows index (B, N) of x (B, Hk, S, D)."""
+    """For each batch, the rows of x (B, Hk, S, D) that index (B, N) names."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -21,8 +21,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` on the fused kernels.
 
-    Takes what torch's takes, with the same results; see `tfkern.attention` for more options. A
-    mask is read where it lies: one that is broadcast is not written out.
+    Arguments and results are torch's; see `tfkern.attention` for more options. A mask is read
+    where it lies: a broadcast mask is not written out.
 
     Args:
         query: (..., L, E), with any number of leading dimensions, the last of which counts heads.
@@ -41,7 +41,7 @@ def scaled_dot_product_attention(
         (..., L, Ev) in the dtype of query. A query that sees no key gives 0.
 
     Raises:
-        ValueError: what does not fit together, where torch raises RuntimeError.
+        ValueError: arguments that do not fit together, where torch raises RuntimeError.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.dense(name, x)
@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
         if is_causal:
             raise ValueError("attn_mask and is_causal exclude each other")
         _check_mask(attn_mask, query, (*lead, L, S))
-    # With grouped heads key and value keep their own number of them.
+    # With grouped heads, key and value keep their own number of heads.
     q, k, v = (
         _four(x, (*lead[:-1], x.shape[-3]) if enable_gqa else lead) for x in (query, key, value)
     )
@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
 def upper_left(k: Tensor, v: Tensor, T: int) -> tuple[Tensor, Tensor, tuple[None, int]]:
     """Keys and values (B, Hk, S, D) and a window with which query t of T sees the keys s <= t.
 
-    Keys from T on are seen by none; without them the window has no negative limit.
+    Keys from T on are dropped, since no query sees them; so the window has no negative limit.
     """
     k, v = k[:, :, :T], v[:, :, :T]
     return k, v, (None, T - k.shape[2])
@@ -109,14 +109,14 @@ def _check_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _four(x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """x (..., M, N), broadcast over lead (..., H), as (B, H, M, N), B the product of the rest."""
+    """x (..., M, N) broadcast to (*lead, M, N), as (B, H, M, N) with H = lead[-1]."""
     lead = (1,) * (2 - len(lead)) + lead
     x = x[(None,) * (len(lead) + 2 - x.dim())].expand(*lead, -1, -1)
     return x.reshape(math.prod(lead[:-1]), *x.shape[-3:])
 
 
 def _four_mask(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """The same of a mask, except that it stays broadcast wherever four dimensions can say so."""
+    """A mask as by `_four`, but still broadcast wherever four dimensions can express it."""
     batch = tuple(mask.shape[:-3])
     if len(lead) > 2 and math.prod(batch) > 1:
         batch = lead[:-1]

@@ -1,8 +1,8 @@
-"""Whether a kernel may stand in for calls of a module.
+"""Whether a fused kernel may replace calls of a module.
 
-A fused kernel reads the parameters of layers that it does not call, so everything that hangs on
-their calls would be lost: hooks, and with them pruning and norms of weights; adapters, quantised
-and parametrised layers, which are of other types. Such layers are called instead.
+A fused kernel reads the parameters of layers without calling them. This would lose what acts in a
+call: hooks (which also do pruning and old-style weight norm), and whatever other types of layers
+do, such as adapters, quantised and parametrised layers. Such layers are called instead.
 """
 
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tfkern.nn.linear import Linear
 
-LINEAR = (nn.Linear, Linear, NonDynamicallyQuantizableLinear)  # the last is torch's out_proj
+LINEAR = (nn.Linear, Linear, NonDynamicallyQuantizableLinear)  # the last one is out_proj in torch
 
 
 def fusible(
     module: nn.Module, kinds: tuple[type[nn.Module], ...] = LINEAR, forward: object = None
 ) -> bool:
-    """Whether the module is exactly of one of these types, with weight and bias where they belong,
-    and unadorned. It costs a microsecond, and is to be asked at every call."""
+    """Whether the module is exactly of one of these types, has weight and bias as parameters, and
+    is unadorned. All of it may change, so ask at every call: it takes a microsecond."""
     own = module._parameters
     if type(module) not in kinds or own.keys() != {"weight", "bias"}:
         return False
@@ -27,8 +27,8 @@ def fusible(
 
 
 def unadorned(module: nn.Module, forward: object = None) -> bool:
-    """Whether a call of the module is its type's `forward`, or `forward` if the instance has one,
-    and nothing besides."""
+    """Whether a call of the module runs one function and no hooks: its type's forward, or if the
+    instance has a forward of its own, the one given as `forward`."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -40,5 +40,5 @@ def unadorned(module: nn.Module, forward: object = None) -> bool:
 
 
 def _strange(p: Tensor | None) -> bool:
-    """Whether p brings operators of its own, as the weights of quantised layers do."""
+    """Whether p is of a type with operators of its own, as the weights of quantised layers are."""
     return p is not None and type(p) is not nn.Parameter and is_traceable_wrapper_subclass(p)

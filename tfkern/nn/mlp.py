@@ -13,13 +13,13 @@ from tfkern.ops.mlp import ACTIVATIONS
 class MLP(nn.Module):
     """`fc2(act(fc1(x)))`, the feed-forward sublayer of Vaswani et al. 2017.
 
-    fc1 (hidden_dim, dim) and fc2 (dim, hidden_dim) are `torch.nn.Linear`, initialised as there.
-    Where one of them has hooks, or another layer is in its place, they are called one by one.
+    fc1 (hidden_dim, dim) and fc2 (dim, hidden_dim) are `torch.nn.Linear`, initialised as in torch.
+    If one of them has hooks or has been replaced by another layer, they are called one by one.
 
     Args:
         dim: size of the last axis of input and output.
         hidden_dim: 4 * dim if None.
-        bias: whether fc1 and fc2 have one.
+        bias: whether fc1 and fc2 have a bias.
         activation: "gelu_tanh", "gelu" (exact), "relu" or "silu", as in `tfkern.mlp`.
         device, dtype: of the parameters.
 
@@ -63,14 +63,14 @@ class GatedMLP(nn.Module):
     """`down(act(gate(x)) * up(x))`, the gated feed-forward sublayer of Shazeer 2020.
 
     gate and up (hidden_dim, dim) and down (dim, hidden_dim) are `torch.nn.Linear`, initialised as
-    there. Where one of them has hooks, or another layer is in its place, they are called one by
-    one. SiLU makes it SwiGLU, GELU GEGLU.
+    in torch. If one of them has hooks or has been replaced by another layer, they are called one
+    by one. SiLU makes it SwiGLU, GELU GEGLU.
 
     Args:
         dim: size of the last axis of input and output.
         hidden_dim: size between the two products. At 8/3 * dim the module has as many weights as an
             `MLP` of 4 * dim.
-        bias: whether gate, up and down have one.
+        bias: whether gate, up and down have a bias.
         activation: "silu", "gelu_tanh", "gelu" (exact) or "relu", as in `tfkern.gated_mlp`.
         device, dtype: of the parameters.
 

@@ -12,7 +12,7 @@ def rotary_table(positions: Tensor, D: int, base: float, x: Tensor) -> tuple[Ten
     """Cosine and sine (..., T, D / 2) of the angles at positions (..., T), in the dtype of x or
     float32.
 
-    The angles are computed in float64: in float32 that of position t would be off by up to 6e-8 t.
+    The angles are computed in float64: in float32 the error at position t would reach 6e-8 t.
     """
     even = torch.arange(0, D, 2, dtype=torch.float64, device=positions.device)
     angles = positions[..., None] * base ** (-even / D)

@@ -1,4 +1,4 @@
-"""Tokenizers on disk: the files of transformers, and of the vocabularies that models come with."""
+"""Tokenizers on disk: the files of transformers, and the vocabularies that models come with."""
 
 import hashlib
 import json
@@ -13,19 +13,20 @@ from tfkern.tokenize.tokenizer import ROLES, Tokenizer, refusing
 from tfkern.tokenize.vocabularies import bert, gpt2, t5
 
 _TOKENIZER, _CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-# In the configuration: which tokenizer.json it belongs to, and the roles of the one before that.
+# Keys of the configuration: the digest of its tokenizer.json, and the digest and the roles of the
+# tokenizer.json before. Between the renames of a save the old tokenizer.json still has its roles.
 _OF, _BEFORE = "tfkern_of", "tfkern_before"
 
 
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, or of a directory with one.
 
-    A directory may have tokenizer_config.json or special_tokens_map.json, which tell the roles,
-    or instead of tokenizer.json vocab.json and merges.txt (GPT-2's), vocab.txt (BERT's) or
-    spiece.model (T5's).
+    A directory may also have tokenizer_config.json or special_tokens_map.json, which tell the
+    roles. In place of tokenizer.json it may have vocab.json and merges.txt (as GPT-2), vocab.txt
+    (as BERT) or spiece.model (as T5).
 
     Raises:
-        ValueError: nothing of this kind is there, or the file is none.
+        ValueError: there is no such file, or its content is no tokenizer.
     """
     path = Path(path)
     try:
@@ -49,10 +50,10 @@ def load(path: str | Path) -> Tokenizer:
 def save(tokenizer: Tokenizer, directory: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers reads, too.
 
-    Whatever ends it, `load` finds the whole tokenizer that was there or the whole new one.
+    Wherever a save is cut off, `load` finds the whole former tokenizer or the whole new one.
 
     Raises:
-        OSError: the files cannot be written; the directory is as it was.
+        OSError: the files cannot be written. The directory is left as it was.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,14 +62,14 @@ def save(tokenizer: Tokenizer, directory: str | Path) -> None:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {f"{role}_token": token for role, token in tokenizer.special.items()}
         config[_OF] = _digest(content)
-        with suppress(ValueError):  # there is none that could be read until the new one is
+        with suppress(ValueError):  # no former tokenizer that could be read
             before = files.read(directory / _TOKENIZER)
             config[_BEFORE] = {_OF: _digest(before), **_roles(directory, before)}
         (new.folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (new.folder / _TOKENIZER).write_bytes(content)
         new.settle()
         new.place(_CONFIG, _TOKENIZER)
-        new.remove(_MAP)  # of the roles before
+        new.remove(_MAP)  # tells the former roles
 
 
 def _read(file: Path) -> Tokenizer:
@@ -81,12 +82,12 @@ def _read(file: Path) -> Tokenizer:
 
 
 def _roles(directory: Path, tokenizer: bytes) -> dict[str, str]:
-    """The special tokens that a directory tells, of the tokenizer.json with this content."""
+    """The special tokens by role that a directory tells for a tokenizer.json with this content."""
     config = directory / _CONFIG
     told = files.read_object(config) if config.exists() else {}
     before = told.get(_BEFORE)
     of = _digest(tokenizer)
-    if isinstance(before, dict) and before.get(_OF) == of:  # a save has put only one in its place
+    if isinstance(before, dict) and before.get(_OF) == of:  # a save was cut off
         return {role: before[role] for role in ROLES if role in before}
     others = directory / _MAP
     if told.get(_OF) != of and others.exists():

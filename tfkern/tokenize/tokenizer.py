@@ -1,4 +1,4 @@
-"""A tokenizer with its special tokens by role, batches with padding, and decoding as a stream."""
+"""A tokenizer with special tokens by role, padded batches, and decoding as a stream."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +24,8 @@ class Batch:
         tokens: (B, T) int64.
         mask: (B, T) bool, True where there is a token and False at padding.
         types: (B, T) int64, the segment of each token.
-        source: (B,) int64, which text a row is of: a long one may have several.
-        encodings: what `tokenizers` found, with offsets into the text and words.
+        source: (B,) int64, index of the text of each row. A long text may have several rows.
+        encodings: the `tokenizers.Encoding` of each row, with offsets into the text and words.
     """
 
     tokens: Tensor
@@ -36,13 +36,13 @@ class Batch:
 
     @property
     def positions(self) -> Tensor:
-        """(B, T) int64, counted without padding on either side; a padded place has that of the
-        token before it, or 0."""
+        """(B, T) int64: the positions of tokens, counted without padding on either side. Padding
+        has the position of the token before it, or 0."""
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) int64, tokens of each row."""
+        """(B,) int64: the number of tokens in each row."""
         return self.mask.sum(1)
 
 
@@ -54,7 +54,7 @@ class Tokenizer:
 
     Args:
         backend: a `tokenizers.Tokenizer`.
-        special: token of each role, of "bos", "eos", "unk", "sep", "pad", "cls" and "mask". They
+        special: tokens by role: "bos", "eos", "unk", "sep", "pad", "cls" and "mask". They
             are added to the vocabulary if it lacks them.
 
     Raises:
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below it."""
+        """All ids are below this number."""
         return max(self.backend.get_vocab().values(), default=-1) + 1
 
     def id(self, token: str) -> int:
@@ -109,10 +109,10 @@ class Tokenizer:
         template: bool = True,
         allow_special: bool = False,
     ) -> list[int]:
-        """The ids of a text, or of two.
+        """The ids of a text, or of a pair of texts.
 
         Args:
-            template: put the special tokens of the model around them, such as [CLS] and [SEP].
+            template: put the special tokens of the model around the text, such as [CLS] and [SEP].
             allow_special: let special tokens that the text spells out be those tokens.
 
         Raises:
@@ -138,11 +138,11 @@ class Tokenizer:
         """The ids of several texts, padded to one length.
 
         Args:
-            texts, pairs: as many of each.
+            texts, pairs: lists of one length: the texts, and what follows each of them in its row.
             side: where padding stands, "left" or "right".
-            length: of all rows; that of the longest if None. It counts special tokens.
-            multiple: the length is rounded up to a multiple of it.
-            truncate: cut off what is longer than length, instead of raising.
+            length: tokens of every row, special ones included; those of the longest row if None.
+            multiple: the length is rounded up to a multiple of this number.
+            truncate: cut off texts that are longer than length, instead of raising.
             stride: with truncate, what is cut off makes further rows, which repeat this many
                 tokens of the row before.
             template, allow_special: as in `encode`.
@@ -192,7 +192,7 @@ class Tokenizer:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True) -> "Stream":
-        """Decodes ids that come one by one."""
+        """A `Stream` that decodes ids one by one."""
         return Stream(self, skip_special)
 
     def _encode(
@@ -225,8 +225,10 @@ class Tokenizer:
 
 
 class Stream:
-    """Text from ids that come one by one. A character of several tokens comes with its last one, so
-    that the pieces put together are what `decode` gives."""
+    """Text from ids that come one by one.
+
+    A character of several tokens comes with the last of them, so that the pieces put together are
+    what `decode` gives."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special
@@ -235,7 +237,7 @@ class Stream:
         self._length = 0
 
     def push(self, token: int) -> str:
-        """The text that is certain now, often that of the token alone, sometimes none."""
+        """The text that this token makes certain: often its own text, sometimes none."""
         self._ids.append(int(token))
         with refusing("the tokens cannot be decoded"):
             piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
@@ -243,13 +245,13 @@ class Stream:
         return piece
 
     def finish(self) -> str:
-        """What is left: an incomplete character, as U+FFFD."""
+        """The rest of the text: an incomplete character becomes U+FFFD."""
         rest = self._tokenizer.decode(self._ids, skip_special=self._skip)[self._length :]
         self._length += len(rest)
         return rest
 
     def feed(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The pieces of all tokens and the rest."""
+        """The pieces of text of several tokens, then the rest."""
         for token in tokens:
             yield self.push(token)
         yield self.finish()
@@ -257,8 +259,8 @@ class Stream:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Makes ValueErrors of what the library raises: nothing more precise than Exception, and
-    panics, which are not even that."""
+    """Turns exceptions of the library into ValueErrors. It raises plain Exceptions, and panics,
+    which are BaseExceptions."""
     try:
         yield
     except BaseException as error:

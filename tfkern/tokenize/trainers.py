@@ -15,7 +15,7 @@ _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def characters(texts: Iterable[str]) -> Tokenizer:
-    """A token for each character of the texts, in the order of Unicode; lossless.
+    """A tokenizer with a token for each character of the texts, in the order of Unicode; lossless.
 
     Other characters raise ValueError in `encode`.
     """
@@ -39,14 +39,14 @@ def train(
     The same texts give the same vocabulary, in every process.
 
     Args:
-        kind: "words" between white space and punctuation, others are [UNK]; "bpe" of bytes, as
-            GPT-2's (Sennrich et al. 2016); "wordpiece", as BERT's (Schuster, Nakajima 2012; merges
-            by frequency, and among equals in the order of the vocabulary); "unigram", as T5's
-            (Kudo 2018), of lines.
-        texts: to learn from.
+        kind: "words" between white space and punctuation, unknown ones are [UNK]; "bpe" of bytes,
+            as for GPT-2 (Sennrich et al. 2016); "wordpiece", as for BERT (Schuster, Nakajima 2012;
+            merges by frequency, and among equals in the order of the vocabulary); "unigram" of
+            lines, as for T5 (Kudo 2018).
+        texts: the texts to learn from.
         vocab_size: at most this many tokens, special ones included.
-        min_frequency: what is rarer becomes no token of its own; not of "unigram".
-        lowercase: of "wordpiece": BERT's normalisation without case and accents.
+        min_frequency: rarer words and pairs become no token of their own; "unigram" ignores it.
+        lowercase: for "wordpiece", BERT's normalisation without case and accents.
 
     Raises:
         ValueError: an unknown kind, a vocabulary too small for the alphabet and special tokens, a
@@ -95,14 +95,17 @@ def _train_bpe(texts: Sequence[str], vocab_size: int, min_frequency: int) -> Tok
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, {"bos": end, "eos": end, "pad": end})  # the last id, as GPT-2's
+    return Tokenizer(backend, {"bos": end, "eos": end, "pad": end})  # the last id, as in GPT-2
 
 
 def _train_word_piece(
     texts: Sequence[str], vocab_size: int, min_frequency: int, lowercase: bool
 ) -> Tokenizer:
-    """The library's own trainer gives ids to the alphabet in the order of a hash table, and merges
-    that are equally frequent depend on them. So the alphabet stands here first, in order."""
+    """Trains a WordPiece with a fixed order of ids.
+
+    The library's own trainer gives ids to the alphabet in the order of a hash table, and breaks
+    ties between equally frequent merges by id. So the sorted alphabet comes first here.
+    """
     normalise = normalizers.BertNormalizer(lowercase=lowercase)
     found = {c for text in texts for c in normalise.normalize_str(text) if not c.isspace()}
     alphabet = [*sorted(found), *(f"##{c}" for c in sorted(found))]
@@ -123,8 +126,8 @@ def _train_word_piece(
 
 
 def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """By SentencePiece: the trainer of the other library adds numbers in the order of a hash
-    table."""
+    """Trains by SentencePiece: the trainer of `tokenizers` adds numbers in the order of a hash
+    table, so that its results vary."""
     _check_room(vocab_size, 1)
     import sentencepiece
 

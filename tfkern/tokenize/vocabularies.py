@@ -29,7 +29,7 @@ def gpt2(vocabulary: _Path, merges: _Path) -> Tokenizer:
 
 
 def bart(vocabulary: _Path, merges: _Path) -> Tokenizer:
-    """BART's, which is GPT-2's with other special tokens and ids: <s> text </s>."""
+    """BART's BPE: GPT-2's with other special tokens and ids: <s> text </s>."""
     backend = byte_level(_read(models.BPE.from_file, vocabulary, merges))
     special = {
         "bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"
@@ -51,7 +51,7 @@ def bert(vocabulary: _Path, *, lowercase: bool = True) -> Tokenizer:
 
     Args:
         vocabulary: vocab.txt, a token a line.
-        lowercase: of the uncased models: lower case, no accents.
+        lowercase: normalise as for the uncased models: lower case, no accents.
     """
     model = _read(lambda file: models.WordPiece.from_file(file, unk_token="[UNK]"), vocabulary)
     return word_piece(model, lowercase)
@@ -62,7 +62,7 @@ def t5(model: _Path, sentinels: int = 100) -> Tokenizer:
 
     Args:
         model: spiece.model, a file of SentencePiece, which has to be installed to read it.
-        sentinels: how many tokens <extra_id_...> follow the vocabulary, the one of number 0 last.
+        sentinels: how many tokens <extra_id_...> follow the vocabulary, with <extra_id_0> last.
     """
     import sentencepiece
 
@@ -84,7 +84,7 @@ def _read(read: Callable[..., Any], *paths: _Path) -> Any:
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """Around a BPE of bytes: GPT-2's way to cut a text into words, and nothing that loses any."""
+    """A tokenizer from a BPE of bytes, lossless, that cuts texts into words as GPT-2 does."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def word_piece(model: models.WordPiece, lowercase: bool) -> Tokenizer:
-    """Around a WordPiece: BERT's normalisation, words, and template."""
+    """A tokenizer from a WordPiece, with BERT's normalisation, word borders and template."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -108,8 +108,8 @@ def word_piece(model: models.WordPiece, lowercase: bool) -> Tokenizer:
 
 
 def unigram(processor: Any) -> Tokenizer:
-    """A Unigram with the pieces of a SentencePieceProcessor, and its normalisation: one form of
-    each character, one space between words, written as U+2581."""
+    """A Unigram tokenizer with the pieces and the normalisation of a SentencePieceProcessor: NFKC,
+    and one space between words, written as U+2581."""
     ids = range(processor.get_piece_size())
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in ids]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id()))
