@@ -1,14 +1,14 @@
-"""Compares a kernel with a float64 reference: what tests, `tfkern validate` and users share.
+"""Compares a kernel with a float64 reference, for tests, `tfkern validate` and users.
 
 The yardstick is PyTorch itself. The reference runs once in float64, which is taken for the truth,
 and once in the dtype of the inputs, whose error says what that dtype can give. A kernel passes if
 
     max|ours - truth| <= 2 max|torch - truth| + floor
 
-for every output and every gradient, where the floor is the rounding noise of the dtype around the
-truth g, 2 max|((g + 0.3) - 0.3) - g| (or its bound, where g has few values). For float64 inputs,
+for every output and every gradient. The floor is the rounding noise of the dtype around the truth
+g, 2 max|((g + 0.3) - 0.3) - g|, or the bound of this if g has few values. For float64 inputs,
 where truth and yardstick coincide, the limit is 64 eps max(1, max|truth|). A NaN fails, and
-infinities must be the same ones. The rule is that of the tests of FlashAttention-3 (Shah et al.
+infinities must be the same. The tests of FlashAttention-3 have the same rule (Shah et al.
 2024).
 
 Example: a softmax that forgets to subtract the maximum passes on small inputs and fails on large
@@ -44,7 +44,7 @@ class Comparison:
     error: float
     torch_error: float
     limit: float
-    problem: str | None = None  # what is wrong other than the size of the error
+    problem: str | None = None  # a fault other than the size of the error, as a phrase
 
     @property
     def ok(self) -> bool:
@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Our error over torch's; inf if torch has none and we have one."""
+        """Our error over torch's; inf if only torch's is 0."""
         if self.torch_error == 0:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.torch_error
@@ -100,16 +100,17 @@ def validate(
 
     Args:
         fn: the function under test. Returns a tensor or a tuple of tensors.
-        reference: the same in plain PyTorch, differentiable; it runs in the dtype of its inputs.
+        reference: the same function in plain PyTorch, differentiable. It must compute in the dtype
+            of its inputs.
         inputs: arguments by name. Floating tensors are cast to float64 for the truth, and get a
             gradient; other values are passed on as they are.
         gradients: whether to compare the gradients as well.
         grad_outputs: the incoming gradient of every output; drawn from a normal distribution if
             None.
         floor_scale: factor of the floor by the name of an input, for its gradient, or of an output
-            ("output", or "output 0" and so on). Sums of many terms have one: sqrt(rows) for the
-            weight of a norm.
-        seed: for drawing the incoming gradients.
+            ("output", or "output 0" and so on). Sums of many terms need one, such as sqrt(rows)
+            for the weight of a norm.
+        seed: seed for drawing the incoming gradients.
 
     Returns:
         A `Report`; its `check()` raises AssertionError on failure.
@@ -135,7 +136,7 @@ def validate(
 
 
 def _run(fn, inputs, dtype, gradients, grad_outputs, seed):
-    """Outputs as a tuple, and gradients by the name of the input, in float64 if `dtype` says so."""
+    """Runs fn on the inputs, cast to `dtype` if given. Returns outputs, and gradients by name."""
     arguments = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -152,8 +153,8 @@ def _run(fn, inputs, dtype, gradients, grad_outputs, seed):
     if not wanted:
         return outputs, {}
     if grad_outputs is None:
-        generator = torch.Generator().manual_seed(2**20 + seed)  # not the seed of the inputs
-        # drawn in the dtype of the call, so that all three runs get the same numbers
+        generator = torch.Generator().manual_seed(2**20 + seed)  # differs from seeds of inputs
+        # Rounded to the dtype of the call, so that all three runs get the same numbers.
         narrow = next((inputs[n].dtype for n in wanted), torch.float32)
         grad_outputs = tuple(
             torch.randn(o.shape, generator=generator, device="cpu").to(o.device, narrow)
@@ -202,7 +203,7 @@ def _compare(name, ours, torchs, truth, floor_scale) -> Comparison:
         )
         g = truth.to(ours.dtype)
         floor = 2 * _largest((((g + 0.3) - 0.3) - g).double().abs())
-        # Few values may all round exactly by luck: the bound of the same noise.
+        # A few values may all be exact by luck, so they get the bound of the same noise.
         if g.is_floating_point() and g.unique().numel() < _FEW:
             floor = torch.finfo(ours.dtype).eps * (_largest(g.double().abs()) + 0.3)
         limit = 2 * torch_error + floor * floor_scale

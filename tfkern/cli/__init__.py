@@ -1,7 +1,7 @@
 """The `tfkern` program: models, benchmarks, validation, what is on or off on this machine.
 
-One file holds one command, `bench.py` the sweeps over lengths, which differ in their sizes alone.
-`options.py` has the options that several commands share, `output.py` what they print.
+Each file holds one command, except that `bench.py` holds all sweeps over lengths: they differ only
+in their sizes. `options.py` has the options that several commands share, `output.py` the printing.
 """
 
 from typing import Any
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _app():
-    """The commands. Built on demand, since what builds them comes with the extra `cli`."""
-    import matplotlib  # noqa: F401  missed now, and not when the chart of a long run is due
+    """The commands. They are built on demand, since typer comes with the extra `cli`."""
+    import matplotlib  # noqa: F401  fails now rather than when a long run draws its chart
     import typer
 
     from tfkern.cli import attention_map, bench, convert, doctor, sample, suite, validate

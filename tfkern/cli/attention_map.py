@@ -63,7 +63,7 @@ def _draw(weights: Any, names: list[str], title: str, out: Path) -> None:
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set(title=title, xlabel="key", ylabel="query")
     figure.colorbar(image, shrink=0.7)
-    with files.replacing(out) as new:  # of a long text still an image that memory holds
+    with files.replacing(out) as new:  # for long texts a lower dpi, to fit into memory
         FigureCanvasAgg(figure).print_figure(
             new, dpi=min(120, 8000 / size), format=out.suffix[1:].lower()
         )

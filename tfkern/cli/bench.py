@@ -36,7 +36,7 @@ app = typer.Typer(
     "The command suite has fixed cases on a GPU.",
 )
 
-_LONGEST = 2**24  # tokens: counting the tiles of more takes seconds
+_LONGEST = 2**24  # tokens: for more, counting tiles takes seconds
 
 Lengths = Annotated[
     str,
@@ -87,9 +87,9 @@ Hidden = Annotated[int, number("Features of a token.", int, 1, 2**20)]
 
 
 def _command(sizes: Callable[..., None]) -> Callable[..., None]:
-    """The command of the op that a function is named after and whose sizes are its parameters.
+    """Makes a command from a function named after an op, with the op's sizes as parameters.
 
-    Its options are those of `_sweep` around these, and its help is the docstring.
+    The options of the command are these sizes between those of `_sweep`. Its help is the docstring.
     """
 
     def command(**options: Any) -> None:
@@ -120,7 +120,7 @@ def _sweep(
     against: Against = "",
     **sizes: Any,
 ) -> None:
-    """Sweeps over the lengths of the op that the context's command is named after."""
+    """Sweeps over lengths. The op has the name of the command in the context."""
     op = context.info_name or ""
     if against:
         return _against(op, context)
@@ -135,7 +135,7 @@ def _sweep(
     sweep.check_memory(case, named)
     prepare(out, *(f"{op}{suffix}" for suffix in report.SUFFIXES))
     variants = len(case.variants(named))
-    # The ceiling, comparisons, and at each length the warm-ups, the timing and the memory.
+    # Steps of the bar: the ceiling, each comparison; per length the warm-ups, timing and memory.
     total = 1 + variants + len(swept) * (2 * variants + 1)
     results = with_progress(
         total,

@@ -87,7 +87,7 @@ def _kernels() -> list[tuple[str, str, str, str]]:
     """Kernels by name, their backend, what they are built for, and the GPUs that have run them."""
     rows = []
     run = _gpus()
-    with contextlib.suppress(ImportError):  # without triton
+    with contextlib.suppress(ImportError):  # triton is not installed
         kernels = importlib.import_module("tfkern.kernels")
         for found in pkgutil.walk_packages(kernels.__path__, "tfkern.kernels."):
             module, op = importlib.import_module(found.name), found.name.split(".")[2]
@@ -96,7 +96,7 @@ def _kernels() -> list[tuple[str, str, str, str]]:
                 function = getattr(kernel, "fn", None)
                 if name.endswith("_kernel") and getattr(function, "__module__", "") == found.name:
                     rows.append((f"{op}{name}", "triton", "sm_80 and later, when called", gpus))
-    with contextlib.suppress(ImportError):  # without native kernels
+    with contextlib.suppress(ImportError):  # built without native kernels
         from tfkern import _C
 
         for name in _C.cuda_kernels:
@@ -119,8 +119,10 @@ def _told(run: dict[tuple[str, str], set[str]] | None, ops: list[str], backend: 
 
 
 def _gpus() -> dict[tuple[str, str], set[str]] | None:
-    """The GPUs that benchmarks/results has rows of, by op and backend. None if there is no such
-    folder, which is part of the repository but not of a wheel."""
+    """The GPUs on which a kernel was measured, from benchmarks/results, by op and backend.
+
+    None if there is no such folder: it is part of the repository, but not of a wheel.
+    """
     results = Path(tfkern.benchmarks.__path__[0]) / "results"
     if not results.is_dir():
         return None
@@ -128,7 +130,7 @@ def _gpus() -> dict[tuple[str, str], set[str]] | None:
     for path in results.glob("**/*.csv"):
         for row in report.read(path):
             package, _, backend = row.get("variant", "").partition(" ")
-            ran = row.get("driver") and row.get("status") == "measured"  # a driver: on a GPU
+            ran = row.get("driver") and row.get("status") == "measured"  # only GPUs have drivers
             if package == "tfkern" and ran:
                 gpus.setdefault((row["op"], backend), set()).add(row["device"])
     return gpus

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def number(told: str, kind: type[int] | type[float], low: float, high: float, *names: str) -> Any:
-    """An option that takes numbers of this range, and says so to others."""
+    """An option that takes numbers from low to high, and names the range in its error."""
 
     def parse(text: Any) -> float:
         with contextlib.suppress(ValueError):
@@ -29,7 +29,7 @@ def number(told: str, kind: type[int] | type[float], low: float, high: float, *n
     return typer.Option(*names, help=told, parser=parse)
 
 
-SEEDS = (int, -(2**62), 2**62)  # there is room to count up from them
+SEEDS = (int, -(2**62), 2**62)  # leaves room to count up
 SECONDS = (float, 0, 10**9)
 
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
@@ -38,25 +38,25 @@ Model = Annotated[
     Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
-OUT_OF_FIXED = Path("benchmarks/results")  # results of fixed cases, which are kept
+OUT_OF_FIXED = Path("benchmarks/results")  # results of fixed cases, under version control
 
 
 def check_dtype(name: str) -> torch.dtype:
-    """The dtype of this name."""
+    """The dtype with this name."""
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def check_op(name: str) -> str:
-    """`name`, if an op with kernels is called so."""
+    """Returns `name` if an op with kernels has this name."""
     if name not in OPS:
         raise ValueError(f"unknown op {name!r}: expected one of {', '.join(OPS)}")
     return name
 
 
 def check_device(name: str) -> str:
-    """The device to use: what was asked for, if it is there, or the best one for ""."""
+    """The device to use: the named one if it exists, or for "" the best one."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")

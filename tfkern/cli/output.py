@@ -1,4 +1,4 @@
-"""What the commands print, and the files that they are about to write."""
+"""How the commands print, and checks of the files that they will write."""
 
 import sys
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from tfkern.benchmarks import report
 
 
 def prepare(folder: Path, *names: str) -> None:
-    """Makes the folder for these files, or fails now, not after minutes.
+    """Makes the folder for the named files, or fails now rather than after minutes of work.
 
     Raises:
-        ValueError: they cannot be written, or what is there is no CSV to add rows to.
+        ValueError: a file cannot be written, or an existing one is no CSV that can take rows.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,13 +30,13 @@ def prepare(folder: Path, *names: str) -> None:
 
 
 def console() -> Console:
-    """Where tables are printed."""
-    # 80 columns, which rich takes for a pipe, are too few
+    """The console that tables are printed on."""
+    # rich assumes 80 columns for a pipe, which are too few
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def exit_if_wrong(wrong: dict[str, str]) -> None:
-    """Exits with status 1 if something was not timed because it is wrong, and says why."""
+    """If variants were wrong and so not timed, says why and exits with status 1."""
     for name, problem in wrong.items():
         print(f"tfkern: {name} is wrong and was not timed: {problem}", file=sys.stderr)
     if wrong:
@@ -44,7 +44,7 @@ def exit_if_wrong(wrong: dict[str, str]) -> None:
 
 
 def with_progress(total: int, run: Callable[[Callable[[str], None]], Any]) -> Any:
-    """What `run(progress)` returns, while a bar counts the calls of progress."""
+    """Returns `run(progress)`, and shows a bar that counts the calls of progress."""
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     screen = Console(stderr=True)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:

@@ -82,7 +82,7 @@ def command(
 
 
 def _ask() -> str | None:
-    """A line of the user, None at the end of the input."""
+    """A line from the user, None at the end of the input."""
     try:
         return input(">>> ")
     except EOFError:

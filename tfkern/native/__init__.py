@@ -26,7 +26,7 @@ _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
 
 
 def unavailable(x: torch.Tensor) -> str | None:
-    """Why no kernel here can take `x`: its device or its dtype. None if it can."""
+    """Why no kernel here can take `x` (its device or its dtype), or None."""
     if x.is_cpu:
         if x.dtype not in _CPU_DTYPES:
             return f"takes float32, float64, bfloat16 and float16, got {x.dtype}"

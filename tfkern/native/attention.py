@@ -35,7 +35,7 @@ def _unavailable_on_cuda(a: Arguments, needs_grad: bool) -> str | None:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block can have."""
+    """Bytes of shared memory that a thread block can have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin
 

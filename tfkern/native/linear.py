@@ -1,4 +1,4 @@
-"""Linear layers on CPUs where torch's product of 16-bit numbers, or its gradient, is slow.
+"""Linear layers on CPUs where torch is slow at products of 16-bit numbers or their gradients.
 
     y = x w^T + b;   dx = dy w,  dw = dy^T x,  db = sum(dy)
 
@@ -17,11 +17,12 @@ _MATRIX_UNIT = _C.cpu_capability() == "amx"
 
 
 def widened_from(x86: bool, matrix_unit: bool, fast_pairs: bool) -> dict[torch.dtype, int]:
-    """For each dtype whose products are widened, the rows from which on they are.
+    """For each dtype whose products are computed in float32, the fewest rows for which they are.
 
-    x86 without a matrix unit multiplies 16-bit numbers at half the rate of float32, or less; AMD's
-    that multiply pairs of bfloat16 do so at twice that rate (fast_pairs), and Intel's at half.
-    Widening the weights, too, pays for itself from about 100 rows (768 x 3072).
+    x86 without a matrix unit multiplies 16-bit numbers at half the rate of float32, or less. The
+    exception is bfloat16 on AMD's with instructions for pairs of it (`fast_pairs`), at twice the
+    rate of float32; Intel's have them, too, at half. The cost of widening the weights is made good
+    from about 100 rows on (768 x 3072).
     """
     if not x86 or matrix_unit:
         return {}
@@ -46,11 +47,11 @@ def forward(x, weight, bias):
     product = product_dtype(x, x.dtype)
     wide = (t if t is None else t.to(product) for t in (x, weight, bias))
     y = F.linear(*wide)
-    return y if product == x.dtype else y.to(x.dtype)  # see mlp.py
+    return y if product == x.dtype else y.to(x.dtype)  # as in mlp.py
 
 
 def backward(dy, x, weight, want_dbias):
-    """Without weight no dx, without x no dweight."""
+    """dx, dweight and dbias. dx is None if weight is, and dweight if x is."""
     dtype, product = dy.dtype, product_dtype(dy, dy.dtype)
     wide = dy.to(product)
     dx = None if weight is None else (wide @ weight.to(product)).to(dtype)
@@ -65,13 +66,13 @@ def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
 
 
 def product_dtype(x, dtype):
-    """The dtype of the factors of products with the rows of x, where that is cast to `dtype`."""
+    """The dtype for products with the rows of x, whose factors have or are cast to `dtype`."""
     rows = _WIDENED_FROM.get(dtype) if x.is_cpu else None
     return dtype if rows is None or math.prod(x.shape[:-1]) < rows else torch.float32
 
 
 def weight_gradient(dy, x):
-    """dy^T x; where views are slow, of a copy of the smaller factor, which is cheaper."""
+    """dy^T x. Where torch is slow at transposed views, the smaller factor is copied."""
     if not _slow_views(x, x.dtype):
         return dy.t() @ x
     if dy.shape[1] <= x.shape[1]:
@@ -80,5 +81,5 @@ def weight_gradient(dy, x):
 
 
 def _slow_views(x, dtype):
-    """Whether torch is slow at views with exchanged axes: on the matrix unit."""
+    """Whether torch is slow at products of transposed views, as it is on the matrix unit."""
     return _MATRIX_UNIT and x.is_cpu and dtype == torch.bfloat16

@@ -20,7 +20,7 @@ def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
     up = None if w_up is None else F.linear(x, w_up, b_up)
     h, rounded = _activate(total, up, activation, dtype)
     y = F.linear(h, w2, b2)
-    # Not y.to(dtype) for both: the Dynamo of torch 2.11 loses the gradient of what that hands on.
+    # No y.to(dtype) if y has that dtype: it returns y, whose gradient Dynamo of torch 2.11 loses.
     if product != dtype:
         return y.to(dtype), *rounded.unbind()
     return (y, total) if up is None else (y, total, up)

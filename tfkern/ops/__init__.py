@@ -28,7 +28,7 @@ __all__ = [
     "unpad",
 ]
 
-OPS = ("attention", "layer_norm", "mlp")  # those that have kernels in every backend
+OPS = ("attention", "layer_norm", "mlp")  # ops with kernels in every backend
 
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
     "attention": ("attention", _attention.bind),
@@ -59,5 +59,5 @@ def explain(function: str, *args: Any, backend: str | None = None, **options: An
     op, bind = _BIND[function]
     options = {name: x for name, x in options.items() if not name.startswith("return_")}
     if options.get("dropout_p"):
-        options.setdefault("seed", 0)  # rather than draw one from torch's generator
+        options.setdefault("seed", 0)  # a drawn seed would advance torch's generator
     return dispatch.explain(op, bind(*args, **options), backend)

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
-# By our names. A model is pickled with its functions, which lambdas cannot be.
+# Keys are the names in tfkern. Models are pickled with these functions, so none is a lambda.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,

@@ -52,7 +52,7 @@ def attention(
         v: (B, Hk, S, Dv). D and Dv lie in 1 to 256; T and S may be 0.
         causal: query t sees the keys s <= t + S - T. This is aligned to the lower right, so that
             the last query sees every key; `F.scaled_dot_product_attention` aligns to the upper
-            left, which is the same only for T = S.
+            left, which differs unless T = S.
         window: (left, right): query t sees the keys from t + S - T - left to t + S - T + right.
             None lifts a limit. With causal both apply. The cost grows with the window, not with S.
         scale: factor of the scores, D^(-1/2) if None.
@@ -180,7 +180,7 @@ def attention_varlen(
 
 
 def _run(args: Arguments, backend: str | None) -> tuple[Tensor, Tensor]:
-    """o, and lse (2, B, H, T): its value, and what rounding left out of that."""
+    """o, and lse (2, B, H, T): the log-sum-exp, and the rest that its rounding left out."""
     backend = dispatch.select("attention", args, backend)
     with dispatch.no_autocast(args.q.device):
         return autograd.apply(_Attention, *dispatch.distinct(args), backend)
@@ -205,7 +205,7 @@ def bind(
     dropout_p=0.0,
     seed=None,
 ):
-    """The public arguments, checked, as those of an implementation."""
+    """Checks the public arguments, and returns them as `Arguments` of an implementation."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, 4, "(batch, heads, length, size)")
     q, k, v = checks.autocast(q, k, v)
@@ -260,7 +260,7 @@ def bind_varlen(
     dropout_p=0.0,
     seed=None,
 ):
-    """As `bind`, of `attention_varlen`: one batch, with the heads before the rows."""
+    """`bind` for `attention_varlen`: the documents become one batch, with heads before rows."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, 3, "(total length, heads, size)")
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in checks.autocast(q, k, v))
@@ -325,7 +325,7 @@ def _check_lengths(name: str, lengths: Tensor | None, q: Tensor, size: int) -> N
 
 
 def _check_pages(page_table: Tensor, key_lengths: Tensor | None, k: Tensor) -> None:
-    """Entries that are in use must be pages."""
+    """Checks that the entries in use are indices of pages."""
     if not all(checks.values_at_hand(x) for x in (page_table, key_lengths) if x is not None):
         return
     if key_lengths is not None:
@@ -351,12 +351,12 @@ def _check_cu_seqlens(of: str, cu: Tensor, x: Tensor, longest: int | None) -> No
 
 
 def _four(x: Tensor | None) -> Tensor | None:
-    """Bias or mask with all four dimensions."""
+    """A bias or mask with leading dimensions added, four in all."""
     return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
 def _per_head(q: Tensor, B: int, alibi_slopes: Tensor | None, sink: Tensor | None) -> dict:
-    """alibi_slopes (B, H) and sink (H,), checked."""
+    """Checks alibi_slopes and sink, and returns them with shapes (B, H) and (H,)."""
     H = q.shape[1]
     for name, x in (("alibi_slopes", alibi_slopes), ("sink", sink)):
         if x is not None:
@@ -376,13 +376,13 @@ def _per_head(q: Tensor, B: int, alibi_slopes: Tensor | None, sink: Tensor | Non
 
 
 def _numbers(q, causal, window, scale, softcap, dropout_p, seed) -> dict:
-    """The numbers of a call, checked, and the seed, which there is with dropout only."""
+    """Checks the numbers of a call, and returns them with the seed, None without dropout."""
     left, right = _limits(window)
     if causal:
         right = 0 if right is None else min(right, 0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scale, softcap = checks.number("scale", scale), checks.number("softcap", softcap)
-    if softcap < 0 or 0 < softcap < 1e-30:  # which could be 0 in float32
+    if softcap < 0 or 0 < softcap < 1e-30:  # could be 0 in float32
         raise ValueError(f"softcap must be at least 1e-30, or 0 for none, got {softcap}")
     dropout_p = checks.probability("dropout_p", dropout_p)
     seed = checks.seed(seed, q.device) if dropout_p > 0 else None
@@ -400,7 +400,7 @@ def _limits(window: _Window | None) -> _Window:
     if window is None:
         return None, None
     wrong = not isinstance(window, (tuple, list)) or len(window) != 2
-    if not wrong and torch.jit.is_tracing():  # where sizes are tensors
+    if not wrong and torch.jit.is_tracing():  # sizes are tensors then
         left, right = (x.item() if isinstance(x, Tensor) else x for x in window)
         window = left, right
     if wrong or not all(x is None or (checks.is_integer(x) and 0 <= x < 2**31) for x in window):
@@ -414,7 +414,7 @@ _Backward = autograd.first_order("attention")
 
 
 class _Attention(torch.autograd.Function):
-    """Takes the arguments of an implementation, and the name of the backend."""
+    """Attention for autograd: takes an implementation's arguments, and the name of the backend."""
 
     generate_vmap_rule = True
 

@@ -30,9 +30,9 @@ def attention_weights(
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """The weights `exp(scores - lse)` of an `attention` call, of some of its heads and queries.
+    """The weights `exp(scores - lse)` of some heads and queries of an `attention` call.
 
-    So attention maps can be looked at, or trained on, while `attention` itself stays fused:
+    Attention maps can so be looked at, or trained on, while `attention` itself stays fused:
 
         o, lse = attention(q, k, v, causal=True, return_lse=True)
         p = attention_weights(q, k, lse, heads=[3], rows=[-1], causal=True)
@@ -41,7 +41,7 @@ def attention_weights(
     them on every device; gradients reach q, k, bias, and through lse all that it depends on.
 
     Args:
-        q: (B, H, T, D), k: (B, Hk, S, D), as given to `attention`, and so all further options.
+        q: (B, H, T, D), k: (B, Hk, S, D). They and all options must be as given to `attention`.
         lse: (B, H, T), as `attention(..., return_lse=True)` returned it. It includes the sink,
             which is therefore no argument here: with one, a row sums to less than 1. Otherwise a
             row sums to 1, also where scores are so large that lse is rounded by more than 1.
@@ -74,7 +74,7 @@ def attention_weights(
     _check_lse(lse, q)
     H, T = q.shape[1:3]
     of_queries, of_keys = places(q, a.query_lengths), places(k, a.key_lengths)
-    # All that is not asked for goes before the scores are computed.
+    # Heads and rows that are not asked for are dropped before the scores are computed.
     head = None if heads is None else _indices("heads", heads, H, q.device)
     row = None if rows is None else _indices("rows", rows, T, q.device)
     bias, mask = _select(a.bias, head, row), _select(a.mask, head, row)
@@ -93,13 +93,13 @@ def attention_weights(
 
 
 def _normalised(s: Tensor, lse: Tensor, rounding: Tensor) -> Tensor:
-    """exp(s - lse), as softmax(s) exp(own - lse) with the log-sum-exp of these scores themselves.
+    """exp(s - lse), computed as softmax(s) exp(own - lse) with own, the log-sum-exp of s.
 
-    The fused op sums the products of q and k in another order than these scores were. Where the
-    two log-sum-exps differ by no more than that, they are the same: exp of the difference of two
-    roundings of 1e6 would be a factor of 1.1.
+    The fused op sums the products of q and k in another order, so lse is rounded differently. If
+    own and lse differ by no more than `rounding`, they count as equal: for scores near 1e6 the exp
+    of a difference in rounding alone could be a factor of 1.1.
     """
-    nothing = (s == -torch.inf).all(-1, keepdim=True)  # in view of a row
+    nothing = (s == -torch.inf).all(-1, keepdim=True)  # rows that see no key
     s = s.masked_fill(nothing, 0)
     own = s.logsumexp(-1, keepdim=True)
     excess = own - lse
@@ -109,10 +109,10 @@ def _normalised(s: Tensor, lse: Tensor, rounding: Tensor) -> Tensor:
 
 
 def _rounding(q: Tensor, k: Tensor, keys: Places, scale: float) -> Tensor:
-    """How far scores of the same q (B, H, T, D) and k may lie apart: (B, H, T, 1)."""
+    """(B, H, T, 1): a bound for how far rounding may move the scores of each query."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.detach().to(dtype), k.detach().to(dtype)
-    k = torch.where(keys.exist[:, None, :, None], k, 0)  # others may hold anything
+    k = torch.where(keys.exist[:, None, :, None], k, 0)  # padding may hold anything
     longest = k.norm(dim=-1).max() if k.numel() else 0
     return 8 * torch.finfo(dtype).eps * abs(scale) * longest * q.norm(dim=-1, keepdim=True)
 
@@ -127,13 +127,13 @@ def _check_lse(lse: Tensor, q: Tensor) -> None:
 
 
 def _indices(name: str, chosen: _Choice, size: int, device: torch.device) -> Tensor:
-    """The chosen ones of 0 ... size - 1."""
+    """The chosen indices as a tensor with values in 0 to size - 1."""
     every = torch.arange(size, device=device)
     if isinstance(chosen, slice):
         return every[chosen]
     if not isinstance(chosen, Tensor):
         chosen = torch.as_tensor(chosen, device=device)
-        chosen = chosen if chosen.numel() else chosen.long()  # of an empty list it would be float
+        chosen = chosen if chosen.numel() else chosen.long()  # an empty list gives float
     if chosen.dim() != 1:
         got = f"{chosen.dim()} dimensions"
         raise ValueError(f"{name} must be a slice, a sequence or a 1-d tensor, got {got}")
@@ -143,7 +143,7 @@ def _indices(name: str, chosen: _Choice, size: int, device: torch.device) -> Ten
 
 
 def _select(x: Tensor | None, head: Tensor | None, row: Tensor | None) -> Tensor | None:
-    """Heads and rows of a bias or mask, in a single copy; dimensions of size 1 stay broadcast."""
+    """The chosen heads and rows of a bias or mask, in one copy; sizes of 1 stay broadcast."""
     if x is None:
         return None
     head, row = (None if x.shape[dim] == 1 else i for dim, i in ((1, head), (2, row)))

@@ -9,11 +9,11 @@ from tfkern import dispatch
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, without what only torch.compile and functorch need of it.
+    """`function.apply(*args)`, without the steps that only torch.compile and functorch need.
 
     `Function.apply` binds its arguments to the signature of `forward` by inspection, which takes
-    longer than a whole layer norm of a small input. Where nothing is differentiated, `forward` is
-    all there is to do.
+    longer than a whole layer norm of a small input. Where nothing is differentiated, calling
+    `forward` is enough.
     """
     if torch.compiler.is_compiling():
         return _compiling(function, args)
@@ -26,12 +26,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _compiling(function: type[torch.autograd.Function], args: tuple) -> Any:
-    """`apply` where Dynamo traces it.
+    """`apply` while Dynamo traces it.
 
-    Under transforms of torch.func and in forward mode it would lose derivatives of a Function
-    without a word: the first where it does not see that a wrapped tensor requires one, the second
-    and those of forward mode always. Of `forward` it traces what torch can differentiate. Kernels
-    refuse to be (`dispatch.load`), and Dynamo leaves the call to eager mode then.
+    Dynamo silently loses derivatives of a Function in two cases. Under transforms of torch.func it
+    loses first derivatives where it does not see that a wrapped tensor requires a gradient, and
+    all second derivatives. In forward mode it loses all. So under transforms `forward` itself is
+    traced, which torch can differentiate unless it calls a kernel; kernels then refuse to be traced
+    (`dispatch.load`), and Dynamo leaves the call to eager mode.
     """
     if forward_ad._current_level >= 0:
         raise NotImplementedError("there are no derivatives in forward mode under torch.compile")
@@ -39,13 +40,13 @@ def _compiling(function: type[torch.autograd.Function], args: tuple) -> Any:
         return function.forward(*args)
     if torch.is_grad_enabled() and dispatch.requires_grad(args):
         return function.apply(*args)
-    return function.forward(*args)  # `apply` would hand its context, too, to a `forward` of *args
+    return function.forward(*args)  # `apply` would also pass its context to a forward(*args)
 
 
 def _differentiated(args: tuple) -> bool:
     """Whether a backward could be asked for, or an argument may have a forward-mode tangent.
 
-    What torch.jit.trace records may be given others, which require a gradient.
+    A graph that torch.jit.trace records may later be called with inputs that require a gradient.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -53,9 +54,9 @@ def _differentiated(args: tuple) -> bool:
 
 
 def first_order(op: str) -> type[torch.autograd.Function]:
-    """The backward of an op, as a function of its own: a second differentiation raises, where it
-    would lose terms otherwise. It takes the arguments of an implementation's backward, and the name
-    of the backend."""
+    """The backward of an op as a Function of its own, which takes the arguments of an
+    implementation's backward, and the name of the backend. Its own backward raises, so that second
+    derivatives fail instead of losing terms."""
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True

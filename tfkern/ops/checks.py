@@ -1,4 +1,4 @@
-"""The checks that public functions share. A ValueError says what was got and what is taken."""
+"""Checks that public functions share. A ValueError says what it got and what it expected."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def dense(name: str, x: Tensor) -> None:
-    """Of others, torch has no shape or strides, and says so by an internal error."""
+    """Refuses tensors without strides (nested, sparse): torch would fail with an internal error."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.is_nested:
@@ -70,7 +70,7 @@ def broadcastable(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def within(name: str, x: Tensor, low: int, high: int) -> None:
-    """Checks the values of lengths or indices, if they are at hand."""
+    """Checks that x lies in low to high, if its values are at hand."""
     if values_at_hand(x) and x.numel():
         least, most = int(x.min()), int(x.max())
         if least < low or most > high:
@@ -89,7 +89,7 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> None:
 
 
 def number(name: str, x: Any) -> float:
-    """x as a float: of a size, it may be symbolic, or a tensor while torch.jit.trace runs."""
+    """x as a float. A size may be symbolic, or a tensor while torch.jit.trace runs."""
     if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         if not isinstance(x, Tensor) or not torch.jit.is_tracing():
             raise ValueError(f"{name} must be a number, got {x!r}")
@@ -112,9 +112,9 @@ def is_integer(x: object) -> bool:
 
 
 def autocast(*tensors: Tensor | None) -> tuple:
-    """The tensors in autocast's dtype if autocast is on for their device, as they are otherwise.
+    """The tensors, cast to autocast's dtype if autocast is on for their device.
 
-    As autocast does to torch's own operators, this leaves float64 alone.
+    float64 stays, as autocast leaves it for torch's own operators.
     """
     device = next(x for x in tensors if x is not None).device
     if not dispatch.autocasts(device):
@@ -124,8 +124,8 @@ def autocast(*tensors: Tensor | None) -> tuple:
 
 
 def values_at_hand(x: Tensor) -> bool:
-    """Whether reading values of x is free of synchronisation and of graph breaks."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)  # and not a fake tensor, say
+    """Whether the values of x can be read without waiting for a GPU and without a graph break."""
+    plain = type(x) in (Tensor, torch.nn.Parameter)  # not a FakeTensor or another subclass
     plain = plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
     return plain and not torch._C._functorch.is_batchedtensor(x)
 

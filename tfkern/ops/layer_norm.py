@@ -99,7 +99,7 @@ def bind(
     axes=1,
     rms=False,
 ):
-    """The public arguments, checked, as the positional arguments of an implementation's forward."""
+    """Checks the public arguments, and returns those of an implementation's forward, in order."""
     checks.floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a 0-d tensor")
@@ -156,8 +156,11 @@ _Backward = autograd.first_order("layer_norm")
 
 
 class _LayerNorm(torch.autograd.Function):
-    """What it saves, and the gradients that it returns, are the caller's own tensors and not views
-    of them: autograd sees changes in place, and copies what would be the `.grad` of two leaves."""
+    """Layer norm for autograd.
+
+    It saves the caller's own tensors, and returns gradients that are no views, so that autograd
+    notices changes in place, and copies a gradient that two leaves would share as their `.grad`.
+    """
 
     generate_vmap_rule = True
 
@@ -178,15 +181,15 @@ class _LayerNorm(torch.autograd.Function):
         ctx.separate_h, ctx.dropout_p, ctx.axes, ctx.backend = separate_h, dropout_p, axes, backend
         ctx.dtype = x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)  # dh is often absent, and as large as dy
+        ctx.set_materialize_grads(False)  # dh is often absent; zeros would cost as much as dy
 
     @staticmethod
     def backward(ctx, dy, dh, _mean, _rstd):
         h, weight, bias, mean, rstd, seed = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(h, dtype=ctx.dtype)
-        # Without dropout between them, and in the same dtype, dx and dresidual are one tensor, and
-        # autograd copies it where two leaves would share it.
+        # Without dropout and in the same dtype, dx and dresidual are equal and one tensor serves as
+        # both. Autograd copies it where two leaves would share it.
         separate_residual = ctx.residual_dtype is not None and (
             seed is not None or ctx.residual_dtype != dy.dtype
         )

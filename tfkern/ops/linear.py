@@ -1,4 +1,4 @@
-"""The linear layer: torch's own, or that of a backend where torch's is slow."""
+"""The linear layer: torch's own, or a backend's where torch's is slow."""
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         y = x weight^T + bias
 
-    x86 CPUs without a matrix unit multiply float16, and but for AMD's with avx512_bf16 bfloat16,
-    at half the rate of float32, or less. There, factors of many rows are widened for the call; on
-    those with a matrix unit, the gradient of weight takes its factors in an order that torch is
-    fast at. Everywhere else, for all other dtypes, and where a backend other than "native" is
-    forced, this is torch's function.
+    x86 CPUs without a matrix unit multiply float16 at half the rate of float32, or less; the same
+    holds for bfloat16, except on AMD's with avx512_bf16. There, factors of many rows are widened
+    to float32 for the call. On x86 CPUs with a matrix unit, the gradient of weight takes bfloat16
+    factors in an order at which torch is fast. Everywhere else, for all other dtypes, and where a
+    backend other than "native" is forced, this is torch's function.
 
     Args:
         x: (..., K).
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (N,) or None.
 
     Returns:
-        y (..., N) in the dtype of x, or in that of autocast.
+        y (..., N) in the dtype of x, or of autocast if it is on.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that torch's function refuses.
@@ -45,13 +45,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """That in which autocast, if it is on, hands x to torch's function."""
+    """The dtype in which torch's function would compute x: autocast's if it is on."""
     cast = x.is_floating_point() and x.dtype != torch.float64 and dispatch.autocasts(x.device)
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
-    """Whether nothing is asked for that torch's function has and `_Linear` has not."""
+    """Whether `_Linear` can serve the call: dense, of one dtype, no vector, no forward mode."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     matrices = x.dim() > 1 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
     alike = all(_dtype(t) == dtype and _is_dense(t) for t in tensors)
@@ -63,7 +63,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Its backward is made of differentiable operators, as that of torch's function is."""
+    """Linear for autograd. Its backward consists of differentiable operators, as torch's does."""
 
     generate_vmap_rule = True
 

@@ -33,7 +33,7 @@ def mlp(
 
     Args:
         x: (..., K), float32, float64, bfloat16 or float16.
-        w1: (F, K), in the layout of `nn.Linear.weight` and the dtype of x, as are all that follow.
+        w1: (F, K), in the layout of `nn.Linear.weight`. All weights and biases have the dtype of x.
         b1: (F,) or None.
         w2: (N, F).
         b2: (N,) or None.
@@ -69,7 +69,7 @@ def gated_mlp(
 
         y = (act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w2^T + b2
 
-    Otherwise as `mlp`.
+    All else is as in `mlp`.
 
     Args:
         x: (..., K), as for `mlp`.
@@ -92,8 +92,8 @@ def gated_mlp(
 
 
 def bind(x, w1, b1, w2, b2, *, activation="gelu_tanh"):
-    """The public arguments, checked, as the positional arguments of an implementation's forward:
-    x, then the weight and the bias of the first layer, of up, and of the last one."""
+    """Checks the public arguments, and returns those of an implementation's forward, in order: x,
+    then weight and bias of the first layer, of up (None here) and of the last layer."""
     named = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     x, w1, b1, w2, b2 = _checked(named, activation)
     return x, w1, b1, None, None, w2, b2, activation
@@ -106,7 +106,7 @@ def bind_gated(x, w_gate, b_gate, w_up, b_up, w2, b2, *, activation="silu"):
 
 
 def _checked(named: dict[str, Any], activation: str) -> list[Any]:
-    """The tensors, cast as autocast says, x as a matrix. Weights and biases follow x in pairs."""
+    """Checks the tensors: x, then pairs of weight and bias. Returns them cast, x as a matrix."""
     x = named["x"]
     for name, tensor in named.items():
         if tensor is not None or not name.startswith("b"):
@@ -134,7 +134,7 @@ def _checked(named: dict[str, Any], activation: str) -> list[Any]:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """x with all axes but the last as one; a view where strides allow."""
+    """x with all axes but the last joined; a view where strides allow."""
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
@@ -159,10 +159,10 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.activation, ctx.backend = inputs
-        _, *kept = output  # pre, and gated up
+        _, *kept = output  # pre; and up if gated
         ctx.mark_non_differentiable(*kept)
         ctx.save_for_backward(*tensors, *kept, *[None] * (2 - len(kept)))
-        ctx.set_materialize_grads(False)  # nobody reads the gradient of pre, as large as pre
+        ctx.set_materialize_grads(False)  # no zeros for the gradient of pre, which nobody reads
 
     @staticmethod
     def backward(ctx, dy, _pre, _up=None):

@@ -1,4 +1,4 @@
-"""Between batches with padding and documents that lie one after the other."""
+"""Converts batches with padding to documents that lie one after the other, and back."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tfkern.ops import checks
 
 
 class Unpadded(NamedTuple):
-    """What `unpad` returns."""
+    """The result of `unpad`."""
 
     packed: Tensor
     indices: Tensor
@@ -18,14 +18,14 @@ class Unpadded(NamedTuple):
 
 
 def unpad(x: Tensor, keep: Tensor) -> Unpadded:
-    """The rows of a padded batch that exist, one after the other, for `attention_varlen`.
+    """Packs the rows of a padded batch that exist, one after the other, for `attention_varlen`.
 
         packed, indices, cu_seqlens, max_seqlen = unpad(x, lengths)
         ...
         x = pad(packed, indices, *x.shape[:2])
 
-    Differentiable in x. How many rows exist is a size that Python needs, so that this call waits
-    for the GPU, and breaks a graph of torch.compile.
+    It is differentiable in x. Python needs the number of rows as a size, so this call waits for the
+    GPU, and breaks a graph of torch.compile.
 
     Args:
         x: (B, T, ...), of any dtype.
@@ -64,7 +64,7 @@ def unpad(x: Tensor, keep: Tensor) -> Unpadded:
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
-    """The inverse of `unpad`: rows back in their places, and 0 elsewhere. Differentiable in x.
+    """The inverse of `unpad`: puts rows back, and 0 everywhere else. Differentiable in x.
 
     Args:
         x: (total, ...), of any dtype.
@@ -88,7 +88,7 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     if batch < 0 or length < 0:
         raise ValueError(f"batch and length must not be negative, got {batch} and {length}")
     rows = batch * length
-    if checks.values_at_hand(indices):  # a trace would take the sizes in the name for constants
+    if checks.values_at_hand(indices):  # in a trace the name would make the sizes constants
         checks.within(f"indices, of batch {batch} and length {length},", indices, 0, rows - 1)
     padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, indices, x)
     return padded.reshape(batch, length, *x.shape[1:])

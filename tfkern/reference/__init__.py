@@ -1,10 +1,10 @@
-"""Every op in plain PyTorch: its definition, and what serves where no kernel does."""
+"""Every op in plain PyTorch: its definition, and the fallback where no kernel can run."""
 
 import torch
 from torch import Tensor
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An output in its dtype. The Dynamo of torch 2.11 loses the gradient of one that `x.to` only
-    hands on."""
+    """x in `dtype`, or x itself if it has that dtype: where `x.to` returns x, the Dynamo of torch
+    2.11 loses the gradient of an output."""
     return x if x.dtype == dtype else x.to(dtype)

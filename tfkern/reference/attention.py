@@ -46,16 +46,16 @@ class Arguments(NamedTuple):
     k: Tensor
     v: Tensor
     bias: Tensor | None = None  # (B or 1, H or 1, T or 1, S or 1)
-    mask: Tensor | None = None  # the same
+    mask: Tensor | None = None  # as bias, bool
     alibi_slopes: Tensor | None = None  # (documents, H)
     sink: Tensor | None = None  # (H,)
-    query_lengths: Tensor | None = None  # (B,), as the next
+    query_lengths: Tensor | None = None  # (B,), as key_lengths
     key_lengths: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None  # (documents + 1,), as the next
+    cu_seqlens_q: Tensor | None = None  # (documents + 1,), as cu_seqlens_k
     cu_seqlens_k: Tensor | None = None
-    page_table: Tensor | None = None  # (B, pages)
-    seed: Tensor | None = None
-    left: int | None = None
+    page_table: Tensor | None = None  # (B, pages of a batch), indices into k and v
+    seed: Tensor | None = None  # 0-d, None without dropout
+    left: int | None = None  # limits of the window, None for no limit
     right: int | None = None
     scale: float = 1.0
     softcap: float = 0.0
@@ -73,9 +73,9 @@ class Arguments(NamedTuple):
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Returns o (B, H, T, Dv) in the dtype of q, and lse (2, B, H, T) in float32 or wider.
 
-    lse[0] + lse[1] is the log-sum-exp: next to a large score, the logarithm of a sum would be lost
-    in the rounding of lse[0] alone, and with it the factor of p in the backward. Here lse[1] is 0,
-    since the backward computes the softmax again from the scores.
+    lse[0] + lse[1] is the log-sum-exp. In lse[0] alone, rounding next to a large score would lose
+    the logarithm of the sum, and kernels whose backward computes p = exp(s - lse) would get p wrong
+    by a factor. Here lse[1] is 0, since this backward computes the softmax again from the scores.
     """
     a = Arguments(*args)
     if a.cu_seqlens_q is None:
@@ -94,15 +94,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Takes the arguments of forward and `bias_grad` at the end; dlse is (B, H, T).
 
-    Returns dq, dk, dv, dbias, dsink in the dtypes of the inputs. dbias is empty unless `bias_grad`,
-    and dsink without a sink.
+    Returns dq, dk, dv, dbias, dsink in the dtypes of the inputs. dbias is empty unless `bias_grad`
+    is true, and dsink is empty without a sink.
     """
     *arguments, bias_grad = args
     a, lse = Arguments(*arguments), lse[0]
     if a.cu_seqlens_q is None:
         dq, dk, dv, ds, dsink = _backward(do, dlse, lse, a)
     else:
-        # From do, which may be a batch of vmap where q is none.
+        # Allocated from do, which may be batched by vmap even where q is not.
         dq, dk, dv = (do.new_zeros(x.shape, dtype=x.dtype) for x in (a.q, a.k, a.v))
         dsink = lse.new_zeros(a.q.shape[1])
         for number, (t, s, document) in enumerate(_documents(a)):
@@ -151,7 +151,7 @@ def _backward(do, dlse, lse: Tensor, a: Arguments, number: int = 0) -> tuple[Ten
     """dq, dk, dv, ds (B, H, T, S) before the softcap, and dsink (H,)."""
     rows, keys = places(a.q, a.query_lengths), places(a.k, a.key_lengths)
     dtype, H, Hk = lse.dtype, a.q.shape[1], a.k.shape[1]
-    seen = (lse != -torch.inf)[..., None]  # other rows may hold anything, NaN included
+    seen = (lse != -torch.inf)[..., None]  # do and dlse of other rows may hold NaN
     do = torch.where(seen, do.to(dtype), 0)
     dlse = lse.new_zeros(()) if dlse is None else torch.where(seen, dlse[..., None], 0)
     # forward: s, p = softmax(s), recomputed
@@ -174,10 +174,10 @@ def _backward(do, dlse, lse: Tensor, a: Arguments, number: int = 0) -> tuple[Ten
 
 
 def _documents(a: Arguments) -> Iterator[tuple[tuple, tuple, Arguments]]:
-    """Index of the queries and of the keys of each document, and what attention of it alone takes.
+    """For each document, indices of its queries and keys, and the arguments for it alone.
 
-    One at a time rather than under one mask, since a document may hold NaN. This waits for a GPU,
-    and torch.compile cannot trace it into one graph.
+    Documents are computed one at a time rather than under one mask, since one may hold NaN. This
+    waits for a GPU, and torch.compile cannot trace it into one graph.
     """
     assert a.cu_seqlens_q is not None and a.cu_seqlens_k is not None
     ends_q, ends_k = a.cu_seqlens_q.tolist(), a.cu_seqlens_k.tolist()
@@ -189,7 +189,7 @@ def _documents(a: Arguments) -> Iterator[tuple[tuple, tuple, Arguments]]:
 
 
 class Places(NamedTuple):
-    """Where the queries or keys of a batch stand. Each tensor is (B, N), (1, N) or (B, 1)."""
+    """Positions of the queries or keys of a batch. Each tensor is (B, N), (1, N) or (B, 1)."""
 
     exist: Tensor
     position: Tensor
@@ -206,13 +206,13 @@ def places(x: Tensor, lengths: Tensor | None) -> Places:
 def scores(a: Arguments, rows: Places, keys: Places) -> tuple[Tensor, Tensor]:
     """s (B, H, T, S), -inf where hidden, and its derivative in scale q k^T, without the mask."""
     dtype = torch.promote_types(a.q.dtype, torch.float32)
-    q = torch.where(rows.exist[:, None, :, None], a.q.to(dtype), 0)  # others may hold NaN
+    q = torch.where(rows.exist[:, None, :, None], a.q.to(dtype), 0)  # padding may hold NaN
     s = a.scale * (q @ _per_query_head(a.k, keys, q.shape[1], dtype).mT)
     slope = s.new_ones(())
     if a.softcap > 0:
         tanh = (s / a.softcap).tanh()
         s, slope = a.softcap * tanh, 1 - tanh.square()
-    # t + offset - s, both counted from the ends
+    # t + offset - s, from the distances of s and t to the ends of their sequences
     distance = (keys.length - keys.position)[:, None, :] - (rows.length - rows.position)[..., None]
     visible = rows.exist[:, :, None] & keys.exist[:, None, :]
     if a.left is not None:
@@ -233,7 +233,7 @@ def _paged(x: Tensor, page_table: Tensor | None) -> Tensor:
     """Pages (number, Hk, size, D) as keys or values (B, Hk, pages size, D)."""
     if page_table is None:
         return x
-    # Entries beyond a length may hold anything.
+    # Entries beyond the length may hold anything, so they are clamped.
     pages = x[page_table.long().clamp(0, max(x.shape[0] - 1, 0))]
     return pages.transpose(1, 2).flatten(2, 3)
 
@@ -251,8 +251,11 @@ def _sum_groups(x: Tensor, key_heads: int) -> Tensor:
 
 
 def _softmax(s: Tensor, rows: Places, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """p = exp(s - lse), 0 in rows that see nothing, p of the sink (B, H, T, 1), which is one more
-    score (0 without a sink), and lse (B, H, T), -inf in rows that are not there."""
+    """p (B, H, T, S), p of the sink (B, H, T, 1), and lse (B, H, T).
+
+    p is exp(s - lse), and 0 in rows that see nothing. The sink counts as one more score; without
+    one its p is 0. lse is -inf in rows that do not exist.
+    """
     S = s.shape[-1]
     if sink is not None:
         s = torch.cat([s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)], -1)
@@ -270,7 +273,7 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _keep(s: Tensor, a: Arguments, number: int) -> Tensor | None:
-    """What dropout multiplies p by: (B, H, T, S) of 0 and 1 / (1 - dropout_p). None without it."""
+    """The factor of p for dropout: (B, H, T, S) of 0 and 1 / (1 - dropout_p), None without it."""
     if a.seed is None or a.dropout_p == 0:
         return None
     B, H, T, S = s.shape

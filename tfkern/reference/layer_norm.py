@@ -47,7 +47,7 @@ def forward(
     centred, mean = h, x.new_empty(0)
     if not rms:
         mean = h.mean(last, keepdim=True)
-        # Adds what rounding left over, which matters when the mean is large.
+        # Corrects the rounding of the mean, which matters if the mean is large.
         mean = mean + (h - mean).mean(last, keepdim=True)
         centred = h - mean
     rstd = (centred.square().mean(last, keepdim=True) + eps).rsqrt()

@@ -87,7 +87,7 @@ def backward(
     activation: str,
     wanted: tuple[bool, ...] = (True,) * 7,
 ) -> tuple[Tensor, ...]:
-    """Returns those of dx, dw1, db1, dw_up, db_up, dw2 and db2 that are wanted, in the dtype of
+    """Returns dx, dw1, db1, dw_up, db_up, dw2 and db2, empty where not wanted, in the dtype of
     x."""
     wide = _widen(x.dtype)
     dy, pre, up, x_wide = wide(dy), wide(pre), wide(up), wide(x)

@@ -15,8 +15,8 @@ from tfkern import ops
 from tfkern.reference.dropout import dropout, philox
 from tfkern.validation.case import Case
 
-# What a case of attention is made of: for each parameter its values, the plain one first. The
-# pairwise tests, `tfkern validate` and the feature table of README go through these.
+# The parameters of a case of attention, with the values of each, the plain one first. The pairwise
+# tests, `tfkern validate` and the feature table of README go through these.
 PARAMETERS: dict[str, tuple] = {
     "band": ("full", "causal", "window", "causal window", "left window"),
     "batch": ("equal lengths", "key lengths", "query and key lengths", "documents", "pages"),
@@ -31,7 +31,7 @@ PARAMETERS: dict[str, tuple] = {
     "dropout": (None, "dropout"),
     "layout": ("BHTD", "BTHD"),
 }
-_SIZES = {  # T, S, D, Dv: on either side of the edges of tiles
+_SIZES = {  # T, S, D, Dv: on both sides of the edges of tiles
     "square": (67, 67, 32, 32),
     "more keys": (37, 131, 64, 64),
     "more queries": (70, 33, 16, 16),
@@ -42,8 +42,8 @@ _SIZES = {  # T, S, D, Dv: on either side of the edges of tiles
 
 
 def possible(choice: dict[str, Any]) -> bool:
-    """Whether the values fit together; parameters that are not there do not matter."""
-    if choice.get("batch") == "documents":  # scores of documents have no common shape
+    """Whether the chosen values fit together. Absent parameters do not matter."""
+    if choice.get("batch") == "documents":  # their scores have no common shape
         return choice.get("bias") is None and choice.get("mask") is None
     return True
 
@@ -51,10 +51,10 @@ def possible(choice: dict[str, Any]) -> bool:
 def make_case(
     choice: dict[str, Any], tensor: Callable[..., Tensor], rng: random.Random, backend: str | None
 ) -> Case:
-    """The case with these values of PARAMETERS; a parameter that is not there has its first."""
+    """The case with the chosen values of PARAMETERS; an absent parameter has its first value."""
     choice = {name: choice.get(name, values[0]) for name, values in PARAMETERS.items()}
     T, S, D, Dv = _SIZES[choice["sizes"]]
-    # The rule compares maxima, which takes some rows.
+    # The limit compares the largest errors, which is fair only over enough rows.
     B = 2 + 32 // T
     H, Hk = {"equal heads": (2, 2), "grouped heads": (4, 2), "one key head": (3, 1)}[
         choice["heads"]
@@ -122,7 +122,7 @@ def make_case(
 
 
 def _cut(name: str, which: str, inputs: dict, options: dict, rng: random.Random) -> None:
-    """Gives the batches lengths, one of them all or nothing, and makes what lies beyond NaN."""
+    """Gives the batches lengths, the first 0 or full, and fills the padding with NaN."""
     B, _, size, _ = inputs[which[0]].shape
     lengths = [rng.choice((0, size)), *(rng.randint(size // 2, size) for _ in range(B - 1))]
     options[name] = torch.tensor(lengths, device=inputs["q"].device)
@@ -132,7 +132,7 @@ def _cut(name: str, which: str, inputs: dict, options: dict, rng: random.Random)
 
 
 def _pack(inputs: dict, options: dict, rng: random.Random) -> None:
-    """Cuts the rows of all batches into documents anew, with empty ones now and then."""
+    """Cuts the rows of all batches into documents of random lengths, which may be 0."""
     for name, x in (("cu_seqlens_q", "q"), ("cu_seqlens_k", "k")):
         B, _, size, _ = inputs[x].shape
         cuts = sorted(rng.randint(0, B * size) for _ in range(B - 1))
@@ -143,7 +143,7 @@ def _pack(inputs: dict, options: dict, rng: random.Random) -> None:
 
 
 def _page(inputs: dict, options: dict, rng: random.Random, size: int = 12) -> None:
-    """Moves keys and values to pages in a random order. What is not in use is NaN."""
+    """Moves keys and values to pages in a random order. Unused pages are NaN."""
     B, _, S, _ = inputs["k"].shape
     count = -(-S // size)
     order = rng.sample(range(B * count + 2), B * count)
@@ -162,8 +162,8 @@ def _page(inputs: dict, options: dict, rng: random.Random, size: int = 12) -> No
 
 
 def draws(rng: random.Random, tensor: Callable[..., Tensor], backend: str | None) -> Iterator[Case]:
-    """Cases without end. Each parameter deals its values from a shuffled deck, so that as many
-    cases as the longest list has values show them all."""
+    """Endless cases. Each parameter takes its values in turn from a shuffled list, so that every
+    value occurs within as many cases as the longest list has values."""
     decks: dict[str, list] = {name: [] for name in PARAMETERS}
     while True:
         for name, deck in decks.items():
@@ -176,12 +176,12 @@ def draws(rng: random.Random, tensor: Callable[..., Tensor], backend: str | None
 
 
 def floor_scale(inputs: dict[str, Any], B: int, T: int, S: int) -> dict[str, float]:
-    """The scale of the floors.
+    """The factors `floor_scale` of `tfkern.testing.validate`.
 
-    Scores and lse, of a few units or about log S, are each off by as many roundings of 1, and with
-    them p = exp(s - lse) by the same factor. In narrower dtypes, whose scores and lse are float32
-    too, this disappears in the rest, except for lse itself, "output 1". Gradients of bias and sink
-    are sums of many terms.
+    Scores are a few units large, and lse is about log S, so each is off by that many roundings of
+    1, and p = exp(s - lse) by a relative error of the same size. Narrower dtypes than float32 have
+    float32 scores and lse, too, so there only lse itself ("output 1") shows it. Gradients of bias
+    and sink are sums of many terms.
     """
     q, wide = inputs["q"], inputs["q"].dtype == torch.float32
     names = (*inputs, "output", "output 0", "output 1")
@@ -214,11 +214,11 @@ def torch_attention(
     return_lse: bool = False,
     document: int = 0,
 ) -> Any:
-    """What `tfkern.attention` computes, by torch's attention over a dense mask where it can.
+    """What `tfkern.attention` computes, by torch's attention with a dense mask where this serves.
 
-    torch's fused kernel rather than unfused code: its backward has the cancellation in
-    dp - rowsum(do o) that all kernels of this kind have. The log-sum-exp, softcap and dropout are
-    unfused. `document` is the number of the first batch.
+    It uses torch's fused kernel rather than unfused code because the backward of that kernel has
+    the same cancellation in dp - rowsum(do o) as ours. The log-sum-exp, softcap and dropout are
+    unfused. `document` is the document number of the first batch, for dropout.
     """
     if page_table is not None:
         table = page_table.clamp(0).tolist()
@@ -285,7 +285,7 @@ def torch_attention_varlen(
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
-    """What `tfkern.attention_varlen` computes: one document after the other."""
+    """What `tfkern.attention_varlen` computes, one document after the other."""
     results = []
     ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
     for i, ((t0, s0), (t1, s1)) in enumerate(itertools.pairwise(ends)):

@@ -11,7 +11,7 @@ from tfkern.testing import Report, validate
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a public function, to be compared with torch's."""
+    """One call of a public function, to compare with torch's operators."""
 
     label: str
     fn: Callable
@@ -32,6 +32,6 @@ class Case:
 
 
 def draw_size(rng: random.Random, least: int, most: int) -> int:
-    """A size beside a power of two, or any."""
+    """A size in least to most: at or next to a power of two, or any."""
     edge = 2 ** rng.randrange(most.bit_length()) + rng.choice((-1, 0, 1))
     return min(max(least, rng.choice((edge, rng.randint(least, most)))), most)
