@@ -3,8 +3,8 @@
 TFKERN_NATIVE=0 leaves it out: the package is then pure Python. CUDA kernels are built where there
 is a CUDA compiler (in CUDA_HOME, on the path, or in /usr/local/cuda), with or without a GPU.
 TFKERN_CUDA=0 leaves them out, and TFKERN_CUDA=1 makes it an error if they cannot be built.
-TFKERN_CUDA_ARCHITECTURES builds them for some architectures, such as sm_80,sm_90a, or for the GPU
-that is here (native; for all if there is none).
+TFKERN_CUDA_ARCHITECTURES names architectures to build for, such as sm_80,sm_90a, or native for the
+GPU of this machine (all architectures if it has none).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-# Code for these, and PTX of the first for every later GPU.
+# Kernels are built as code for these, and as PTX of the first for all later GPUs.
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 
@@ -60,7 +60,7 @@ def cuda_home(torch_cuda):
 
 
 def cuda_architectures(home, torch):
-    """Those to build for, of what the nvcc of `home` knows (12.6 has no sm_100)."""
+    """The architectures to build for, among those that nvcc knows (12.6 has no sm_100)."""
     command = [Path(home) / "bin" / "nvcc", "--list-gpu-code"]
     codes = subprocess.run(command, capture_output=True, text=True).stdout.split()
     known = [a for a in CUDA_ARCHITECTURES if a.removesuffix("a") in codes]
@@ -80,8 +80,8 @@ def cuda_architectures(home, torch):
 
 
 def cuda_flags(flags, architectures):
-    """Arguments of nvcc. The headers' hash is among them, so that ninja sees when one changes."""
-    targets = ["--threads=0"]  # one for each architecture
+    """Arguments of nvcc. They contain a hash of the headers, so that ninja sees any change."""
+    targets = ["--threads=0"]  # one thread per architecture
     for architecture in architectures:
         number = architecture.removeprefix("sm_")
         code = f"[{architecture},compute_{number}]" if number == "80" else architecture
@@ -101,7 +101,7 @@ def cuda_flags(flags, architectures):
 
 
 def cuda_kernels():
-    """The kernels by op and name, as a list in C++."""
+    """The names of the CUDA kernels, each with its op in front, as a list in C++."""
     names = []
     for path in sorted(Path("csrc/cuda").glob("*.cu")):
         kernels = re.findall(r"__global__[^;]*?\b(\w+)_kernel\(", path.read_text())
@@ -169,7 +169,7 @@ def native():
     )
 
     class Build(BuildExtension):
-        """Keeps the objects, also those of an editable installation: nvcc takes minutes."""
+        """Keeps the objects, even of an editable installation: nvcc takes minutes to make them."""
 
         def finalize_options(self):
             super().finalize_options()

@@ -1,6 +1,7 @@
-"""The process of the program `tfkern`, which ends with a status and leaves no other process.
+"""The process of the program `tfkern`: it ends with a status, and leaves no other process behind.
 
-It stands beside the package, whose import takes seconds, so that it is there before a signal is.
+This module is outside of the package, whose import takes seconds, so that signals are handled from
+the start.
 """
 
 import importlib
@@ -14,24 +15,25 @@ import warnings
 from types import FrameType
 from typing import Any
 
-GRACE = 3.0  # seconds in which the main thread may clean up: a kernel hears of no signal
+GRACE = 3.0  # seconds for the main thread to clean up: in a kernel it notices no signal
 _SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal is gone"}
-_LONGEST = 600  # characters of a line
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_LONGEST = 600  # most characters in a line
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class Stopped(BaseException):
-    """A signal has told the program to end."""
+    """Raised when a signal has told the program to end."""
 
 
 def main() -> int:
     """Runs the program and returns its exit status.
 
-    0; 1 for a failed check and for what went wrong on the way; 2 for a wrong call; 130 and 143
-    after an interrupt and a termination. TFKERN_TRACEBACK=1 shows where an error comes from.
+    The status is 0 for success, 1 for a failed check or another failure, 2 for a wrong call, 130
+    after an interrupt and 143 after a termination. TFKERN_TRACEBACK=1 shows where an error comes
+    from.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed by the caller
+        if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
@@ -56,9 +58,10 @@ def main() -> int:
 
 
 class _Stop:
-    """What a signal does: the first one raises Stopped, and soon the process ends in any case.
+    """Handles signals: the first raises Stopped, and after GRACE seconds the process ends anyway.
 
-    While `at_once` is set, during imports and at the end, it ends without cleaning up.
+    While `at_once` is set, the process ends without cleaning up: during imports and at the end
+    nothing needs it.
     """
 
     def __init__(self) -> None:
@@ -74,8 +77,8 @@ class _Stop:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def leave(self) -> None:
-        """Ends the process with the status of the signal and a line that says so."""
-        self._leaving.acquire()  # and never releases it: there is one line
+        """Ends the process with the status of the signal, after a line that names it."""
+        self._leaving.acquire()  # never released, so that one thread writes one line
         number = signal.Signals(self.number)
         if sys.stderr.isatty():
             os.write(2, b"\r\x1b[K\x1b[?25h")  # a progress bar may have hidden the cursor
@@ -85,13 +88,13 @@ class _Stop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self.number = not self.number, self.number or number
         if first:
-            sys.unraisablehook = lambda _: None  # of callbacks that cannot raise
+            sys.unraisablehook = lambda _: None  # callbacks that cannot raise would print Stopped
             if self.at_once:
                 self.leave()
             raise Stopped
 
     def _watch(self) -> None:
-        """Runs beside the main thread, which may be anywhere and deaf."""
+        """Ends the process from another thread: the main one may be in code that sees no signal."""
         number = os.read(self._reader, 1)[0]
         time.sleep(GRACE)
         self.number = self.number or number
@@ -99,7 +102,7 @@ class _Stop:
 
 
 def say(message: str, status: int) -> int:
-    """Prints a message as one line on stderr, without what a terminal would obey."""
+    """Prints a message as one line on stderr, without control characters. Returns `status`."""
     line = "".join(c for c in " ".join(message.split()) if c.isprintable())
     line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
     print(f"tfkern: {line}", file=sys.stderr)
@@ -107,7 +110,7 @@ def say(message: str, status: int) -> int:
 
 
 def failed(error: Exception) -> int:
-    """Says what went wrong that is nobody's wrong call. Returns the status."""
+    """Reports an error that is not a wrong call of the program. Returns the exit status."""
     if os.environ.get("TFKERN_TRACEBACK"):
         traceback.print_exception(error)
     told = str(error)
@@ -120,26 +123,26 @@ def failed(error: Exception) -> int:
 
 
 def _flush() -> int:
-    """Writes out what was printed. Returns 0, or 1 if nobody takes it."""
+    """Flushes stdout. Returns 0, or 1 if it cannot be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at exit
         return 1 if isinstance(error, BrokenPipeError) else failed(error)
     return 0
 
 
 def attached(parent: int, module: str, function: str, *arguments: Any) -> Any:
-    """Calls a function of a module, in a process that ends with the one that started it.
+    """Calls a function of a module in a process that is to end when its parent does.
 
-    Its module is imported only then. Where the system does not end a process with its parent
-    (all but Linux do not), the function has to.
+    The module is imported only after this is set up. Only Linux ends a process with its parent;
+    elsewhere the function itself has to end.
     """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if hasattr(os, "getppid") and os.getppid() != parent:  # it has ended meanwhile
+    if hasattr(os, "getppid") and os.getppid() != parent:  # the parent has ended meanwhile
         os._exit(1)
     return getattr(importlib.import_module(module), function)(*arguments)
 

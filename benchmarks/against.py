@@ -1,9 +1,9 @@
 """Fixed cases in pairs with PyTorch, on a CPU: `tfkern bench <op> --against torch`.
 
-The result of a case is a ratio, PyTorch's time over that of the native kernels, taken pair by pair
-of samples that ran side by side, so that what slows down the machine cancels. The rows of all ops
-stand in one file for each processor and instruction set of PyTorch, from which README has its
-table. Running an op replaces its rows.
+The result of a case is the ratio of PyTorch's time to the native kernels' time. It is taken from
+pairs of samples that ran side by side, so that whatever slows down the machine cancels. The rows
+of all ops stand in one file for each processor and instruction set of PyTorch; README's table comes
+from these files. Running an op replaces its rows.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,22 @@ from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, compiled, prep
 
 CHOICES = ("torch",)
 THREADS = 2
-# Fewer pairs than 15 only of calls of many seconds.
+# At least 15 pairs, or fewer for calls that take many seconds.
 PROTOCOL = timing.Protocol(min_samples=15, max_samples=500, min_seconds=0.5, long_seconds=60)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A pass of a case, and the ratios to reach in float32 and bfloat16 where torch has no AMX."""
+    """A pass of a case, and the target ratios for float32 and, where torch has no AMX, bfloat16."""
 
     name: str
     case: Case
     which: str
     targets: tuple[float, float]
-    compiled: bool = False  # against torch.compile, not PyTorch's operators one by one
+    compiled: bool = False  # whether torch's side is under torch.compile
 
     def target(self, dtype: str) -> float | None:
-        """The ratio to reach, where one is set for the dtype and this processor."""
+        """The ratio to reach for a dtype on this processor, None where none is set."""
         if dtype != "float32" and "amx" in environment.torch_instructions():
             return None
         return dict(zip(("float32", "bfloat16"), self.targets, strict=True)).get(dtype)
@@ -44,7 +44,7 @@ class Comparison:
         return replace(self.case, dtype=dtype, backward=self.which != FORWARD)
 
     def variants(self, case: Case) -> tuple[Variant, Variant]:
-        """PyTorch's and ours."""
+        """PyTorch's variant and tfkern's."""
         eager = Variant("torch", case.fused)
         theirs = compiled("torch.compile", case.fused) if self.compiled else eager
         return theirs, next(v for v in case.variants(["native"]) if v.name == "tfkern native")
@@ -92,13 +92,13 @@ COMPARISONS = {
         Comparison("T=1024 dim=768", _BLOCK, BOTH, (1.05, 1.4), compiled=True),
     ),
 }
-_HALF = ("attention", "mlp")  # their float16 has code of its own
+_HALF = ("attention", "mlp")  # ops whose float16 has code of its own
 
 
 @dataclass
 class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)  # what failed the comparison -> how
+    wrong: dict[str, str] = field(default_factory=dict)  # what failed -> how
 
 
 def dtypes(op: str) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def run(
     protocol: timing.Protocol = PROTOCOL,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> Results:
-    """Times the comparisons of the op. One of whose sides differs from float64 is not timed."""
+    """Times the comparisons of an op, except those with a side that differs from float64."""
     facts, results = environment.facts("cpu"), Results()
     for dtype in dtypes(op):
         for comparison in COMPARISONS[op]:
@@ -126,14 +126,14 @@ def run(
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Puts the rows of an op into the file of this processor, in place of its former ones."""
+    """Puts the rows of an op into the file of this processor, in place of the op's former rows."""
     op, order = rows[0]["op"], list(COMPARISONS)
     path = folder / file_name(rows[0])
     return report.update(path, rows, lambda r: r["op"] != op, lambda r: order.index(r["op"]))
 
 
 def file_name(facts: dict[str, Any]) -> str:
-    """The file of a processor, by the facts of its rows."""
+    """The name of the file for a processor, from the facts of its rows."""
     return report.file_name("cpu", facts["device"], facts["torch_instructions"])
 
 
@@ -163,12 +163,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _disagreements(comparison: Comparison, case: Case) -> dict[str, str]:
-    """How the two sides differ from float64 on a small case, if they do."""
+    """By variant, how it differs from float64 on a small case, for variants that do."""
     found = {}
     for variant in comparison.variants(case):
         if variant.unavailable is not None:
             raise NotImplementedError(f"{variant.name} cannot run: {variant.unavailable}")
-        torch.manual_seed(0)  # the same inputs for both, and in every run
+        torch.manual_seed(0)  # both variants, and all runs, get the same inputs
         problem = measure.disagreement(case, variant)
         if problem is not None:
             found[variant.name] = problem
@@ -183,7 +183,7 @@ def _row(comparison: Comparison, case: Case, protocol: timing.Protocol) -> dict[
     for step in steps.values():
         timing.warm_up(step, protocol)
     timings = timing.interleaved(steps, "cpu", protocol)
-    ceiling = max(ceiling, _ceiling(case.unit, case.dtype))  # a busy machine only lowers it
+    ceiling = max(ceiling, _ceiling(case.unit, case.dtype))  # a busy machine lowers it
     times = [timings[v.name] for v in (theirs, ours)]
     ratios = timing.ratio(*times, comparison.which)
     seconds = [t.quantiles(comparison.which)[1] for t in times]
@@ -211,10 +211,10 @@ def _row(comparison: Comparison, case: Case, protocol: timing.Protocol) -> dict[
 
 
 def _ceiling(unit: str, dtype: str) -> float:
-    """The best copy or product of this machine now.
+    """The highest rate of this machine now: bytes/s of a copy, or FLOP/s of a product.
 
-    A product may be widened to float32. PyTorch's own in float16 is no ceiling: most processors
-    take a hundred times longer for it.
+    The product may be in float32 for 16-bit dtypes, whose factors may be widened. PyTorch's float16
+    product is no ceiling: on most processors it takes a hundred times longer.
     """
     if unit == "GB/s":
         return timing.copy_ceiling("cpu")

@@ -1,4 +1,4 @@
-"""Softmax attention over context length: the cost of what is quadratic, and of what need not be."""
+"""Softmax attention over context length: quadratic work, and memory that need not be."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from tfkern.reference.attention import Arguments
 
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled
 
-Band = tuple[int | None, int | None]  # keys before and after the query that it sees, None: all
+Band = tuple[int | None, int | None]  # keys seen before and after the query; None: no limit
 
 _SDPA = {
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
@@ -47,8 +47,8 @@ class OpCase(Case):
     heads: int = 8
     head_dim: int = 64
     causal: bool = False
-    window: int | None = None  # keys before the query that it sees, and unless causal after it
-    key_heads: int | None = None  # a divisor of the heads; as many if None
+    window: int | None = None  # keys seen before the query, and unless causal also after it
+    key_heads: int | None = None  # a divisor of heads; heads if None
 
     def small(self) -> "OpCase":
         return replace(self.excerpt(), length=min(self.length, 197))
@@ -64,7 +64,7 @@ class OpCase(Case):
 
     @property
     def band(self) -> Band:
-        """(left, right) as `tfkern.attention` takes it."""
+        """The window (left, right) as `tfkern.attention` takes it."""
         return self.window, 0 if self.causal else self.window
 
     def inputs(self) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class OpCase(Case):
         return {"q": q, "k": self.draw(*keys), "v": self.draw(*keys)}
 
     def floor_scale(self) -> dict[str, float]:
-        # Their gradients are sums over all queries.
+        # The gradients of k and v are sums over all queries.
         return dict.fromkeys(("k", "v"), math.sqrt(self.length))
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,15 +83,15 @@ class OpCase(Case):
         return sdpa(q, k, v, band=self.band)
 
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
-        # How many matrices of scores are alive at once, forward and with backward: as measured.
+        # The numbers given to _scores are measured: how many matrices of scores are alive at once.
         return [
             Variant("plain", self.reference, self._scores(2, 3)),
             *(
                 _sdpa(name, backend, self.band, self._scores(2.5, 3) if name == "math" else 0)
                 for name, backend in _SDPA[self.device.partition(":")[0]].items()
-                if self.window is None or name != "flash" or self.device == "cpu"  # takes no mask
+                if self.window is None or name != "flash" or self.device == "cpu"  # no mask
             ),
-            *([self._flex()] if self.device.startswith("cuda") else []),  # no backward on a CPU
+            *([self._flex()] if self.device.startswith("cuda") else []),  # no CPU backward
             *backend_variants(self, self._tfkern, backends, self._scores(3, 5, torch.float32)),
         ]
 
@@ -103,7 +103,7 @@ class OpCase(Case):
         return factor * 4 * self.batch * self.heads * pairs * self.head_dim
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        # torch gets a window as a mask, and then computes everything
+        # With a window torch gets a mask, and its kernels compute all scores.
         return flop_formulas(self.causal and self.window is None, self._triton_tile())
 
     def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
@@ -129,7 +129,7 @@ class OpCase(Case):
 
     def _triton_tile(self) -> tuple[int, int]:
         if not self.device.startswith("cuda") or tfkern.backends(self.op)["triton"] is not None:
-            return 128, 64  # asked for by nobody
+            return 128, 64  # no Triton here: the value is unused
         from tfkern.kernels import architecture
         from tfkern.kernels import attention as kernel
 
@@ -138,7 +138,7 @@ class OpCase(Case):
         return tiles.rows, tiles.columns
 
     def _scores(self, forward: float, both: float, at_least: torch.dtype | None = None) -> int:
-        """Bytes of so many matrices of scores, in the dtype of the inputs or a wider one."""
+        """Bytes of `forward` or `both` matrices of scores, in the inputs' dtype or a wider one."""
         dtype = torch.promote_types(self.torch_dtype, at_least or self.torch_dtype)
         pairs = self.batch * self.heads * self.queries * self.length
         return round((both if self.backward else forward) * pairs * dtype.itemsize)
@@ -146,7 +146,7 @@ class OpCase(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(OpCase):
-    """One new query on the keys of `length` tokens: bound by reading them."""
+    """One new query for the keys of `length` tokens: bound by reading keys and values."""
 
     unit = "GB/s"
 
@@ -155,7 +155,7 @@ class Decode(OpCase):
         return 1
 
     def work(self, which: str) -> float:
-        """The bytes of keys and values, forward."""
+        """The bytes of keys and values, which the forward pass reads once."""
         pairs = self.batch * (self.key_heads or self.heads) * self.length
         return 2 * pairs * self.head_dim * self.torch_dtype.itemsize
 
@@ -184,14 +184,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, band: Band) -> Tensor:
     """PyTorch's attention, with the kernel that it chooses."""
     causal = band == (None, 0)
     mask = None
-    if band != (None, None) and not causal:  # torch has no window: a mask, at full cost
+    if band != (None, None) and not causal:  # torch has no windows: a mask, at full cost
         mask = visible(q.shape[2], k.shape[2], band, q.device)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
 def _seen(band: Band) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The band of as many queries as keys, as FlexAttention takes it."""
+    """The band for equal numbers of queries and keys, as a mask function of FlexAttention."""
     left, right = band
     if left is None:
         return lambda b, h, t, s: s <= t + right
@@ -207,10 +207,11 @@ def _sdpa(name: str, backend: SDPBackend, band: Band, scratch: int) -> Variant:
 
 
 def visible_pairs(T: int, S: int, band: Band, tile: tuple[int, int] = (1, 1)) -> int:
-    """Pairs of queries and keys of the tiles that a kernel visits.
+    """The number of pairs of query and key in the tiles that a kernel visits.
 
-    A kernel walks over the keys for every tile of queries, from the tile with the first to the tile
-    with the last key that any of the queries sees. Tiles at the ends count at their real size.
+    For every tile of queries a kernel walks over tiles of keys, from the tile with the first key
+    that any of its queries sees to the tile with the last one. Tiles that the ends of the sequences
+    cut off count with their real size.
     """
     left, right = band
     tile_t, tile_s = tile
@@ -229,29 +230,29 @@ def visible_pairs(T: int, S: int, band: Band, tile: tuple[int, int] = (1, 1)) ->
 def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[int, int]) -> int:
     """FLOPs of the tiles that a kernel visits, by the shapes of q, k and v.
 
-    `products` says how many matrix products with D and with Dv each tile takes part in: forward
-    (1, 1).
+    `products` are the numbers of matrix products with D and with Dv for each tile: (1, 1) in
+    forward.
     """
     (B, H, T, D), S, Dv = q, k[2], v[3]
     return 2 * B * H * visible_pairs(T, S, band, tile) * (products[0] * D + products[1] * Dv)
 
 
-# kBlock of csrc/cpu/attention.h. Its tiles of keys end where the last of these queries sees none.
+# kBlock queries of csrc/cpu/attention.h, whose walk over keys ends with the last visible key.
 _NATIVE_TILE = 64, 1
 
 
 def flop_formulas(
     causal: bool, triton_tile: tuple[int, int] = (128, 64)
 ) -> dict[Any, Callable[..., int]]:
-    """Formulas for `FlopCounterMode`, whose own know neither the CPU, tfkern, nor tiles.
+    """Formulas for `FlopCounterMode`: its own know neither CPU kernels, nor tfkern, nor tiles.
 
-    `causal` is that of torch's operators; tfkern's have their band among the arguments.
+    `causal` holds for torch's operators. tfkern's operators have their band among the arguments.
     """
 
     def of_torch(skip: int, products: tuple[int, int]) -> Callable[..., int]:
         def formula(*args, **_):
             q, k, v = args[skip : skip + 3]
-            # FlashAttentionKernel.cpp of ATen; a causal row of tiles ends with its last query.
+            # As in ATen's FlashAttentionKernel.cpp; a causal walk ends with the last query.
             tile = (256 if q[2] >= 768 else 64 if q[2] >= 192 else 32), 1
             band = None, 0 if causal else None
             return tile_flops(q, k, v, band=band, tile=tile, products=products)
@@ -259,7 +260,7 @@ def flop_formulas(
         return formula
 
     def ours(tile: tuple[int, int], products: tuple[int, int]) -> Callable[..., int]:
-        """Of an operator with the gradients, if it has any, around the arguments of forward."""
+        """A formula for an operator with the arguments of forward, or of backward around these."""
 
         def formula(*args, **_):
             backward = len(args) > len(Arguments._fields)
@@ -269,7 +270,7 @@ def flop_formulas(
 
         return formula
 
-    # One walk over the tiles: s, dq, dk with D and dp, dv with Dv. Two walks: s and dp twice.
+    # One walk over the tiles computes s, dq, dk with D and dp, dv with Dv. Two compute s, dp twice.
     one_walk, two_walks = (3, 2), (4, 3)
     by_operator = {
         "aten._scaled_dot_product_flash_attention_for_cpu": of_torch(0, (1, 1)),
@@ -282,6 +283,6 @@ def flop_formulas(
     formulas = {}
     for name, formula in by_operator.items():
         library, _, operator = name.partition(".")
-        if hasattr(getattr(torch.ops, library), operator):  # only if its backend is here
+        if hasattr(getattr(torch.ops, library), operator):  # only if its backend is loaded
             formulas[getattr(getattr(torch.ops, library), operator)] = formula
     return formulas

@@ -1,4 +1,4 @@
-"""A training step of one decoder block over context length: all that a transformer repeats."""
+"""A training step of one decoder block over context length: the part that a transformer repeats."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from .case import BACKWARD, BOTH, FORWARD, Case, Variant, compiled
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase(Case):
-    """x of (batch, length, hidden) through a block with GPT-2's parts, and its parameters."""
+    """A block with GPT-2's parts on x (batch, length, hidden). Its parameters are inputs, too."""
 
     op = "block"
     lengths = {
@@ -38,7 +38,7 @@ class OpCase(Case):
     heads: int = 12
 
     def __post_init__(self) -> None:
-        self.config()  # raises for sizes that make no block
+        self.config()  # raises if the sizes make no block
         if self.hidden > 256 * self.heads:
             size = self.hidden // self.heads
             raise ValueError(f"heads of tfkern.attention have up to 256 features, got {size}")
@@ -49,7 +49,7 @@ class OpCase(Case):
         )
 
     def module(self) -> nn.Module:
-        """tfkern's, for its structure alone: every call brings the parameters."""
+        """The block of tfkern, used for its structure only: every call passes the parameters."""
         return on_meta(Block, self.config())
 
     def small(self) -> "OpCase":
@@ -59,14 +59,14 @@ class OpCase(Case):
         return {"x": self.draw(self.batch, self.length, self.hidden), **self.parameters()}
 
     def parameters(self) -> dict[str, Tensor]:
-        """By their names in the module, of the size that they have before training."""
+        """The parameters by their names in the module, with values as large as before training."""
         return {
             name: self.draw(*p.shape, std=0.02) if p.dim() > 1 else self._vector(name, p)
             for name, p in self.module().named_parameters()
         }
 
     def floor_scale(self) -> dict[str, float]:
-        # Their gradients are sums over all tokens.
+        # The gradients of parameters are sums over all tokens.
         names = dict(self.module().named_parameters())
         return dict.fromkeys(names, math.sqrt(self.batch * self.length))
 
@@ -77,13 +77,13 @@ class OpCase(Case):
         return self.in_torch(attention.sdpa, **inputs)
 
     def in_torch(self, attend: Callable, x: Tensor, **weights: Tensor) -> Tensor:
-        """The same in PyTorch's operators, with one of its ways to compute attention."""
+        """The block in PyTorch's operators; `attend` is the way to compute attention."""
         return torch_block(attend, self.heads, x, weights)
 
     def in_tfkern(self, x: Tensor, **weights: Tensor) -> Tensor:
         x = x.view_as(x)  # FlopCounterMode fails on a module whose input is a leaf
         y, h = functional_call(self.module(), weights, (x, None))
-        return y + h  # left to the norm of the next block, which is not here
+        return y + h  # the norm of the next block would add them
 
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
         rows = self.batch * self.heads * self.length**2 * self.torch_dtype.itemsize
@@ -104,7 +104,7 @@ class OpCase(Case):
         ]
 
     def work(self, which: str) -> float:
-        """Of the products with weights, and of the attention, halved since it is causal."""
+        """FLOPs of the products with weights, and of attention, halved since it is causal."""
         tokens = self.batch * self.length
         products = 2 * tokens * 12 * self.layers * self.hidden**2
         pairs = 2 * tokens * self.length * self.layers * self.hidden
@@ -126,7 +126,7 @@ class OpCase(Case):
 
 @functools.cache
 def on_meta(kind: type[nn.Module], config: TransformerConfig) -> nn.Module:
-    """A module without memory for its parameters."""
+    """A module on the device "meta", without memory for its parameters."""
     with torch.device("meta"):
         return kind(config)
 
@@ -134,7 +134,7 @@ def on_meta(kind: type[nn.Module], config: TransformerConfig) -> nn.Module:
 def torch_block(
     attend: Callable, heads: int, x: Tensor, weights: dict[str, Tensor], prefix: str = ""
 ) -> Tensor:
-    """A block whose parameters have names that begin with the prefix."""
+    """One block in PyTorch's operators. The names of its weights begin with `prefix`."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])

@@ -1,4 +1,4 @@
-"""What every benchmark is made of: a case (sizes and inputs) and the variants that compute it."""
+"""The parts of every benchmark: a case (sizes and inputs) and the variants that compute it."""
 
 import functools
 import importlib
@@ -38,11 +38,11 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes of one point of a sweep. Subclasses add their own, and say what the op is."""
+    """Sizes of one point of a sweep. Subclasses add sizes, and define the op."""
 
     op: ClassVar[str]
-    lengths: ClassVar[dict[str, tuple[int, ...]]]  # default sweep by the type of the device
-    unit: ClassVar[str]  # of `rate`: "TFLOP/s" or "GB/s"
+    lengths: ClassVar[dict[str, tuple[int, ...]]]  # of the default sweep, by device type
+    unit: ClassVar[str]  # unit of the rate: "TFLOP/s" or "GB/s"
     growth: ClassVar[float]  # exponent of time over length, to predict the next point
 
     length: int
@@ -56,20 +56,20 @@ class Case:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What is timed: with a backward, one run gives the times of its two halves as well."""
+        """The passes that are timed. A run with a backward gives the times of both halves, too."""
         return (FORWARD, BACKWARD, BOTH) if self.backward else (FORWARD,)
 
     def at(self, length: int) -> "Case":
         return replace(self, length=length)
 
     def small(self) -> "Case":
-        """The same case, small enough to compare with float64, and no multiple of a tile."""
+        """A case small enough to compare with float64; its length is no multiple of a tile."""
         raise NotImplementedError
 
     def excerpt(self) -> "Case":
-        """A part that float64 can compute: few of the rows, or of the heads, of the same length.
+        """A part of the case that float64 can compute: the same length, but fewer rows or heads.
 
-        Repetitions of its inputs make the whole case, whose outputs are those of the parts.
+        Repeating its inputs makes inputs of the whole case, whose outputs then repeat, too.
         """
         raise NotImplementedError
 
@@ -78,7 +78,7 @@ class Case:
         raise NotImplementedError
 
     def variants(self, backends: Iterable[str] | None = None) -> list[Variant]:
-        """PyTorch's ways, then tfkern's: the `backends` named, or all that run on the device."""
+        """PyTorch's variants, then tfkern's for the named backends, or for all that can run."""
         raise NotImplementedError
 
     def reference(self, *args: Any, **inputs: Any) -> Any:
@@ -86,19 +86,19 @@ class Case:
         raise NotImplementedError
 
     def fused(self, **inputs: Any) -> Any:
-        """What a user of PyTorch would write: its fused operators where it has them."""
+        """What a user of PyTorch would write, with its fused operators where there are any."""
         return self.reference(**inputs)
 
     def work(self, which: str) -> float:
-        """FLOPs or bytes of a pass by the usual convention: the numerator of the rate."""
+        """The numerator of the rate: FLOPs or bytes of a pass by the usual convention."""
         raise NotImplementedError
 
     def floor_scale(self) -> dict[str, float]:
-        """Inputs whose gradients sum many terms, for `tfkern.testing.validate`."""
+        """`floor_scale` of `tfkern.testing.validate`: inputs whose gradients sum many terms."""
         return {}
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        """FLOPs of the operators that `FlopCounterMode` does not know, from their shapes."""
+        """Formulas from shapes to FLOPs for operators that `FlopCounterMode` does not know."""
         return {}
 
     def draw(self, *shape: int, std: float = 1.0) -> Tensor:
@@ -108,7 +108,7 @@ class Case:
 
 
 def load(op: str) -> type[Case]:
-    """The case of an op, whose module is imported only now."""
+    """The case of an op. Its module is imported only by this call."""
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(OPS)}")
     return importlib.import_module(f"tfkern.benchmarks.{op}").OpCase
@@ -117,9 +117,9 @@ def load(op: str) -> type[Case]:
 def backend_variants(
     case: Case, call: Callable[..., Any], backends: Iterable[str] | None, scratch: int
 ) -> list[Variant]:
-    """tfkern's variants of a case: `call(backend=..., **inputs)` with every backend.
+    """tfkern's variants of a case, one for each backend, by `call(backend=..., **inputs)`.
 
-    `scratch` is what the backend "reference" needs, which is plain PyTorch; the others need little.
+    `scratch` is for the backend "reference", which is plain PyTorch; the others need little.
     """
     available = tfkern.backends(case.op)
     named = list(backends) if backends is not None else None
@@ -153,14 +153,14 @@ def _bound(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def compiled(name: str, call: Callable[..., Any], scratch: int = 0) -> Variant:
-    """`torch.compile(call)`, compiled for each length: the strongest form of it."""
+    """A variant of `torch.compile(call)`, compiled for each length, which makes it fastest."""
     missing = None
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         missing = "torch.compile needs a C++ compiler"
 
     @functools.cache
     def build() -> Callable[..., Any]:
-        # More lengths than Dynamo's default allows before it falls back to eager in silence.
+        # A sweep has more lengths than Dynamo compiles by default before it silently runs eagerly.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         return torch.compile(call, dynamic=False)
 
@@ -171,7 +171,7 @@ def compiled(name: str, call: Callable[..., Any], scratch: int = 0) -> Variant:
 
 
 def prepared(case: Case, variant: Variant, inputs: dict[str, Any], *, traced: bool = False) -> Step:
-    """The variant on these inputs as a step to time or to measure, or uncompiled to trace."""
+    """The variant on these inputs as a step to time or to measure; uncompiled if `traced`."""
     call = (variant.eager or variant.call) if traced else variant.call
     if not case.backward:
 
@@ -181,7 +181,7 @@ def prepared(case: Case, variant: Variant, inputs: dict[str, Any], *, traced: bo
 
         return Step(forward)
     wanted = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
-    incoming: list[Tensor] = []  # made by the first call, which belongs to the warm-up
+    incoming: list[Tensor] = []  # made in the first call, during the warm-up
 
     def backward(output: Any) -> Any:
         outputs = output if isinstance(output, tuple) else (output,)

@@ -1,4 +1,4 @@
-"""The facts that every number needs beside it: device, versions, commit, date, command."""
+"""The facts that every result must state: device, versions, commit, date, command."""
 
 import datetime
 import os
@@ -46,7 +46,7 @@ def device_name(device: str) -> str:
 
 
 def instructions() -> str:
-    """The vector instructions that tfkern's kernels use, or torch's if they are not built."""
+    """The vector instructions that tfkern's kernels use; torch's if the kernels are not built."""
     try:
         from tfkern import _C
 
@@ -56,7 +56,7 @@ def instructions() -> str:
 
 
 def torch_instructions() -> str:
-    """The vector instructions that PyTorch uses, and amx if oneDNN or MKL may multiply with it."""
+    """The vector instructions that PyTorch uses, with amx if oneDNN or MKL may use it."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     mkl = os.environ.get("MKL_ENABLE_INSTRUCTIONS", "AVX512_E4").upper()
@@ -66,7 +66,7 @@ def torch_instructions() -> str:
 
 
 def driver() -> str:
-    """The version of the NVIDIA driver, or what CUDA it speaks if the file is not there."""
+    """The version of the NVIDIA driver, or torch's version of CUDA if the file is missing."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text().split()
     except OSError:
@@ -83,9 +83,9 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that tfkern is imported from, marked if it is changed, or "".
+    """The commit of the checkout that tfkern is imported from, marked if files are changed, or "".
 
-    TFKERN_COMMIT says it for a copy that has no repository around it.
+    TFKERN_COMMIT names the commit of a copy outside of a repository.
     """
     root = Path(tfkern.__file__).parent.parent
 
@@ -94,10 +94,10 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        if not (root / ".git").exists():  # an installed copy that happens to lie in a checkout
+        if not (root / ".git").exists():  # an installed copy, perhaps within another checkout
             return os.environ.get("TFKERN_COMMIT", "")
         name = git("rev-parse", "--short=12", "HEAD")
-        # Results that the run before has written change no code.
+        # Results from an earlier run are no change of code.
         files = "--", ".", ":(exclude)benchmarks/results"
         changed = git("status", "--porcelain", "--untracked-files=no", *files)
     except OSError:

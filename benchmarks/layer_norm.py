@@ -24,7 +24,7 @@ from .case import (
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase(Case):
-    """x of (batch, length, hidden), weight and bias; with `residual`, the addition in front."""
+    """x (batch, length, hidden), weight and bias; with `residual` also an addition in front."""
 
     op = "layer_norm"
     lengths = {
@@ -75,10 +75,10 @@ class OpCase(Case):
         ]
 
     def work(self, which: str) -> float:
-        """Forward reads x and writes y; backward reads dy and x and writes dx.
+        """Bytes: forward reads x and writes y; backward reads dy and x and writes dx.
 
-        The addition in front also reads the residual and writes the sum, and its backward also
-        reads the gradient of the sum.
+        With an addition in front, forward also reads the residual and writes the sum, and backward
+        also reads the gradient of the sum.
         """
         forward, backward = (4, 4) if self.residual else (2, 3)
         tensors = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
@@ -87,7 +87,7 @@ class OpCase(Case):
     def _liger(
         self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
     ) -> Any:
-        """Of Liger-Kernel (Hsu et al. 2024), which has no layer norm with an addition."""
+        """The layer norm of Liger-Kernel (Hsu et al. 2024), which has none with an addition."""
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
         h = x if residual is None else x + residual

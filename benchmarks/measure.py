@@ -1,4 +1,4 @@
-"""What is said about one variant of one case: whether it is right, what it needs, its columns."""
+"""Facts about one variant of one case: whether it is right, what it needs, its columns."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +19,9 @@ MEASURED = "measured"
 def disagreement(case: Case, variant: Variant, whole: Case | None = None) -> str | None:
     """How the variant differs from the reference in float64 on this case, None if it agrees.
 
-    With `whole`, of which the case is the excerpt, the variant computes all of that, on repetitions
-    of the excerpt's inputs, and the first is compared: the very kernels that are to be timed.
+    With `whole`, the case is an excerpt of it. The variant then computes the whole case on repeated
+    inputs of the excerpt, and the first repetition is compared: so it runs the very kernels that
+    will be timed.
     """
     report = validate(
         variant.call if whole is None else _repeated(variant.call, whole),
@@ -38,8 +39,8 @@ def disagreement(case: Case, variant: Variant, whole: Case | None = None) -> str
 
 
 def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
-    """The call on inputs repeated to the shapes of the whole case; the part of its outputs that
-    belongs to the inputs as they were."""
+    """Wraps a call: repeats its inputs to the shapes of the whole case, and cuts its outputs to the
+    part that belongs to the original inputs."""
     shapes = {name: x.shape for name, x in replace(whole, device="meta").inputs().items()}
 
     def part(**inputs: Tensor) -> Any:
@@ -48,7 +49,7 @@ def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
             for name, x in inputs.items()
         }
         outputs = call(**{name: x.repeat(times[name]) for name, x in inputs.items()})
-        first = times[next(iter(inputs))]  # the outputs have the dimensions of the first input
+        first = times[next(iter(inputs))]  # outputs are cut as the first input was repeated
 
         def cut(output: Tensor) -> Tensor:
             for dim, count in enumerate(first):
@@ -61,7 +62,7 @@ def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
 
 
 def does_not_fit(case: Case, variant: Variant) -> str | None:
-    """Why there is too little memory for the variant now, by what it says and by its tensors."""
+    """Why memory is too small for the variant, by its scratch and by its tensors, or None."""
     # A tenth stays free: the prediction leaves out what allocators and libraries keep.
     there = 0.9 * memory.available(case.device)
     for need in (variant.scratch, memory.footprint(case, variant)[1]):
@@ -105,9 +106,10 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def count_flops(case: Case, variant: Variant) -> int:
-    """FLOPs of a call as its operators add up, on tensors without memory: any length, no time.
+    """FLOPs of a call, the sum over its operators. It runs on tensors without memory, so that any
+    length takes no time.
 
-    Plain operators count by their shapes. Fused ones count the tiles that they visit.
+    Plain operators count by their shapes, fused ones by the tiles that they visit.
     """
     formulas = case.flop_formulas()
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:

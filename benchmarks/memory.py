@@ -1,10 +1,10 @@
 """Peak memory of one call beyond its inputs, scratch memory included.
 
-On a GPU the caching allocator counts. On a CPU nothing counts what kernels allocate for themselves,
-so the measure is the peak resident size of a fresh process: `measure` makes the inputs, runs the op
-once at a small size, so that libraries and threads are up, notes the resident size, runs the op and
-prints how far the peak lies above it. Linux counts resident pages per processor and in batches, so
-this is exact to a few hundred kB.
+On a GPU the caching allocator counts the bytes. On a CPU nothing counts what kernels allocate for
+themselves, so the measure is the peak resident size of a fresh process: `measure` makes the inputs,
+runs the op once at a small size to start libraries and threads, notes the resident size, runs the
+op and prints how far the peak lies above that size. Linux counts resident pages per processor and
+in batches, so the result is exact to a few hundred kB.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def peak(case: Case, variant: Variant) -> int:
     """Bytes that the call holds at its peak beyond its inputs: outputs, scratch, saved tensors.
 
     Raises:
-        RuntimeError: the process failed, with its last line; or the system keeps no such count.
+        RuntimeError: the process failed (the message is its last line), or there is no /proc.
     """
     if case.device.startswith("cuda"):
         return _cuda_peak(case, variant)
@@ -53,8 +53,8 @@ def peak(case: Case, variant: Variant) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # an interrupt at the terminal is the parent's to handle
-        # Freed blocks go back to the system at once, so that the peak is of what is alive.
+        start_new_session=True,  # the parent handles interrupts at the terminal
+        # Freed blocks go back to the system at once, so that the peak counts only blocks in use.
         env=os.environ
         | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         | {"PYTHONSAFEPATH": "1"},
@@ -62,7 +62,7 @@ def peak(case: Case, variant: Variant) -> int:
     try:
         out, told = child.communicate()
     except BaseException:
-        os.killpg(child.pid, signal.SIGKILL)  # with its compilers
+        os.killpg(child.pid, signal.SIGKILL)  # and the compilers that it started
         child.wait()
         raise
     if child.returncode != 0:
@@ -72,11 +72,11 @@ def peak(case: Case, variant: Variant) -> int:
 
 
 def footprint(case: Case, variant: Variant) -> tuple[int, int]:
-    """Bytes of the tensors that are alive at once in a call and in the making of its inputs, and of
-    those beside inputs, outputs and gradients.
+    """Peak bytes of tensors: in a call or the making of its inputs; and in the call alone, without
+    inputs, outputs and gradients.
 
-    They are added up on tensors without memory, so this takes no time at any length. What kernels
-    allocate for themselves is not seen.
+    It adds up tensors without memory, so any length takes no time. Memory that kernels allocate for
+    themselves is not counted.
     """
     with FakeTensorMode(), _Alive() as alive:
         try:
@@ -84,15 +84,15 @@ def footprint(case: Case, variant: Variant) -> tuple[int, int]:
             made, alive.peak = alive.peak, alive.now
             results = _run(case, variant, inputs, traced=True)
             whole, beside = max(made, alive.peak), alive.peak - alive.now
-            del results  # which were alive until now
+            del results  # kept alive until here
             return whole, beside
-        except Exception as error:  # it can be traced so far
-            overflow = "overflow" in str(error)  # a tensor of more bytes than there are addresses
+        except Exception as error:  # count up to where the trace failed
+            overflow = "overflow" in str(error)  # more bytes than there are addresses
             return 2**63 if overflow else alive.peak, 0
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the storages that operators make, as long as they live."""
+    """Adds up the bytes of the storages that operators make, while they are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Alive(TorchDispatchMode):
 
 
 def available(device: str) -> int:
-    """Bytes that can still be allocated, for deciding what not to try."""
+    """Bytes that can still be allocated: what needs more is not tried."""
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -125,13 +125,13 @@ def available(device: str) -> int:
 
 
 def _left_in_containers() -> Iterator[int]:
-    """What the limits of containers leave, which the system's own count does not know."""
+    """Bytes that the memory limits of containers leave; the system's own count ignores them."""
     for folder, limit, used in (
         ("", "memory.max", "memory.current"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # of version 1
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # cgroups of version 1
     ):
         group = _GROUPS / folder
-        with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit
             yield int((group / limit).read_text()) - int((group / used).read_text())
 
 
@@ -163,7 +163,7 @@ def _cuda_peak(case: Case, variant: Variant) -> int:
 
 
 def _resident(field: str) -> int:
-    """ "VmRSS", the resident size now, or "VmHWM", its peak, in bytes."""
+    """Bytes of a field of /proc: "VmRSS", the resident size now, or "VmHWM", its peak."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError as error:
@@ -172,7 +172,7 @@ def _resident(field: str) -> int:
 
 
 def measure(text: str) -> None:
-    """Prints what the request in this process needs."""
+    """Prints the bytes that the requested case needs in this process."""
     request = json.loads(text)
     torch.set_num_threads(request["threads"])
     case = load(request["op"])(**request["case"])
@@ -184,12 +184,12 @@ def measure(text: str) -> None:
     small = case.small()
     _run(small, next(v for v in small.variants(backends) if v.name == name), small.inputs())
     if variant.eager is not None:
-        _run(case, variant, inputs)  # the compiler, in this process, must not count
+        _run(case, variant, inputs)  # compiles before the count begins
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the size now
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
         baseline = _resident("VmHWM")
-    except OSError:  # not allowed here: growth below an earlier peak goes unseen
+    except OSError:  # not permitted: growth below an earlier peak is missed
         baseline = _resident("VmRSS")
     _run(case, variant, inputs)
     print(max(0, _resident("VmHWM") - baseline))

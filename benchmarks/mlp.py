@@ -1,4 +1,4 @@
-"""The MLP of a transformer over the rows of a context: two products and what lies between them."""
+"""The MLP of a transformer over the rows of a context: two products and an activation."""
 
 import math
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from .case import (
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase(Case):
-    """x of (batch, length, hidden), an inner layer of `expansion` times hidden, with biases."""
+    """x (batch, length, hidden), an inner layer of `expansion` times hidden, and biases."""
 
     op = "mlp"
     lengths = {
@@ -76,7 +76,7 @@ class OpCase(Case):
         ]
 
     def work(self, which: str) -> float:
-        """Of the two products; each has two in the backward."""
+        """FLOPs of the two products, each of which has two in the backward."""
         factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which]
         return factor * 4 * self.batch * self.length * self.hidden**2 * self.expansion
 

@@ -18,7 +18,7 @@ _VOCABULARY = 512
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase(block.OpCase):
-    """(batch, length) tokens through `layers` blocks with GPT-2's parts, and a small vocabulary."""
+    """Tokens (batch, length) through `layers` blocks with GPT-2's parts; a small vocabulary."""
 
     op = "model"
 

@@ -19,7 +19,7 @@ from .case import BOTH
 from .measure import MEASURED, size
 from .sweep import Results, slopes
 
-# The colours of Okabe and Ito (2008), which stay apart for colour-blind readers. A variant keeps
+# The colours of Okabe and Ito (2008), which colour-blind readers can tell apart. A variant keeps
 # its colour and marker in every chart.
 _STYLES = {
     "tfkern": ("#0072B2", "o"),
@@ -55,7 +55,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def write_rows(results: Results, folder: Path) -> None:
-    """Writes <op>.csv with the rows that there are."""
+    """Writes <op>.csv with the rows so far."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / f"{results.case.op}{SUFFIXES[0]}", list(results.rows[0]), results.rows)
 
@@ -68,7 +68,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def file_name(*facts: str) -> str:
-    """Such as cpu-intel-xeon-processor-avx512-amx.csv."""
+    """A file name from facts, such as cpu-intel-xeon-processor-avx512-amx.csv."""
     words = re.sub(r"\((R|TM)\)", "", " ".join(facts)).lower()
     return "-".join(re.findall(r"[a-z0-9]+", words)) + ".csv"
 
@@ -77,7 +77,7 @@ def read(path: Path) -> list[dict[str, str]]:
     """The rows of a file.
 
     Raises:
-        ValueError: with the line that is damaged.
+        ValueError: the file is damaged; the message names the line.
     """
     rows: list[dict[str, str]] = []
     try:
@@ -102,7 +102,7 @@ def update(
     keep: Callable[[dict[str, str]], bool],
     order: Callable[[dict[str, Any]], Any],
 ) -> Path:
-    """Puts rows into a file beside those of its former rows that are to be kept."""
+    """Writes a file with the given rows and those of its former rows for which `keep` is true."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read(path) if keep(row)] if path.exists() else []
     every = sorted([*kept, *rows], key=order)
@@ -115,7 +115,7 @@ def table(results: Results) -> Table:
     case = results.case
     flops = case.unit == "TFLOP/s"
     measured = [row["rate"] for row in results.rows if row["rate"] is not None]
-    small = flops and max(measured, default=0) < 10  # a CPU's rates read better in GFLOP/s
+    small = flops and max(measured, default=0) < 10  # low rates read better in GFLOP/s
     columns = ["length", "variant", "p20 ms", "p50 ms", "p80 ms"]
     columns += ["GFLOP/s" if small else case.unit, "ceiling", "memory"]
     columns += ["GFLOP"] if flops else []
@@ -142,7 +142,7 @@ def table(results: Results) -> Table:
             cells += [digits(rate), f"{row['fraction_of_ceiling']:.0%}"]
             cells.append("" if row["peak_bytes"] is None else size(row["peak_bytes"]))
         else:
-            cells += ["-"] * 6  # why, stands below the table
+            cells += ["-"] * 6  # the reason stands below the table
         if flops:
             count = row["counted_flops"]
             cells.append("" if count is None else digits(count / 1e9))
@@ -152,12 +152,12 @@ def table(results: Results) -> Table:
 
 
 def digits(value: float) -> str:
-    """Three digits, never as a power of ten."""
+    """Three digits, or all digits before the point from 1000 on."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def slope_table(results: Results) -> Table:
-    """Exponents of the growth over length."""
+    """The exponents of growth over length, by variant."""
     made = Table(
         title="growth: exponents over the longest lengths", header_style="bold", box=SIMPLE_HEAD
     )
@@ -228,7 +228,7 @@ def chart(results: Results, path: Path) -> None:
 
 def _style(variant: str) -> dict[str, Any]:
     colour, marker = _STYLES.get(variant, ("#F0E442", "h"))
-    # Our own kernels lie on top, in a heavier line.
+    # tfkern's kernels are drawn on top, in heavier lines.
     ours = variant.startswith("tfkern") and variant != "tfkern reference"
     width = {"linewidth": 2.4, "zorder": 3} if ours else {"linewidth": 1.4, "zorder": 2}
     return {"color": colour, "marker": marker, "markersize": 5, **width}
@@ -240,13 +240,13 @@ class Panel:
 
     title: str
     lines: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    ceiling: float = 0.0  # as measured, in the unit of the rates
+    ceiling: float = 0.0  # the measured ceiling, in the unit of the rates
 
 
 def rate_chart(
     panels: Sequence[Panel], axes: tuple[str, str], title: str, row: dict[str, Any], path: Path
 ) -> Path:
-    """Draws the panels in two lines, under the facts of `row`; `axes` are the names of x and y."""
+    """Draws the panels in two lines, with the facts of `row`; `axes` are the labels of x and y."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -305,7 +305,7 @@ def _memory_line(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) 
     weighed = [r for r in rows if r["status"] == MEASURED and r["peak_bytes"]]
     panel.plot([r["length"] for r in weighed], [r["peak_bytes"] / 1e6 for r in weighed], **style)
     missing = [r for r in rows if r["status"].startswith("would need")]
-    for row in missing:  # hollow: predicted, not run
+    for row in missing:  # hollow markers: predicted, not run
         point = row["length"], row["predicted_bytes"] / 1e6
         panel.plot(*point, linestyle="none", markerfacecolor="white", **style)
         if row["status"] not in {label.get_text() for label in panel.texts}:
@@ -314,7 +314,7 @@ def _memory_line(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) 
 
 
 def _frame(panel: Any, lengths: list[int]) -> None:
-    """What all panels have in common, over a logarithmic axis of lengths."""
+    """Sets what all panels share: a logarithmic axis of lengths, the grid and the frame."""
     panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [str(n) for n in lengths])
     panel.minorticks_off()
@@ -328,7 +328,7 @@ def _frame(panel: Any, lengths: list[int]) -> None:
 def _axes(panel: Any, lengths: list[int]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    if any(len(line.get_xdata()) for line in panel.lines):  # there is no logarithm of nothing
+    if any(len(line.get_xdata()) for line in panel.lines):  # log scales need values
         panel.set_yscale("log")
     _frame(panel, lengths)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -336,7 +336,7 @@ def _axes(panel: Any, lengths: list[int]) -> None:
         return
     low, high = panel.get_ylim()
     start, end, bottom = lengths[0], lengths[-1], low * 1.3
-    for exponent in (1, 2):  # from the lower left corner, for the eye to compare with
+    for exponent in (1, 2):  # lines to compare with, from the lower left corner
         inside = min(end, start * (high / bottom) ** (1 / exponent))
         line: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 1, "linestyle": (0, (4, 3))}
         panel.plot(

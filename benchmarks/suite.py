@@ -1,14 +1,14 @@
 """Fixed cases on a GPU, next to everything that PyTorch has: `tfkern bench suite`.
 
-Attention has 16 384 tokens of 2048 features in every case, as FlashAttention's own benchmarks (Dao
-2023), so that only what is quadratic grows. All variants of a case are timed in one rotation, by
-the protocol of `timing.py`, and each is first compared with float64 at that very size
+Attention has 16 384 tokens of 2048 features in every case, as in FlashAttention's own benchmarks
+(Dao 2023), so that only the quadratic work grows with the length. All variants of a case are timed
+in one rotation by the protocol of `timing.py`. Each is first compared with float64 at the same size
 (`measure.disagreement`). A row is a pass of a variant of a case; a variant without a time has the
 reason in its `status`. The rows of all cases stand in one file for each GPU, which is written after
 every case. Running a case replaces its rows.
 
-Cases run in a process of their own, which a new one replaces when a kernel has ruined its CUDA
-context, or has not ended in time; the variant that did it is left out of cases of its kind.
+Cases run in another process. If a kernel ruins its CUDA context or does not end in time, a new
+process replaces it, and the variant is left out of all cases of the same kind.
 """
 
 import gc
@@ -34,7 +34,7 @@ PROTOCOL = timing.Protocol(
     warmup=3, min_samples=10, max_samples=50, min_seconds=0.05, long_seconds=0.25
 )
 BUDGET = 400.0  # seconds
-LONGEST = 2.0  # seconds a call: slower variants would leave no time for others
+LONGEST = 2.0  # seconds per call: slower variants would leave no time for others
 TOKENS, WIDTH = 16384, 2048
 FLEX_LENGTHS = (4096, 16384)
 
@@ -43,13 +43,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """A case with its name in the file."""
+    """A case, and its name in the file."""
 
     name: str
     case: Case
 
     def variants(self) -> list[Variant]:
-        """Those of the case but the slowest of torch; some are too long in the making."""
+        """The variants but torch's slowest. "flex" is unavailable where compiling it takes long."""
         found = [v for v in self.case.variants(BACKENDS) if v.name != "sdpa math"]
         if self.case.backward and self.case.length not in FLEX_LENGTHS:
             only = " and ".join(map(str, FLEX_LENGTHS))
@@ -59,12 +59,12 @@ class Point:
 
     @property
     def kind(self) -> Case:
-        """The same for cases that differ in what no kernel is built for."""
+        """Key under which a crash is remembered: equal for cases that run the same kernels."""
         return self.case.small()
 
 
 def points(device: str = "cuda") -> list[Point]:
-    """The most telling first: what there is no time for is at the end."""
+    """All cases. The most telling come first, since time may run out before the last."""
     every = [
         *(_norm(4096, 1024, residual) for residual in (False, True)),
         _mlp(TOKENS, 4096),
@@ -115,8 +115,8 @@ _TRAINING: dict[str, Any] = {"dtype": "bfloat16", "backward": True}
 @dataclass
 class Results:
     rows: list[Row] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)  # what failed the comparison -> how
-    skipped: list[str] = field(default_factory=list)  # what there was no time for
+    wrong: dict[str, str] = field(default_factory=dict)  # what failed -> how
+    skipped: list[str] = field(default_factory=list)  # cases that time ran out for
 
 
 def run(
@@ -131,8 +131,8 @@ def run(
 ) -> Results:
     """Times the cases one after the other, and writes the rows of each into the file at `path`.
 
-    After `budget` seconds no further case is begun. With `resume`, nor is one that the file has
-    from the same device, versions and commit, if the commit is known and unchanged.
+    After `budget` seconds no further case is begun. With `resume`, cases are skipped that the file
+    has from the same device, versions and commit, if the commit is known and without changes.
     """
     device, dtype = cases[0].case.device, cases[0].case.dtype
     facts = environment.facts(device)
@@ -174,16 +174,16 @@ _WRONG = "wrong: "
 
 @dataclass
 class _Session:
-    """A worker, and what it has been lost to."""
+    """A worker, and the variants that have ended its processes."""
 
     worker: Worker
     protocol: timing.Protocol
     deadline: float
     ruinous: dict[tuple[str, Case], str] = field(default_factory=dict)  # variant, kind -> how
-    uncaptured: int = 0  # processes whose state is doubtful since a capture of a graph failed
+    uncaptured: int = 0  # processes that were stopped after a failed capture
 
     def rows(self, point: Point, ceiling: float) -> list[Row]:
-        """The rows of a case, without the variants that cost the worker its process."""
+        """The rows of a case; variants that have ended a process of the worker get no times."""
         variants, kind = [v.name for v in point.variants()], point.kind
         while True:
             left_out = {v: self.ruinous[v, kind] for v in variants if (v, kind) in self.ruinous}
@@ -204,7 +204,7 @@ class _Session:
 
 
 def probe(dtype: str, device: str, tell: Callable[[str], None]) -> dict[str, float]:
-    """What this GPU can do now, by the unit of the rate: FLOP/s of a product, bytes/s of a copy."""
+    """The ceilings of this GPU now, by unit of the rate: FLOP/s of a product, bytes/s of a copy."""
     return {
         "TFLOP/s": timing.product_ceiling(DTYPES[dtype], device),
         "GB/s": timing.copy_ceiling(device),
@@ -219,10 +219,10 @@ def measure(
     graphs: bool,
     tell: Callable[[str], None],
 ) -> list[Row]:
-    """The rows of a case, in this process. `left_out` has variants not to be run, and why."""
+    """Measures a case in this process. Returns its rows. `left_out`: variant -> why not to run."""
     case, variants = point.case, point.variants()
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # what was compiled for other cases is asked first at every call
+        torch.compiler.reset()  # every call would first check code compiled for other cases
     _free(case.device)
     inputs = case.inputs()
     failures, steps = dict(left_out), {}
@@ -242,7 +242,7 @@ def measure(
                         steps[variant.name] = step
                     else:
                         failure = f"takes {seconds:.1f} s a call"
-            except Exception as error:  # torch says in warnings why none of its kernels serves
+            except Exception as error:  # torch gives its reasons in warnings
                 told = [str(w.message).partition(" (Triggered")[0] for w in warned]
                 failure = "; ".join([timing.reason(error), *dict.fromkeys(told)])[:600]
         timing.synchronize(case.device)  # raises if the context is lost
@@ -262,14 +262,14 @@ def measure(
 
 
 def _free(device: str) -> None:
-    """Leaves to the next variant the memory that the former ones had."""
+    """Gives memory that former variants have freed back to the device."""
     if device.startswith("cuda"):
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _wrong(point: Point, variant: Variant) -> str | None:
-    torch.manual_seed(0)  # the same inputs for all, and in every run
+    torch.manual_seed(0)  # all variants, and all runs, get the same inputs
     problem = disagreement(point.case.excerpt(), variant, point.case)
     return None if problem is None else _WRONG + problem
 
@@ -326,7 +326,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _probed(ceilings: dict[str, float], dtype: str) -> list[Row]:
-    """Rows that say how well this GPU did when the others were taken."""
+    """Rows with the ceilings of this GPU, measured along with the cases."""
     cases = {"TFLOP/s": ("product of 8192 x 8192", dtype), "GB/s": ("copy of 1 GiB", "float32")}
     scales = {"TFLOP/s": 1e12, "GB/s": 1e9}
     return [
@@ -337,7 +337,7 @@ def _probed(ceilings: dict[str, float], dtype: str) -> list[Row]:
 
 
 def _write(path: Path, rows: list[Row], cases: Sequence[Point]) -> None:
-    """Replaces what the file has of the same cases, and drops what the suite no longer has."""
+    """Replaces the rows of these cases in the file, and drops cases that the suite has no more."""
     order = [(p.case.op, p.name) for p in points()]
     order += [(p.case.op, p.name) for p in cases]
     new = {(row["op"], row["case"]) for row in rows}
@@ -354,7 +354,7 @@ def _write(path: Path, rows: list[Row], cases: Sequence[Point]) -> None:
 
 
 def _done(path: Path, facts: dict[str, str]) -> set[tuple[str, str]]:
-    """The cases of the file that were run on this device with these versions and this code."""
+    """The cases in the file that were run with the same device, versions and code as now."""
     if not facts["commit"] or facts["commit"].endswith("+changes"):
         return set()
     same = [name for name in facts if name not in ("date", "command")]
@@ -363,7 +363,7 @@ def _done(path: Path, facts: dict[str, str]) -> set[tuple[str, str]]:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """For each op the rates, the times of calls from and to an idle GPU, and the memory."""
+    """For each op: rates, times of calls that start and end with an idle GPU, and memory."""
     made = []
     for op in dict.fromkeys(row["op"] for row in rows if row["op"] != "probe"):
         own = [row for row in rows if row["op"] == op]
@@ -386,7 +386,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Why variants have no time, each reason once with the cases that it holds for."""
+    """Why variants have no times: each reason once, with its cases."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] != MEASURED:
@@ -414,8 +414,8 @@ def _table(title: str, rows: Sequence[Row], column: str, scale: float) -> Table:
 
 
 def charts(path: Path, cases: Sequence[Point]) -> list[Path]:
-    """Draws beside the file what it has of these cases: attention over the length, a panel for
-    each head size and mask, and layer norm over the width."""
+    """Draws charts of the cases beside the file: attention over the length, with a panel for each
+    head size and mask, and layer norm over the width."""
     rows = [row for row in report.read(path) if row["status"] == MEASURED]
     known = {(p.case.op, p.name): p.case for p in cases if p.case.backward}
     longest = max((c.length for c in known.values() if c.op == "layer_norm"), default=0)

@@ -9,16 +9,16 @@ from . import environment, measure, memory, timing
 from .case import BOTH, FORWARD, Case, Variant, prepared
 from .measure import MEASURED, size
 
-_FAILURES = (RuntimeError, MemoryError)  # of a variant, which costs its own rows only
+_FAILURES = (RuntimeError, MemoryError)  # in one variant, others go on
 
 
 @dataclass
 class Results:
-    """The rows of a sweep, one for each length, variant and pass, and what it was run with."""
+    """The rows of a sweep, one for each length, variant and pass, and the facts of the run."""
 
     case: Case
     environment: dict[str, str]
-    ceiling: float  # in the unit of the case's rate, times 1e12 or 1e9
+    ceiling: float  # FLOP/s or bytes/s
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: dict[str, str] = field(default_factory=dict)  # variant -> how it failed the comparison
     notes: list[str] = field(default_factory=list)  # what was left out, and why
@@ -29,7 +29,7 @@ class Results:
 
     @property
     def main_pass(self) -> str:
-        """The pass that the chart shows, and that memory and FLOPs belong to."""
+        """The pass that the chart shows, and for which memory and FLOPs are given."""
         return BOTH if self.case.backward else FORWARD
 
 
@@ -45,8 +45,8 @@ def run(
 ) -> Results:
     """Runs all variants of `case` at all lengths, in ascending order.
 
-    A variant that differs from the float64 reference is not timed. One that would not fit in
-    memory, or whose call would take longer than `max_seconds`, gets a row that says so. `keep` is
+    A variant that differs from the float64 reference is not timed. A variant that would not fit in
+    memory, or whose call would take longer than `max_seconds`, gets a row that says this. `keep` is
     called with the results so far after each variant.
     """
     backends = None if backends is None else list(backends)
@@ -77,10 +77,10 @@ def run(
 
 
 def check_memory(case: Case, backends: Iterable[str] | None = None) -> None:
-    """Refuses a case of which no variant fits in memory, or not even the comparison.
+    """Refuses a case if no variant fits in memory, or if the comparison does not fit.
 
     Raises:
-        ValueError: with what it needs and what there is.
+        ValueError: the message says how much memory is needed and how much there is.
     """
     there = memory.available(case.device)
     wide = replace(case.small(), dtype="float64")
@@ -96,7 +96,7 @@ def check_memory(case: Case, backends: Iterable[str] | None = None) -> None:
 
 
 def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """Exponent of the growth over length, fitted to logarithms; zeros are left out."""
+    """The exponent of the growth over length, fitted to logarithms without zeros."""
     points = [(math.log(n), math.log(v)) for n, v in zip(lengths, values, strict=True) if v > 0]
     if len(points) < 2:
         return None
@@ -106,7 +106,7 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
 
 
 def slopes(results: Results, longest: int = 4) -> dict[str, dict[str, float | None]]:
-    """By variant the growth of time, FLOPs and memory over its longest lengths."""
+    """By variant, the exponents of time, FLOPs and memory over its longest lengths."""
     rows = [r for r in results.rows if r["pass"] == results.main_pass and r["status"] == MEASURED]
     fitted = {}
     for name in dict.fromkeys(r["variant"] for r in rows):
@@ -125,7 +125,7 @@ def _ceiling(case: Case) -> float:
 
 
 def _checked(case: Case, backends, results: Results, progress) -> set[str]:
-    """The names of the variants that run here and agree with float64. The others are noted."""
+    """The names of the variants that run here and agree with float64. Notes why others do not."""
     small = case.small()
     usable = set()
     for variant in small.variants(backends):
@@ -134,13 +134,13 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
         if unavailable is None:
             try:
                 problem = measure.disagreement(small, variant)
-            except _FAILURES as error:  # a backend or an operator that does not serve these
+            except _FAILURES as error:  # it does not serve these sizes
                 unavailable = timing.reason(error)
                 timing.synchronize(small.device)
         if unavailable is not None:
             note = f"{variant.name} left out: {unavailable}"
             if backends is not None and variant.name.startswith("tfkern "):
-                raise NotImplementedError(note)  # it was asked for by name
+                raise NotImplementedError(note)  # the user named it
             results.note(note)
         elif problem is not None:
             results.wrong[variant.name] = problem
@@ -150,7 +150,7 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
 
 
 def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: float) -> float:
-    """What a call takes at least, since the machine does no more, or if the last one is a guide."""
+    """Seconds of a call: predicted from the previous length, else the least by the ceiling."""
     if previous is None:
         return case.work(case.passes[-1]) / ceiling
     length, seconds = previous
@@ -158,7 +158,7 @@ def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: 
 
 
 def _timed(case: Case, variants, protocol, progress):
-    """Timings by variant, and why a variant has none although it was tried."""
+    """Timings by variant, and the reasons why tried variants have none."""
     steps, failures = {}, {}
     try:
         inputs = case.inputs()
@@ -170,7 +170,7 @@ def _timed(case: Case, variants, protocol, progress):
         try:
             timing.warm_up(step, protocol or timing.Protocol.of(case.device), case.device)
             steps[variant.name] = step
-        except _FAILURES as error:  # out of memory, or an operator that refuses
+        except _FAILURES as error:  # no memory, or an operator refuses
             failures[variant.name] = timing.reason(error)
             timing.synchronize(case.device)
     progress(f"length {case.length}: timing")
@@ -186,7 +186,7 @@ def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str
             peak = memory.peak(case, variant)
         except RuntimeError as error:
             results.note(str(error))
-    # "device" is the model among the facts, and the pass says whether there was a backward
+    # The facts have a "device", too, its model; the pass says whether there was a backward.
     sizes = {k: v for k, v in asdict(case).items() if k not in ("device", "backward")}
     time = time if failure is None else None
     for which in case.passes:
@@ -208,7 +208,7 @@ def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str
 def _counted(results: Results, case: Case, variant: Variant) -> int | None:
     try:
         return measure.count_flops(case, variant)
-    except Exception as error:  # an operator that cannot be traced on tensors without memory
+    except Exception as error:  # an operator cannot be traced
         results.note(f"FLOPs of {variant.name} are not counted: {timing.reason(error)}")
         return None
 

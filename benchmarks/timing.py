@@ -1,13 +1,13 @@
 """The timing protocol, in one place.
 
-Variants are interleaved, A B A B, so that what disturbs the machine disturbs all of them. After a
-warm-up every sample is one call: its forward, and if there is one its backward, timed apart. A
+Variants are interleaved, A B A B, so that a disturbance of the machine affects all of them. After a
+warm-up every sample is one call: its forward, and its backward if it has one, timed separately. A
 variant leaves the rotation once it has enough samples for quantiles and enough time for a slow
-clock or a noisy neighbour to even out. On a CPU the clock is `time.perf_counter`; on a GPU it is
-events, with the L2 cache overwritten before each sample, and the GPU held busy for a millisecond,
-in which the host runs ahead, so that launches do not count. What they cost is reported apart:
-`host` is the time of a call that starts and ends with an idle GPU, `graph` that of a replay of a
-CUDA graph.
+clock or a noisy neighbour to even out. On a CPU the clock is `time.perf_counter`. On a GPU it is
+events: the L2 cache is overwritten before each sample, and the GPU is held busy for a millisecond
+while the host runs ahead, so that launches do not count. Launches are reported by two more times:
+`host` is the time of a call that starts and ends with an idle GPU, `graph` the time to replay a
+CUDA graph of the call.
 """
 
 import gc
@@ -23,7 +23,7 @@ import torch
 
 @dataclass(frozen=True)
 class Step:
-    """What one sample runs: forward, then backward on what forward returned, if not None."""
+    """What one sample runs: forward, then, if not None, backward on what forward returned."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
@@ -37,7 +37,7 @@ class Protocol:
     min_samples: int = 5
     max_samples: int = 100
     min_seconds: float = 0.4
-    long_seconds: float = 2.0  # after this, and three samples, slow calls have enough
+    long_seconds: float = 2.0  # after this time 3 samples are enough
 
     @classmethod
     def of(cls, device: str) -> "Protocol":
@@ -55,17 +55,17 @@ class Protocol:
 
 @dataclass
 class Timing:
-    """Samples of one variant in seconds: (forward, backward), with backward 0 if there is none."""
+    """Samples of one variant: seconds of (forward, backward), with 0 for no backward."""
 
     samples: list[tuple[float, float]] = field(default_factory=list)
-    # By pass, forward and forward+backward; empty on a CPU.
+    # Seconds by pass (forward, forward+backward); empty on a CPU.
     host: dict[str, float] = field(default_factory=dict)
     graph: dict[str, float] = field(default_factory=dict)
-    failure: str | None = None  # what it raised while it was timed
-    uncaptured: str | None = None  # why there is no graph of it
+    failure: str | None = None  # the error raised while it was timed
+    uncaptured: str | None = None  # why no graph was captured
 
     def seconds(self, which: str) -> list[float]:
-        """The samples of a pass. Raises RuntimeError if the step failed."""
+        """The seconds of all samples for a pass. Raises RuntimeError if the step failed."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
         part = {
@@ -76,13 +76,13 @@ class Timing:
         return [part(s) for s in self.samples]
 
     def quantiles(self, which: str) -> tuple[float, float, float]:
-        """The 20th, 50th and 80th percentile of a pass."""
+        """The 20th, 50th and 80th percentile of the seconds of a pass."""
         return _quantiles(self.seconds(which))
 
 
 def ratio(one: Timing, other: Timing, which: str) -> tuple[float, float, float]:
-    """Quantiles of one over other, sample by sample as they ran side by side."""
-    # The faster one may have stayed in the rotation alone.
+    """Quantiles of one / other, by pairs of samples that ran side by side."""
+    # The faster one may have more samples: it stays in the rotation longer.
     pairs = zip(one.seconds(which), other.seconds(which), strict=False)
     return _quantiles([a / b for a, b in pairs])
 
@@ -101,11 +101,11 @@ def interleaved(
     *,
     graphs: bool = True,
 ) -> dict[str, Timing]:
-    """Times every step by the protocol above. The steps come warmed up.
+    """Times every step by the protocol of this module. The steps must be warm.
 
-    One that raises leaves the rotation, and has its failure instead of a time. Without `graphs` no
-    CUDA graph is captured, and after a capture that failed no other is: it may leave torch's
-    allocator in a state that only a new process is free of.
+    A step that raises leaves the rotation, and has its failure instead of a time. Without `graphs`
+    no CUDA graph is captured. After a failed capture no other is tried: it may leave torch's
+    allocator in a state that only a new process gets rid of.
     """
     protocol = protocol or Protocol.of(device)
     cuda = device.startswith("cuda")
@@ -130,7 +130,7 @@ def interleaved(
                     del waiting[name]
                     synchronize(device)
     if cuda and graphs:
-        gc.collect()  # what is left of earlier calls belongs to another stream
+        gc.collect()  # remains of earlier calls belong to another stream
         for name, step in steps.items():
             if timings[name].failure is None:
                 _add_graph_times(timings[name], step, device, sample)
@@ -140,36 +140,36 @@ def interleaved(
 
 
 def warm_up(step: Step, protocol: Protocol, device: str = "cpu") -> float:
-    """Runs the step before it is timed; whatever it raises, it raises here.
+    """Runs the step before it is timed. Errors of the step are raised here.
 
-    Returns what the last call took, in seconds.
+    Returns the seconds of the last call.
     """
     seconds = 0.0
     for _ in range(protocol.warmup):
         start = time.perf_counter()
         _cpu_sample(step)
-        synchronize(device)  # a kernel that fails says so only now
+        synchronize(device)  # errors of kernels arrive only now
         seconds = time.perf_counter() - start
-        if seconds > protocol.min_seconds:  # one call as long as this is enough
+        if seconds > protocol.min_seconds:  # one long call is enough
             break
     return seconds
 
 
 def synchronize(device: str) -> None:
-    """Waits for a GPU. Raises if the context of this process is lost to an earlier failure."""
+    """Waits for a GPU. Raises if an earlier failure has ruined the context of this process."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line, and not a long one."""
-    ours = isinstance(error, NotImplementedError)  # a sentence for the user
+    """An exception as one short line."""
+    ours = isinstance(error, NotImplementedError)  # its message is a sentence
     text = " ".join((str(error) if ours else f"{type(error).__name__}: {error}").split())
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def product_ceiling(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a large matrix product, the best that this machine does in this dtype now."""
+    """FLOP/s of a large matrix product: the highest rate of this machine now, in this dtype."""
     n = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, dtype=dtype, device=device)
@@ -177,7 +177,7 @@ def product_ceiling(dtype: torch.dtype, device: str) -> float:
 
 
 def copy_ceiling(device: str) -> float:
-    """Bytes/s, read and written, of a copy that no cache holds."""
+    """Bytes/s, read and written, of a copy that fits into no cache."""
     source = torch.ones(2**30 // 4 if device.startswith("cuda") else 2**28 // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(Step(lambda: target.copy_(source)), device)
@@ -200,12 +200,12 @@ def _cpu_sample(step: Step) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
-# Some 1 ms on any GPU: longer than the host takes to launch the steps that launches dominate.
+# About 1 ms on any GPU: longer than it takes to launch steps so short that launches dominate.
 _SPIN_CYCLES = 2_000_000
 
 
 def _cuda_sampler(device: str) -> Callable[[Step], tuple[float, float]]:
-    # Several times the L2 cache of the largest parts, so that no sample finds its inputs there.
+    # Several times the largest L2 cache, so that no sample finds its inputs in the cache.
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
     def sample(step: Step) -> tuple[float, float]:
@@ -226,7 +226,7 @@ def _cuda_sampler(device: str) -> Callable[[Step], tuple[float, float]]:
 
 
 def _calls(step: Step) -> dict[str, Callable[[], Any]]:
-    """By pass what host and graph times are of: a backward alone cannot be called."""
+    """By pass, the call for host and graph times. A backward cannot be called alone."""
     calls = {"forward": step.forward}
     backward = step.backward
     if backward is not None:
@@ -235,7 +235,7 @@ def _calls(step: Step) -> dict[str, Callable[[], Any]]:
 
 
 def _host_times(step: Step, device: str) -> dict[str, float]:
-    """Seconds by pass, from an idle GPU to an idle GPU, by the host's clock."""
+    """By pass, seconds by the host's clock of a call that starts and ends with an idle GPU."""
     times = {}
     for which, call in _calls(step).items():
         samples: list[float] = []
@@ -252,10 +252,10 @@ def _host_times(step: Step, device: str) -> dict[str, float]:
 def _add_graph_times(
     timing: Timing, step: Step, device: str, sample: Callable[[Step], tuple[float, float]]
 ) -> None:
-    """Seconds of a replay by pass, with a cold cache as for any sample, or why there are none.
+    """Adds the seconds of a replay for each pass, with a cold cache, or why there are none.
 
-    Calls of more than 10 ms go without: capturing takes as much memory again, and launches are
-    nothing beside them.
+    Calls of more than 10 ms get none: capturing takes as much memory again, and for them the cost
+    of launches is negligible.
     """
     side = torch.cuda.Stream(device)
     current = torch.cuda.current_stream(device)
@@ -264,9 +264,9 @@ def _add_graph_times(
             continue
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(current):  # torch.cuda.graph does not restore it if it fails
+            with torch.cuda.stream(current):  # restored also if torch.cuda.graph fails
                 side.wait_stream(current)
-                with torch.cuda.stream(side):  # what the libraries keep for each stream
+                with torch.cuda.stream(side):  # libraries allocate per stream
                     call()
                 torch.cuda.synchronize(device)
                 with torch.cuda.graph(graph, stream=side):

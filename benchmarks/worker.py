@@ -1,7 +1,8 @@
-"""A process in which functions are called that may ruin it.
+"""A process for functions that may ruin the process they run in.
 
-A kernel that touches memory that is not there leaves a CUDA context in which every later call
-fails, and one that waits for ever cannot be stopped. Either costs such a process, not the caller.
+After a kernel has touched memory that does not exist, every later call in its CUDA context fails;
+and a kernel that waits for ever cannot be stopped. Either costs the worker's process, not the
+caller's.
 """
 
 import multiprocessing
@@ -18,12 +19,12 @@ from tfkern_program import attached
 
 from . import timing
 
-# Seconds without a sign of life: above what the slowest compiler takes.
+# Longest time without a message, in seconds: more than the slowest compiler takes.
 PATIENCE = 90.0
 
 
 class Lost(Exception):
-    """The process of a worker is lost, while doing something that it had told."""
+    """A worker's process is lost. `doing` is the last thing that it said it was doing."""
 
     def __init__(self, doing: str, why: str):
         super().__init__(why)
@@ -31,9 +32,9 @@ class Lost(Exception):
 
 
 class Worker:
-    """A process that calls functions of modules, and is replaced when it is lost.
+    """A process that calls functions, and that is replaced when it is lost.
 
-    The functions get the arguments, and one more to call with what they are doing.
+    Each function gets its arguments and one more: a function to call with what it is doing.
     """
 
     def __init__(self, device: str, patience: float = PATIENCE):
@@ -41,7 +42,7 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def ask(self, function: Callable, *arguments: Any) -> Any:
-        """What the function returns. Raises Lost if the process does not live to tell."""
+        """Returns what the function returns in the process. Raises Lost if the process is lost."""
         if self._process is None or not self._process.is_alive():
             self._start()
         doing = ""
@@ -83,8 +84,8 @@ class Worker:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """An interrupt at the terminal waits for the end of the block, and a process that is started in
-    it never hears of one: it is for the parent to end it."""
+    """Holds interrupts from the terminal back until the block ends. A process started in the block
+    never gets any: its parent must end it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -96,13 +97,13 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _serve(connection: Connection, device: str) -> None:
-    """The loop of the process."""
+    """The loop of the worker's process: calls what it receives, and sends the results."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device).index or 0)  # which takes no plain "cuda"
+        torch.cuda.set_device(torch.device(device).index or 0)  # set_device needs an index
     while True:
         try:
             function, arguments = connection.recv()
-        except EOFError:  # nobody is left to ask
+        except EOFError:  # the parent is gone
             return
         try:
             answer = function(*arguments, lambda doing: connection.send(("doing", doing)))

@@ -1,14 +1,14 @@
-"""The table of README that says which backend has which option of attention.
+"""Prints README's table of the backends that have each option of attention.
 
     python tools/feature_table.py
 
-prints it, from the parameters that the tests go through and the answers of the backends.
+builds it from the parameters that the tests go through and the answers of the backends.
 """
 
 import os
 import random
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # or there may be no triton to ask
+os.environ.setdefault("TRITON_INTERPRET", "1")  # lets triton answer without a GPU
 
 import torch
 
@@ -19,8 +19,8 @@ BACKENDS = ("reference", "native", "triton")
 
 
 def rows() -> list[tuple[str, list[bool]]]:
-    """Each parameter with those of its values that get the same answers, and these: whether each
-    backend does its two directions."""
+    """A row for each parameter and set of its values with equal answers. The answers say for each
+    backend whether it runs forward, and whether it runs backward."""
     found: dict[tuple, list[str]] = {}
     for parameter, values in PARAMETERS.items():
         for value in filter(None, values):
@@ -45,7 +45,7 @@ def served(choice: dict) -> list[bool]:
 
 
 def table() -> str:
-    """Markdown."""
+    """The table in Markdown."""
     head = ["attention", *(f"{b} {way}" for b in BACKENDS for way in ("forward", "backward"))]
     lines = [head, ["---"] * len(head)]
     lines += [[label, *("yes" if yes else "" for yes in answers)] for label, answers in rows()]

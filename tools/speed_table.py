@@ -1,13 +1,13 @@
-"""The tables of README that say how fast the kernels are.
+"""Prints README's tables of the kernels' speed.
 
     tfkern bench attention --against torch    # and layer_norm, mlp, block
     tfkern bench suite                        # on a GPU
     python tools/speed_table.py
 
 The first writes benchmarks/results/cpu-<processor>.csv, the second <gpu>.csv beside it, and the
-third prints the tables from all of these files. On a processor with AMX, a second run under
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 and MKL_ENABLE_INSTRUCTIONS=AVX512_E3 says how it looks without:
-products go through both libraries.
+third prints the tables from all of these files. On a processor with AMX, run the first a second
+time with ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 and MKL_ENABLE_INSTRUCTIONS=AVX512_E3 to get the rows
+without AMX; it takes both, since products go through both libraries.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def table() -> str:
-    """Markdown: for each processor its ratios, and below them what they were measured with."""
+    """Markdown: for each processor its ratios, and below them device, versions and commands."""
     by_device: dict[str, list] = {}
     for path in FILES:
         rows = report.read(path)
@@ -30,8 +30,8 @@ def table() -> str:
 
 
 def gpu_tables() -> str:
-    """Markdown: for each GPU and op the rates of all variants, and the ratio of tfkern's better
-    backend to the fastest of PyTorch's."""
+    """Markdown: for each GPU and op the rates of all variants, and the ratio of tfkern's faster
+    backend to the fastest variant of PyTorch."""
     return "\n".join(_of_gpu(report.read(path)) for path in GPU_FILES)
 
 
@@ -90,7 +90,7 @@ def _of_device(files: list[list[dict[str, str]]]) -> str:
 
 
 def _facts(rows: list[dict[str, str]]) -> str:
-    """Of a file, whose ops may have been run at different times."""
+    """The facts of a file. Its ops may have been run at different times."""
 
     def each(column: str) -> str:
         return ", ".join(dict.fromkeys(row[column].partition("T")[0] for row in rows))

@@ -1,4 +1,4 @@
-"""What may hang on a layer besides its weight. ADORNMENTS are called with its parent and name."""
+"""Ways to change what a call of a layer does. Each of ADORNMENTS takes its parent and its name."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch.nn.utils import prune
 
 
 class Adapter(torch.nn.Module):
-    """A layer and a product of low rank beside it."""
+    """A layer plus a product of low rank, as in LoRA."""
 
     def __init__(self, base):
         super().__init__()
@@ -19,7 +19,7 @@ class Adapter(torch.nn.Module):
 
 
 class Quantised(torch.nn.Module):
-    """It has neither weight nor bias."""
+    """A quantised layer: it has neither weight nor bias."""
 
     def __init__(self, base):
         super().__init__()
@@ -30,7 +30,7 @@ class Quantised(torch.nn.Module):
 
 
 class Doubled(torch.Tensor):
-    """A weight that brings its own product: twice that of what it wraps."""
+    """A weight with its own product: twice the product of the tensor that it wraps."""
 
     @staticmethod
     def __new__(cls, inner):

@@ -2,13 +2,13 @@
 
     python tests/support/aot.py GROUP [ARCH ...]  e.g. python tests/support/aot.py selftest 80 90
 
-records what the launchers called by GROUP would launch on each ARCH, compiles exactly that, and
-prints one line of JSON per kernel. To add a group, decorate a function that makes tensors of
-realistic shape on "cuda" and calls launchers with them. The tensors are fake: they need neither GPU
-nor memory. (Where torch has no CUDA, `x[1:]` fails on them; `x.narrow` and its like do not.)
+records the launches that GROUP would make on each ARCH, compiles exactly these, and prints one line
+of JSON per kernel. To add a group, decorate a function that makes tensors of realistic shapes on
+"cuda" and calls launchers with them. The tensors are fake: they need neither GPU nor memory. (Where
+torch has no CUDA, slices such as `x[1:]` fail on them; methods such as `x.narrow` work.)
 
-Tests call `report`, which starts a process of its own: a process in which TRITON_INTERPRET is set
-cannot compile.
+Tests call `report`, which starts another process: a process in which TRITON_INTERPRET is set cannot
+compile.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-# Shared memory that one block may opt in to, by architecture (CUDA programming guide, table of
-# technical specifications per compute capability).
+# Bytes of shared memory that a block may opt in to, by architecture (CUDA programming guide, table
+# of technical specifications per compute capability).
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
-# What ptxas says when it has asynchronous products of sm_90 wait for each other.
+# Messages of ptxas when it makes asynchronous products of sm_90 wait for each other.
 SERIALISED = re.compile(r"C751[0-5]\b.*")
 
 INSTRUCTIONS = re.compile(r"\b(cp\.async(?=\.c[ag])|mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma)\b")
@@ -61,12 +61,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of one kernel, as Triton's launch would compile it."""
+    """One specialisation of one kernel, as a launch by Triton would compile it."""
 
     fn: JITFunction
     signature: dict[str, str]
-    constexprs: dict  # by path: (3,) is the fourth parameter
-    attrs: dict  # likewise
+    constexprs: dict  # values by path: (3,) is the fourth parameter
+    attrs: dict  # attributes by path
     arch: int
     options: dict = field(repr=False)
     grid: tuple[int, ...] | None = None
@@ -74,16 +74,16 @@ class Launch:
     def compile(self) -> Resources:
         source = ASTSource(self.fn, self.signature, self.constexprs, self.attrs)
         target = GPUTarget("cuda", self.arch, 32)
-        # The log is in Triton's cache, too, under options that no other compilation has.
+        # The option makes a cache key of its own, so that cached kernels have the log of ptxas.
         options = self.options | {"ptx_options": "--verbose"}
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.add_stages_inspection_hook = _keep_log
             kernel = triton.compile(source, target=target, options=options)
         registers, stack = _usage(kernel.asm["cubin"])
         instructions = Counter(INSTRUCTIONS.findall(kernel.asm["ptx"]))
-        # Triton asks for shared memory at launch: the cubin itself says 0.
+        # Shared memory is from Triton's metadata: it is asked for at launch, and the cubin says 0.
         tensor_memory = getattr(kernel.metadata, "tmem_size", 0)
-        if tensor_memory > 512:  # of sm_100, in columns: more compiles, but to an empty kernel
+        if tensor_memory > 512:  # columns on sm_100; more compiles to an empty kernel
             raise RuntimeError(f"{tensor_memory} columns of tensor memory, there are 512")
         serialised = SERIALISED.findall(kernel.metadata.ptxas_log)
         return Resources(registers, stack, kernel.metadata.shared, dict(instructions), serialised)
@@ -112,7 +112,7 @@ def compile(
 
 
 def _keep_log(backend, stages, *_) -> None:
-    """Puts what ptxas says into the metadata of what it assembles."""
+    """Makes Triton keep the log of ptxas in the metadata of a kernel."""
     assemble = stages["cubin"]
 
     def cubin(ptx, metadata):
@@ -137,7 +137,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 class _Pointer:
-    """What Triton asks of a tensor argument, for a tensor without memory."""
+    """Stands for a tensor without memory: Triton asks a tensor argument for dtype and address."""
 
     def __init__(self, x: FakeTensor):
         self.dtype = x.dtype
@@ -149,7 +149,7 @@ class _Pointer:
 
 @contextlib.contextmanager
 def record_launches(arch: int) -> Iterator[list[Launch]]:
-    """Launches inside the block are listed, on the specialisation a GPU would see, and not run.
+    """Lists the launches inside the block, with the specialisations of a GPU, without running them.
 
     Tensors made inside are fake, and torch.cuda describes a device of architecture `arch`.
     """
@@ -188,7 +188,7 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
 
 
 def python(*arguments: str) -> str:
-    """What python prints when run on `arguments` in a process that can compile."""
+    """The output of python with `arguments`, in a process that can compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -199,16 +199,16 @@ def python(*arguments: str) -> str:
 
 @functools.cache
 def report(group: str, *arches: int) -> list[dict]:
-    """The rows of `group` by architecture, all if none is named, and in the order of launches."""
+    """The rows of `group` for the named architectures or all, in the order of launches."""
     lines = python(__file__, group, *map(str, arches)).splitlines()
     return [json.loads(line) for line in lines]
 
 
 def check(group: str, spills: Mapping[str, int] | None = None) -> None:
-    """Fails on a kernel of `group` that spills, asks for more shared memory than there is, or has
-    its products serialised.
+    """Fails if a kernel of `group` spills, asks for more shared memory than exists, or has
+    serialised products.
 
-    `spills` allows a kernel that many bytes of stack, in float32 only.
+    `spills`: kernel -> bytes of stack that it may use, but not in bfloat16.
     """
     for row in report(group):
         allowed = (spills or {}).get(row["kernel"], 0) if "bf16" not in row["dtypes"] else 0
@@ -236,7 +236,7 @@ def _row(launch: Launch) -> dict:
         "limit": SHARED_LIMIT[launch.arch],
         "instructions": used.instructions,
         "serialised": used.serialised,
-        "seconds": round(time.perf_counter() - start, 2),  # near 0 from Triton's cache
+        "seconds": round(time.perf_counter() - start, 2),  # near 0 if Triton has it in its cache
     }
 
 
@@ -275,7 +275,7 @@ def _launch_matmul(a, b, num_warps=4):
 
 @group
 def selftest():
-    """A plain product, the same with rows at odd addresses, and one too large for its warp."""
+    """A plain product, one with rows at odd addresses, and one that is too large for one warp."""
     a = torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")
     _launch_matmul(a, a)
     odd = torch.empty(128, 129, dtype=torch.bfloat16, device="cuda").narrow(1, 0, 128)
@@ -285,13 +285,13 @@ def selftest():
 
 @group
 def attention():
-    """Head sizes at the end of each range of tiles, plain and causal with lengths; then options."""
+    """Head sizes at the ends of the ranges of tiles, causal with lengths; one plain; options."""
     lengths = torch.empty(2, dtype=torch.int32, device="cuda")
     ends = {"query_lengths": lengths, "key_lengths": lengths, "right": 0}
     for dtype, sizes in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
         for D in sizes:
             _launch_attention(D, dtype, **ends)
-        _launch_attention(128, dtype)  # the same tiles elsewhere, fewer registers
+        _launch_attention(128, dtype)  # plain at other sizes: these tiles, fewer registers
 
     cu_seqlens = torch.empty(3, dtype=torch.int32, device="cuda")
     seed = torch.empty((), dtype=torch.int64, device="cuda")
@@ -330,7 +330,7 @@ def _launch_attention(
 
 @group
 def layer_norm():
-    """A usual width and the largest that fits into registers; every option at once, and none."""
+    """A usual width and the largest that fits into registers, with all options and with none."""
     from tfkern.kernels import layer_norm as op
 
     seed = torch.empty((), dtype=torch.int64, device="cuda")
@@ -346,7 +346,7 @@ def layer_norm():
 
 @group
 def mlp():
-    """Plain and gated, at usual sizes and where rows lie at odd addresses."""
+    """Plain and gated MLPs, at usual sizes and with rows at odd addresses."""
     from tfkern.kernels import mlp as op
 
     sizes = (768, 3072), (65, 259)
@@ -360,7 +360,7 @@ def mlp():
 
 if __name__ == "__main__":
     name, *arches = sys.argv[1:]
-    # A fresh fork for each architecture: launchers may cache what they once asked of the device.
+    # A fresh fork for each architecture: launchers may cache facts of the device.
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         compiled = functools.partial(_rows, name)
         for rows in pool.imap(compiled, map(int, arches or SHARED_LIMIT), chunksize=1):

@@ -1,9 +1,9 @@
-"""Builds csrc/cuda for the host, on the emulation in cuda_host/, and lets `native` run it.
+"""Builds csrc/cuda for the host, on the emulation in cuda_host/, for `native` to run.
 
 The library registers its operators as torch.ops.tfkern_host. TFKERN_CUDA_HOST=plain or =sanitized
 in the environment makes conftest call `patch`: the tests of `native` then run the CUDA kernels.
-`sanitized` has AddressSanitizer and UndefinedBehaviorSanitizer, and works in processes that preload
-the former; `pytest` starts one. `threads` has ThreadSanitizer, for the kernels of the CPU.
+`sanitized` has AddressSanitizer and UndefinedBehaviorSanitizer; it works in processes that preload
+AddressSanitizer, which `pytest` starts. `threads` has ThreadSanitizer, for the kernels of the CPU.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 HOST = Path(__file__).parent / "cuda_host"
-ORDERS = (0, 1, 7)  # of the threads' turns: ascending, descending, shuffled
+ORDERS = (0, 1, 7)  # orders of the threads' turns: ascending, descending, shuffled
 
 _FLAGS = {
     "plain": [],
@@ -30,8 +30,8 @@ _FLAGS = {
 
 
 def build(sources: list[Path], flavour: str = "plain") -> Path:
-    """The shared library of these .cu files and the emulation, or of .cpp files for the CPU, from
-    the cache if there is one."""
+    """A shared library of .cu files with the emulation, or of .cpp files for the CPU. The library
+    is built unless it is in the cache."""
     include = Path(torch.__file__).parent / "include"
     command = [
         os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-Wall", "-Wno-psabi",
@@ -43,7 +43,7 @@ def build(sources: list[Path], flavour: str = "plain") -> Path:
         command += [f"-I{HOST}", f"-I{ROOT / 'csrc' / 'cuda'}"]
         sources = [*sources, HOST / "cuda_host.cpp"]
     else:
-        command += ["-O1", "-ffp-contract=fast", "-w"]  # the ordinary build has the warnings
+        command += ["-O1", "-ffp-contract=fast", "-w"]  # the ordinary build shows warnings
     headers = sorted([*HOST.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inl")])
     contents = b"".join(path.read_bytes() for path in [*sources, *headers])
     identity = contents + " ".join([*command, torch.__version__]).encode()
@@ -51,7 +51,7 @@ def build(sources: list[Path], flavour: str = "plain") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{flavour}-{sources[0].stem}-{hashlib.sha256(identity).hexdigest()[:16]}"
     library = stem.with_suffix(".so")
-    with open(stem.with_suffix(".lock"), "w") as lock:  # one of several processes builds it
+    with open(stem.with_suffix(".lock"), "w") as lock:  # of several processes only one builds it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():
             return library
@@ -84,7 +84,7 @@ def _library(name: str) -> str:
 
 @functools.cache
 def load():
-    """torch.ops.tfkern_host with the operators of csrc/cuda, of the schemas that tfkern has."""
+    """torch.ops.tfkern_host: the operators of csrc/cuda, with the schemas of tfkern."""
     import tfkern
     from tfkern.ops import OPS
 
@@ -92,7 +92,7 @@ def load():
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     torch.ops.load_library(build(sources, flavour))
     library = torch.library.Library("tfkern_host", "DEF")
-    load.library = library  # which lives as long as its definitions
+    load.library = library  # the definitions live only as long as this object
     assert tfkern.backends(OPS[0])["native"] is None
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("tfkern::"):
@@ -102,11 +102,11 @@ def load():
 
 
 def patch() -> None:
-    """Makes the native backend run the operators for which there are CUDA kernels on the host."""
+    """Makes the native backend run CUDA kernels on the host, for the operators that have them."""
     from tfkern.ops import OPS
 
     ops = load()
-    importlib.import_module("tfkern.native.linear")._WIDENED_FROM = {}  # as it is on a GPU
+    importlib.import_module("tfkern.native.linear")._WIDENED_FROM = {}  # as on a GPU
     for op in OPS:
         native = importlib.import_module(f"tfkern.native.{op}")
         for name, value in list(vars(native).items()):
@@ -119,7 +119,7 @@ def patch() -> None:
 
 
 def _or_double(operator, of_cpu):
-    """The operator, or the CPU's for float64, which the CUDA kernels do not take."""
+    """The operator, or the CPU's operator for float64, which the CUDA kernels do not take."""
 
     def call(*args):
         doubles = [a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.float64]
@@ -129,7 +129,7 @@ def _or_double(operator, of_cpu):
 
 
 def load_sanitized() -> None:
-    """Makes `import tfkern` take the CPU's operators from a library with sanitizers."""
+    """Makes `import tfkern` load the CPU's operators from a library with sanitizers."""
     flavour = os.environ["TFKERN_CPU_SANITIZED"]
     sources = [ROOT / "csrc" / "schema.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     if flavour == "threads":
@@ -156,18 +156,18 @@ def pytest_on_cpu(*arguments, flavour: str, **environment) -> subprocess.Complet
 
 
 def python(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
-    """Runs python so that it can load a library of this flavour, and without a GPU."""
+    """Runs python without a GPU, in an environment that can load libraries of this flavour."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     if flavour == "sanitized":
-        # The second, which a C++ exception out of torch needs, would be found too late otherwise.
+        # libstdc++ is preloaded, too: exceptions out of torch need it, and ASan looks for it early.
         environment["LD_PRELOAD"] = ":".join(map(_library, ("libasan.so", "libstdc++.so.6")))
         environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
         environment["UBSAN_OPTIONS"] = "print_stacktrace=0"
     command = [sys.executable, *arguments]
     if flavour == "threads":
-        # Addresses that are the same each time are those that ThreadSanitizer expects.
+        # ThreadSanitizer expects addresses that are not randomised.
         command = ["setarch", "--addr-no-randomize", *command]
         environment["LD_PRELOAD"] = ":".join(map(_library, ("libtsan.so", "libstdc++.so.6")))
         environment["TSAN_OPTIONS"] = "halt_on_error=1"
-        environment["OMP_NUM_THREADS"] = "1"  # of torch itself
+        environment["OMP_NUM_THREADS"] = "1"  # for torch's own kernels
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

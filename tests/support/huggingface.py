@@ -1,4 +1,4 @@
-"""Small models of transformers, with weights that make every part matter, and calls of them."""
+"""Small models of transformers with weights that make every part matter, and calls of them."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ import torch
 from weights import perturb
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# `python -m pytest` has the root on the path, where transformers would take our folder kernels for
-# the package of that name.
+# `python -m pytest` puts the root on the path, where transformers would take our folder "kernels"
+# for the package with this name.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parents[2]]
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-V, T = 61, 13  # tokens there are, and in an input
+V, T = 61, 13  # size of the vocabulary; tokens of an input
 _GPT = {"vocab_size": V, "n_positions": 24, "n_embd": 24, "n_layer": 2, "n_head": 3}
 _BERT = {
     "vocab_size": V,
@@ -59,24 +59,24 @@ for _unused in ("vocab_size", "max_position_embeddings"):
 
 @dataclass(frozen=True)
 class Case:
-    """A class of transformers, the fields of its configuration, and what it is given."""
+    """A class of transformers, the fields of its configuration, and the kind of its inputs."""
 
     architecture: str
     config: dict[str, Any]
-    inputs: str  # tokens, pair (with segments), both (encoder and decoder) or images
-    outputs: Callable[[Any], Any]  # of theirs, in the form of ours
+    inputs: str  # "tokens", "pair" (with segments), "both" (encoder and decoder) or "images"
+    outputs: Callable[[Any], Any]  # takes their output, returns it in our form
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
         kind = getattr(transformers, self.architecture)
         torch.manual_seed(seed)
-        # the eager softmax of ViT is float32 whatever the model is
+        # the eager softmax of ViT is always float32
         attention = "sdpa" if self.inputs == "images" else "eager"
         model = kind(kind.config_class(**self.config, attn_implementation=attention))
         return perturb(model, seed).to(dtype).eval()
 
     def ours(self, model: torch.nn.Module) -> list[torch.Tensor]:
-        """The outputs of our model for random inputs, some padded on the right, without those at
-        padding."""
+        """The outputs of our model for random inputs, some of them padded on the right. Outputs at
+        padding are left out."""
         x = self._inputs(next(model.parameters()).dtype)
         if self.inputs == "images":
             return _cut(model(x["images"]), None)
@@ -87,7 +87,7 @@ class Case:
         return _cut(model(x["tokens"], mask=x["mask"].bool(), **types), x["mask"])
 
     def theirs(self, model: Any) -> list[torch.Tensor]:
-        """The same of the model of transformers."""
+        """The outputs of the model of transformers for the same inputs."""
         x = self._inputs(next(model.parameters()).dtype)
         if self.inputs == "images":
             return _cut(self.outputs(model(x["images"])), None)
@@ -116,7 +116,7 @@ class Case:
 
 
 def _cut(x: Any, mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Every output, without what stands at padding."""
+    """Every output, without the values at padding."""
     cut = []
     for y in x if isinstance(x, tuple) else (x,):
         if mask is not None and y.dim() == 3:

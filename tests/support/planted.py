@@ -1,4 +1,4 @@
-"""A case for the tests of the suite, whose variants fail in every way: its process imports it."""
+"""A case whose variants fail in every way, for tests of the suite, whose worker imports it."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from torch import Tensor
 from tfkern.benchmarks import memory, timing
 from tfkern.benchmarks.case import BOTH, FORWARD, Case, Variant
 
-if multiprocessing.parent_process() is not None:  # what takes long is not what is tested there
+if multiprocessing.parent_process() is not None:  # skips slow measurements in workers
     timing.product_ceiling = lambda dtype, device: 1e11
     timing.copy_ceiling = lambda device: 1e10
     memory.peak = lambda case, variant: 1000 * case.length
@@ -41,7 +41,7 @@ def wrong(x: Tensor) -> Tensor:
 
 
 def leaks(x: Tensor) -> Tensor:
-    """Right as long as there is nothing to leak from."""
+    """Right only where no other rows can leak in."""
     return 2 * x + x.flip(0).detach() * (x.shape[0] > 1)
 
 
@@ -54,7 +54,7 @@ VARIANTS = {f.__name__: f for f in (right, slower, refuses, has_no_kernel, wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Doubled(Case):
-    """x of (batch, length), times two."""
+    """x (batch, length), times two."""
 
     op = "doubled"
     unit = "GB/s"

@@ -1,17 +1,17 @@
 """Weights that make every part of a model matter.
 
-Fresh ones are of no use as a reference: biases are 0 and norms are the identity in them, so that
-exchanged norms or a dropped bias change nothing.
+Fresh weights are no use as a reference: their biases are 0 and their norms are the identity, so
+that exchanged norms or a dropped bias would change nothing.
 """
 
 import torch
 
 
 def perturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights of norms in [0.5, 1.5], all others of deviation 0.2."""
+    """Draws weights of norms from [0.5, 1.5], and all others with mean 0 and deviation 0.2."""
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(module.named_buffers())
-    bias = {n: x for n, x in buffers.items() if n == "final_logits_bias"}  # of BART
+    bias = {n: x for n, x in buffers.items() if n == "final_logits_bias"}  # a buffer of BART
     with torch.no_grad():
         for name, x in (dict(module.named_parameters()) | bias).items():
             norm = "ln" in name.lower() or "norm" in name.lower()
