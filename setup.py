@@ -149,8 +149,8 @@ def native():
             f"-DTFKERN_CUDA_KERNELS={cuda_kernels() if home else ''}",
         ],
     )
-    # Stable ABI of torch 2.11, no Python symbols: one library for every torch and Python since. The
-    # CUDA runtime is inside, so that it loads where there is no CUDA.
+    # The library uses the stable ABI of torch 2.11 and no Python symbols, so that one build serves
+    # every later torch and Python. It contains the CUDA runtime, so it loads where CUDA is missing.
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     sources = ["csrc/schema.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     link = []

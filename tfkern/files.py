@@ -68,7 +68,7 @@ def beside(directory: Path) -> Iterator[Beside]:
     the file system or the platform (Windows) cannot lock, neither happens.
 
     Raises:
-        OSError: with the name of the directory, where a file cannot be written.
+        OSError: a file cannot be written; the error names the directory.
     """
     with _locked(directory):
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))

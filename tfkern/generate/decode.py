@@ -78,7 +78,7 @@ def stream(
     stop: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[int | None]]:
     """The tokens of `generate` as they come: at each step one for each row, None where a row has
-    ended. To stop early, stop asking. Arguments are checked, and a source is read, at the call."""
+    ended. To stop early, stop asking. Arguments are checked, and a source is read, by the call."""
     if samples < 1:
         raise ValueError(f"samples must be positive, got {samples}")
     asked = request(model, prompts, max_tokens, source, sampling, end_tokens, copies=samples)

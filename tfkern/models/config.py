@@ -51,7 +51,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """What defines a `Transformer`. The defaults are those of GPT-2 (Radford et al. 2019).
+    """The definition of a `Transformer`. The defaults give GPT-2 (Radford et al. 2019).
 
     Shape:
         architecture: "decoder", "encoder" or "encoder_decoder".
@@ -82,7 +82,7 @@ class TransformerConfig:
             "sinusoidal_halves" (tensor2tensor: the sines, then the cosines); "relative", a bias of
             the scores (Raffel et al. 2020); "rotary" (Su et al. 2021); "alibi" (Press et al. 2022);
             "none". Images have learned ones.
-        position_offset: rows of the learned positions before that of position 0; BART has 2.
+        position_offset: rows of the learned positions before the row of position 0; BART has 2.
         rotary_base: base of the wave lengths of rotary positions.
         relative_buckets, relative_distance: for relative positions, the number of kinds of distance
             and the distance from which on all are of the last kind.

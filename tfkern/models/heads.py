@@ -1,4 +1,4 @@
-"""What stands behind the last block: from hidden states to logits."""
+"""The layers behind the last block: from hidden states to logits."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""What tells a transformer where a token stands, besides rotary positions (`tfkern.nn.rotary`)."""
+"""Positions of tokens in all forms but the rotary one (`tfkern.nn.rotary`)."""
 
 import math
 from typing import Any

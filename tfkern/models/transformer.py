@@ -86,9 +86,9 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, T) int32 or int64, or images (B, channels, height, width).
-            source: (B, S), what the encoder of an encoder-decoder reads; tokens are those of its
-                decoder, beginning with start_token.
-            mask, source_mask: of tokens and source, see the class.
+            source: (B, S), tokens for the encoder of an encoder-decoder. `tokens` are then for its
+                decoder, and begin with start_token.
+            mask, source_mask: masks of tokens and of source, see the class.
             token_types: (B, T), the segment of each token; 0 if None.
             positions: (B or 1, T) int64, of the tokens. If None they are counted, which a model
                 without embedding cannot do. ALiBi and relative positions are distances between

@@ -68,10 +68,10 @@ def attention(
             alignment, window and alibi use these lengths for T and S. On a GPU and under
             torch.compile they are clamped to [0, T] and [0, S] instead of checked.
         page_table: (B, P) int32 or int64. k and v are then pages (pages, Hk, size, D), and keys
-            i size ... (i + 1) size - 1 of batch b, of S = P size, are those of page
-            page_table[b, i]. Entries past key_lengths may hold anything. Has no backward.
+            i size to (i + 1) size - 1 of batch b, with S = P size in all, are the rows of page
+            page_table[b, i]. Entries past key_lengths may hold anything. There is no backward.
         dropout_p: probability with which an element of the softmax is dropped.
-        seed: int or 0-d int64 tensor, of the dropout: the same seed drops the same elements on
+        seed: int or 0-d int64 tensor, for dropout: the same seed drops the same elements on
             every backend. Drawn from torch's generator if None.
         return_lse: also return the log-sum-exp of the scores.
         backend: forces "native", "triton" or "reference" for this call.
@@ -134,8 +134,8 @@ def attention_varlen(
     """`attention` within each of n documents that lie one after the other, without padding.
 
     The queries of document i are the rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] - 1 of q, its
-    keys and values the same of k and v by cu_seqlens_k. No document sees another: what one holds
-    never changes a bit of another's result. Nothing waits for the GPU.
+    keys and values the rows of k and v by cu_seqlens_k. No document sees another: the content of
+    one never changes a bit of another's result. Nothing waits for the GPU.
 
     Args:
         q: (total queries, H, D). Layout and order of the arguments are flash-attn's.

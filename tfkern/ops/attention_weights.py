@@ -37,7 +37,7 @@ def attention_weights(
         o, lse = attention(q, k, v, causal=True, return_lse=True)
         p = attention_weights(q, k, lse, heads=[3], rows=[-1], causal=True)
 
-    Memory and time are those of the heads and rows that are asked for. Plain PyTorch computes
+    Memory and time grow with the heads and rows that are asked for. Plain PyTorch computes
     them on every device; gradients reach q, k, bias, and through lse all that it depends on.
 
     Args:

@@ -9,8 +9,8 @@
     dx      = dropout'(dh),  dresidual = dh
     dweight = sum(dy xhat),  dbias = sum(dy)
 
-RMS norm is the same with mean = 0 and c2 = 0. Tensors have any number of axes. The last `axes` of
-them, with N elements in all, are the sizes of weight and bias; the others have M. An output that a
+RMS norm has mean = 0 and c2 = 0. Tensors have any number of axes. The last `axes` of these, with N
+elements in all, are the axes of weight and bias; the other axes have M elements. An output that a
 call does not have is an empty tensor of shape (0,).
 """
 
@@ -109,7 +109,7 @@ def why_not(*args, needs_grad: bool) -> str | None:
 
 
 def _draws(seed: Tensor, x: Tensor, axes: int) -> Tensor:
-    """Draws for the elements of x: that of column n of row m takes lane n % 4 of the counter
+    """Draws for the elements of x. Column n of row m takes lane n % 4 of the counter
     (n // 4, m, m >> 32, 1)."""
     M, N = math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:])
     m = torch.arange(M, device=seed.device)[:, None]

@@ -93,7 +93,7 @@ class Tokenizer:
         """The id of the special token with a role, such as "mask".
 
         Raises:
-            ValueError: there is none.
+            ValueError: no token has this role.
         """
         if role not in self.special:
             raise ValueError(
@@ -113,7 +113,7 @@ class Tokenizer:
 
         Args:
             template: put the special tokens of the model around the text, such as [CLS] and [SEP].
-            allow_special: let special tokens that the text spells out be those tokens.
+            allow_special: encode special tokens that the text spells out as control tokens.
 
         Raises:
             ValueError: a character or word that the vocabulary lacks and cannot replace.

@@ -21,7 +21,7 @@ def gpt2(vocabulary: _Path, merges: _Path) -> Tokenizer:
         merges: merges.txt (vocab.bpe).
 
     Raises:
-        ValueError: files that cannot be read, as with the others here.
+        ValueError: a file cannot be read. All functions of this module raise it.
     """
     backend = byte_level(_read(models.BPE.from_file, vocabulary, merges))
     end = "<|endoftext|>"
@@ -35,7 +35,7 @@ def bart(vocabulary: _Path, merges: _Path) -> Tokenizer:
         "bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"
     }  # fmt: skip
     tokenizer = Tokenizer(backend, special)
-    # the mask takes the space in front of it with it
+    # The mask token takes in a space in front of it.
     mask = AddedToken("<mask>", lstrip=True, normalized=False, special=True)
     backend.add_special_tokens([mask])
     tokenizer.special["mask"] = "<mask>"
