@@ -16,7 +16,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-_PREFIX = ".tfkern-"  # name of a folder in which new files are written
+_PREFIX = ".tfkern-"  # begins the names of folders for new files
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others have these open and would miss a new file
 _LIMIT = 1 << 28  # most bytes that a text file may have
 _TRIES = 100
@@ -61,11 +61,11 @@ class Beside:
 
 @contextmanager
 def beside(directory: Path) -> Iterator[Beside]:
-    """A folder for new files of a directory, which is removed when the block ends.
+    """A folder for new files of a directory. The folder is removed when the block ends.
 
-    A lock on the directory makes other callers wait until the block ends. Folders that are there
-    when the lock is taken were left by processes that died in their blocks, and are removed. Where
-    the file system or the platform (Windows) cannot lock, neither happens.
+    A lock on the directory makes other callers wait until the block ends. If there are such folders
+    when the lock is taken, processes that died in their blocks have left them, and they are
+    removed. Where the file system or the platform (Windows) cannot lock, neither happens.
 
     Raises:
         OSError: a file cannot be written; the error names the directory.

@@ -30,9 +30,9 @@ def _compiling(function: type[torch.autograd.Function], args: tuple) -> Any:
 
     Dynamo silently loses derivatives of a Function in two cases. Under transforms of torch.func it
     loses first derivatives where it does not see that a wrapped tensor requires a gradient, and
-    all second derivatives. In forward mode it loses all. So under transforms `forward` itself is
-    traced, which torch can differentiate unless it calls a kernel; kernels then refuse to be traced
-    (`dispatch.load`), and Dynamo leaves the call to eager mode.
+    all second derivatives; so `forward` itself is traced, which torch can differentiate unless it
+    calls a kernel. Kernels refuse to be traced there (`dispatch.load`), and Dynamo leaves the call
+    to eager mode. In forward mode it loses all derivatives; so forward mode raises.
     """
     if forward_ad._current_level >= 0:
         raise NotImplementedError("there are no derivatives in forward mode under torch.compile")
