@@ -51,4 +51,9 @@ inline void check_layer_norm_backward(const Tensor& dy, const Optional& dh, cons
   check_countable({kPadding, size.rows, size.columns});
 }
 
+// The address of the seed, or null if nothing is dropped.
+inline const uint64_t* seed_of(const Optional& seed, double p) {
+  return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
+}
+
 }  // namespace tfkern

@@ -86,11 +86,6 @@ const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
   return out;
 }
 
-// The address of the seed, or null if nothing is dropped.
-const uint64_t* seed_of(const Optional& seed, double p) {
-  return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
-}
-
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class C>

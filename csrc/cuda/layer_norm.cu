@@ -344,11 +344,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps) backward_kernel(Backward a) {
 
 // ---- operators ----
 
-// The address of the seed, or null if nothing is dropped.
-const uint64_t* seed_of(const Optional& seed, double p) {
-  return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
-}
-
 // The number of warps, a power of two, that hold a row of N elements; 0 if that is over kMaxWarps.
 int warps_per_row(int64_t N, int elements) {
   int warps = 1;

@@ -176,7 +176,7 @@ inline void attention_transpose(const AttentionScores<float>& a, const HeadView&
   Scratch scratch;
   BFloat16* buffer = scratch.get<BFloat16>(kKeys * width);
   uint32_t* pairs = scratch.get<uint32_t>(kKeys / 2 * width);
-  for (int64_t task = next++; task < a.first_tile.back(); task = next++) {
+  for (int64_t task = take(next); task < a.first_tile.back(); task = take(next)) {
     const auto after = std::upper_bound(a.first_tile.begin(), a.first_tile.end(), task);
     const Document& document = a.documents[after - a.first_tile.begin() - 1];
     const int64_t tile = task - *(after - 1), tiles = a.tiles(document);
