@@ -89,6 +89,7 @@ SPILLS = {
     "attention_backward_dkv_kernelIfLi64EE": 32,
     "attention_backward_dkv_kernelIfLi128EE": 40,
     "attention_backward_dkv_kernelIfLi256EE": 136,
+    "attention_backward_dq_kernelIfLi64EE": 8,
     "attention_backward_dq_kernelIfLi128EE": 24,
     "attention_backward_dq_kernelIfLi256EE": 56,
 }

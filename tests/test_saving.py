@@ -11,6 +11,7 @@ import textwrap
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ def test_two_writers_and_a_reader(tmp_path):
     save(model(1), tmp_path)
     code = textwrap.dedent(f"""
         import sys
-        sys.path[:0] = {sys.path!r}
+        sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
         from test_saving import FORMS, model, save
         print("ready", flush=True)
         sys.stdin.readline()

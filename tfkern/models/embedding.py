@@ -62,7 +62,7 @@ class PatchEmbedding(nn.Module):
         x = self.projection(images)
         positions = self._positions(x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
-        return torch.cat([self.first.expand(len(x), -1, -1), x], 1) + positions
+        return torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + positions
 
     def length(self, images: Tensor) -> int:
         """The length of the sequences that images become: one class token and the patches."""

@@ -132,8 +132,8 @@ class Stack(nn.Module):
             options["alibi_slopes"] = alibi_slopes(config.heads, x.device)
         elif isinstance(self.positions, RelativeBias):
             for cache in caches or ():
-                cache.reserve(len(steps))
-            S = len(steps) if caches is None else caches[0].capacity
+                cache.reserve(positions.shape[1])
+            S = positions.shape[1] if caches is None else caches[0].capacity
             keys = torch.arange(S, device=x.device)
             options["bias"] = self.positions(keys[None] if caches is None else positions, keys)
         norm_options = {}

@@ -240,7 +240,7 @@ class Transformer(nn.Module):
         if embedding is None and positions is None:
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
         x = tokens if embedding is None else embedding(tokens)
-        B, T = len(x), None if embedding is None else embedding.length(tokens)
+        B, T = x.shape[0], None if embedding is None else embedding.length(tokens)
         if positions is not None:
             _check_positions(positions, B, T)
         T = positions.shape[1] if positions is not None else T or 0
