@@ -39,6 +39,7 @@ template <class C>
 inline void drop(C* out, const C* row, int64_t m, int64_t N, uint64_t seed,
                  const Dropout<C>& dropout) {
   constexpr int L = kLanes<float>;
+  const auto [last_dropped, factor] = dropout;  // a copy, which `out` cannot be an alias of
   uint32_t draws[4 * L];
   for (int64_t n = 0; n < N; n += 4 * L) {
     VecUint c[4] = {
@@ -47,8 +48,7 @@ inline void drop(C* out, const C* row, int64_t m, int64_t N, uint64_t seed,
     philox(seed, c);
     std::memcpy(draws, c, sizeof(draws));
     for (int i = 0; i < std::min<int64_t>(N - n, 4 * L); ++i) {
-      out[n + i] =
-          draws[i % 4 * L + i / 4] > dropout.last_dropped ? row[n + i] * dropout.factor : C{0};
+      out[n + i] = draws[i % 4 * L + i / 4] > last_dropped ? row[n + i] * factor : C{0};
     }
   }
 }
