@@ -169,7 +169,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _open(path: Path) -> Any:
     try:
         return safe_open(files.regular(path), framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: {files.one_line(error)}") from None
 
 
