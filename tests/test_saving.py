@@ -19,6 +19,7 @@ import torch
 safetensors = pytest.importorskip("safetensors.torch")
 
 from tfkern.models import Transformer, TransformerConfig, load, save  # noqa: E402
+from tfkern.models.convert import store  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -306,6 +307,23 @@ def test_a_configuration_may_be_edited(tmp_path):
         theirs.save_pretrained(again)
         assert number_in(again) == 1
     save(model(2), tmp_path)
+    assert number_in(tmp_path) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_another_save_replaces_while_it_is_opened(form, tmp_path, monkeypatch):
+    """The load begins again, and finds the other model."""
+    save(model(1), tmp_path, **FORMS[form])
+    opened = store.safe_open
+
+    def open_late(path, framework):
+        monkeypatch.setattr(store, "safe_open", opened)
+        save(model(2), tmp_path, **FORMS[form])
+        # safetensors has opened it already, and leaves mapping the file to torch.
+        torch.UntypedStorage.from_file(str(path), False, 1)
+        return opened(path, framework)
+
+    monkeypatch.setattr(store, "safe_open", open_late)
     assert number_in(tmp_path) == 2
 
 
