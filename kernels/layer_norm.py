@@ -91,6 +91,7 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
     y, h, mean, rstd = _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
     x, residual = _rows(x, axes), _rows(residual, axes)
     M, N = x.shape
+    seed = seed if dropout_p > 0 else None
     if x.numel():
         tiles = _tiles(N)
         _forward_kernel[(triton.cdiv(M, tiles.rows),)](
@@ -201,6 +202,7 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
     partial_dweight, partial_dbias = (
         None if p is None else rstd.new_empty(parts, N) for p in (weight, bias)
     )
+    seed = seed if dropout_p > 0 else None
     _backward_kernel[(parts,)](
         dy, dh, h, weight, mean, rstd, seed,
         dx, _or_none(dresidual), partial_dweight, partial_dbias,

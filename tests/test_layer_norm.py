@@ -188,6 +188,22 @@ def test_float32_parameters_beside_narrow_activations(backend, device):
     report.check()
 
 
+def test_a_seed_without_dropout(backend, device):
+    """Implementations take one, although the public functions do not hand it on."""
+    op = tfkern.dispatch.implementation("layer_norm", backend)
+    x, dy = torch.randn(2, 6, 20, device=device)
+    seed = torch.tensor(3, device=device)
+    y, h, mean, rstd = op.forward(x, None, None, None, seed, 0.0, 1e-5, False, 1)
+    dx, *_ = op.backward(dy, None, h, None, None, mean, rstd, seed, 0.0, False, 1)
+    wide = x.double().requires_grad_()
+    expected = F.layer_norm(wide, (20,))
+    (gradient,) = torch.autograd.grad(expected, wide, dy.double())
+    assert torch.equal(h, x)
+    torch.testing.assert_close(
+        (y.double(), dx.double()), (expected, gradient), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_dropout_statistics_and_replay(backend, device):
     x = torch.ones(64, 100, device=device)
     zero = torch.zeros_like(x)
