@@ -145,6 +145,15 @@ def test_sessions_are_whole_texts(models, cache):
         torch.testing.assert_close(result, expected[torch.arange(3), 8 + lengths])
 
 
+@pytest.mark.parametrize("cache", ["static", "growing"])
+def test_autocast_leaves_float64_alone(cache):
+    config = TransformerConfig(vocab_size=V, dim=16, layers=2, heads=2, max_length=32)
+    model = Transformer(config).double().eval()
+    expected = generate(model, [[1, 2, 3]], 8, cache=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generate(model, [[1, 2, 3]], 8, cache=cache)[0], expected[0])
+
+
 @pytest.mark.slow
 def test_512_tokens_with_a_cache_are_those_without(models):
     ours, _ = models["gpt2"]

@@ -59,7 +59,7 @@ class Session:
             self._caches = [
                 KVCache(
                     batch, heads, config.head_size, size,
-                    kind=cache, dtype=_dtype(weight), device=self.device,
+                    kind=cache, dtype=checks.computed_dtype(weight), device=self.device,
                 )
                 for _ in stack.blocks
             ]  # fmt: skip
@@ -115,11 +115,3 @@ def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
     lengths = torch.tensor([len(row) for row in lists], device=device)
     T = max(len(row) for row in lists)
     return torch.tensor([[*row, *[0] * (T - len(row))] for row in lists], device=device), lengths
-
-
-def _dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of keys and values: under autocast, autocast's own."""
-    kind = weight.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype

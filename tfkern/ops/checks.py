@@ -123,6 +123,12 @@ def autocast(*tensors: Tensor | None) -> tuple:
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch's own operators compute x: autocast's if it is on."""
+    cast = x.is_floating_point() and x.dtype != torch.float64 and dispatch.autocasts(x.device)
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+
+
 def values_at_hand(x: Tensor) -> bool:
     """Whether the values of x can be read without waiting for a GPU and without a graph break."""
     plain = type(x) in (Tensor, torch.nn.Parameter)  # not a FakeTensor or another subclass

@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices that torch's function refuses.
     """
-    dtype = _dtype(x) if x.is_cpu else None
+    dtype = checks.computed_dtype(x) if x.is_cpu else None
     if dtype in (torch.bfloat16, torch.float16) and _is_plain(x, weight, bias, dtype):
         backend = dispatch.find("linear", (x, weight, bias, dtype))
         if backend is not None:
@@ -44,17 +44,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which torch's function would compute x: autocast's if it is on."""
-    cast = x.is_floating_point() and x.dtype != torch.float64 and dispatch.autocasts(x.device)
-    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
-
-
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
     """Whether `_Linear` can serve the call: dense, of one dtype, no vector, no forward mode."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     matrices = x.dim() > 1 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
-    alike = all(_dtype(t) == dtype and _is_dense(t) for t in tensors)
+    alike = all(checks.computed_dtype(t) == dtype and _is_dense(t) for t in tensors)
     return matrices and alike and forward_ad._current_level < 0
 
 
