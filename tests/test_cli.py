@@ -52,6 +52,7 @@ def quick(monkeypatch):
         (["sample", "/nowhere", "a"], "/nowhere has no config.json"),
         (["sample", "/nowhere"], "give one of a prompt, --unconditional and --interactive"),
         (["sample", "/nowhere", "a", "--samples", "0"], "--samples 0 needs --unconditional"),
+        (["sample", "/nowhere", "a", "--beams", "2", "--stop", "b"], "does not apply to --beams"),
         (["sample", "/nowhere", "a", "--top-p", "2"], "top_p must lie in (0, 1], got 2"),
         (["attention-map", "/nowhere", "a"], "/nowhere has no config.json"),
         (["convert", "/nowhere"], "target"),
@@ -257,6 +258,22 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys, missing):
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == (
         f"tfkern: {missing} is not installed: pip install tfkern[cli]\n"
+    )
+
+
+@pytest.mark.parametrize("missing, extra", [("tokenizers", "cli"), ("sentencepiece", "text")])
+def test_an_extra_that_a_command_misses_is_one_line(monkeypatch, capsys, tmp_path, missing, extra):
+    from tfkern.models import Transformer, TransformerConfig, save
+
+    save(Transformer(TransformerConfig(vocab_size=8, dim=4, layers=1, heads=1)), tmp_path, "tfkern")
+    (tmp_path / "spiece.model").touch()
+    for name in [n for n in sys.modules if n.startswith(("tfkern.tokenize", missing))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(tfkern, "tokenize", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["sample", str(tmp_path), "a"]) == 2
+    assert capsys.readouterr().err == (
+        f"tfkern: {missing} is not installed: pip install tfkern[{extra}]\n"
     )
 
 

@@ -8,16 +8,27 @@ from typing import Any
 
 from tfkern_program import failed, say
 
+# Packages that only some installations have, and the extra that brings each.
+_EXTRAS = {
+    "typer": "cli", "rich": "cli", "matplotlib": "cli", "tokenizers": "cli", "sentencepiece": "text"
+}  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status, as `tfkern_program.main`, in this process."""
     try:
-        app = _app()
-    except ImportError as error:
+        return _run(arguments)
+    except ImportError as error:  # of the program, or later of a command
         package = (error.name or "").partition(".")[0]
-        if package not in ("typer", "rich", "matplotlib", "tokenizers"):
-            raise
-        return say(f"{package} is not installed: pip install tfkern[cli]", 2)
+        if package not in _EXTRAS:
+            return failed(error)
+        return say(f"{package} is not installed: pip install tfkern[{_EXTRAS[package]}]", 2)
+    except Exception as error:
+        return failed(error)
+
+
+def _run(arguments: list[str] | None) -> int:
+    app = _app()
     import typer
 
     usage_error: Any = typer.BadParameter.__base__  # typer shows its errors in boxes
@@ -31,8 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
         return say("interrupted", 130)
     except (ValueError, NotImplementedError) as error:
         return say(str(error), 2)
-    except Exception as error:
-        return failed(error)
 
 
 def _app():

@@ -50,6 +50,8 @@ def command(
         raise ValueError("give one of a prompt, --unconditional and --interactive")
     if samples == 0 and not unconditional:
         raise ValueError("--samples 0 needs --unconditional")
+    if stop and beams:
+        raise ValueError("--stop does not apply to --beams")
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k or None,
@@ -104,8 +106,6 @@ def _pieces(
     if not beams:
         yield from stream_text(model, tokenizer, prompt, max_tokens, **options)
         return
-    if options["stop"]:
-        raise ValueError("--stop does not apply to --beams")
     inputs = {} if prompt is None else encode_prompts(model, tokenizer, [prompt])
     ((best,),) = beam_search(
         model, max_tokens=max_tokens, beams=beams, sampling=options["sampling"], **inputs
