@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,15 +13,15 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("packaging")  # one build for all
+UNWANTED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build", "results")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """The files of the checkout without what was built in it."""
     tree = tmp_path_factory.mktemp("tree")
-    unwanted = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build", "results")
-    for name in ("csrc", "kernels", "tfkern", "benchmarks"):
-        shutil.copytree(ROOT / name, tree / name, ignore=unwanted)
+    for name in ("csrc", "kernels", "tfkern", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=UNWANTED)
     for name in (
         "setup.py",
         "tfkern_program.py",
@@ -73,6 +74,7 @@ PYTHON_FILES = {
     }.items()
     for path in (ROOT / source).glob("**/*.py")
 } | {"tfkern_program.py"}  # fmt: skip
+TYPES = {"tfkern/py.typed", "tfkern/_C.pyi"}
 
 LAYER_NORM = (
     "import torch, tfkern\n"
@@ -82,11 +84,32 @@ LAYER_NORM = (
 )
 
 
+def test_source_distribution(tree, tmp_path):
+    """It holds all that a build needs, without the tests, which need more than itself."""
+    # A copy: an earlier build leaves a list of files behind, which the next build adds to its own.
+    tree = shutil.copytree(tree, tmp_path / "tree", ignore=UNWANTED)
+    expected = {str(p.relative_to(tree)) for p in tree.rglob("*") if p.is_file()}
+    expected = {name for name in expected if not name.startswith("tests/")}
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tree,
+        env=os.environ | {"TFKERN_NATIVE": "0"},
+    )
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {m.name.partition("/")[2] for m in archive if m.isfile()}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {n for n in names if not n.startswith("tfkern.egg-info/")} - made == expected
+
+
 def test_pure_python_wheel(tree, tmp_path):
     names, path = wheel(tree, tmp_path / "wheel", TFKERN_NATIVE="0")
     assert path.name.endswith("-py3-none-any.whl")
-    assert names >= PYTHON_FILES | {"tfkern/py.typed"}
-    assert not [n for n in names if n.endswith((".so", ".cpp", ".h"))]
+    assert {n for n in names if ".dist-info/" not in n} == PYTHON_FILES | TYPES
     install(path, tmp_path / "site")
     where, backend = python(LAYER_NORM, tmp_path / "site").split()
     assert where.startswith(str(tmp_path)) and backend == "reference"
@@ -99,9 +122,10 @@ def test_pure_python_wheel(tree, tmp_path):
 @pytest.mark.slow
 def test_native_wheel(tree, tmp_path):
     names, path = wheel(tree, tmp_path / "wheel", TFKERN_CUDA="0")
-    assert names >= PYTHON_FILES | {"tfkern/py.typed"}
-    assert "tfkern/_operators.abi3.so" in names
-    assert [n for n in names if n.startswith("tfkern/_C.") and n.endswith(".so")]
+    assert names >= PYTHON_FILES | TYPES | {"tfkern/_operators.abi3.so"}
+    rest = {n for n in names if ".dist-info/" not in n} - PYTHON_FILES - TYPES
+    assert sorted(n.partition(".")[0] for n in rest) == ["tfkern/_C", "tfkern/_operators"]
+    assert all(n.endswith(".so") for n in rest)
     install(path, tmp_path / "site")
     where, backend = python(LAYER_NORM, tmp_path / "site").split()
     assert where.startswith(str(tmp_path)) and backend == "native"
