@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tfkern.ops import OPS
-from tfkern.reference.attention import Arguments
+from tfkern.ops.attention import bind
 
 _C = pytest.importorskip("tfkern._C", reason="no native build")
 
@@ -111,20 +111,9 @@ def test_a_spill_would_be_seen():
 # ---- scores that leave no room for rounding, and NaN ----
 
 
-def attention(q, k, v, do=None, sink=None, query_lengths=None, key_lengths=None, window=None):
+def attention(q, k, v, do=None, **options):
     """o and lse of the CUDA kernels on the host, and with `do` the gradients."""
-    ops = emulation.load()
-    args = Arguments(
-        q,
-        k,
-        v,
-        sink=sink,
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
-        left=window,
-        right=window,
-        scale=q.shape[3] ** -0.5,
-    )
+    ops, args = emulation.load(), bind(q, k, v, **options)
     o, lse = ops.attention_forward(*args)
     if do is None:
         return o, lse
@@ -138,7 +127,7 @@ def test_backward_forms_the_scores_of_the_forward(dtype):
     q, k = (3e3 * torch.randn(1, 1, 6000, 160) for _ in range(2))
     q, k, v = q.to(dtype), k.to(dtype), torch.randn(1, 1, 6000, 16, dtype=dtype)
     do = torch.randn_like(v)
-    o, _, _, _, dv, *_ = attention(q, k, v, do, window=0)
+    o, _, _, _, dv, *_ = attention(q, k, v, do, window=(0, 0))
     assert torch.equal(o, v) and torch.equal(dv, do)
 
 
