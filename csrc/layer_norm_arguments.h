@@ -1,5 +1,6 @@
-// The checks of the arguments of layer norm's operators that every device needs. Tensors may have
-// any strides: one whose rows have no common distance is copied (see with_row_stride).
+// The checks of the arguments of layer norm's operators that every device needs, and the operators'
+// outputs. Tensors may have any strides: one whose rows have no common distance is copied (see
+// with_row_stride).
 #pragma once
 
 #include "rows.h"
@@ -38,14 +39,13 @@ inline void check_layer_norm_backward(const Tensor& dy, const Optional& dh, cons
   check_floating(dy, dh, h, weight, bias);
   check_dropout(seed, dropout_p);
   const MatrixSize size = matrix_size(dy, axes);
-  const bool wide = h.scalar_type() == ScalarType::Double;
+  const ScalarType type = compute_type(h.scalar_type());
   const auto statistics = [&](const Tensor& x) {
-    return is_vector(x, size.rows) &&
-           x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
+    return is_vector(x, size.rows) && x.scalar_type() == type;
   };
   STD_TORCH_CHECK(is_like(dh, dy) && is_like(h, dy) && statistics(rstd) &&
                       (!mean || statistics(*mean)) &&
-                      (wide || dy.scalar_type() != ScalarType::Double),
+                      (type == ScalarType::Double || dy.scalar_type() != ScalarType::Double),
                   "tfkern::layer_norm_backward: dy, dh, h, mean and rstd do not fit together");
   check_layer_norm_parameters(weight, bias, dy, axes);
   check_countable({kPadding, size.rows, size.columns});
@@ -54,6 +54,28 @@ inline void check_layer_norm_backward(const Tensor& dy, const Optional& dh, cons
 // The address of the seed, or null if nothing is dropped.
 inline const uint64_t* seed_of(const Optional& seed, double p) {
   return seed && p > 0 ? data<const uint64_t>(*seed) : nullptr;
+}
+
+// ---- outputs, not initialised ----
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// y, h, mean and rstd
+inline Four layer_norm_forward_outputs(const Tensor& x, const Optional& residual,
+                                       const Optional& seed, bool rms, int64_t axes) {
+  const int64_t M = matrix_size(x, axes).rows;
+  const ScalarType h_type = promote(x, residual), statistics = compute_type(h_type);
+  return {empty(x, x.sizes(), x.scalar_type()),
+          residual || seed ? empty(x, x.sizes(), h_type) : absent(x, h_type),
+          rms ? absent(x, statistics) : empty(x, {M}, statistics), empty(x, {M}, statistics)};
+}
+
+// dx, dresidual, dweight and dbias
+inline Four layer_norm_backward_outputs(const Tensor& dy, const Tensor& h, const Optional& weight,
+                                        const Optional& bias, bool separate_residual) {
+  return {empty_like(dy, dy),
+          separate_residual ? empty_like(h, h) : absent(h, h.scalar_type()),
+          empty_like(weight, dy), empty_like(bias, dy)};
 }
 
 }  // namespace tfkern

@@ -1,4 +1,5 @@
-// The arguments of the MLP's operators, and the checks of them that every device needs.
+// The arguments of the MLP's operators, the checks of them that every device needs, and the
+// operators' outputs.
 #pragma once
 
 #include <string>
@@ -49,6 +50,25 @@ inline void check_mlp_backward(const Tensor& dh, const Tensor& pre, const Option
                       dh.size(1) == pre.size(1) && is_such_matrix(up, pre),
                   "tfkern::mlp_activation_backward: dh, pre and up do not fit together");
   check_countable({kPadding, pre.size(0), pre.size(1)});
+}
+
+// ---- outputs, not initialised ----
+
+// h, and pre with the rounded up; the latter is absent unless total is wide.
+inline std::tuple<Tensor, Tensor> mlp_forward_outputs(const Tensor& total, const Optional& up,
+                                                      ScalarType type) {
+  const int64_t M = total.size(0), F = total.size(1), kinds = up ? 2 : 1;
+  return {empty_like(total, total),
+          is_wide(total, type) ? empty(total, {kinds, M, F}, type) : absent(total, type)};
+}
+
+// dpre with dup, h, and db with db_up, which is absent unless `bias`
+inline std::tuple<Tensor, Tensor, Tensor> mlp_backward_outputs(const Tensor& dh, const Tensor& pre,
+                                                               const Optional& up, bool bias) {
+  const int64_t M = pre.size(0), F = pre.size(1), kinds = up ? 2 : 1;
+  const ScalarType type = pre.scalar_type();
+  return {empty(dh, {kinds, M, F}, dh.scalar_type()), empty_like(dh, dh),
+          bias ? empty(pre, {kinds, F}, type) : absent(pre, type)};
 }
 
 }  // namespace tfkern

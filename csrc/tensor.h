@@ -39,6 +39,11 @@ inline Dtype dtype(ScalarType type) {
 
 inline Dtype dtype(const Tensor& t) { return dtype(t.scalar_type()); }
 
+// The type in which kernels compute with elements of `type`, as Compute in dtype.h.
+inline ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
@@ -147,8 +152,15 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(handle);
 }
 
-// The empty tensor that an operator returns for an output that the call does not have.
+// The empty tensor that an operator returns for an output that the call does not have. The address
+// of its data is null.
 inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
+
+// A new contiguous tensor of the shape and dtype of `t`; absent, with the dtype of `other`, if `t`
+// is.
+inline Tensor empty_like(const Optional& t, const Tensor& other) {
+  return t ? empty(*t, t->sizes(), t->scalar_type()) : absent(other, other.scalar_type());
+}
 
 // torch.promote_types of the two, or the type of `a` if there is no `b`.
 inline ScalarType promote(const Tensor& a, const Optional& b) {

@@ -86,23 +86,13 @@ const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
   return out;
 }
 
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 template <class C>
 Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
              const Optional& residual, const Optional& seed, double p, double eps, bool rms,
              int64_t axes) {
-  constexpr ScalarType kCompute =
-      std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
   const auto [M, N] = matrix_size(x, axes);
-  const bool separate_h = residual || seed;
-  const Rows x_rows = rows(x, axes), residual_rows = rows(residual, axes);
-  Tensor mean = rms ? absent(x, kCompute) : empty(x, {M}, kCompute);
-  Tensor rstd = empty(x, {M}, kCompute);
-  Tensor y = empty(x, x.sizes(), x.scalar_type());
-  const ScalarType h_type = promote(x, residual);
-  Tensor h = separate_h ? empty(x, x.sizes(), h_type) : absent(x, h_type);
-
+  const Four outputs = layer_norm_forward_outputs(x, residual, seed, rms, axes);
+  const auto& [y, h, mean, rstd] = outputs;
   Scratch scratch;
   const LayerNormForward<C> a{
       N,
@@ -110,19 +100,19 @@ Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
       rms,
       seed_of(seed, p),
       Dropout<C>(p),
-      x_rows,
-      residual_rows,
+      rows(x, axes),
+      rows(residual, axes),
       parameters(weight, N, C{1}, scratch),
       parameters(bias, N, C{0}, scratch),
       rows(y, axes),
-      separate_h ? rows(h, axes) : Rows{},
-      rms ? nullptr : static_cast<C*>(mean.data_ptr()),
-      static_cast<C*>(rstd.data_ptr()),
+      rows(h, axes),
+      data<C>(mean),
+      data<C>(rstd),
   };
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, N));
   torch::stable::parallel_for(0, M, grain,
                               [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
-  return {y, h, mean, rstd};
+  return outputs;
 }
 
 template <class C>
@@ -130,22 +120,22 @@ Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optio
               const Optional& bias, const Optional& mean, const Tensor& rstd, const Optional& seed,
               double p, bool separate_residual, int64_t axes) {
   const auto [M, N] = matrix_size(dy, axes);
-  const Rows dy_rows = rows(dy, axes), dh_rows = rows(dh, axes), h_rows = rows(h, axes);
-  const C* mean_data = mean ? data<const C>(*mean) : nullptr;
-  const C* rstd_data = data<const C>(rstd);
-  const auto like = [&](const Optional& t) {
-    return t ? empty(dy, t->sizes(), t->scalar_type()) : absent(dy, dy.scalar_type());
-  };
-  Tensor dx = empty(dy, dy.sizes(), dy.scalar_type());
-  Tensor dresidual =
-      separate_residual ? empty(dy, h.sizes(), h.scalar_type()) : absent(dy, h.scalar_type());
-  Tensor dweight = like(weight), dbias = like(bias);
-
+  const Four outputs = layer_norm_backward_outputs(dy, h, weight, bias, separate_residual);
+  const auto& [dx, dresidual, dweight, dbias] = outputs;
   Scratch scratch;
   const LayerNormBackward<C> a{
-      N,         !mean,     seed_of(seed, p), Dropout<C>(p),
-      dy_rows,   dh_rows,   h_rows,           parameters(weight, N, C{1}, scratch),
-      mean_data, rstd_data, rows(dx, axes),   separate_residual ? rows(dresidual, axes) : Rows{},
+      N,
+      !mean,
+      seed_of(seed, p),
+      Dropout<C>(p),
+      rows(dy, axes),
+      rows(dh, axes),
+      rows(h, axes),
+      parameters(weight, N, C{1}, scratch),
+      mean ? data<const C>(*mean) : nullptr,
+      data<const C>(rstd),
+      rows(dx, axes),
+      rows(dresidual, axes),
   };
   // Each chunk of rows sums its part of dweight and dbias. The number of chunks follows from the
   // shape alone, so that the result does not depend on the number of threads.
@@ -161,12 +151,12 @@ Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optio
   for (int64_t i = 1; i < chunks; ++i) {
     for (int64_t n = 0; n < 2 * P; ++n) sums[n] += sums[i * 2 * P + n];
   }
-  const auto round = [&](Tensor& out, const C* sum) {
-    TFKERN_DTYPE(dtype(out), baseline::convert(static_cast<T*>(out.data_ptr()), sum, N));
+  const auto round = [&](const Tensor& out, const C* sum) {
+    TFKERN_DTYPE(dtype(out), baseline::convert(data<T>(out), sum, N));
   };
   if (weight) round(dweight, sums);
   if (bias) round(dbias, sums + P);
-  return {dx, dresidual, dweight, dbias};
+  return outputs;
 }
 
 Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional seed,

@@ -63,22 +63,22 @@ std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor total, Optional up, std
   const bool wide = is_wide(total, type);
   total = torch::stable::contiguous(total);
   if (up) up = torch::stable::contiguous(*up);
-  const int64_t M = total.size(0), F = total.size(1), kinds = up ? 2 : 1;
-  Tensor h = empty(total, {M, F}, total.scalar_type());
-  Tensor pre = wide ? empty(total, {kinds, M, F}, type) : absent(total, type);
+  const int64_t M = total.size(0), F = total.size(1);
+  const auto outputs = mlp_forward_outputs(total, up, type);
+  const auto& [h, pre] = outputs;
   const MlpForward a{act,
                      dtype(type),
                      wide,
                      F,
                      data<void>(total),
                      up ? data<void>(*up) : nullptr,
-                     wide ? pre.data_ptr() : nullptr,
+                     pre.data_ptr(),
                      wide && up ? second(pre) : nullptr,
                      h.data_ptr()};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, F));
   torch::stable::parallel_for(0, M, grain,
                               [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
-  return {h, pre};
+  return outputs;
 }
 
 // Adds the partial sums of all chunks, W elements each, and rounds the result to db.
@@ -98,10 +98,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
-  const int64_t M = pre.size(0), F = pre.size(1), kinds = up ? 2 : 1, W = kinds * F;
-  Tensor dpre = empty(pre, {kinds, M, F}, dh.scalar_type());
-  Tensor h = empty(pre, {M, F}, dh.scalar_type());
-  Tensor db = bias ? empty(pre, {kinds, F}, pre.scalar_type()) : absent(pre, pre.scalar_type());
+  const int64_t M = pre.size(0), F = pre.size(1), W = (up ? 2 : 1) * F;
+  const auto outputs = mlp_backward_outputs(dh, pre, up, bias);
+  const auto& [dpre, h, db] = outputs;
   const MlpBackward a{act,
                       dtype(pre),
                       wide,
@@ -123,9 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
         backward_rows(a, M * i / chunks, M * (i + 1) / chunks, bias ? sums + i * W : nullptr);
       }
     });
-    if (bias) finish(static_cast<T*>(db.data_ptr()), sums, chunks, W);
+    if (bias) finish(data<T>(db), sums, chunks, W);
   });
-  return {dpre, h, db};
+  return outputs;
 }
 
 }  // namespace

@@ -351,8 +351,6 @@ int warps_per_row(int64_t N, int elements) {
   return warps <= kMaxWarps ? warps : 0;
 }
 
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional seed,
                         double dropout_p, double eps, bool rms, int64_t axes) {
   check_layer_norm_forward(x, weight, bias, residual, seed, dropout_p, axes);
@@ -365,13 +363,8 @@ Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional resid
   check_grid(blocks);
   x = with_row_stride(x, axes);
   residual = with_row_stride(residual, axes);
-  const bool separate_h = residual || seed;
-  const ScalarType h_type = promote(x, residual);
-  Tensor y = empty(x, x.sizes(), x.scalar_type());
-  Tensor h = separate_h ? empty(x, x.sizes(), h_type) : absent(x, h_type);
-  Tensor mean = rms ? absent(x, ScalarType::Float) : empty(x, {M}, ScalarType::Float);
-  Tensor rstd = empty(x, {M}, ScalarType::Float);
-
+  const Four outputs = layer_norm_forward_outputs(x, residual, seed, rms, axes);
+  const auto& [y, h, mean, rstd] = outputs;
   const Forward a{M,
                   N,
                   static_cast<float>(eps),
@@ -384,12 +377,12 @@ Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional resid
                   matrix(weight, axes),
                   matrix(bias, axes),
                   matrix(y, axes),
-                  separate_h ? matrix(h, axes) : Matrix{},
-                  rms ? nullptr : static_cast<float*>(mean.data_ptr()),
-                  static_cast<float*>(rstd.data_ptr())};
+                  matrix(h, axes),
+                  data<float>(mean),
+                  data<float>(rstd)};
   launch(Device(x), held ? forward_kernel<false> : forward_kernel<true>, blocks, 32 * warps,
          kSumBytes, a);
-  return {y, h, mean, rstd};
+  return outputs;
 }
 
 Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Optional bias,
@@ -403,13 +396,8 @@ Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Opti
   dy = with_row_stride(dy, axes);
   dh = with_row_stride(dh, axes);
   h = with_row_stride(h, axes);
-  const auto like = [&](const Optional& t) {
-    return t ? empty(dy, t->sizes(), t->scalar_type()) : absent(dy, dy.scalar_type());
-  };
-  Tensor dx = empty(dy, dy.sizes(), dy.scalar_type());
-  Tensor dresidual =
-      separate_residual ? empty(dy, h.sizes(), h.scalar_type()) : absent(dy, h.scalar_type());
-  Tensor dweight = like(weight), dbias = like(bias);
+  const Four outputs = layer_norm_backward_outputs(dy, h, weight, bias, separate_residual);
+  const auto& [dx, dresidual, dweight, dbias] = outputs;
 
   const Device device(dy);
   const int per_row = held ? held : 8;
@@ -436,7 +424,7 @@ Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Opti
                    mean ? data<const float>(*mean) : nullptr,
                    data<const float>(rstd),
                    matrix(dx, axes),
-                   separate_residual ? matrix(dresidual, axes) : Matrix{},
+                   matrix(dresidual, axes),
                    weight ? matrix(part_dweight) : Matrix{},
                    bias ? matrix(part_dbias) : Matrix{},
                    column_blocks,
@@ -449,7 +437,7 @@ Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Opti
          32 * warps, std::max(kSumBytes, shared), a);
   if (weight) sum_partials(device, part_dweight, blocks, dweight);
   if (bias) sum_partials(device, part_dbias, blocks, dbias);
-  return {dx, dresidual, dweight, dbias};
+  return outputs;
 }
 
 }  // namespace

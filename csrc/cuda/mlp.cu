@@ -200,11 +200,12 @@ std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, Optional up, std::
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
   const int64_t M = pre.size(0), F = pre.size(1);
-  Tensor h = empty(pre, {M, F}, type);
+  const auto outputs = mlp_forward_outputs(pre, up, type);
+  const Tensor& h = std::get<0>(outputs);
   const Device device(pre);
   const Forward a{tiling(device, M, F, kForwardRows), act, matrix(pre), matrix(up), matrix(h)};
   launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
-  return {h, absent(pre, type)};
+  return outputs;
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre, Optional up,
@@ -216,9 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
   const int64_t M = pre.size(0), F = pre.size(1), kinds = up ? 2 : 1;
-  Tensor dpre = empty(pre, {kinds, M, F}, pre.scalar_type());
-  Tensor h = empty(pre, {M, F}, pre.scalar_type());
-  Tensor db = bias ? empty(pre, {kinds, F}, pre.scalar_type()) : absent(pre, pre.scalar_type());
+  const auto outputs = mlp_backward_outputs(dh, pre, up, bias);
+  const auto& [dpre, h, db] = outputs;
   const Device device(pre);
   const Tiling tiles = tiling(device, M, F, kBackwardRows);
   const int64_t parts = tiles.groups * tiles.rows();
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
                    bias && up ? from(partial, F) : Matrix{}};
   launch(device, backward_kernel, tiles.column_blocks * tiles.groups, kThreads, 0, a);
   if (bias) sum_partials(device, partial, parts, db);
-  return {dpre, h, db};
+  return outputs;
 }
 
 }  // namespace
