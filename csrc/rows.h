@@ -1,4 +1,4 @@
-// Tensors of any rank as the matrices that norms take: the last `axes` axes are the columns, all
+// Tensors of any rank as the matrices that kernels take: the last `axes` axes are the columns, all
 // others the rows.
 #pragma once
 
@@ -60,6 +60,39 @@ inline bool has_last_sizes(const Optional& t, const Tensor& x, int64_t axes) {
     if (t->size(i) != x.size(x.dim() - axes + i)) return false;
   }
   return true;
+}
+
+// Where the rows of a tensor begin whose last axis is the columns: (batch, T) rows, as those of
+// x[:, 1:], have two strides. Strides count elements.
+struct RowOffsets {
+  int64_t T = 1, stride = 0, batch_stride = 0;
+
+  int64_t operator()(int64_t m) const { return m / T * batch_stride + m % T * stride; }
+};
+
+// The offsets of the rows of x, or nullopt if they would need more than two strides, or if the
+// elements of a row do not lie one after the other.
+inline std::optional<RowOffsets> row_offsets(const Tensor& x) {
+  RowOffsets offsets;
+  if (x.numel() == 0) return offsets;
+  if (x.size(x.dim() - 1) > 1 && x.stride(x.dim() - 1) != 1) return std::nullopt;
+  int found = 0;     // strides of rows so far
+  int64_t next = 0;  // the stride that an axis has if it continues the axes after it
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (found == 0) {
+      offsets.T = x.size(i);
+      offsets.stride = x.stride(i);
+      found = 1;
+    } else if (x.stride(i) != next) {
+      if (++found > 2) return std::nullopt;
+      offsets.batch_stride = x.stride(i);
+    } else if (found == 1) {
+      offsets.T *= x.size(i);
+    }
+    next = x.stride(i) * x.size(i);
+  }
+  return offsets;
 }
 
 }  // namespace tfkern

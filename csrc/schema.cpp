@@ -25,4 +25,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
   m.def(
       "mlp_activation_backward(Tensor dh, Tensor pre, Tensor? up, str activation, bool bias) "
       "-> (Tensor dpre, Tensor h, Tensor db)");
+  const std::string rows =
+      "Tensor targets, Tensor? weight, Tensor lse, Tensor rest, Tensor? dloss, Tensor? dlse, "
+      "int ignore_index, float label_smoothing, float softcap, int first, int classes";
+  m.def(
+      "cross_entropy_forward(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float softcap, bool ignored_lse) "
+      "-> (Tensor loss, Tensor lse, Tensor rest)");
+  m.def(("cross_entropy_backward(Tensor logits, " + rows + ") -> Tensor").c_str());
+  m.def(("cross_entropy_backward_(Tensor(a!) logits, " + rows + ") -> ()").c_str());
 }

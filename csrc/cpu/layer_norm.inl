@@ -188,7 +188,6 @@ inline void gradient(T* g, const C* dy, const C* h, C mean, C rstd, C c1, C c2, 
 template <class C>
 void layer_norm_backward(const LayerNormBackward<C>& a, int64_t begin, int64_t end, C* dweight,
                          C* dbias) {
-  constexpr int L = kLanes<C>;
   const int64_t N = a.N, P = padded<C>(N);
   std::vector<C> buffers(4 * P);
   C* dy_row = buffers.data();

@@ -5,10 +5,12 @@ from typing import Any
 
 from tfkern import dispatch
 from tfkern.ops import attention as _attention
+from tfkern.ops import cross_entropy as _cross_entropy
 from tfkern.ops import layer_norm as _layer_norm
 from tfkern.ops import mlp as _mlp
 from tfkern.ops.attention import attention, attention_varlen
 from tfkern.ops.attention_weights import attention_weights
+from tfkern.ops.cross_entropy import cross_entropy
 from tfkern.ops.layer_norm import layer_norm, rms_norm
 from tfkern.ops.linear import linear
 from tfkern.ops.mlp import gated_mlp, mlp
@@ -18,6 +20,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "cross_entropy",
     "explain",
     "gated_mlp",
     "layer_norm",
@@ -28,11 +31,12 @@ __all__ = [
     "unpad",
 ]
 
-OPS = ("attention", "layer_norm", "mlp")  # ops with kernels in every backend
+OPS = ("attention", "cross_entropy", "layer_norm", "mlp")  # ops with kernels in every backend
 
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
     "attention": ("attention", _attention.bind),
     "attention_varlen": ("attention", _attention.bind_varlen),
+    "cross_entropy": ("cross_entropy", _cross_entropy.bind),
     "gated_mlp": ("mlp", _mlp.bind_gated),
     "layer_norm": ("layer_norm", _layer_norm.bind),
     "mlp": ("mlp", _mlp.bind),
