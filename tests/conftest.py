@@ -57,12 +57,12 @@ def device():
 
 
 def pytest_generate_tests(metafunc):
-    """`backend` runs a test once per backend of the op that its file's name begins with."""
+    """`backend` runs a test once per backend of the op that its file is named after."""
     names = metafunc.fixturenames
     if "backend" not in names:
         return
     file = metafunc.module.__name__.rpartition("test_")[2]
-    op = next(op for op in OPS if file.startswith(op))
+    op = next(op for op in OPS if op in file)
     cases = []
     for backend, reason in tfkern.backends(op).items():
         for dtype in DTYPES if "dtype" in names else (None,):

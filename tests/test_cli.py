@@ -265,7 +265,8 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys, missing):
 def test_an_extra_that_a_command_misses_is_one_line(monkeypatch, capsys, tmp_path, missing, extra):
     from tfkern.models import Transformer, TransformerConfig, save
 
-    save(Transformer(TransformerConfig(vocab_size=8, dim=4, layers=1, heads=1)), tmp_path, "tfkern")
+    config = TransformerConfig(vocab_size=8, dim=4, layers=1, heads=1, max_length=8)
+    save(Transformer(config), tmp_path, form="tfkern")
     (tmp_path / "spiece.model").touch()
     for name in [n for n in sys.modules if n.startswith(("tfkern.tokenize", missing))]:
         monkeypatch.delitem(sys.modules, name)

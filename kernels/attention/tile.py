@@ -400,7 +400,7 @@ def scores(x, t, s, head, scoring, MASKED: tl.constexpr):
     slope = 1.0
     if opt.softcap is not None:
         softcap = tl.cast(opt.softcap, tl.float32)
-        x = _tanh(x * (scale / softcap))
+        x = tanh(x * (scale / softcap))
         slope = 1 - x * x
         scale = softcap
     if opt.bias is not None:
@@ -444,7 +444,7 @@ def _visible(t, s, band):
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh(x) = (e^2x - 1) / (e^2x + 1). For |x| <= 1 the numerator would cancel, so the continued
     fraction x / (1 + x^2 / (3 + x^2 / (5 + x^2 / (7 + x^2 / 9)))) is used."""
     e = tl.exp2(tl.minimum(tl.maximum(x, -10.0), 10.0) * (2 * LOG2E))

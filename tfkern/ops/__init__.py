@@ -13,6 +13,7 @@ from tfkern.ops.attention_weights import attention_weights
 from tfkern.ops.cross_entropy import cross_entropy
 from tfkern.ops.layer_norm import layer_norm, rms_norm
 from tfkern.ops.linear import linear
+from tfkern.ops.linear_cross_entropy import linear_cross_entropy
 from tfkern.ops.mlp import gated_mlp, mlp
 from tfkern.ops.packing import pad, unpad
 
@@ -25,6 +26,7 @@ __all__ = [
     "gated_mlp",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "mlp",
     "pad",
     "rms_norm",

@@ -1,5 +1,6 @@
 """Calls an `autograd.Function` in the `setup_context` form at the cost of a kernel call."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,16 +54,18 @@ def _differentiated(args: tuple) -> bool:
     return torch.is_grad_enabled() and (dispatch.requires_grad(args) or torch._C._is_tracing())
 
 
-def first_order(op: str) -> type[torch.autograd.Function]:
-    """The backward of an op as a Function of its own, which takes the arguments of an
-    implementation's backward, and the name of the backend. Its own backward raises, so that second
-    derivatives fail instead of losing terms."""
+def first_order(op: str, function: Callable | None = None) -> type[torch.autograd.Function]:
+    """The backward of an op as a Function of its own. It takes the arguments of `function`, or by
+    default those of an implementation's backward, and the name of the backend. Its own backward
+    raises, so that second derivatives fail instead of losing terms."""
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*args):
+            if function is not None:
+                return function(*args)
             *arguments, backend = args
             return dispatch.implementation(op, backend).backward(*arguments)
 

@@ -154,34 +154,40 @@ def reduced(
     z_loss: float,
     reduction: str,
 ) -> Tensor:
-    """The loss of the rows with z_loss, reduced as `cross_entropy` says."""
-    used = targets != ignore_index
-    if z_loss:
-        squares = torch.where(used, lse, 0).square()  # an ignored lse may be NaN
-        if reduction == "none":
-            return loss + z_loss * squares
+    """The losses of rows with z_loss, reduced as `cross_entropy` says."""
+    squares = None
+    if z_loss:  # the lse of an ignored row may be NaN
+        squares = torch.where(targets != ignore_index, lse, 0).square()
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "mean":
-        total = total / _or_one(row_weights(targets, weight, ignore_index).sum())
-    if z_loss:
-        count = _or_one(used.sum()) if reduction == "mean" else 1
-        total = total + z_loss * squares.sum() / count
-    return total
+        return loss if squares is None else loss + z_loss * squares
+    # A float32 sum of many rows would cost more digits than the rows have lost.
+    total = loss.sum(dtype=torch.float64)
+    count, z_count = counts(targets, weight, ignore_index, reduction)
+    total = total / count
+    if squares is not None:
+        total = total + z_loss * squares.sum(dtype=torch.float64) / z_count
+    return total.to(loss.dtype)
+
+
+def counts(
+    targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """What the sums of the losses and of lse^2 are divided by, as 0-d float64 tensors: for a mean
+    the sum of the targets' weights and the number of rows, or 1 if these are 0."""
+    if reduction == "sum":
+        one = torch.ones((), dtype=torch.float64, device=targets.device)
+        return one, one
+    used = targets != ignore_index
+    count = weights = used.sum().double()
+    if weight is not None:
+        own = weight[targets.clamp(0, len(weight) - 1)]
+        weights = torch.where(used, own, 0).sum(dtype=torch.float64)
+    return _or_one(weights), _or_one(count)
 
 
 def _or_one(x: Tensor) -> Tensor:
-    """A divisor that leaves a sum of nothing 0."""
+    """A divisor that leaves the sum of no rows 0."""
     return torch.where(x == 0, 1, x)
-
-
-def row_weights(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each row counts in the mean: the weight of its target, 0 if it is ignored."""
-    used = targets != ignore_index
-    if weight is None:
-        return used
-    return torch.where(used, weight[targets.clamp(0, len(weight) - 1)], 0)
 
 
 _Backward = autograd.first_order("cross_entropy")
