@@ -82,7 +82,7 @@ def _forward_kernel(
                 terms *= tl.load(W + start + n, mask=n < V - start, other=0.0)[None, :]
             spread += tl.sum(terms, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    log_sum = tl.log(total)
+    log_sum = tl.log(tl.where(read, total, 1.0))
     lse = shift + log_sum
     rest = tl.where(tl.abs(lse) < float("inf"), shift - lse + log_sum, 0.0)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import tfkern
 from tfkern.testing import validate
+from tfkern.validation.cross_entropy import torch_cross_entropy
 
 # 0 rows, primes, one past a tile of columns, more than a tile
 SHAPES = [(0, 5), (7, 2), (3, 5, 17), (67, 33), (5, 1025), (7, 9001)]
@@ -19,30 +20,6 @@ OPTIONS = {
     "weighted": {"weighted": True},
     "all": {"label_smoothing": 0.2, "softcap": 4.0, "z_loss": 0.03, "weighted": True},
 }
-
-
-def torch_loss(
-    logits, targets, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-    reduction="mean",
-):  # fmt: skip
-    """The loss in torch's own operators, from float32 or wider logits as ours is."""
-    s = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    s = softcap * (s / softcap).tanh() if softcap else s
-    loss = F.cross_entropy(
-        s.flatten(0, -2),
-        targets.flatten(),
-        None if weight is None else weight.to(s.dtype),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
-    if not z_loss:
-        return loss.view(targets.shape) if reduction == "none" else loss
-    used = targets != ignore_index
-    squares = torch.where(used, s.logsumexp(-1), 0).square()
-    if reduction == "none":
-        return loss.view(targets.shape) + z_loss * squares
-    return loss + z_loss * squares.sum() / (used.sum() if reduction == "mean" else 1)
 
 
 def make(shape, dtype, device, mean=0.0, ignored=True):
@@ -60,7 +37,7 @@ def check(logits, targets, backend, weighted=False, **options):
         lambda logits: tfkern.cross_entropy(
             logits, targets, weight=weight, backend=backend, **options
         ),
-        lambda logits: torch_loss(logits, targets, weight, **options),
+        lambda logits: torch_cross_entropy(logits, targets, class_weight=weight, **options),
         {"logits": logits},
     ).check()
 
@@ -156,7 +133,7 @@ def test_log_sum_exp(backend, dtype, device):
             logits, targets, return_lse=True, reduction="sum", backend=backend
         ),
         lambda logits: (
-            torch_loss(logits, targets, reduction="sum"),
+            torch_cross_entropy(logits, targets, reduction="sum"),
             logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1),
         ),
         {"logits": logits},
@@ -177,7 +154,7 @@ def test_ignored_rows(backend, dtype, device):
     logits.requires_grad_()
     loss = tfkern.cross_entropy(logits, targets, ignore_index=7, z_loss=0.1, backend=backend)
     loss.backward()
-    expected = torch_loss(logits.detach()[kept].double(), targets[kept], z_loss=0.1)
+    expected = torch_cross_entropy(logits.detach()[kept].double(), targets[kept], z_loss=0.1)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     assert not logits.grad[~kept].any() and logits.grad[kept].all()
 

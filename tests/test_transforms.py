@@ -36,12 +36,29 @@ def gated(x, gate, up, w2):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), w2)
 
 
+TARGETS = torch.tensor([[1, 7, -100], [0, 2, 5]])
+
+
+def classes_of(x, w=None):
+    return F.cross_entropy((x if w is None else F.linear(x, w)).flatten(0, 1), TARGETS.flatten())
+
+
 OPS = {  # ours, torch's, the shapes of the arguments
     "attention": (tfkern.attention, attention, [(1, 2, 5, 8)] * 3),
     "attention_varlen": (
         lambda q, k, v, **kw: tfkern.attention_varlen(q, k, v, CU, CU, **kw),
         documents,
         [(5, 2, 8)] * 3,
+    ),
+    "cross_entropy": (
+        lambda x, **kw: tfkern.cross_entropy(x, TARGETS, **kw),
+        classes_of,
+        [(2, 3, 8)],
+    ),
+    "linear_cross_entropy": (
+        lambda x, w, **kw: tfkern.linear_cross_entropy(x, w, TARGETS, **kw),
+        classes_of,
+        [(2, 3, 5), (8, 5)],
     ),
     "layer_norm": (
         lambda x, r, w, b, **kw: tfkern.layer_norm(x, w, b, residual=r, **kw),
@@ -70,6 +87,7 @@ BACKENDS = [(op, backend) for op in OPS for backend in ("native", "triton", "ref
 def pair(op, chosen):
     ours, theirs, shapes = OPS[op]
     kernel = {"attention_varlen": "attention", "rms_norm": "layer_norm", "gated_mlp": "mlp"}
+    kernel |= {"linear_cross_entropy": "cross_entropy"}
     if reason := tfkern.backends(kernel.get(op, op))[chosen]:
         pytest.skip(reason)
     torch._dynamo.reset()

@@ -70,10 +70,10 @@ def load(backend: str) -> None:
                 _implementations[backend, op] = module = importlib.import_module(name)
                 for operator in vars(module).values():
                     if isinstance(operator, torch._ops.OpOverload):
-                        _refuse_derivatives(operator)
+                        refuse_derivatives(operator)
 
 
-def _refuse_derivatives(operator: torch._ops.OpOverload) -> None:
+def refuse_derivatives(operator: torch._ops.OpOverload) -> None:
     """Makes traces that would differentiate a kernel fail: the derivative would silently be 0.
 
     Outside traces the callers of kernels prevent this, and a kernel for the Autograd key, written

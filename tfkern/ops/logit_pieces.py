@@ -176,7 +176,9 @@ def _register(schema: str, implementation: Callable, fake: Callable) -> Callable
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tfkern_composed::{name}", fake, lib=_library)
-    return getattr(torch.ops.tfkern_composed, name).default
+    operator = getattr(torch.ops.tfkern_composed, name).default
+    dispatch.refuse_derivatives(operator)
+    return operator
 
 
 forward = _register(

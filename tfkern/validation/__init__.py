@@ -7,16 +7,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tfkern.validation import attention, layer_norm, mlp
+from tfkern.validation import attention, cross_entropy, layer_norm, mlp
 from tfkern.validation.case import Case
 
-_DRAWS = {"attention": attention.draws, "layer_norm": layer_norm.draws, "mlp": mlp.draws}
+_DRAWS = {
+    "attention": attention.draws,
+    "cross_entropy": cross_entropy.draws,
+    "layer_norm": layer_norm.draws,
+    "mlp": mlp.draws,
+}
 
 
 def cases(
     op: str, dtype: torch.dtype, device: str, backend: str | None, seed: int, count: int = 8
 ) -> Iterator[Case]:
-    """`count` cases of an op: "attention", "layer_norm" or "mlp", with sizes around tile edges.
+    """`count` cases of an op of `tfkern.ops.OPS`, with sizes around tile edges.
 
     Raises:
         ValueError: an unknown op.
