@@ -7,16 +7,14 @@ from these files. Running an op replaces its rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from . import attention, block, environment, layer_norm, measure, mlp, report, timing
-from .case import BACKWARD, BOTH, DTYPES, FORWARD, Case, Variant, compiled, prepared
+from .case import BACKWARD, BOTH, FORWARD, Case, Variant, compiled
+from .measure import Results, Row
 
 CHOICES = ("torch",)
 THREADS = 2
@@ -95,12 +93,6 @@ COMPARISONS = {
 _HALF = ("attention", "mlp")  # ops whose float16 has code of its own
 
 
-@dataclass
-class Results:
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)  # what failed -> how
-
-
 def dtypes(op: str) -> tuple[str, ...]:
     return ("float32", "bfloat16", *(("float16",) if op in _HALF else ()))
 
@@ -125,41 +117,16 @@ def run(
     return results
 
 
-def write(rows: list[dict[str, Any]], folder: Path) -> Path:
+def write(rows: list[Row], folder: Path) -> Path:
     """Puts the rows of an op into the file of this processor, in place of the op's former rows."""
     op, order = rows[0]["op"], list(COMPARISONS)
     path = folder / file_name(rows[0])
     return report.update(path, rows, lambda r: r["op"] != op, lambda r: order.index(r["op"]))
 
 
-def file_name(facts: dict[str, Any]) -> str:
+def file_name(facts: Row) -> str:
     """The name of the file for a processor, from the facts of its rows."""
     return report.file_name("cpu", facts["device"], facts["torch_instructions"])
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(
-        title=f"{rows[0]['op']}: time of torch / time of tfkern native",
-        title_style="bold",
-        header_style="bold",
-        box=SIMPLE_HEAD,
-    )
-    text = ("case", "pass", "dtype", "against")
-    for column in (*text, "p20", "ratio", "p80", "target", "torch ms", "tfkern ms", "ceiling"):
-        made.add_column(column, justify="left" if column in text else "right", no_wrap=True)
-    for row in rows:
-        ratios = [f"{row[f'ratio_p{p}']:.2f}" for p in (20, 50, 80)]
-        times = [f"{row[name]:.3g}" for name in ("torch_ms", "tfkern_ms")]
-        target = "" if row["target"] is None else f"{row['target']:.2f}"
-        fraction = f"{row['fraction_of_ceiling']:.0%}"
-        made.add_row(
-            *(row[column].replace(BOTH, "both") for column in text),
-            *ratios,
-            target,
-            *times,
-            fraction,
-        )
-    return made
 
 
 def _disagreements(comparison: Comparison, case: Case) -> dict[str, str]:
@@ -175,48 +142,36 @@ def _disagreements(comparison: Comparison, case: Case) -> dict[str, str]:
     return found
 
 
-def _row(comparison: Comparison, case: Case, protocol: timing.Protocol) -> dict[str, Any]:
-    ceiling = _ceiling(case.unit, case.dtype)
-    inputs = case.inputs()
+def _row(comparison: Comparison, case: Case, protocol: timing.Protocol) -> Row:
+    """The row of tfkern's variant, which has the ratio to PyTorch's.
+
+    Raises:
+        RuntimeError: one of the two failed.
+    """
     theirs, ours = comparison.variants(case)
-    steps = {v.name: prepared(case, v, inputs) for v in (theirs, ours)}
-    for step in steps.values():
-        timing.warm_up(step, protocol)
-    timings = timing.interleaved(steps, "cpu", protocol)
-    ceiling = max(ceiling, _ceiling(case.unit, case.dtype))  # a busy machine lowers it
-    times = [timings[v.name] for v in (theirs, ours)]
-    ratios = timing.ratio(*times, comparison.which)
-    seconds = [t.quantiles(comparison.which)[1] for t in times]
-    rate = case.work(comparison.which) / seconds[1]
-    scale = 1e12 if case.unit == "TFLOP/s" else 1e9
-    measured = {
-        **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratios, strict=True)),
-        "torch_ms": 1e3 * seconds[0],
-        "tfkern_ms": 1e3 * seconds[1],
-        "rate": rate / scale,
-        "ceiling": ceiling / scale,
-        "fraction_of_ceiling": rate / ceiling,
-    }
-    return {
-        "op": case.op,
-        "case": comparison.name,
-        "dtype": case.dtype,
-        "pass": comparison.which,
-        "against": theirs.name,
-        "target": comparison.target(case.dtype),
-        "pairs": min(len(t.samples) for t in times),
-        "unit": case.unit,
-        **{name: float(f"{value:.4g}") for name, value in measured.items()},
-    }
+    before = _ceiling(case)
+    found = measure.timed(case, (theirs, ours), protocol)
+    for side, why in found.failures.items():
+        raise RuntimeError(f"{side}, {comparison.name}: {why}")
+    ceiling = max(before, _ceiling(case))  # a busy machine lowers it
+    key = {"op": case.op, "case": comparison.name, "dtype": case.dtype}
+    (row,) = measure.rows(
+        key,
+        case,
+        [ours],
+        found,
+        ceiling,
+        passes=[comparison.which],
+        against=lambda timings, which: theirs.name,
+    )
+    return row | {"target": comparison.target(case.dtype)}
 
 
-def _ceiling(unit: str, dtype: str) -> float:
-    """The highest rate of this machine now: bytes/s of a copy, or FLOP/s of a product.
+def _ceiling(case: Case) -> float:
+    """The highest rate of this machine now, in FLOP/s or bytes/s.
 
     The product may be in float32 for 16-bit dtypes, whose factors may be widened. PyTorch's float16
     product is no ceiling: on most processors it takes a hundred times longer.
     """
-    if unit == "GB/s":
-        return timing.copy_ceiling("cpu")
-    measured = {"float32", "bfloat16"} if dtype == "bfloat16" else {"float32"}
-    return max(timing.product_ceiling(DTYPES[d], "cpu") for d in measured)
+    dtypes = ("float32", "bfloat16") if case.dtype == "bfloat16" else ("float32",)
+    return measure.highest_rate(case.unit, "cpu", *dtypes)

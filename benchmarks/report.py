@@ -1,10 +1,13 @@
-"""Writes results: a table, CSV, JSON and charts of time, memory and rates over length."""
+"""Shows results: files, tables and charts of the sweeps, of the pairs with PyTorch on a CPU, and
+of the suite on a GPU. Everything here is made from rows (`measure.rows`)."""
 
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,8 @@ from rich.table import Table
 
 from tfkern import files
 
-from .case import BOTH
-from .measure import MEASURED, size
-from .sweep import Results, slopes
+from .case import BACKWARD, BOTH, FORWARD, Case
+from .measure import MEASURED, Results, Row, size
 
 # The colours of Okabe and Ito (2008), which colour-blind readers can tell apart. A variant keeps
 # its colour and marker in every chart.
@@ -39,28 +41,28 @@ _STYLES = {
     "liger": ("#F0E442", "h"),
 }
 _INK = "#333333"
-
+_GREY: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 1, "linestyle": (0, (4, 3))}
 
 SUFFIXES = (".csv", ".json", ".png")
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes <op>.csv, <op>.json and <op>.png into `folder`, and returns their paths."""
-    paths = [folder / f"{results.case.op}{suffix}" for suffix in SUFFIXES]
-    write_rows(results, folder)
-    content = {"rows": results.rows, "slopes": slopes(results), "notes": results.notes}
+    paths = [folder / f"{results.rows[0]['op']}{suffix}" for suffix in SUFFIXES]
+    write_rows(results.rows, folder)
+    content = {"rows": results.rows, "slopes": slopes(results.rows), "notes": results.notes}
     files.write(paths[1], json.dumps(content, indent=1) + "\n")
-    chart(results, paths[2])
+    sweep_chart(results.rows, paths[2])
     return paths
 
 
-def write_rows(results: Results, folder: Path) -> None:
-    """Writes <op>.csv with the rows so far."""
+def write_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Writes <op>.csv with the rows of a sweep so far."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / f"{results.case.op}{SUFFIXES[0]}", list(results.rows[0]), results.rows)
+    _write_csv(folder / f"{rows[0]['op']}{SUFFIXES[0]}", list(rows[0]), rows)
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     with files.replacing(path) as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
@@ -98,9 +100,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def update(
     path: Path,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     keep: Callable[[dict[str, str]], bool],
-    order: Callable[[dict[str, Any]], Any],
+    order: Callable[[Row], Any],
 ) -> Path:
     """Writes a file with the given rows and those of its former rows for which `keep` is true."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,23 +112,38 @@ def update(
     return path
 
 
-def table(results: Results) -> Table:
-    """The rows as a table, one block for each length."""
-    case = results.case
-    flops = case.unit == "TFLOP/s"
-    measured = [row["rate"] for row in results.rows if row["rate"] is not None]
-    small = flops and max(measured, default=0) < 10  # low rates read better in GFLOP/s
-    columns = ["length", "variant", "p20 ms", "p50 ms", "p80 ms"]
-    columns += ["GFLOP/s" if small else case.unit, "ceiling", "memory"]
-    columns += ["GFLOP"] if flops else []
-    if case.backward:
-        columns.insert(2, "pass")
-    made = Table(title=title(results), title_style="bold", header_style="bold", box=SIMPLE_HEAD)
-    for column in columns:
-        text = column in ("variant", "pass")
-        made.add_column(column, justify="left" if text else "right", no_wrap=True)
-    previous: dict[str, Any] = {"length": None, "variant": None}
-    for row in results.rows:
+def digits(value: float) -> str:
+    """Three digits, or all digits before the point from 1000 on."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table without rows, whose columns are first texts and then numbers."""
+    made = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+    for name in text:
+        made.add_column(name, no_wrap=True)
+    for name in numbers:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def _main_pass(rows: Sequence[Row]) -> str:
+    """The pass that the chart of a sweep shows, and for which memory and FLOPs are given."""
+    return rows[-1]["pass"]
+
+
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """The rows of a sweep as a table, one block for each length."""
+    unit, backward = rows[0]["unit"], _main_pass(rows) != FORWARD
+    flops = unit == "TFLOP/s"
+    highest = max((row["rate"] for row in rows if row["rate"] is not None), default=0)
+    small = flops and highest < 10  # low rates read better in GFLOP/s
+    columns = ["p20 ms", "p50 ms", "p80 ms", "GFLOP/s" if small else unit, "ceiling", "memory"]
+    text = ["length", "variant", *(["pass"] if backward else [])]
+    made = _table(_title(rows), text, columns + ["GFLOP"] * flops)
+    made.columns[0].justify = "right"
+    previous: Row = {"length": None, "variant": None}
+    for row in rows:
         if row["length"] != previous["length"]:
             made.add_section()
             previous = {"length": None, "variant": None}
@@ -135,11 +152,11 @@ def table(results: Results) -> Table:
             continue
         cells = ["" if previous["length"] else str(row["length"])]
         cells.append("" if repeated else row["variant"])
-        cells += [row["pass"].replace(BOTH, "both")] if case.backward else []
+        cells += [row["pass"].replace(BOTH, "both")] if backward else []
         if row["status"] == MEASURED:
-            rate = row["rate"] * (1e3 if small else 1)
             cells += [digits(row[q]) for q in ("p20_ms", "p50_ms", "p80_ms")]
-            cells += [digits(rate), f"{row['fraction_of_ceiling']:.0%}"]
+            cells.append(digits(row["rate"] * (1e3 if small else 1)))
+            cells.append(f"{row['fraction_of_ceiling']:.0%}")
             cells.append("" if row["peak_bytes"] is None else size(row["peak_bytes"]))
         else:
             cells += ["-"] * 6  # the reason stands below the table
@@ -151,41 +168,127 @@ def table(results: Results) -> Table:
     return made
 
 
-def digits(value: float) -> str:
-    """Three digits, or all digits before the point from 1000 on."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
+    """The exponent of the growth over length, fitted to logarithms without zeros."""
+    points = [(math.log(n), math.log(v)) for n, v in zip(lengths, values, strict=True) if v > 0]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else None
 
 
-def slope_table(results: Results) -> Table:
+def slopes(rows: Sequence[Row], longest: int = 4) -> dict[str, dict[str, float | None]]:
+    """By variant of a sweep, the exponents of time, FLOPs and memory over its longest lengths."""
+    rows = [r for r in rows if r["pass"] == _main_pass(rows) and r["status"] == MEASURED]
+    fitted = {}
+    for name in dict.fromkeys(r["variant"] for r in rows):
+        last = [r for r in rows if r["variant"] == name][-longest:]
+        fitted[name] = {
+            column: slope([r["length"] for r in last], [r[column] or 0 for r in last])
+            for column in ("p50_ms", "counted_flops", "peak_bytes")
+        }
+    return fitted
+
+
+def slope_table(rows: Sequence[Row]) -> Table:
     """The exponents of growth over length, by variant."""
-    made = Table(
-        title="growth: exponents over the longest lengths", header_style="bold", box=SIMPLE_HEAD
-    )
-    for column in ("variant", "time", "FLOPs", "memory"):
-        made.add_column(column, justify="left" if column == "variant" else "right")
-    for name, fitted in slopes(results).items():
+    title = "growth: exponents over the longest lengths"
+    made = _table(title, ["variant"], ["time", "FLOPs", "memory"])
+    for name, fitted in slopes(rows).items():
         made.add_row(name, *("" if s is None else f"{s:.2f}" for s in fitted.values()))
     return made
 
 
-def show(results: Results, console: Console) -> None:
-    """Prints both tables and what was left out."""
-    console.print(table(results))
-    if len({row["length"] for row in results.rows}) > 1:
-        console.print(slope_table(results))
-    for row in results.rows:
-        if row["status"] != MEASURED and row["pass"] == results.main_pass:
+def show_sweep(results: Results, console: Console) -> None:
+    """Prints both tables of a sweep and what was left out."""
+    rows = results.rows
+    console.print(sweep_table(rows))
+    if len({row["length"] for row in rows}) > 1:
+        console.print(slope_table(rows))
+    for row in rows:
+        if row["status"] != MEASURED and row["pass"] == _main_pass(rows):
             told = f"{row['variant']} at {row['length']}: {row['status']}"
             console.print(told, style="yellow", markup=False)
     for note in results.notes:
         console.print(note, style="dim", markup=False)
 
 
-def title(results: Results) -> str:
-    """What was run, in one line."""
-    row = results.rows[0]
+def pairs_table(rows: Sequence[Row]) -> Table:
+    """The ratios of an op, from rows that are compared with PyTorch on a CPU."""
+    text = ("case", "pass", "dtype", "against")
+    numbers = ("p20", "ratio", "p80", "target", "torch ms", "tfkern ms", "ceiling")
+    title = f"{rows[0]['op']}: time of torch / time of tfkern native"
+    made = _table(title, text, numbers)
+    for row in rows:
+        ratios = [f"{row[f'ratio_p{p}']:.2f}" for p in (20, 50, 80)]
+        times = [f"{row[name]:.3g}" for name in ("against_ms", "p50_ms")]
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        fraction = f"{row['fraction_of_ceiling']:.0%}"
+        made.add_row(
+            *(row[column].replace(BOTH, "both") for column in text),
+            *ratios,
+            target,
+            *times,
+            fraction,
+        )
+    return made
+
+
+def suite_tables(rows: Sequence[Row]) -> list[Table]:
+    """For each op of the suite: rates, times from an idle GPU to an idle GPU, and memory."""
+    made = []
+    for op in dict.fromkeys(row["op"] for row in rows if row["op"] != "probe"):
+        own = [row for row in rows if row["op"] == op]
+        for title, column, scale in (
+            ("TFLOP/s, or GB/s of layer norm and decoding", "rate", 1.0),
+            (
+                "ms from an idle GPU to an idle GPU, where the GPU needs under 0.2 ms",
+                "host_ms",
+                1.0,
+            ),
+            ("peak memory beyond the inputs, MB", "peak_bytes", 1e-6),
+        ):
+            chosen = [row for row in own if row[column] not in (None, "")]
+            if column == "host_ms":
+                short = {row["case"] for row in chosen if float(row["p50_ms"]) < 0.2}
+                chosen = [row for row in chosen if row["case"] in short]
+            if chosen:
+                made.append(_rates(f"{op}: {title}", chosen, column, scale))
+    return made
+
+
+def suite_failures(rows: Sequence[Row]) -> list[str]:
+    """Why variants have no times: each reason once, with its cases."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != MEASURED:
+            names = found.setdefault((row["variant"], row["status"]), [])
+            name = f"{row['op']} {row['case']}"
+            names += [] if name in names else [name]
+    return [
+        f"{variant}: {why} ({names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+        for (variant, why), names in found.items()
+    ]
+
+
+def _rates(title: str, rows: Sequence[Row], column: str, scale: float) -> Table:
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    made = _table(title, ("case", "pass"), variants)
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault((row["case"], row["pass"].replace(BOTH, "both")), {})
+        line[row["variant"]] = digits(scale * float(row[column]))
+    for key, line in lines.items():
+        made.add_row(*key, *(line.get(v, "-") for v in variants))
+    return made
+
+
+def _title(rows: Sequence[Row]) -> str:
+    """What was swept, in one line."""
+    row = rows[0]
     names = list(row)
-    told = [f"{row['op']} {results.main_pass}", row["dtype"]]
+    told = [f"{row['op']} {_main_pass(rows)}", row["dtype"]]
     for name in names[names.index("op") + 1 : names.index("variant")]:
         value = row[name]
         if value is True:
@@ -195,35 +298,43 @@ def title(results: Results) -> str:
     return ", ".join(told)
 
 
-def chart(results: Results, path: Path) -> None:
-    """Time and peak memory against length on logarithmic axes, beside slopes of 1 and 2."""
+@contextmanager
+def _figure(title: str, row: Row, path: Path, shape: tuple[int, int], **options: Any) -> Iterator:
+    """A figure and its panels. At the end of the block the figure is drawn into the file, under the
+    title and the facts of `row`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [r for r in results.rows if r["pass"] == results.main_pass]
-    lengths = sorted({r["length"] for r in rows})
-    figure, panels = pyplot.subplots(1, 2, figsize=(10.5, 5.2))
-    figure.subplots_adjust(left=0.055, right=0.985, top=0.83, bottom=0.18, wspace=0.13)
-    names = ("time (ms)", "peak memory beyond the inputs (MB)")
-    for panel, name in zip(panels, names, strict=True):
-        panel.set_title(name, loc="left", color=_INK, fontsize=10)
-        panel.set_xlabel("context length (tokens)", color=_INK, fontsize=9)
-    for name in dict.fromkeys(r["variant"] for r in rows):
-        own = [r for r in rows if r["variant"] == name]
-        style = _style(name)
-        _time_line(panels[0], own, name, style)
-        _memory_line(panels[1], own, style)
-    for panel in panels:
-        _axes(panel, lengths)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower left", frameon=False, ncols=7, fontsize=9)
-    figure.text(0.0125, 0.945, title(results), fontsize=12, fontweight="bold", color=_INK)
-    figure.text(0.0125, 0.905, _where(rows[0]), fontsize=8.5, color="#666666")
+    figure, panels = pyplot.subplots(*shape, squeeze=False, **options)
+    yield figure, panels
+    height = figure.get_figheight()
+    figure.text(0.0125, 1 - 0.3 / height, title, fontsize=12, fontweight="bold", color=_INK)
+    figure.text(0.0125, 1 - 0.52 / height, _where(row), fontsize=8.5, color="#666666")
     with files.replacing(path) as new:
         figure.savefig(new, dpi=150, format="png")
     pyplot.close(figure)
+
+
+def sweep_chart(rows: Sequence[Row], path: Path) -> None:
+    """Time and peak memory against length on logarithmic axes, beside slopes of 1 and 2."""
+    main = [r for r in rows if r["pass"] == _main_pass(rows)]
+    lengths = sorted({r["length"] for r in main})
+    with _figure(_title(rows), rows[0], path, (1, 2), figsize=(10.5, 5.2)) as (figure, grid):
+        figure.subplots_adjust(left=0.055, right=0.985, top=0.83, bottom=0.18, wspace=0.13)
+        names = ("time (ms)", "peak memory beyond the inputs (MB)")
+        for panel, name in zip(grid[0], names, strict=True):
+            panel.set_title(name, loc="left", color=_INK, fontsize=10)
+            panel.set_xlabel("context length (tokens)", color=_INK, fontsize=9)
+        for name in dict.fromkeys(r["variant"] for r in main):
+            own = [r for r in main if r["variant"] == name]
+            _time_line(grid[0, 0], own, name, _style(name))
+            _memory_line(grid[0, 1], own, _style(name))
+        for panel in grid[0]:
+            _axes(panel, lengths)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower left", frameon=False, ncols=7, fontsize=9)
 
 
 def _style(variant: str) -> dict[str, Any]:
@@ -244,47 +355,73 @@ class Panel:
 
 
 def rate_chart(
-    panels: Sequence[Panel], axes: tuple[str, str], title: str, row: dict[str, Any], path: Path
+    panels: Sequence[Panel], axes: tuple[str, str], title: str, row: Row, path: Path
 ) -> Path:
     """Draws the panels in two lines, with the facts of `row`; `axes` are the labels of x and y."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = -(-len(panels) // 2)
-    size = (3.6 * columns + 0.4, 7.4)
-    figure, grid = pyplot.subplots(2, columns, figsize=size, sharex=True, squeeze=False)
-    figure.subplots_adjust(left=0.075, right=0.985, top=0.86, bottom=0.14, wspace=0.17, hspace=0.16)
+    options: dict[str, Any] = {"figsize": (3.6 * columns + 0.4, 7.4), "sharex": True}
     every = sorted({x for panel in panels for line in panel.lines.values() for x, _ in line})
-    for panel, place in zip(panels, grid.flat, strict=False):
-        place.set_title(panel.title, loc="left", color=_INK, fontsize=10)
-        for name, points in panel.lines.items():
-            place.plot(*zip(*sorted(points), strict=True), label=name, **_style(name))
-        if panel.ceiling:
-            line: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 1, "linestyle": (0, (4, 3))}
-            place.axhline(panel.ceiling, label="measured ceiling", **line)
-        _frame(place, every)
-        place.set_ylim(bottom=0)
-    for place in grid[-1]:
-        place.set_xlabel(axes[0], color=_INK, fontsize=9)
-    for place in grid[:, 0]:
-        place.set_ylabel(axes[1], color=_INK, fontsize=9)
-    found = {}
-    for place in grid.flat:
-        handles, labels = place.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    legend: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": 9}
-    figure.legend(found.values(), found, ncols=2 + columns, **legend)
-    figure.text(0.0125, 0.955, title, fontsize=12, fontweight="bold", color=_INK)
-    figure.text(0.0125, 0.925, _where(row), fontsize=8.5, color="#666666")
-    with files.replacing(path) as new:
-        figure.savefig(new, dpi=150, format="png")
-    pyplot.close(figure)
+    with _figure(title, row, path, (2, columns), **options) as (figure, grid):
+        places = {"top": 0.86, "bottom": 0.14, "wspace": 0.17, "hspace": 0.16}
+        figure.subplots_adjust(left=0.075, right=0.985, **places)
+        for panel, place in zip(panels, grid.flat, strict=False):
+            place.set_title(panel.title, loc="left", color=_INK, fontsize=10)
+            for name, points in panel.lines.items():
+                place.plot(*zip(*sorted(points), strict=True), label=name, **_style(name))
+            if panel.ceiling:
+                place.axhline(panel.ceiling, label="measured ceiling", **_GREY)
+            _frame(place, every)
+            place.set_ylim(bottom=0)
+        for place in grid[-1]:
+            place.set_xlabel(axes[0], color=_INK, fontsize=9)
+        for place in grid[:, 0]:
+            place.set_ylabel(axes[1], color=_INK, fontsize=9)
+        found = {}
+        for place in grid.flat:
+            handles, labels = place.get_legend_handles_labels()
+            found |= dict(zip(labels, handles, strict=True))
+        legend: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": 9}
+        figure.legend(found.values(), found, ncols=2 + columns, **legend)
     return path
 
 
-def _where(row: dict[str, Any]) -> str:
+def suite_charts(path: Path, cases: dict[tuple[str, str], Case]) -> list[Path]:
+    """Draws charts of the suite beside its file: attention over the length, with a panel for each
+    head size and mask, and layer norm over the width. `cases`: by op and name in the file."""
+    rows = [row for row in read(path) if row["status"] == MEASURED]
+    longest = max((c.length for c in cases.values() if c.op == "layer_norm"), default=0)
+    figures: dict[str, dict[tuple, Panel]] = {}
+    heads: dict[str, tuple[str, tuple[str, str]]] = {}  # stem -> title and labels of the axes
+    for row in rows:
+        case, which = cases.get((row["op"], row["case"])), row["pass"]
+        if case is None or not case.backward or which == BOTH:
+            continue
+        sizes: Any = case  # each op has sizes of its own
+        if case.op == "attention":
+            stem, key, x = f"attention-{which}", (sizes.causal, sizes.head_dim), case.length
+            title = f"D={sizes.head_dim}, {'causal' if sizes.causal else 'full'}"
+            tokens, width = sizes.batch * case.length, sizes.heads * sizes.head_dim
+            told = f"attention {which}, {tokens} tokens of {width} features"
+            heads[stem] = told, ("context length (tokens)", "TFLOP/s")
+        elif case.op == "layer_norm" and case.length == longest:
+            stem, key, x = "layer_norm", (sizes.residual, which == BACKWARD), sizes.hidden
+            title = f"{'addition and ' * sizes.residual}layer norm, {which}"
+            heads[stem] = f"layer norm, {longest} rows", ("width", "GB/s")
+        else:
+            continue
+        panel = figures.setdefault(stem, {}).setdefault(key, Panel(title))
+        panel.ceiling = float(row["ceiling"])
+        panel.lines.setdefault(row["variant"], []).append((x, float(row["rate"])))
+    drawn = []
+    for stem, found in figures.items():
+        title, axes = heads[stem]
+        panels = [found[key] for key in sorted(found)]
+        target = path.with_name(f"{path.stem}-{stem}.png")
+        drawn.append(rate_chart(panels, axes, f"{title}, bfloat16", rows[-1], target))
+    return drawn
+
+
+def _where(row: Row) -> str:
     """The machine and the versions, in one line."""
     facts = [row["device"]]
     facts += [f"{row['threads']} threads, {row['instructions']}"] if row["instructions"] else []
@@ -293,7 +430,7 @@ def _where(row: dict[str, Any]) -> str:
     return ", ".join([*facts, row["date"][:10]])
 
 
-def _time_line(panel: Any, rows: list[dict[str, Any]], name: str, style: dict[str, Any]) -> None:
+def _time_line(panel: Any, rows: list[Row], name: str, style: dict[str, Any]) -> None:
     measured = [r for r in rows if r["status"] == MEASURED]
     x = [r["length"] for r in measured]
     panel.plot(x, [r["p50_ms"] for r in measured], label=name, **style)
@@ -301,7 +438,7 @@ def _time_line(panel: Any, rows: list[dict[str, Any]], name: str, style: dict[st
     panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _memory_line(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
+def _memory_line(panel: Any, rows: list[Row], style: dict[str, Any]) -> None:
     weighed = [r for r in rows if r["status"] == MEASURED and r["peak_bytes"]]
     panel.plot([r["length"] for r in weighed], [r["peak_bytes"] / 1e6 for r in weighed], **style)
     missing = [r for r in rows if r["status"].startswith("would need")]
@@ -338,10 +475,8 @@ def _axes(panel: Any, lengths: list[int]) -> None:
     start, end, bottom = lengths[0], lengths[-1], low * 1.3
     for exponent in (1, 2):  # lines to compare with, from the lower left corner
         inside = min(end, start * (high / bottom) ** (1 / exponent))
-        line: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 1, "linestyle": (0, (4, 3))}
-        panel.plot(
-            [start, inside], [bottom, bottom * (inside / start) ** exponent], zorder=1, **line
-        )
+        heights = [bottom, bottom * (inside / start) ** exponent]
+        panel.plot([start, inside], heights, zorder=1, **_GREY)
         middle = (inside / start) ** 0.6
         label: dict[str, Any] = {"xytext": (6, -2), "textcoords": "offset points", "va": "top"}
         point = start * middle, bottom * middle**exponent

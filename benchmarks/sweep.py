@@ -1,36 +1,14 @@
-"""A sweep over context lengths: checks every variant, then times it and measures its memory."""
+"""A sweep over context lengths: the variants of an op at each length, and their memory."""
 
-import math
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, replace
 
 from . import environment, measure, memory, timing
-from .case import BOTH, FORWARD, Case, Variant, prepared
-from .measure import MEASURED, size
+from .case import Case, Variant
+from .measure import Results, Timed, size
 
 _FAILURES = (RuntimeError, MemoryError)  # in one variant, others go on
-
-
-@dataclass
-class Results:
-    """The rows of a sweep, one for each length, variant and pass, and the facts of the run."""
-
-    case: Case
-    environment: dict[str, str]
-    ceiling: float  # FLOP/s or bytes/s
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)  # variant -> how it failed the comparison
-    notes: list[str] = field(default_factory=list)  # what was left out, and why
-
-    def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
-    @property
-    def main_pass(self) -> str:
-        """The pass that the chart shows, and for which memory and FLOPs are given."""
-        return BOTH if self.case.backward else FORWARD
 
 
 def run(
@@ -50,28 +28,32 @@ def run(
     called with the results so far after each variant.
     """
     backends = None if backends is None else list(backends)
+    protocol = protocol or timing.Protocol.of(case.device)
+    results, facts = Results(), environment.facts(case.device)
     progress("matrix product" if case.unit == "TFLOP/s" else "copy")
-    results = Results(case, environment.facts(case.device), _ceiling(case))
+    ceiling = measure.highest_rate(case.unit, case.device, case.dtype)
     usable = _checked(case.at(max(lengths)), backends, results, progress)
     previous: dict[str, tuple[int, float]] = {}  # variant -> length and seconds of its last call
     for length in sorted(set(lengths)):
         point = case.at(length)
         variants = [v for v in point.variants(backends) if v.name in usable]
-        left_out = {}
+        found = measure.timed(
+            point,
+            variants,
+            protocol,
+            admit=functools.partial(_refusal, point, previous, ceiling, max_seconds),
+            tell=functools.partial(_tell, progress, length),
+        )
+        # The facts have a "device", too, its model; the pass says whether there was a backward.
+        sizes = {k: v for k, v in asdict(point).items() if k not in ("device", "backward")}
         for variant in variants:
-            seconds = _predicted_seconds(point, previous.get(variant.name), results.ceiling)
-            left_out[variant.name] = measure.does_not_fit(point, variant) or (
-                f"would take {_duration(seconds)} a call" if seconds > max_seconds else None
-            )
-        running = [v for v in variants if left_out[v.name] is None]
-        timings, failures = _timed(point, running, protocol, progress)
-        for variant in variants:
-            failure = left_out[variant.name] or failures.get(variant.name)
-            if failure is None:
-                progress(f"{variant.name}, length {length}: memory")
-                time = timings[variant.name]
-                previous[variant.name] = length, time.quantiles(point.passes[-1])[1]
-            _add_rows(results, point, variant, timings.get(variant.name), failure)
+            if variant.name in found.timings:
+                progress(f"length {length}: memory of {variant.name}")
+                seconds = found.timings[variant.name].quantiles(point.passes[-1])[1]
+                previous[variant.name] = length, seconds
+            _weigh(point, variant, found, results)
+            rows = measure.rows({"op": case.op, **sizes}, point, [variant], found, ceiling)
+            results.rows += [row | facts for row in rows]
             keep(results)
     return results
 
@@ -93,35 +75,6 @@ def check_memory(case: Case, backends: Iterable[str] | None = None) -> None:
         if need > there:
             sizes = f"at least {size(need)}, and {size(there)} of memory are free"
             raise ValueError(f"{case.op} does not fit: {what} it needs {sizes}")
-
-
-def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """The exponent of the growth over length, fitted to logarithms without zeros."""
-    points = [(math.log(n), math.log(v)) for n, v in zip(lengths, values, strict=True) if v > 0]
-    if len(points) < 2:
-        return None
-    mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else None
-
-
-def slopes(results: Results, longest: int = 4) -> dict[str, dict[str, float | None]]:
-    """By variant, the exponents of time, FLOPs and memory over its longest lengths."""
-    rows = [r for r in results.rows if r["pass"] == results.main_pass and r["status"] == MEASURED]
-    fitted = {}
-    for name in dict.fromkeys(r["variant"] for r in rows):
-        last = [r for r in rows if r["variant"] == name][-longest:]
-        fitted[name] = {
-            column: slope([r["length"] for r in last], [r[column] or 0 for r in last])
-            for column in ("p50_ms", "counted_flops", "peak_bytes")
-        }
-    return fitted
-
-
-def _ceiling(case: Case) -> float:
-    if case.unit == "TFLOP/s":
-        return timing.product_ceiling(case.torch_dtype, case.device)
-    return timing.copy_ceiling(case.device)
 
 
 def _checked(case: Case, backends, results: Results, progress) -> set[str]:
@@ -149,6 +102,19 @@ def _checked(case: Case, backends, results: Results, progress) -> set[str]:
     return usable
 
 
+def _refusal(
+    case: Case,
+    previous: dict[str, tuple[int, float]],
+    ceiling: float,
+    max_seconds: float,
+    variant: Variant,
+) -> str | None:
+    """Why a variant is not run: it would not fit in memory, or take too long. None if it is."""
+    unfit = measure.does_not_fit(case, variant)
+    seconds = _predicted_seconds(case, previous.get(variant.name), ceiling)
+    return unfit or (f"would take {_duration(seconds)} a call" if seconds > max_seconds else None)
+
+
 def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: float) -> float:
     """Seconds of a call: predicted from the previous length, else the least by the ceiling."""
     if previous is None:
@@ -157,60 +123,21 @@ def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: 
     return seconds * (case.length / length) ** case.growth
 
 
-def _timed(case: Case, variants, protocol, progress):
-    """Timings by variant, and the reasons why tried variants have none."""
-    steps, failures = {}, {}
+def _tell(progress: Callable[[str], None], length: int, doing: str) -> None:
+    progress(f"length {length}: {doing}")
+
+
+def _weigh(case: Case, variant: Variant, found: Timed, results: Results) -> None:
+    """Adds the FLOPs of a variant, and its peak memory if it was timed."""
     try:
-        inputs = case.inputs()
-    except _FAILURES as error:
-        return {}, {variant.name: timing.reason(error) for variant in variants}
-    for variant in variants:
-        progress(f"{variant.name}, length {case.length}: warm-up")
-        step = prepared(case, variant, inputs)
-        try:
-            timing.warm_up(step, protocol or timing.Protocol.of(case.device), case.device)
-            steps[variant.name] = step
-        except _FAILURES as error:  # no memory, or an operator refuses
-            failures[variant.name] = timing.reason(error)
-            timing.synchronize(case.device)
-    progress(f"length {case.length}: timing")
-    timings = timing.interleaved(steps, case.device, protocol)
-    failed = {name: t.failure for name, t in timings.items() if t.failure is not None}
-    return timings, failures | failed
-
-
-def _add_rows(results: Results, case: Case, variant: Variant, time, failure: str | None) -> None:
-    peak = None
-    if failure is None:
-        try:
-            peak = memory.peak(case, variant)
-        except RuntimeError as error:
-            results.note(str(error))
-    # The facts have a "device", too, its model; the pass says whether there was a backward.
-    sizes = {k: v for k, v in asdict(case).items() if k not in ("device", "backward")}
-    time = time if failure is None else None
-    for which in case.passes:
-        main = which == results.main_pass
-        row = {
-            "op": case.op,
-            **sizes,
-            "variant": variant.name,
-            "pass": which,
-            "status": failure or MEASURED,
-            **measure.measurements(case, which, time, results.ceiling),
-            "counted_flops": _counted(results, case, variant) if main else None,
-            "peak_bytes": peak if main else None,
-            "predicted_bytes": variant.scratch if main else None,
-        }
-        results.rows.append(row | results.environment)
-
-
-def _counted(results: Results, case: Case, variant: Variant) -> int | None:
-    try:
-        return measure.count_flops(case, variant)
+        found.flops[variant.name] = measure.count_flops(case, variant)
     except Exception as error:  # an operator cannot be traced
         results.note(f"FLOPs of {variant.name} are not counted: {timing.reason(error)}")
-        return None
+    if variant.name in found.timings:
+        try:
+            found.peaks[variant.name] = memory.peak(case, variant)
+        except RuntimeError as error:
+            results.note(str(error))
 
 
 def _duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ def test_counted_flops_are_quadratic(name, causal, backward):
     lengths = [4096, 8192, 16384, 32768, 65536]
     case = _case(causal=causal, backward=backward)
     counts = [measure.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
-    assert sweep.slope(lengths, counts) == pytest.approx(2, abs=0.02)
+    assert report.slope(lengths, counts) == pytest.approx(2, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["plain", "sdpa flash", "sdpa math"])
@@ -84,7 +84,7 @@ def test_counted_flops_of_a_window_are_linear(name, causal):
     lengths = [4096, 8192, 16384, 32768, 65536]
     case = _case(causal=causal, window=256, backward=True)
     counts = [measure.count_flops(c := case.at(n), _variant(c, name)) for n in lengths]
-    assert sweep.slope(lengths, counts) == pytest.approx(1, abs=0.02)
+    assert report.slope(lengths, counts) == pytest.approx(1, abs=0.02)
 
 
 def test_torch_computes_all_of_a_window():
@@ -245,7 +245,7 @@ def test_rows_are_kept_as_they_come(quick, monkeypatch, tmp_path):
     kept = []
 
     def keep(results):
-        report.write_rows(results, tmp_path)
+        report.write_rows(results.rows, tmp_path)
         kept.append(len(report.read(tmp_path / "attention.csv")))
 
     with pytest.raises(KeyboardInterrupt):
@@ -256,10 +256,9 @@ def test_rows_are_kept_as_they_come(quick, monkeypatch, tmp_path):
 
 
 def _rewrite(folder):
-    results = sweep.Results(_case(), {"device": "x" * 1000}, 1.0)
+    facts = {"op": "attention", "device": "x" * 1000, "status": "y" * 3000}
     for count in range(1, 10_000):
-        results.rows = [{"length": i, "status": "y" * 3000} for i in range(1 + count % 50)]
-        report.write_rows(results, folder)
+        report.write_rows([facts | {"length": i} for i in range(1 + count % 50)], folder)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -369,7 +368,7 @@ def test_no_call_is_faster_than_the_machine(quick):
     status = {r["variant"]: r["status"] for r in results.rows}
     # 4 H T^2 D FLOPs at 1e11 a second
     assert status["sdpa flash"] == f"would take {4 * 2 * 2**40 * 8 / 1e11 / 60:.0f} min a call"
-    assert report.table(results).row_count == len(status)
+    assert report.sweep_table(results.rows).row_count == len(status)
 
 
 def test_a_chart_of_nothing(quick, tmp_path):
@@ -395,15 +394,15 @@ def test_what_runs_out_of_memory_costs_its_row_only(quick, monkeypatch, capsys, 
     status = {(r["variant"], r["length"]): r["status"] for r in results.rows}
     told = f"{type(error).__name__}: {error}"
     assert status.pop(("greedy", 256)) == told and set(status.values()) == {measure.MEASURED}
-    report.show(results, Console(width=120))
+    report.show_sweep(results, Console(width=120))
     assert f"greedy at 256: {told}" in capsys.readouterr().out
 
     def inputs(case):
         raise error
 
     monkeypatch.setattr(attention.OpCase, "inputs", inputs)
-    timings, failures = sweep._timed(_case(), both, _QUICK, lambda doing: None)
-    assert timings == {} and failures == {"greedy": told, "plain": told}
+    found = measure.timed(_case(), both, _QUICK)
+    assert found.timings == {} and found.failures == {"greedy": told, "plain": told}
 
 
 @pytest.mark.parametrize("T", [1, 1000, 2**20])
@@ -455,12 +454,14 @@ def test_against_torch(quick, monkeypatch, tmp_path, op):
     assert len(results.rows) == len(comparisons) * len(against.dtypes(op))
     for row in results.rows:
         assert row["op"] == op and row["against"] == "torch" and row["pairs"] == 2
+        assert row["variant"] == "tfkern native" and row["status"] == measure.MEASURED
+        assert row["p50_ms"] > 0 and row["against_ms"] > 0
         assert row["ratio_p20"] <= row["ratio_p50"] <= row["ratio_p80"]
         assert row["fraction_of_ceiling"] == pytest.approx(row["rate"] / row["ceiling"], rel=1e-2)
     rows = report.read(against.write(results.rows, tmp_path))
     assert [r["pass"] for r in rows] == [r["pass"] for r in results.rows]
     assert all(r["torch"] == torch.__version__ and r["torch_instructions"] for r in rows)
-    assert against.table(results.rows).row_count == len(rows)
+    assert report.pairs_table(results.rows).row_count == len(rows)
 
 
 def test_every_fixed_case_can_be_made():
@@ -581,8 +582,8 @@ def test_block_is_that_of_the_transformer():
 
 
 def test_slope():
-    assert sweep.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-    assert sweep.slope([1, 2], [0, 5]) is None
+    assert report.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert report.slope([1, 2], [0, 5]) is None
 
 
 def _memory_slope(name, lengths, heads=2, **options):
@@ -590,7 +591,7 @@ def _memory_slope(name, lengths, heads=2, **options):
     for length in lengths:
         case = _case(length=length, heads=heads, head_dim=64, **options)
         peaks.append(memory.peak(case, _variant(case, name)))
-    return sweep.slope(lengths, peaks)
+    return report.slope(lengths, peaks)
 
 
 def test_peak_memory_of_plain_attention_is_quadratic():

@@ -59,7 +59,7 @@ def test_gpu_tables_of_a_file(monkeypatch, tmp_path):
     facts |= {"date": "2026-11-23T01:02", "unit": "TFLOP/s"}
 
     def row(op, case, which, variant, rate, ratio=""):
-        names = "op", "case", "pass", "variant", "rate", "ratio"
+        names = "op", "case", "pass", "variant", "rate", "ratio_p50"
         return dict(zip(names, (op, case, which, variant, rate, ratio), strict=True)) | facts
 
     case = "B=4 H=16 T=4096 D=128 full"

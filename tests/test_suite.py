@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tfkern.benchmarks import attention, environment, layer_norm, memory, mlp, report, suite, timing
+from tfkern.benchmarks import (
+    attention,
+    environment,
+    layer_norm,
+    measure,
+    memory,
+    mlp,
+    report,
+    suite,
+    timing,
+)
 from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant
 from tfkern.benchmarks.measure import MEASURED, disagreement
 from tfkern.benchmarks.suite import Point
@@ -198,21 +208,22 @@ def test_rows(quick, tmp_path):
         last = row["pass"] == case.passes[-1]
         assert row["peak_bytes"] == (str(1000 * case.length) if last else "")
         assert row["against"] in {"plain", "sdpa flash", "torch", "torch.compile"}
-        assert float(row["ratio"]) == 1.0 or row["against"] != row["variant"]
+        assert float(row["ratio_p50"]) == 1.0 or row["against"] != row["variant"]
     for row in rows:
         assert {k: row[k] for k in _FACTS} == _FACTS
         if row["variant"] == "tfkern triton":
-            assert "CUDA devices" in row["status"] and row["p50_ms"] == row["ratio"] == ""
+            assert "CUDA devices" in row["status"] and row["p50_ms"] == row["ratio_p50"] == ""
 
 
 def test_a_ratio_is_to_the_fastest_of_torch():
     seconds = {"plain": 4.0, "sdpa flash": 2.0, "liger": 0.1, "tfkern native": 1.0}
-    timings = {name: timing.Timing([(s, s)] * 3) for name, s in seconds.items()}
+    timings = {name: timing.Timing([(s, s)] * 3) for name, s in seconds.items() if name != "plain"}
     point = Point("a", attention.OpCase(length=16, backward=False))
     variants = [Variant(name, planted.right) for name in seconds]
-    rows = suite._as_rows(point, variants, timings, {"plain": "failed in the end"}, {}, 1e11)
+    found = measure.Timed(timings, {"plain": "failed in the end"})
+    rows = suite._rows(point, variants, found, 1e11)
     assert [r["against"] for r in rows] == [None, "sdpa flash", "sdpa flash", "sdpa flash"]
-    assert [r["ratio"] for r in rows] == [None, 1.0, 20.0, 2.0]
+    assert [r["ratio_p50"] for r in rows] == [None, 1.0, 20.0, 2.0]
 
 
 def test_what_fails_costs_its_row_only(quick, tmp_path):
@@ -229,7 +240,7 @@ def test_what_fails_costs_its_row_only(quick, tmp_path):
     assert status["length 8", "absent"] == "is not here"
     assert status["length 16", "right"] == MEASURED
     assert sorted(results.wrong) == [f"{v}, doubled length 8," for v in ("leaks", "wrong")]
-    told = suite.failures(results.rows)
+    told = report.suite_failures(results.rows)
     assert "refuses: ValueError: not this size (doubled length 8)" in told
     assert "absent: is not here (doubled length 8 and 1 more)" in told
     assert len(told) == 5
@@ -392,7 +403,7 @@ class Ruined(Inline):
         self.blame, self.stopped, self.graphs = list(blame), 0, []
 
     def ask(self, function, *arguments):
-        if function is suite.measure:
+        if function is suite.case_rows:
             self.graphs.append(arguments[-1])
             if self.blame:
                 raise Lost(self.blame.pop(0), "no sign of life for 90 s")
@@ -503,14 +514,15 @@ def test_charts(quick, monkeypatch, tmp_path):
     without = lambda *a: [v for v in every(*a) if v.name != "torch.compile"]  # noqa: E731
     monkeypatch.setattr(layer_norm.OpCase, "variants", without)
     _run(cases, path)
-    drawn = suite.charts(path, cases)
+    known = {(p.case.op, p.name): p.case for p in cases}
+    drawn = report.suite_charts(path, known)
     stems = ["gpu-attention-forward", "gpu-attention-backward", "gpu-layer_norm"]
     assert [p.name for p in drawn] == [f"{stem}.png" for stem in stems]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
 
     taken = {}
     monkeypatch.setattr(report, "rate_chart", lambda panels, *a: taken.setdefault(a[-1], panels))
-    suite.charts(path, cases)
+    report.suite_charts(path, known)
     panels = taken[tmp_path / "gpu-attention-backward.png"]
     masks = [f"D={d}, {m}" for m in ("full", "causal") for d in (8, 16)]
     assert [p.title for p in panels] == masks
@@ -574,7 +586,7 @@ def test_tables():
     ]
     rows += [{**rows[0], "case": "large", "p50_ms": 3.0, "host_ms": 7.0, "peak_bytes": None}]
     rows += [{**rows[0], "variant": "liger", "rate": None, "host_ms": None, "peak_bytes": None}]
-    rates, host, peaks = suite.tables([{"op": "probe"}, *rows])
+    rates, host, peaks = report.suite_tables([{"op": "probe"}, *rows])
 
     def cells(table):
         return [list(column.cells) for column in table.columns]

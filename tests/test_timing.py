@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tfkern.benchmarks import attention, measure, timing
-from tfkern.benchmarks.case import BOTH, FORWARD
+from tfkern.benchmarks.case import BOTH, FORWARD, Variant
 
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
 
@@ -117,9 +117,9 @@ def test_times_of_a_gpu(monkeypatch):
     assert timings["long"].graph == {}  # launches are nothing beside it
     assert cuda.stream == "current" and cuda.log.count("reset") == 3
     assert all(t.failure is None and t.uncaptured is None for t in timings.values())
-    row = measure.measurements(
-        attention.OpCase(length=64, backward=True), BOTH, timings["both"], 1e12
-    )
+    case, variant = attention.OpCase(length=64, backward=True), Variant("both", attention.plain)
+    found = measure.Timed({"both": timings["both"]})
+    (row,) = measure.rows({}, case, [variant], found, 1e12, passes=[BOTH])
     assert row["host_ms"] == row["graph_ms"] == pytest.approx(5)
 
 

@@ -49,10 +49,8 @@ def _of_gpu(rows: list[dict[str, str]]) -> str:
         lines += [["---"] * len(lines[0])]
         for (case, which, unit), line in found.items():
             rates = [line[v]["rate"] if v in line else "" for v in variants]
-            ours = [
-                float(r["ratio"]) for v, r in line.items() if v.startswith("tfkern") and r["ratio"]
-            ]
-            ratio = f"{max(ours):.2f}" if ours else ""
+            ours = [r["ratio_p50"] for v, r in line.items() if v.startswith("tfkern")]
+            ratio = f"{max(map(float, filter(None, ours))):.2f}" if any(ours) else ""
             lines.append([op, case, which, unit, *(_rate(r) for r in rates), ratio])
         printed += "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
     return printed + f"- {_gpu_facts(rows)}\n"

@@ -145,11 +145,11 @@ def _sweep(
             named,
             max_seconds=max_seconds,
             progress=progress,
-            keep=lambda results: report.write_rows(results, out),
+            keep=lambda results: report.write_rows(results.rows, out),
         ),
     )
     if results.rows:
-        report.show(results, console())
+        report.show_sweep(results, console())
         for path in report.write(results, out):
             console().print(f"wrote {path}", soft_wrap=True, highlight=False)
     exit_if_wrong(results.wrong)
@@ -172,7 +172,7 @@ def _against(op: str, context: typer.Context) -> None:
     total = len(fixed.dtypes(op)) * len(fixed.COMPARISONS[op])
     results = with_progress(total, lambda progress: fixed.run(op, progress=progress))
     if results.rows:
-        console().print(fixed.table(results.rows))
+        console().print(report.pairs_table(results.rows))
         path = fixed.write(results.rows, out)
         console().print(f"wrote {path}", soft_wrap=True, highlight=False)
     exit_if_wrong(results.wrong)

@@ -44,11 +44,12 @@ def command(
         lambda progress: suite.run(cases, path, budget=budget, resume=resume, progress=progress),
     )
     screen = console()
-    for table in suite.tables(results.rows):
+    for table in report.suite_tables(results.rows):
         screen.print(table)
-    for line in suite.failures(results.rows):
+    for line in report.suite_failures(results.rows):
         screen.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
-    for written in (path, *suite.charts(path, suite.points(device))):
+    known = {(p.case.op, p.name): p.case for p in suite.points(device)}
+    for written in (path, *report.suite_charts(path, known)):
         screen.print(f"wrote {written}", soft_wrap=True, highlight=False)
     for name in results.skipped:
         print(f"tfkern: no time was left for {name}", file=sys.stderr)
