@@ -2,10 +2,10 @@
 
 One file per op says what is timed (`attention.py`, `layer_norm.py`, `mlp.py`, `block.py`,
 `model.py`): its cases, the variants that compute them and the conventions for work. `timing.py`
-says how to time, `memory.py` how to measure memory, and `measure.py` whether a variant is right
-and what its rows hold. Three modules choose cases: `sweep.py` over lengths, `against.py` in pairs
-with PyTorch on a CPU, and `suite.py` on a GPU next to all that PyTorch has, in a process of
-`worker.py`. `report.py` writes the results.
+says how to time and `memory.py` how to measure memory. Three modules choose cases: `sweep.py` over
+lengths, `against.py` in pairs with PyTorch on a CPU, and `suite.py` on a GPU next to all that
+PyTorch has, in a process of `worker.py`. All three measure them by `measure.py`, which compares
+variants with float64, times them and makes the rows. `report.py` shows rows: files, tables, charts.
 """
 
 from tfkern import ops

@@ -271,10 +271,7 @@ def count_flops(case: Case, variant: Variant) -> int:
     """
     formulas = case.flop_formulas()
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        step = prepared(case, variant, case.inputs(), traced=True)
-        output = step.forward()
-        if step.backward is not None:
-            step.backward(output)
+        prepared(case, variant, case.inputs(), traced=True).run()
     return counter.get_total_flops()
 
 

@@ -1,10 +1,10 @@
 """Peak memory of one call beyond its inputs, scratch memory included.
 
 On a GPU the caching allocator counts the bytes. On a CPU nothing counts what kernels allocate for
-themselves, so the measure is the peak resident size of a fresh process: `measure` makes the inputs,
-runs the op once at a small size to start libraries and threads, notes the resident size, runs the
-op and prints how far the peak lies above that size. Linux counts resident pages per processor and
-in batches, so the result is exact to a few hundred kB.
+themselves, so the measure is the peak resident size of a fresh process: `print_peak` makes the
+inputs, runs the op once at a small size to start libraries and threads, notes the resident size,
+runs the op and prints how far the peak lies above that size. Linux counts resident pages per
+processor and in batches, so the result is exact to a few hundred kB.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def peak(case: Case, variant: Variant) -> int:
         "case": asdict(case),
         "threads": torch.get_num_threads(),
     }
-    call = (os.getpid(), __name__, "measure", json.dumps(request))
+    call = (os.getpid(), __name__, "print_peak", json.dumps(request))
     child = subprocess.Popen(
         [sys.executable, "-c", f"from tfkern_program import attached; attached{call}"],
         stdin=subprocess.DEVNULL,
@@ -82,7 +81,7 @@ def footprint(case: Case, variant: Variant) -> tuple[int, int]:
         try:
             inputs = case.inputs()
             made, alive.peak = alive.peak, alive.now
-            results = _run(case, variant, inputs, traced=True)
+            results = prepared(case, variant, inputs, traced=True).run()
             whole, beside = max(made, alive.peak), alive.peak - alive.now
             del results  # kept alive until here
             return whole, beside
@@ -145,19 +144,13 @@ def _free() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _run(case: Case, variant: Variant, inputs: dict, *, traced: bool = False) -> Any:
-    step = prepared(case, variant, inputs, traced=traced)
-    output = step.forward()
-    return output, None if step.backward is None else step.backward(output)
-
-
 def _cuda_peak(case: Case, variant: Variant) -> int:
     inputs = case.inputs()
-    _run(case, variant, inputs)
+    prepared(case, variant, inputs).run()
     torch.cuda.synchronize(case.device)
     before = torch.cuda.memory_allocated(case.device)
     torch.cuda.reset_peak_memory_stats(case.device)
-    _run(case, variant, inputs)
+    prepared(case, variant, inputs).run()
     torch.cuda.synchronize(case.device)
     return torch.cuda.max_memory_allocated(case.device) - before
 
@@ -171,7 +164,7 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(text: str) -> None:
+def print_peak(text: str) -> None:
     """Prints the bytes that the requested case needs in this process."""
     request = json.loads(text)
     torch.set_num_threads(request["threads"])
@@ -182,14 +175,15 @@ def measure(text: str) -> None:
     variant = next(v for v in case.variants(backends) if v.name == name)
     inputs = case.inputs()
     small = case.small()
-    _run(small, next(v for v in small.variants(backends) if v.name == name), small.inputs())
+    same = next(v for v in small.variants(backends) if v.name == name)
+    prepared(small, same, small.inputs()).run()
     if variant.eager is not None:
-        _run(case, variant, inputs)  # compiles before the count begins
+        prepared(case, variant, inputs).run()  # compiles before the count begins
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
         baseline = _resident("VmHWM")
     except OSError:  # not permitted: growth below an earlier peak is missed
         baseline = _resident("VmRSS")
-    _run(case, variant, inputs)
+    prepared(case, variant, inputs).run()
     print(max(0, _resident("VmHWM") - baseline))

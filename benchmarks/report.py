@@ -225,13 +225,8 @@ def pairs_table(rows: Sequence[Row]) -> Table:
         times = [f"{row[name]:.3g}" for name in ("against_ms", "p50_ms")]
         target = "" if row["target"] is None else f"{row['target']:.2f}"
         fraction = f"{row['fraction_of_ceiling']:.0%}"
-        made.add_row(
-            *(row[column].replace(BOTH, "both") for column in text),
-            *ratios,
-            target,
-            *times,
-            fraction,
-        )
+        facts = (row[column].replace(BOTH, "both") for column in text)
+        made.add_row(*facts, *ratios, target, *times, fraction)
     return made
 
 
@@ -242,11 +237,7 @@ def suite_tables(rows: Sequence[Row]) -> list[Table]:
         own = [row for row in rows if row["op"] == op]
         for title, column, scale in (
             ("TFLOP/s, or GB/s of layer norm and decoding", "rate", 1.0),
-            (
-                "ms from an idle GPU to an idle GPU, where the GPU needs under 0.2 ms",
-                "host_ms",
-                1.0,
-            ),
+            ("ms from idle GPU to idle GPU, where the GPU needs under 0.2 ms", "host_ms", 1.0),
             ("peak memory beyond the inputs, MB", "peak_bytes", 1e-6),
         ):
             chosen = [row for row in own if row[column] not in (None, "")]

@@ -11,6 +11,7 @@ Cases run in another process. If a kernel ruins its CUDA context or does not end
 process replaces it, and the variant is left out of all cases of the same kind.
 """
 
+import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -260,19 +261,15 @@ def _probed(ceilings: dict[str, float], dtype: str) -> list[Row]:
 
 def _write(path: Path, rows: list[Row], cases: Sequence[Point]) -> None:
     """Replaces the rows of these cases in the file, and drops cases that the suite has no more."""
-    order = [(p.case.op, p.name) for p in points()]
-    order += [(p.case.op, p.name) for p in cases]
-    new = {(row["op"], row["case"]) for row in rows}
-
-    def position(row: Row) -> int:
-        key = row["op"], row["case"]
-        return order.index(key) if key in order else -1
-
-    def keep(row: Row) -> bool:
-        key = row["op"], row["case"]
-        return key not in new and (key in order or row["op"] == "probe")
-
-    report.update(path, rows, keep, position)
+    key = operator.itemgetter("op", "case")
+    order = [(p.case.op, p.name) for p in [*points(), *cases]]
+    new = {key(row) for row in rows}
+    report.update(
+        path,
+        rows,
+        lambda row: key(row) not in new and (key(row) in order or row["op"] == "probe"),
+        lambda row: order.index(key(row)) if key(row) in order else -1,
+    )
 
 
 def _done(path: Path, facts: dict[str, str]) -> set[tuple[str, str]]:

@@ -42,7 +42,7 @@ def run(
             variants,
             protocol,
             admit=functools.partial(_refusal, point, previous, ceiling, max_seconds),
-            tell=functools.partial(_tell, progress, length),
+            tell=lambda doing, length=length: progress(f"length {length}: {doing}"),
         )
         # The facts have a "device", too, its model; the pass says whether there was a backward.
         sizes = {k: v for k, v in asdict(point).items() if k not in ("device", "backward")}
@@ -111,20 +111,14 @@ def _refusal(
 ) -> str | None:
     """Why a variant is not run: it would not fit in memory, or take too long. None if it is."""
     unfit = measure.does_not_fit(case, variant)
-    seconds = _predicted_seconds(case, previous.get(variant.name), ceiling)
-    return unfit or (f"would take {_duration(seconds)} a call" if seconds > max_seconds else None)
-
-
-def _predicted_seconds(case: Case, previous: tuple[int, float] | None, ceiling: float) -> float:
-    """Seconds of a call: predicted from the previous length, else the least by the ceiling."""
-    if previous is None:
-        return case.work(case.passes[-1]) / ceiling
-    length, seconds = previous
-    return seconds * (case.length / length) ** case.growth
-
-
-def _tell(progress: Callable[[str], None], length: int, doing: str) -> None:
-    progress(f"length {length}: {doing}")
+    if variant.name in previous:
+        length, seconds = previous[variant.name]
+        seconds *= (case.length / length) ** case.growth
+    else:
+        seconds = case.work(case.passes[-1]) / ceiling  # no machine is faster
+    if unfit is not None or seconds <= max_seconds:
+        return unfit
+    return f"would take {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'} a call"
 
 
 def _weigh(case: Case, variant: Variant, found: Timed, results: Results) -> None:
@@ -138,7 +132,3 @@ def _weigh(case: Case, variant: Variant, found: Timed, results: Results) -> None
             found.peaks[variant.name] = memory.peak(case, variant)
         except RuntimeError as error:
             results.note(str(error))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
