@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tfkern.testing import validate
+from tfkern.validation.compare import validate
 
 from . import memory, timing
 from .case import DTYPES, Case, Variant, prepared

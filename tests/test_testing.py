@@ -5,8 +5,8 @@ import doctest
 import pytest
 import torch
 
-import tfkern.testing
 from tfkern.testing import validate
+from tfkern.validation import compare
 
 x = torch.linspace(-2, 2, 40).reshape(4, 10)
 
@@ -23,7 +23,7 @@ def outcome(fn, name="output", inputs=None, reference=exp, **options):
 
 
 def test_docstring():
-    results = doctest.testmod(tfkern.testing)
+    results = doctest.testmod(compare)
     assert results.attempted and not results.failed
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tfkern.testing import Report, validate
+from tfkern.validation.compare import Report, validate
 
 
 @dataclass(frozen=True)
