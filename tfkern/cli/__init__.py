@@ -54,8 +54,8 @@ def _app():
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
-        help="Fused transformer kernels: measure them, check them, see which of them run here, and "
-        "the models on top of them.",
+        help="Measures and checks fused transformer kernels, shows which of them run here, and "
+        "runs the models on top of them.",
     )
     bench.app.command("suite")(suite.command)
     app.add_typer(bench.app, name="bench")

@@ -15,13 +15,13 @@ _INDEX = (int, 0, 2**16)
 
 def command(
     model: Model,
-    text: Annotated[str, typer.Argument(help="What the model reads.")],
-    layer: Annotated[int, number("Of the blocks, from 0.", *_INDEX)] = 0,
-    head: Annotated[int, number("Of the block, from 0.", *_INDEX)] = 0,
-    out: Annotated[Path, typer.Option(help="The image to write.")] = Path("attention.png"),
+    text: Annotated[str, typer.Argument(help="Text that the model reads.")],
+    layer: Annotated[int, number("Index of the block, counted from 0.", *_INDEX)] = 0,
+    head: Annotated[int, number("Index of the head in the block, counted from 0.", *_INDEX)] = 0,
+    out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("attention.png"),
     device: Device = "cpu",
 ) -> None:
-    """Draw which token attends to which in one head, and print where each looks most."""
+    """Draws which token attends to which in one head, and prints where each token looks most."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     known = FigureCanvasAgg.get_supported_filetypes()

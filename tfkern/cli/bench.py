@@ -28,12 +28,13 @@ from tfkern.dispatch import check_backend
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Time an op over context lengths, next to PyTorch's own ways to compute it. "
+    help="Times an op over context lengths, next to PyTorch's own ways to compute it. "
     "Every variant is compared with float64 first, and a wrong one is not timed (exit status 1). "
-    "Reports quantiles of the time, the rate as a fraction of what the machine can do, counted "
-    "FLOPs, peak memory, and how each of them grows. Writes <op>.csv, <op>.json and <op>.png. "
-    "With --against torch: fixed cases on a CPU, and the ratio of PyTorch's time to ours. "
-    "The command suite has fixed cases on a GPU.",
+    "The results are quantiles of the time, the rate as a fraction of what the machine can do, "
+    "counted FLOPs, peak memory, and how each of them grows. They are printed and written to "
+    "<op>.csv, <op>.json and <op>.png. With --against torch the cases are fixed and run on a CPU, "
+    "and the result is PyTorch's time divided by ours. The command suite times fixed cases on a "
+    "GPU.",
 )
 
 _LONGEST = 2**24  # tokens: for more, counting tiles takes seconds
@@ -41,36 +42,45 @@ _LONGEST = 2**24  # tokens: for more, counting tiles takes seconds
 Lengths = Annotated[
     str,
     typer.Option(
-        help="Context lengths, such as 256,512. Powers of two by default, on a CPU up to "
-        "8192 (block, model: 2048).",
+        help="Context lengths in tokens, such as 256,512. The default is powers of two, on a CPU "
+        "up to 8192, for block and model up to 2048.",
         show_default=False,
     ),
 ]
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda or cuda:N. CUDA if there is a GPU.", show_default=False)
+    str,
+    typer.Option(
+        help="Device that computes: cpu, cuda or cuda:N. The default is cuda if there is a GPU.",
+        show_default=False,
+    ),
 ]
 Backends = Annotated[
     str,
     typer.Option(
-        help="Backends of tfkern to time, such as native,reference. All that run here by default; "
-        "PyTorch's variants are always timed.",
+        help="Backends of tfkern to time, such as native,reference. The default is all backends "
+        "that run here. PyTorch's variants are always timed.",
         show_default=False,
     ),
 ]
 Threads = Annotated[
     int,
-    number("CPU threads; 0 leaves PyTorch's choice.", int, 0, os.cpu_count() or 1),
+    number("Number of CPU threads. With 0, PyTorch chooses it.", int, 0, os.cpu_count() or 1),
 ]
 Limit = Annotated[
     float,
-    number("Skip what is predicted to take longer than this a call.", *SECONDS, "--max-seconds"),
+    number(
+        "Longest time of a call in seconds. A variant that is predicted to take longer is skipped.",
+        *SECONDS,
+        "--max-seconds",
+    ),
 ]
 Against = Annotated[
     str,
     typer.Option(
-        help="Time fixed cases in pairs with PyTorch (torch) instead of a sweep, on a CPU with "
-        f"{fixed.THREADS} threads, and write them to cpu-<processor>.csv in {OUT_OF_FIXED}. Of "
-        "the other options only --threads and --out apply.",
+        help="Baseline to compare fixed cases with, instead of a sweep: torch. Each case is timed "
+        f"in pairs with PyTorch, on a CPU with {fixed.THREADS} threads, and written to "
+        f"cpu-<processor>.csv in {OUT_OF_FIXED}. --threads and --out are the only other options "
+        "that apply.",
         show_default=False,
     ),
 ]
@@ -78,12 +88,13 @@ Against = Annotated[
 Backward = Annotated[
     bool,
     typer.Option(
-        "--backward", help="Also run the backward; times of the two halves and of both together."
+        "--backward",
+        help="Also times the backward, and gives times of the two halves and of both together.",
     ),
 ]
-Batch = Annotated[int, number("Sequences in a batch.", int, 1, 2**20)]
-Heads = Annotated[int, number("Attention heads.", int, 1, 2**16)]
-Hidden = Annotated[int, number("Features of a token.", int, 1, 2**20)]
+Batch = Annotated[int, number("Number of sequences in a batch.", int, 1, 2**20)]
+Heads = Annotated[int, number("Number of attention heads.", int, 1, 2**16)]
+Hidden = Annotated[int, number("Number of features of a token.", int, 1, 2**20)]
 
 
 def _command(sizes: Callable[..., None]) -> Callable[..., None]:
@@ -195,45 +206,53 @@ def _lengths(text: str) -> list[int]:
 @_command
 def attention(
     heads: Heads = 8,
-    head_dim: Annotated[int, number("Size of a head.", int, 1, 256)] = 64,
-    causal: Annotated[bool, typer.Option(help="Hide the keys behind each query.")] = False,
+    head_dim: Annotated[int, number("Number of features of a head.", int, 1, 256)] = 64,
+    causal: Annotated[bool, typer.Option(help="Hides the keys after each query.")] = False,
     window: Annotated[
         int | None,
-        number("Keys on either side that a query sees, all by default.", int, 0, _LONGEST),
+        number(
+            "Number of keys on either side that a query sees. The default is all.", int, 0, _LONGEST
+        ),
     ] = None,
     backward: Backward = False,
 ) -> None:
-    """Softmax attention: plain quadratic, SDPA with each of its backends, and tfkern."""
+    """Times softmax attention: plain PyTorch, SDPA with each of its backends, and tfkern."""
 
 
 @_command
 def layer_norm(
     hidden: Hidden = 1024,
-    residual: Annotated[bool, typer.Option("--residual", help="Add a residual in front.")] = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Adds a residual before the norm.")
+    ] = False,
     backward: Backward = False,
 ) -> None:
-    """Layer norm: F.layer_norm, torch.compile of it, and tfkern, in GB/s."""
+    """Times layer norm: F.layer_norm, torch.compile of it, and tfkern. Rates are in GB/s."""
 
 
 @_command
 def mlp(
     hidden: Hidden = 512,
-    expansion: Annotated[int, number("Inner features over hidden.", int, 1, 1024)] = 4,
-    activation: Annotated[str, typer.Option(help="gelu, gelu_tanh, relu or silu.")] = "gelu_tanh",
+    expansion: Annotated[
+        int, number("Number of inner features, as a multiple of hidden.", int, 1, 1024)
+    ] = 4,
+    activation: Annotated[
+        str, typer.Option(help="Activation: gelu, gelu_tanh, relu or silu.")
+    ] = "gelu_tanh",
     backward: Backward = False,
 ) -> None:
-    """The MLP: plain PyTorch, torch.compile of it, and tfkern."""
+    """Times an MLP: plain PyTorch, torch.compile of it, and tfkern."""
 
 
 @_command
 def block(hidden: Hidden = 768, heads: Heads = 12) -> None:
-    """A training step of one decoder block: plain PyTorch, SDPA, torch.compile and tfkern."""
+    """Times a training step of a decoder block: plain PyTorch, SDPA, torch.compile and tfkern."""
 
 
 @_command
 def model(
-    layers: Annotated[int, number("Blocks.", int, 1, 128)] = 2,
+    layers: Annotated[int, number("Number of blocks.", int, 1, 128)] = 2,
     hidden: Hidden = 256,
     heads: Heads = 4,
 ) -> None:
-    """A training step of a decoder, without the optimizer: as `block`, of several layers."""
+    """Times a training step of a decoder with several blocks, without the optimizer."""

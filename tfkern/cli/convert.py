@@ -10,22 +10,26 @@ from tfkern.cli.options import check_dtype, number
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
-    target: Annotated[Path, typer.Argument(help="Directory to write, made if need be.")],
+    source: Annotated[
+        Path, typer.Argument(help="Directory of the model, with config.json and safetensors.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="Directory to write. It is made if it is missing.")
+    ],
     form: Annotated[
-        str, typer.Option("--to", help="huggingface, or tfkern for its own names.")
+        str, typer.Option("--to", help="Names of the weights: huggingface, or tfkern for its own.")
     ] = "huggingface",
     dtype: Annotated[
-        str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}. As they are by default.")
+        str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}. The default keeps it.")
     ] = "",
     shard_bytes: Annotated[
         int,
-        number("Weights beyond this size go to several files.", int, 1, 2**62),
+        number("Size of the weights in bytes above which they go to several files.", int, 1, 2**62),
     ] = 5_000_000_000,
 ) -> None:
-    """Rewrite the weights of a model: Hugging Face's names or tfkern's, another dtype, shards.
+    """Rewrites the weights of a model under other names, in another dtype or in other shards.
 
-    Knows GPT-1, GPT-2, BERT, BART, T5 and ViT. Reads and writes local directories only.
+    It knows GPT-1, GPT-2, BERT, BART, T5 and ViT, and reads and writes local directories only.
     """
     from tfkern import models
 

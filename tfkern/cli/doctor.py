@@ -22,10 +22,10 @@ from tfkern.ops import OPS
 
 def command(
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="List each kernel and where it has run.")
+        bool, typer.Option("--kernels", help="Lists each kernel and where it has run.")
     ] = False,
 ) -> None:
-    """Show versions, the device, and which backend runs each op here, or why not."""
+    """Shows versions, the device, and which backends run each op here, or why they do not."""
     show(kernels)
 
 

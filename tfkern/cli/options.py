@@ -32,12 +32,15 @@ def number(told: str, kind: type[int] | type[float], low: float, high: float, *n
 SEEDS = (int, -(2**62), 2**62)  # leaves room to count up
 SECONDS = (float, 0, 10**9)
 
-Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")]
+Device = Annotated[str, typer.Option(help="Device that computes, such as cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help=f"Dtype of the tensors: {', '.join(DTYPES)}.")]
 Model = Annotated[
-    Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")
+    Path,
+    typer.Argument(help="Directory of a model, with config.json, safetensors and a tokenizer."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
+Out = Annotated[
+    Path, typer.Option(help="Folder into which the results are written.", file_okay=False)
+]
 OUT_OF_FIXED = Path("benchmarks/results")  # results of fixed cases, under version control
 
 

@@ -15,32 +15,49 @@ _FACTOR = (float, 0, 10**6)
 
 def command(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue, or to transform.")] = "",
+    prompt: Annotated[str, typer.Argument(help="Text to continue or to transform.")] = "",
     unconditional: Annotated[
-        bool, typer.Option("--unconditional", help="Begin with the model's start token alone.")
+        bool, typer.Option("--unconditional", help="Begins with the model's start token alone.")
     ] = False,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")
+        bool, typer.Option("--interactive", help="Asks for prompts until the input ends.")
     ] = False,
     samples: Annotated[
         int,
-        number("Texts for each prompt; 0 with --unconditional: no end.", int, 0, 10**6),
+        number(
+            "Number of texts for each prompt. With --unconditional, 0 means no end.", int, 0, 10**6
+        ),
     ] = 1,
-    max_tokens: Annotated[int, number("The most to write.", int, 1, 10**6)] = 64,
-    temperature: Annotated[float, number("0: always the likeliest token.", *_FACTOR)] = 1.0,
-    top_k: Annotated[int, number("Draw from this many tokens; 0: all.", int, 0, 2**31)] = 0,
-    top_p: Annotated[float, number("Draw from tokens of this probability.", *_FACTOR)] = 1.0,
-    min_p: Annotated[float, number("Least probability beside the likeliest.", *_FACTOR)] = 0.0,
-    repetition_penalty: Annotated[float, number("Above 1: fewer repetitions.", *_FACTOR)] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
+    max_tokens: Annotated[int, number("Largest number of tokens to write.", int, 1, 10**6)] = 64,
+    temperature: Annotated[
+        float, number("Temperature of the draw. With 0, the likeliest token is taken.", *_FACTOR)
+    ] = 1.0,
+    top_k: Annotated[
+        int, number("Number of likeliest tokens to draw from. 0 means all.", int, 0, 2**31)
+    ] = 0,
+    top_p: Annotated[
+        float, number("Total probability of the likeliest tokens to draw from.", *_FACTOR)
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        number("Smallest probability of a token, as a fraction of the likeliest one's.", *_FACTOR),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, number("Factor against repetition. Above 1, tokens are repeated less.", *_FACTOR)
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String before which the text ends.")
+    ] = None,
     beams: Annotated[
         int,
-        number("Beam search instead of drawing; 0: none.", int, 0, 1024),
+        number("Number of beams of a beam search. With 0, tokens are drawn.", int, 0, 1024),
     ] = 0,
-    seed: Annotated[int, number("Of the first text; the others count up.", *SEEDS)] = 0,
+    seed: Annotated[
+        int, number("Seed of the first text. Each further text has the next seed.", *SEEDS)
+    ] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Write text: what follows a prompt, or with --unconditional from nothing.
+    """Writes the text that follows a prompt, or with --unconditional a text without one.
 
     The same seed writes the same text.
     """

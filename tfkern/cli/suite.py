@@ -14,21 +14,27 @@ from tfkern.ops import OPS
 def command(
     ops: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Of {', '.join(OPS)}; all by default.", show_default=False),
+        typer.Argument(
+            help=f"Ops to time, from {', '.join(OPS)}. The default is all.", show_default=False
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Device to time: cuda or cuda:N.")] = "cuda",
     budget: Annotated[
-        float, number("Seconds after which no further case is begun.", *SECONDS)
+        float, number("Time in seconds after which no further case is begun.", *SECONDS)
     ] = suite.BUDGET,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Leave out cases that the file has from this device and commit."
+            "--resume",
+            help="Leaves out cases that the file has from this device, versions and commit.",
         ),
     ] = False,
     out: Out = OUT_OF_FIXED,
 ) -> None:
-    """Fixed cases on a GPU, next to everything that PyTorch has, into <gpu>.csv and plots."""
+    """Times fixed cases on a GPU, next to everything that PyTorch has.
+
+    The results are written to <gpu>.csv, and drawn in charts beside it.
+    """
     chosen = [check_op(op) for op in ops or OPS]
     if not device.startswith("cuda"):
         raise ValueError(

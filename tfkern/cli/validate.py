@@ -20,22 +20,24 @@ from tfkern.validation import cases
 
 def command(
     op: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(OPS)}; all of them by default.")
+        str, typer.Argument(help=f"Op to check: {', '.join(OPS)}. The default is all.")
     ] = "",
     backend: Annotated[
-        str, typer.Option(help="Backend to check. The one that would serve by default.")
+        str, typer.Option(help="Backend to check. The default is the one that serves a call.")
     ] = "",
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    seed: Annotated[int, number("Draws the cases and their inputs.", *SEEDS)] = 0,
-    count: Annotated[int, number("Cases per op.", int, 1, 100_000)] = 8,
+    seed: Annotated[
+        int, number("Seed from which the cases and their inputs are drawn.", *SEEDS)
+    ] = 0,
+    count: Annotated[int, number("Number of cases for each op.", int, 1, 100_000)] = 8,
     file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the results to this file.")
+        Path | None, typer.Option("--json", help="File into which the results are written as JSON.")
     ] = None,
 ) -> None:
-    """Compare outputs and gradients of random cases with float64, next to PyTorch's own errors.
+    """Compares outputs and gradients of random cases with float64, next to PyTorch's own errors.
 
-    Fails (exit status 1) where the error is more than twice that of PyTorch in the same dtype.
+    The exit status is 1 if an error is more than twice that of PyTorch in the same dtype.
     """
     checked = check_dtype(dtype)
     ops = (check_op(op),) if op else OPS
