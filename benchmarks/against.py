@@ -12,7 +12,18 @@ from pathlib import Path
 
 import torch
 
-from . import attention, block, environment, layer_norm, measure, mlp, report, timing
+from . import (
+    attention,
+    block,
+    cross_entropy,
+    environment,
+    layer_norm,
+    linear_cross_entropy,
+    measure,
+    mlp,
+    report,
+    timing,
+)
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, compiled
 from .measure import Results, Row
 
@@ -54,6 +65,8 @@ _D64_CAUSAL, _D128_CAUSAL = replace(_D64, causal=True), replace(_D128, causal=Tr
 _NORM, _SMALL_NORM = (layer_norm.OpCase(length=n, hidden=m) for n, m in ((4096, 1024), (512, 768)))
 _MLP = mlp.OpCase(length=2048, hidden=768)
 _BLOCK = block.OpCase(length=1024)
+_LOSS = cross_entropy.OpCase(length=2048, vocabulary=50257)
+_HEAD = linear_cross_entropy.OpCase(length=2048, vocabulary=50257)
 
 COMPARISONS = {
     "attention": (
@@ -84,6 +97,16 @@ COMPARISONS = {
     "mlp": (
         Comparison("2048 x 768 x 3072", _MLP, FORWARD, (1.1, 1.6)),
         Comparison("2048 x 768 x 3072", _MLP, BACKWARD, (1.05, 1.5)),
+    ),
+    "cross_entropy": (
+        Comparison("2048 x 50257", _LOSS, FORWARD, (3.0, 3.0)),
+        Comparison("2048 x 50257", _LOSS, BACKWARD, (1.5, 1.5)),
+    ),
+    "linear_cross_entropy": (
+        Comparison("2048 x 768 x 50257", _HEAD, BOTH, (1.0, 1.0)),
+        Comparison(
+            "4096 x 768 x 32000", replace(_HEAD, length=4096, vocabulary=32000), BOTH, (1.0, 1.0)
+        ),
     ),
     "block": (
         Comparison("T=1024 dim=768", _BLOCK, BOTH, (1.2, 1.6)),

@@ -51,6 +51,11 @@ class Case:
     backward: bool = False
 
     @property
+    def kernels(self) -> str:
+        """The op whose kernels the case runs."""
+        return self.op
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
@@ -121,7 +126,7 @@ def backend_variants(
 
     `scratch` is for the backend "reference", which is plain PyTorch; the others need little.
     """
-    available = tfkern.backends(case.op)
+    available = tfkern.backends(case.kernels)
     named = list(backends) if backends is not None else None
     for name in named or ():
         if name not in available:

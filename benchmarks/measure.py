@@ -237,7 +237,7 @@ def _repeated(call: Callable[..., Any], whole: Case) -> Callable[..., Any]:
         first = times[next(iter(inputs))]  # outputs are cut as the first input was repeated
 
         def cut(output: Tensor) -> Tensor:
-            for dim, count in enumerate(first):
+            for dim, count in enumerate(first[: output.dim()]):
                 output = output.narrow(dim, 0, output.shape[dim] // count)
             return output
 

@@ -220,7 +220,7 @@ def test_files(quick, tmp_path, backward):
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "mlp", "block", "model"])
+@pytest.mark.parametrize("op", ["layer_norm", "mlp", "linear_cross_entropy", "block", "model"])
 def test_other_ops(quick, monkeypatch, tmp_path, op):
     kind = load(op)
     every = kind.variants
@@ -436,6 +436,8 @@ def _tiny(op):
         "layer_norm": [{"hidden": 48}, {"hidden": 48, "residual": True}],
         "mlp": [{"hidden": 48}],
         "block": [{"hidden": 48}],
+        "cross_entropy": [{"vocabulary": 99}],
+        "linear_cross_entropy": [{"hidden": 48, "vocabulary": 99}],
     }[op]
     return tuple(
         against.Comparison("tiny", load(op)(length=16, **size), which, (3.0, 4.0))

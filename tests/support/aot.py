@@ -345,6 +345,25 @@ def layer_norm():
 
 
 @group
+def cross_entropy():
+    """Many classes and few, with all options and with none, whole and as columns in place."""
+    from tfkern.kernels import cross_entropy as op
+
+    targets = torch.empty(4096, dtype=torch.int64, device="cuda")
+    stat = torch.empty(4096, device="cuda")
+    for V, dtype in itertools.product((100, 32000), (torch.bfloat16, torch.float32)):
+        logits, weight = (
+            torch.empty(4096, V, dtype=dtype, device="cuda"),
+            torch.empty(V, device="cuda"),
+        )
+        for w, smoothing, softcap, all_lse in ((None, 0.0, 0.0, False), (weight, 0.1, 30.0, True)):
+            op._forward(logits, targets, w, -100, smoothing, softcap, all_lse)
+            rows = targets, w, stat, stat, stat, stat if all_lse else None, -100, smoothing, softcap
+            op._backward(logits, *rows, 0, V)
+            op._backward_(logits, *rows, 0, V)
+
+
+@group
 def mlp():
     """Plain and gated MLPs, at usual sizes and with rows at odd addresses."""
     from tfkern.kernels import mlp as op

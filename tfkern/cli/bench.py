@@ -244,6 +244,23 @@ def mlp(
     """Times an MLP: plain PyTorch, torch.compile of it, and tfkern."""
 
 
+Vocabulary = Annotated[int, number("Number of classes.", int, 1, 2**24)]
+
+
+@_command
+def cross_entropy(vocabulary: Vocabulary = 32000, backward: Backward = False) -> None:
+    """Times the cross entropy of logits: F.cross_entropy, torch.compile of it, and tfkern. Rates
+    are in GB/s."""
+
+
+@_command
+def linear_cross_entropy(
+    hidden: Hidden = 768, vocabulary: Vocabulary = 32000, backward: Backward = False
+) -> None:
+    """Times a linear layer with cross entropy: plain PyTorch, torch.compile of it, PyTorch's loss
+    in chunks, and tfkern."""
+
+
 @_command
 def block(hidden: Hidden = 768, heads: Heads = 12) -> None:
     """Times a training step of a decoder block: plain PyTorch, SDPA, torch.compile and tfkern."""

@@ -73,7 +73,8 @@ def cross_entropy(
     )
     backend = dispatch.select("cross_entropy", args, backend)
     loss, lse, _ = autograd.apply(_CrossEntropy, *dispatch.distinct(args), backend)
-    loss = reduced(loss, lse, *args[1:4], z_loss, reduction)
+    _, targets, weight, ignore_index, *_ = args
+    loss = reduced(loss, lse, targets, weight, ignore_index, z_loss, reduction)
     return (loss, lse) if return_lse else loss
 
 

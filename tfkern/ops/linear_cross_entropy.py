@@ -88,7 +88,8 @@ def linear_cross_entropy(
     with dispatch.no_autocast(x.device):
         if reduction == "none" or return_lse or not _can_form(args):
             loss, lse, _ = autograd.apply(_Recomputed, *args, *options, *names)
-            loss = reduced(loss, lse, *args[3:], options[0], z_loss, reduction)
+            targets, class_weight, ignore_index = args[3], args[4], options[0]
+            loss = reduced(loss, lse, targets, class_weight, ignore_index, z_loss, reduction)
             return (loss, lse) if return_lse else loss
         wanted = [t is not None and t.requires_grad for t in args[:3]]
         options = (*options[:3], z_loss, reduction)

@@ -56,7 +56,9 @@ def _part(x: Tensor | None, n: slice) -> Tensor | None:
 
 def _zeros(x: Tensor | None, wanted: bool, other: Tensor) -> Tensor:
     """The start of the gradient of x, or an empty tensor if it is not wanted."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if wanted else other.new_empty(0)
+    if x is None or not wanted:
+        return other.new_empty(0)
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _logits(x, weight, bias, linear):
