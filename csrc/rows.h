@@ -67,7 +67,9 @@ inline bool has_last_sizes(const Optional& t, const Tensor& x, int64_t axes) {
 struct RowOffsets {
   int64_t T = 1, stride = 0, batch_stride = 0;
 
-  int64_t operator()(int64_t m) const { return m / T * batch_stride + m % T * stride; }
+  constexpr int64_t operator()(int64_t m) const {
+    return m < T ? m * stride : m / T * batch_stride + m % T * stride;
+  }
 };
 
 // The offsets of the rows of x, or nullopt if they would need more than two strides, or if the
