@@ -72,9 +72,37 @@ def mlp_activation_backward(**changes):
     return "mlp_activation_backward", named("mlp_activation_backward", args) | changes
 
 
+def cross_entropy_forward(V=N, **changes):
+    targets = torch.randint(V, (M,))
+    targets[1] = -100
+    args = (torch.randn(M, V), targets, torch.rand(V), -100, 0.1, 5.0, False)
+    return "cross_entropy_forward", named("cross_entropy_forward", args) | changes
+
+
+def cross_entropy_long(**changes):
+    return cross_entropy_forward(V=307, **changes)
+
+
+def cross_entropy_backward(V=N, **changes):
+    """Of some classes of those that there are."""
+    name, args = cross_entropy_forward(V)
+    _, lse, rest = getattr(OPS, name)(*args.values())
+    logits = torch.randn(M, 2 * V)[:, :V]
+    args = (logits, args["targets"], torch.rand(V + 9), lse, rest, torch.randn(M), torch.randn(M),
+            -100, 0.1, 5.0, 4, V + 9)  # fmt: skip
+    return "cross_entropy_backward", named("cross_entropy_backward", args) | changes
+
+
+def cross_entropy_in_place(**changes):
+    """Returns nothing, so that the gradient is looked at where it is."""
+    _, args = cross_entropy_backward(V=307)
+    return "cross_entropy_backward_", args | changes
+
+
 CALLS: list[Callable] = [
     attention_forward, attention_packed, attention_paged, attention_backward, layer_norm_forward,
-    layer_norm_backward, mlp_activation_forward, mlp_activation_backward,
+    layer_norm_backward, mlp_activation_forward, mlp_activation_backward, cross_entropy_forward,
+    cross_entropy_long, cross_entropy_backward, cross_entropy_in_place,
 ]  # fmt: skip
 
 
@@ -123,7 +151,12 @@ def misaligned(x):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_the_calls_are_valid(call, run):
-    assert all(x.isfinite().all() for x in run(*call())[:1])
+    operator, args = call()
+    outputs = run(operator, args)
+    first = (
+        args["logits"] if outputs is None else outputs if torch.is_tensor(outputs) else outputs[0]
+    )
+    assert first.isfinite().all()
 
 
 HOSTILE = [
@@ -207,6 +240,34 @@ HOSTILE = [
     (mlp_activation_backward, {"pre": torch.randn(M - 1, N)}),
     (mlp_activation_backward, {"pre": torch.randn(M, N).double()}),
     (mlp_activation_backward, {"activation": ""}),
+    (cross_entropy_forward, {"logits": torch.randn(M + 1, N)}),
+    (cross_entropy_forward, {"logits": torch.randn(M * N)}),
+    (cross_entropy_forward, {"logits": torch.randn(M, 0), "weight": None}),
+    (cross_entropy_forward, {"logits": torch.ones(M, N, dtype=torch.int64)}),
+    (cross_entropy_forward, {"logits": misaligned(torch.randn(M, N))}),
+    (cross_entropy_forward, {"targets": torch.zeros(M, dtype=torch.int32)}),
+    (cross_entropy_forward, {"targets": torch.zeros(M, 1, dtype=torch.int64)}),
+    (cross_entropy_forward, {"targets": misaligned(torch.zeros(M, dtype=torch.int64))}),
+    (cross_entropy_forward, {"weight": torch.rand(N - 1)}),
+    (cross_entropy_forward, {"weight": torch.rand(N, 2)[:, 0]}),
+    (cross_entropy_forward, {"weight": torch.rand(N).double()}),
+    (cross_entropy_forward, {"weight": misaligned(torch.rand(N))}),
+    (cross_entropy_backward, {"weight": torch.rand(N)}),  # of the columns, not of all classes
+    (cross_entropy_backward, {"first": 10}),
+    (cross_entropy_backward, {"first": -1}),
+    (cross_entropy_backward, {"first": 2**63 - 1}),
+    (cross_entropy_backward, {"classes": N + 3, "weight": torch.rand(N + 3)}),
+    (cross_entropy_backward, {"lse": torch.rand(M - 1)}),
+    (cross_entropy_backward, {"lse": torch.rand(M).double()}),
+    (cross_entropy_backward, {"rest": torch.rand(0)}),
+    (cross_entropy_backward, {"rest": misaligned(torch.rand(M))}),
+    (cross_entropy_backward, {"dloss": torch.rand(())}),
+    (cross_entropy_backward, {"dloss": torch.rand(M).bfloat16()}),
+    (cross_entropy_backward, {"dlse": torch.rand(M + 1)}),
+    (cross_entropy_in_place, {"logits": torch.randn(307).expand(M, 307)}),
+    (cross_entropy_in_place, {"logits": torch.randn(307, M).T}),
+    (cross_entropy_in_place, {"logits": torch.randn(400).as_strided((M, 307), (5, 1))}),
+    (cross_entropy_in_place, {"logits": torch.randn(M, 307).double()}),
 ]  # fmt: skip
 
 
@@ -231,6 +292,10 @@ def test_checks_come_before_memory(run):
     refuses("contiguous parameters", "layer_norm_forward", huge, torch.rand(3), *options)
     refuses("unknown activation", "mlp_activation_forward", huge, None, "tanh", torch.float32)
     refuses("products", "mlp_activation_backward", huge, doubles, None, "silu", True)
+    targets = torch.zeros(2**20, dtype=torch.int64)
+    refuses(
+        "contiguous weights", "cross_entropy_forward", huge, targets, targets, 0, 0.0, 0.0, False
+    )
     q = torch.zeros(1).expand(1, 1, 2**30, 16)
     sink = (None, None, None, torch.rand(2))
     refuses("sink do not fit", "attention_forward", q, q, q, *sink, *[None] * 8, 1.0, 0.0, 0.0)
@@ -258,7 +323,9 @@ def test_every_tensor_is_on_the_same_device(call):
             getattr(OPS, operator)(*mixed.values())
 
 
-@pytest.mark.parametrize("call", [layer_norm_forward, attention_forward, mlp_activation_forward])
+@pytest.mark.parametrize(
+    "call", [layer_norm_forward, attention_forward, mlp_activation_forward, cross_entropy_forward]
+)
 def test_sizes_that_an_int64_cannot_count(call, run):
     """They have no elements, so torch makes them."""
     wide = torch.zeros(0, 2**62)
@@ -267,7 +334,10 @@ def test_sizes_that_an_int64_cannot_count(call, run):
         layer_norm_forward: {"x": wide, "residual": None, "weight": None, "bias": None},
         attention_forward: dict.fromkeys(attention_forward()[1]) | attention,
         mlp_activation_forward: {"total": wide, "up": None},
-    }[call]
+        cross_entropy_forward: {
+            "logits": wide, "targets": torch.zeros(0, dtype=torch.int64), "weight": None
+        },
+    }[call]  # fmt: skip
     operator, args = call()
     with pytest.raises(RuntimeError, match="product is an int64"):
         numbers = {name: x for name, x in args.items() if not isinstance(x, torch.Tensor | None)}
