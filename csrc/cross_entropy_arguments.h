@@ -24,8 +24,8 @@ inline bool is_for_each(const Optional& x, const Tensor& targets, ScalarType typ
   return !x || (x->numel() == targets.numel() && x->scalar_type() == type);
 }
 
-inline void check_cross_entropy(const Tensor& logits, const Tensor& targets,
-                                const Optional& weight, const CrossEntropyOptions& options) {
+inline void check_cross_entropy(const Tensor& logits, const Tensor& targets, const Optional& weight,
+                                const CrossEntropyOptions& options) {
   check_memory(logits, targets, weight);
   check_floating(logits);
   bool fits = logits.dim() == targets.dim() + 1 && targets.scalar_type() == ScalarType::Long;
@@ -43,14 +43,14 @@ inline void check_cross_entropy(const Tensor& logits, const Tensor& targets,
 inline void check_cross_entropy_backward(const Tensor& logits, const Tensor& targets,
                                          const Optional& weight, const Tensor& lse,
                                          const Tensor& rest, const Optional& dloss,
-                                         const Optional& dlse,
-                                         const CrossEntropyOptions& options) {
+                                         const Optional& dlse, const CrossEntropyOptions& options) {
   check_cross_entropy(logits, targets, weight, options);
   check_memory(logits, lse, rest, dloss, dlse);
   const ScalarType type = compute_type(logits.scalar_type());
-  STD_TORCH_CHECK(is_for_each(lse, targets, type) && is_for_each(rest, targets, type) &&
-                      is_for_each(dloss, targets, type) && is_for_each(dlse, targets, type),
-                  "tfkern::cross_entropy_backward: lse, rest, dloss and dlse do not fit the targets");
+  STD_TORCH_CHECK(
+      is_for_each(lse, targets, type) && is_for_each(rest, targets, type) &&
+          is_for_each(dloss, targets, type) && is_for_each(dlse, targets, type),
+      "tfkern::cross_entropy_backward: lse, rest, dloss and dlse do not fit the targets");
 }
 
 // Checks that the gradient can be written over the logits.

@@ -73,8 +73,7 @@ inline Four layer_norm_forward_outputs(const Tensor& x, const Optional& residual
 // dx, dresidual, dweight and dbias
 inline Four layer_norm_backward_outputs(const Tensor& dy, const Tensor& h, const Optional& weight,
                                         const Optional& bias, bool separate_residual) {
-  return {empty_like(dy, dy),
-          separate_residual ? empty_like(h, h) : absent(h, h.scalar_type()),
+  return {empty_like(dy, dy), separate_residual ? empty_like(h, h) : absent(h, h.scalar_type()),
           empty_like(weight, dy), empty_like(bias, dy)};
 }
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tfkern
+import tfkern.nn
 from tfkern.testing import validate
 from tfkern.validation.cross_entropy import torch_cross_entropy
 
@@ -319,3 +320,36 @@ def test_threads_do_not_change_the_result():
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 7, 3), (2, 7, 3, 4)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_module_is_torchs(device, shape, reduction):
+    """Classes lie along its second axis."""
+    options = {"weight": torch.rand(7, device=device), "ignore_index": 2, "label_smoothing": 0.1}
+    ours = tfkern.nn.CrossEntropyLoss(**options, reduction=reduction)
+    theirs = torch.nn.CrossEntropyLoss(**options, reduction=reduction)
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    targets = torch.randint(3, 7, shape[:1] + shape[2:] if shape[1:] else (), device=device)
+    if targets.dim():
+        targets[0] = 2  # but not all of them, whose mean is NaN in torch
+    results = []
+    for module in (ours, theirs):
+        loss = module(logits, targets)
+        results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
+    torch.testing.assert_close(*results)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_module_with_probabilities_and_options(device):
+    logits, p = torch.randn(2, 3, 7, device=device)
+    assert torch.equal(
+        tfkern.nn.CrossEntropyLoss()(logits, p.softmax(-1)), F.cross_entropy(logits, p.softmax(-1))
+    )
+    with pytest.raises(ValueError, match="z_loss and softcap need class indices"):
+        tfkern.nn.CrossEntropyLoss(z_loss=0.1)(logits, p.softmax(-1))
+    targets = torch.tensor([1, 6, 0], device=device)
+    torch.testing.assert_close(
+        tfkern.nn.CrossEntropyLoss(z_loss=0.1, softcap=3.0)(logits, targets),
+        torch_cross_entropy(logits, targets, z_loss=0.1, softcap=3.0),
+    )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import tfkern
+from tfkern.models import Transformer, TransformerConfig, cross_entropy
 from tfkern.ops import logit_pieces
 from tfkern.testing import validate
 from tfkern.validation.cross_entropy import torch_cross_entropy
@@ -267,3 +268,31 @@ def test_memory_beyond_inputs_and_gradients(dtype, reduction):
     peak = peak_bytes(call)
     gradients = sum(t.nbytes for t in leaves.values())
     assert gradients < peak < gradients + 0.1 * M * V * dtype.itemsize
+
+
+def test_operators_are_what_their_schemas_say(device):
+    """The loops over pieces are operators of torch: no result is an argument or a view of one."""
+    inputs, targets = make(5, 4, 9, torch.float32, device, bias=True)
+    x, weight, bias = inputs.values()
+    backend = "native" if tfkern.backends("cross_entropy")["native"] is None else "reference"
+    options, every = (-100, 0.1, 2.0), (True, True, True)
+    one = torch.ones((), device=device)
+    tensors = x, weight, bias, targets, None
+    loss, lse, rest = logit_pieces.forward(*tensors, *options, True, backend, None)
+    calls = {
+        logit_pieces.forward: (*tensors, *options, True, backend, None),
+        logit_pieces.backward: (*tensors, lse, rest, loss, None, *options, backend, None, *every),
+        logit_pieces.formed: (*tensors, one, 0.1 * one, *options, backend, *every),
+    }
+    for operator, args in calls.items():
+        torch.library.opcheck(operator, args)
+
+
+def test_the_first_loss_of_a_fresh_model_is_that_of_uniform_classes():
+    model = Transformer(
+        TransformerConfig(vocab_size=1000, dim=64, layers=2, heads=2, max_length=32)
+    )
+    tokens = torch.randint(1000, (4, 33))
+    assert cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).item() == pytest.approx(
+        math.log(1000), abs=0.3
+    )

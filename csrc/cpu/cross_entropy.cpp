@@ -86,9 +86,8 @@ Three forward(const Tensor& logits, const Tensor& targets, const Optional& weigh
   const auto& [loss, lse, rest] = outputs;
   const CrossEntropyForward<C> a{common<C>(logits, targets, weight, options), ignored_lse,
                                  data<C>(loss), data<C>(lse), data<C>(rest)};
-  torch::stable::parallel_for(0, targets.numel(), grain(a.columns), [&](int64_t begin, int64_t end) {
-    forward_rows(a, begin, end);
-  });
+  torch::stable::parallel_for(0, targets.numel(), grain(a.columns),
+                              [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
   return outputs;
 }
 
@@ -103,9 +102,8 @@ void backward(const Tensor& logits, const Tensor& targets, const Optional& weigh
                                   dlse ? data<const C>(*dlse) : nullptr,
                                   data<char>(dlogits),
                                   *row_offsets(dlogits)};
-  torch::stable::parallel_for(0, targets.numel(), grain(a.columns), [&](int64_t begin, int64_t end) {
-    backward_rows(a, begin, end);
-  });
+  torch::stable::parallel_for(0, targets.numel(), grain(a.columns),
+                              [&](int64_t begin, int64_t end) { backward_rows(a, begin, end); });
 }
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
@@ -114,17 +112,20 @@ Three cross_entropy_forward(Tensor logits, Tensor targets, Optional weight, int6
                             double label_smoothing, double softcap, bool ignored_lse) {
   const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, 0, columns(logits)};
   check_cross_entropy(logits, targets, weight, options);
-  return (is_double(logits) ? forward<double> : forward<float>)(
-      with_row_offsets(logits), torch::stable::contiguous(targets), weight, options, ignored_lse);
+  return (is_double(logits) ? forward<double> : forward<float>)(with_row_offsets(logits),
+                                                                torch::stable::contiguous(targets),
+                                                                weight, options, ignored_lse);
 }
 
 // Writes the gradient to dlogits, which has row_offsets and may be the logits.
 void gradient(const Tensor& logits, const Tensor& targets, const Optional& weight,
               const Tensor& lse, const Tensor& rest, const Optional& dloss, const Optional& dlse,
               const CrossEntropyOptions& options, const Tensor& dlogits) {
-  (is_double(logits) ? backward<double> : backward<float>)(
-      logits, torch::stable::contiguous(targets), weight, torch::stable::contiguous(lse),
-      torch::stable::contiguous(rest), contiguous(dloss), contiguous(dlse), options, dlogits);
+  (is_double(logits) ? backward<double>
+                     : backward<float>)(logits, torch::stable::contiguous(targets), weight,
+                                        torch::stable::contiguous(lse),
+                                        torch::stable::contiguous(rest), contiguous(dloss),
+                                        contiguous(dlse), options, dlogits);
 }
 
 Tensor cross_entropy_backward(Tensor logits, Tensor targets, Optional weight, Tensor lse,
@@ -140,8 +141,8 @@ Tensor cross_entropy_backward(Tensor logits, Tensor targets, Optional weight, Te
 
 void cross_entropy_backward_in_place(Tensor logits, Tensor targets, Optional weight, Tensor lse,
                                      Tensor rest, Optional dloss, Optional dlse,
-                                     int64_t ignore_index, double label_smoothing,
-                                     double softcap, int64_t first, int64_t classes) {
+                                     int64_t ignore_index, double label_smoothing, double softcap,
+                                     int64_t first, int64_t classes) {
   const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
   check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
   check_in_place(logits);

@@ -63,8 +63,7 @@ inline void sum_row(const CrossEntropy<C>& a, const T* z, RowSums<C>& sums) {
     }
     for (; n < steps; n += L) {
       const int left = static_cast<int>(std::clamp<int64_t>(count - n, 0, L));
-      const Vec<C> v =
-          iota<C>() < left ? capped(load(z + first + n, left), a.softcap) : least;
+      const Vec<C> v = iota<C>() < left ? capped(load(z + first + n, left), a.softcap) : least;
       store(s + n, v);
       top[0] = vmax(v, top[0]);
     }
@@ -77,8 +76,8 @@ inline void sum_row(const CrossEntropy<C>& a, const T* z, RowSums<C>& sums) {
         exponentials[i] = exponentials[i] + exp_flush(load(s + n + i * L) - sums.shift);
       }
     }
-    sums.exponentials += sum<C>((exponentials[0] + exponentials[1]) +
-                                (exponentials[2] + exponentials[3]));
+    sums.exponentials +=
+        sum<C>((exponentials[0] + exponentials[1]) + (exponentials[2] + exponentials[3]));
     if (a.label_smoothing > 0) {
       Vec<C> spread{};
       for (n = 0; n < count; n += L) {

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from tfkern import ops
 
 
 def cross_entropy(
@@ -12,21 +13,17 @@ def cross_entropy(
 
     Args:
         logits: (..., classes), as a model returns them, or a tuple with the logits of each head.
-        targets: (...) int64, -100 where there is none; for several heads, one tensor for each. For
-            a language model (B, T): the token that follows each token.
+        targets: (...) int64 or int32, -100 where there is none; for several heads, one tensor for
+            each. For a language model (B, T): the token that follows each token.
 
     Raises:
-        ValueError: targets that are not int64, or of another shape than the logits without classes.
+        ValueError: what `tfkern.cross_entropy` refuses, and another number of targets than heads.
     """
     if isinstance(logits, tuple):
         if not isinstance(targets, (tuple, list)) or len(targets) != len(logits):
             raise ValueError(f"targets must be {len(logits)} tensors, one for each head")
         terms = [cross_entropy(a, b) for a, b in zip(logits, targets, strict=True)]
         return torch.stack(terms).sum()
-    if not isinstance(targets, Tensor) or targets.shape != logits.shape[:-1]:
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(f"targets has shape {shape}, expected {tuple(logits.shape[:-1])}")
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64, got {targets.dtype}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.flatten())
+    if isinstance(targets, (tuple, list)):
+        raise ValueError(f"targets must be one tensor, got {len(targets)}")
+    return ops.cross_entropy(logits, targets)

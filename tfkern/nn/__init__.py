@@ -4,6 +4,7 @@ from tfkern.nn import functional
 from tfkern.nn.attention import MultiheadAttention
 from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
+from tfkern.nn.cross_entropy import CrossEntropyLoss
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm
 from tfkern.nn.linear import Linear
 from tfkern.nn.mlp import MLP, GatedMLP
@@ -11,6 +12,7 @@ from tfkern.nn.mlp import MLP, GatedMLP
 __all__ = [
     "MLP",
     "BatchNorm",
+    "CrossEntropyLoss",
     "GatedMLP",
     "KVCache",
     "LayerNorm",
