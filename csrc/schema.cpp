@@ -18,6 +18,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
       "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual, int axes) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def(
+      "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
+      "-> (Tensor q, Tensor k)");
+  m.def(
+      "rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
+      "-> ()");
   // clang-format on
   m.def(
       "mlp_activation_forward(Tensor total, Tensor? up, str activation, ScalarType dtype) "

@@ -99,10 +99,20 @@ def cross_entropy_in_place(**changes):
     return "cross_entropy_backward_", args | changes
 
 
+def rotary(**changes):
+    args = (torch.randn(B, H, T, D), torch.randn(B, 2, T, D), torch.rand(B, T, 12),
+            torch.rand(B, T, 12), False, False)  # fmt: skip
+    return "rotary", named("rotary", args) | changes
+
+
+def rotary_inplace(**changes):
+    return "rotary_", rotary()[1] | {"interleaved": True} | changes
+
+
 CALLS: list[Callable] = [
     attention_forward, attention_packed, attention_paged, attention_backward, layer_norm_forward,
     layer_norm_backward, mlp_activation_forward, mlp_activation_backward, cross_entropy_forward,
-    cross_entropy_long, cross_entropy_backward, cross_entropy_in_place,
+    cross_entropy_long, cross_entropy_backward, cross_entropy_in_place, rotary, rotary_inplace,
 ]  # fmt: skip
 
 
@@ -268,6 +278,24 @@ HOSTILE = [
     (cross_entropy_in_place, {"logits": torch.randn(307, M).T}),
     (cross_entropy_in_place, {"logits": torch.randn(400).as_strided((M, 307), (5, 1))}),
     (cross_entropy_in_place, {"logits": torch.randn(M, 307).double()}),
+    (rotary, {"q": torch.randn(B, H, T, D)[0]}),
+    (rotary, {"q": torch.randn(B, H, T, 10)}),
+    (rotary, {"q": misaligned(torch.randn(B, H, T, D))}),
+    (rotary, {"k": torch.randn(B + 1, 2, T, D)}),
+    (rotary, {"k": torch.randn(B, 2, T - 1, D)}),
+    (rotary, {"k": torch.randn(B, 2, T, D + 1)}),
+    (rotary, {"k": torch.randn(B, 2, T, D).double()}),
+    (rotary, {"k": torch.randn(B, T, D)}),
+    (rotary, {"cos": torch.rand(T, 12)}),
+    (rotary, {"cos": torch.rand(1, T, 12)}),
+    (rotary, {"cos": torch.rand(B, T + 1, 12)}),
+    (rotary, {"cos": torch.rand(B, T, 12).long()}),
+    (rotary, {x: torch.rand(B, T, 18) for x in ("cos", "sin")}),
+    (rotary, {x: torch.rand(B, T, 11) for x in ("cos", "sin")}),
+    (rotary, {"sin": torch.rand(B, T, 10)}),
+    (rotary_inplace, {"q": torch.randn(B, H, T - 1, D)}),
+    (rotary_inplace, {"k": torch.ones(B, 2, T, D, dtype=torch.int32)}),
+    (rotary_inplace, {"sin": torch.rand(B, T)}),
 ]  # fmt: skip
 
 
@@ -298,6 +326,7 @@ def test_checks_come_before_memory(run):
     )
     q = torch.zeros(1).expand(1, 1, 2**30, 16)
     sink = (None, None, None, torch.rand(2))
+    refuses("an even R", "rotary", q, None, q[0], q[0, :, :3], False, False)
     refuses("sink do not fit", "attention_forward", q, q, q, *sink, *[None] * 8, 1.0, 0.0, 0.0)
 
 
@@ -324,7 +353,8 @@ def test_every_tensor_is_on_the_same_device(call):
 
 
 @pytest.mark.parametrize(
-    "call", [layer_norm_forward, attention_forward, mlp_activation_forward, cross_entropy_forward]
+    "call",
+    [layer_norm_forward, attention_forward, mlp_activation_forward, cross_entropy_forward, rotary],
 )
 def test_sizes_that_an_int64_cannot_count(call, run):
     """They have no elements, so torch makes them."""
@@ -337,6 +367,8 @@ def test_sizes_that_an_int64_cannot_count(call, run):
         cross_entropy_forward: {
             "logits": wide, "targets": torch.zeros(0, dtype=torch.int64), "weight": None
         },
+        rotary: {x: torch.zeros(1, 1, 2**62, 0) for x in "qk"}
+        | {x: torch.zeros(1, 2**62, 0) for x in ("cos", "sin")},
     }[call]  # fmt: skip
     operator, args = call()
     with pytest.raises(RuntimeError, match="product is an int64"):

@@ -43,6 +43,14 @@ def classes_of(x, w=None):
     return F.cross_entropy((x if w is None else F.linear(x, w)).flatten(0, 1), TARGETS.flatten())
 
 
+ANGLES = torch.arange(20.0).view(5, 4).repeat_interleave(2, -1)
+
+
+def turned(q, k, cos, sin):
+    other = [torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) for x in (q, k)]
+    return torch.cat([x * cos + y * sin for x, y in zip((q, k), other, strict=True)], 1)
+
+
 OPS = {  # ours, torch's, the shapes of the arguments
     "attention": (tfkern.attention, attention, [(1, 2, 5, 8)] * 3),
     "attention_varlen": (
@@ -79,6 +87,13 @@ OPS = {  # ours, torch's, the shapes of the arguments
         lambda x, gate, up, w2, **kw: tfkern.gated_mlp(x, gate, None, up, None, w2, None, **kw),
         gated,
         [(2, 3, 8), (16, 8), (16, 8), (8, 16)],
+    ),
+    "rotary": (
+        lambda q, k, **kw: torch.cat(
+            tfkern.rotary(q, k, ANGLES.cos(), ANGLES.sin(), interleaved=True, **kw), 1
+        ),
+        lambda q, k: turned(q, k, ANGLES.double().cos(), ANGLES.double().sin()),
+        [(1, 2, 5, 8), (1, 1, 5, 8)],
     ),
 }
 BACKENDS = [(op, backend) for op in OPS for backend in ("native", "triton", "reference")]
@@ -170,8 +185,18 @@ def test_transforms(op, chosen, transform):
     same(RIGHT[transform](ours, args), RIGHT[transform](theirs, [x.double() for x in args]))
 
 
+FIRST_ORDER = [(op, chosen) for op, chosen in BACKENDS if op != "rotary"]
+
+
 @pytest.mark.parametrize("transform", REFUSED)
-@pytest.mark.parametrize("op, chosen", BACKENDS)
+@pytest.mark.parametrize("chosen", ["native", "triton", "reference"])
+def test_linear_ops_have_all_derivatives(chosen, transform):
+    ours, theirs, args = pair("rotary", chosen)
+    same(REFUSED[transform](ours, args), REFUSED[transform](theirs, [x.double() for x in args]))
+
+
+@pytest.mark.parametrize("transform", REFUSED)
+@pytest.mark.parametrize("op, chosen", FIRST_ORDER)
 def test_what_has_no_derivative_raises(op, chosen, transform):
     ours, _, args = pair(op, chosen)
     with pytest.raises(NotImplementedError):
@@ -205,19 +230,29 @@ def test_compiled_transforms(op, chosen, transform):
 @pytest.mark.parametrize("transform", REFUSED)
 @pytest.mark.parametrize("op, chosen", KERNELS)
 def test_compiled_transforms_raise_where_eager_mode_does(op, chosen, transform, fullgraph):
-    ours, _, args = pair(op, chosen)
+    ours, theirs, args = pair(op, chosen)
+    if op == "rotary":  # raises, or leaves the transform to eager mode
+        try:
+            result = compiled(lambda *a: REFUSED[transform](ours, a), fullgraph)(*args)
+        except (NotImplementedError, torch._dynamo.exc.Unsupported):
+            return
+        same(result, REFUSED[transform](theirs, [x.double() for x in args]))
+        return
     with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported)):
         compiled(lambda *a: REFUSED[transform](ours, a), fullgraph)(*args)
 
 
 @pytest.mark.parametrize("op, chosen", COMPILED)
 def test_dual_numbers_of_a_compiled_function(op, chosen):
-    ours, _, args = pair(op, chosen)
+    ours, theirs, args = pair(op, chosen)
+    if op == "rotary":  # Dynamo leaves the call to eager mode
+        expected = forward_mode(theirs, [x.double() for x in args])
+        return same(forward_mode(compiled(ours), args), expected)
     with pytest.raises(NotImplementedError):
         forward_mode(compiled(ours), args)
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "attention", "mlp_activation"])
+@pytest.mark.parametrize("op", ["layer_norm", "attention", "mlp_activation", "rotary"])
 def test_kernels_refuse_to_be_differentiated_in_traces(op):
     """Whatever calls an operator without the function that differentiates it."""
     pytest.importorskip("tfkern._C", reason="no native build")
@@ -231,6 +266,9 @@ def test_kernels_refuse_to_be_differentiated_in_traces(op):
         )[0],
         "mlp_activation": lambda x: torch.ops.tfkern.mlp_activation_forward(
             x[0, 0], None, "relu", torch.float32
+        )[0],
+        "rotary": lambda x: torch.ops.tfkern.rotary(
+            x, None, x[:, 0].detach(), x[:, 1].detach(), False, False
         )[0],
     }[op]
     torch._dynamo.reset()
@@ -354,6 +392,7 @@ MODULES = {
     "mlp": lambda: tfkern.nn.MLP(8),
     "gated_mlp": lambda: tfkern.nn.GatedMLP(8, 16),
     "linear": lambda: tfkern.nn.Linear(8, 4),
+    "rotary": lambda: Call(lambda x: tfkern.rotary(heads(x), None, *[x.detach()[0, :, :2]] * 2)[0]),
     "multihead attention": lambda: Multihead(),
     "multihead attention causal": lambda: Multihead(is_causal=True, need_weights=False),
     "pad": lambda: Call(
@@ -452,6 +491,7 @@ MAKES_TENSORS = {  # calls that need tensors beside their arguments
     "layer_norm": lambda x, **kw: tfkern.layer_norm(x, residual=x, dropout_p=0.5, seed=7, **kw),
     "rms_norm": lambda x, **kw: tfkern.rms_norm(x, **kw),
     "mlp": lambda x, **kw: tfkern.mlp(x, x[0, 0], None, x[0, 0].mT, None, **kw),
+    "rotary": lambda x, **kw: tfkern.rotary(x, None, x.detach()[0], x.detach()[0], **kw)[0],
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tfkern.ops import (
     mlp,
     pad,
     rms_norm,
+    rotary,
     unpad,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "mlp",
     "pad",
     "rms_norm",
+    "rotary",
     "unpad",
     "use_backend",
 ]

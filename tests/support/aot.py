@@ -364,6 +364,22 @@ def cross_entropy():
 
 
 @group
+def rotary():
+    """Heads of usual sizes, turned whole and in part, in both layouts; views of a projection."""
+    from tfkern.kernels import rotary as op
+
+    sizes = (128, 128), (64, 64), (80, 32), (256, 256)
+    for dtype, (D, R) in itertools.product((torch.bfloat16, torch.float32), sizes):
+        qkv = torch.empty(2, 4096, 48, D, dtype=dtype, device="cuda").transpose(1, 2)
+        q, k = qkv.narrow(1, 0, 32), qkv.narrow(1, 32, 8)
+        cos = torch.empty(2, 4096, R, device="cuda")
+        for interleaved in (False, True):
+            op._forward(q, k, cos, cos, interleaved, False)
+            op._forward(q, None, cos, cos, interleaved, True)
+            op._forward_inplace(q, k, cos, cos, interleaved, False)
+
+
+@group
 def mlp():
     """Plain and gated MLPs, at usual sizes and with rows at odd addresses."""
     from tfkern.kernels import mlp as op

@@ -8,6 +8,7 @@ from tfkern.ops import attention as _attention
 from tfkern.ops import cross_entropy as _cross_entropy
 from tfkern.ops import layer_norm as _layer_norm
 from tfkern.ops import mlp as _mlp
+from tfkern.ops import rotary as _rotary
 from tfkern.ops.attention import attention, attention_varlen
 from tfkern.ops.attention_weights import attention_weights
 from tfkern.ops.cross_entropy import cross_entropy
@@ -16,6 +17,7 @@ from tfkern.ops.linear import linear
 from tfkern.ops.linear_cross_entropy import linear_cross_entropy
 from tfkern.ops.mlp import gated_mlp, mlp
 from tfkern.ops.packing import pad, unpad
+from tfkern.ops.rotary import rotary
 
 __all__ = [
     "attention",
@@ -30,10 +32,17 @@ __all__ = [
     "mlp",
     "pad",
     "rms_norm",
+    "rotary",
     "unpad",
 ]
 
-OPS = ("attention", "cross_entropy", "layer_norm", "mlp")  # ops with kernels in every backend
+OPS = (
+    "attention",
+    "cross_entropy",
+    "layer_norm",
+    "mlp",
+    "rotary",
+)  # ops with kernels in every backend
 
 _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normaliser of its arguments
     "attention": ("attention", _attention.bind),
@@ -43,6 +52,7 @@ _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normalis
     "layer_norm": ("layer_norm", _layer_norm.bind),
     "mlp": ("mlp", _mlp.bind),
     "rms_norm": ("layer_norm", _layer_norm.bind_rms),
+    "rotary": ("rotary", _rotary.bind),
 }
 
 
