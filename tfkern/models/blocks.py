@@ -10,8 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tfkern.models.config import TransformerConfig
 from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, Linear, NoNorm, RMSNorm
 from tfkern.nn.batch_norm import drop_and_add
-from tfkern.nn.rotary import rotate
-from tfkern.ops import attention, attention_weights
+from tfkern.ops import attention, attention_weights, rotary
 
 KeysValues = tuple[Tensor, Tensor]
 _NORMS = (LayerNorm, RMSNorm, BatchNorm, NoNorm)  # norms that also drop and add
@@ -125,7 +124,7 @@ class Attention(nn.Module):
                 q, k, v = (x.flatten(2, 3) for x in heads.split((self.group, 1, 1), 3))
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotary(q, k, *rotation)
         return q, k, v
 
     def _by_head(self, rows: Tensor, axis: int) -> Tensor:

@@ -126,8 +126,7 @@ class Stack(nn.Module):
         if mask is not None and mask.dim() == 1:
             options["query_lengths"] = mask
         if config.positions == "rotary":
-            table = rotary_table(positions, config.head_size, config.rotary_base, x)
-            options["rotation"] = tuple(y[:, None] for y in table)
+            options["rotation"] = rotary_table(positions, config.head_size, config.rotary_base, x)
         elif config.positions == "alibi":
             options["alibi_slopes"] = alibi_slopes(config.heads, x.device)
         elif isinstance(self.positions, RelativeBias):

@@ -20,7 +20,7 @@ def rotary(
     interleaved: bool = False,
     inplace: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Turns queries and keys by the angles of their positions, both in one pass over memory.
 
     The first R features of a head are pairs (x_i, x_j); the rest is copied.
