@@ -48,7 +48,7 @@ test-gpu: .gpu/ready
 ifdef SANITIZER
 	for tool in memcheck racecheck; do \
 		env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR)/.gpu PYTHONSAFEPATH=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-			$(PYTHON) -m pytest -q -k "$(SANITIZED)" tests/test_attention.py tests/test_cross_entropy.py tests/test_layer_norm.py tests/test_mlp.py || exit 1; \
+			$(PYTHON) -m pytest -q -k "$(SANITIZED)" tests/test_attention.py tests/test_cross_entropy.py tests/test_layer_norm.py tests/test_mlp.py tests/test_rotary.py || exit 1; \
 	done
 endif
 

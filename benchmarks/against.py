@@ -22,6 +22,7 @@ from . import (
     measure,
     mlp,
     report,
+    rotary,
     timing,
 )
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, compiled
@@ -64,6 +65,7 @@ _D128 = attention.OpCase(length=2048, heads=4, head_dim=128)
 _D64_CAUSAL, _D128_CAUSAL = replace(_D64, causal=True), replace(_D128, causal=True)
 _NORM, _SMALL_NORM = (layer_norm.OpCase(length=n, hidden=m) for n, m in ((4096, 1024), (512, 768)))
 _MLP = mlp.OpCase(length=2048, hidden=768)
+_ROTARY = rotary.OpCase(length=2048)
 _BLOCK = block.OpCase(length=1024)
 _LOSS = cross_entropy.OpCase(length=2048, vocabulary=50257)
 _HEAD = linear_cross_entropy.OpCase(length=2048, vocabulary=50257)
@@ -97,6 +99,16 @@ COMPARISONS = {
     "mlp": (
         Comparison("2048 x 768 x 3072", _MLP, FORWARD, (1.1, 1.6)),
         Comparison("2048 x 768 x 3072", _MLP, BACKWARD, (1.05, 1.5)),
+    ),
+    "rotary": (
+        Comparison("T=2048 H=16 D=64", _ROTARY, FORWARD, (1.5, 1.5)),
+        Comparison("T=2048 H=16 D=64", _ROTARY, BOTH, (1.5, 1.5)),
+        Comparison(
+            "B=8 T=128 H=12 Hk=4 D=128",
+            replace(_ROTARY, batch=8, length=128, heads=12, key_heads=4, head_dim=128),
+            BOTH,
+            (1.5, 1.5),
+        ),
     ),
     "cross_entropy": (
         Comparison("2048 x 50257", _LOSS, FORWARD, (3.0, 3.0)),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import attention, environment, layer_norm, measure, memory, mlp, report, timing
+from . import attention, environment, layer_norm, measure, memory, mlp, report, rotary, timing
 from .case import FORWARD, Case, Variant
 from .measure import MEASURED, SCALES, Results, Row, Timed
 from .worker import Lost, Worker
@@ -63,6 +63,7 @@ def points(device: str = "cuda") -> list[Point]:
     every = [
         *(_norm(4096, 1024, residual) for residual in (False, True)),
         _mlp(TOKENS, 4096),
+        *(_rotary(key_heads) for key_heads in (16, 4)),
         *(_decode(32, 8192, 128, key_heads) for key_heads in (16, 4)),
         *_attentions(128),
         *(_norm(TOKENS, 2**n, residual) for n in range(10, 16) for residual in (False, True)),
@@ -102,6 +103,12 @@ def _mlp(rows: int, hidden: int) -> Point:
     return Point(
         f"{rows} x {hidden} x {4 * hidden}", mlp.OpCase(length=rows, hidden=hidden, **_TRAINING)
     )
+
+
+def _rotary(key_heads: int) -> Point:
+    sizes = {"batch": 4, "heads": WIDTH // 128, "key_heads": key_heads, "head_dim": 128}
+    case = rotary.OpCase(length=TOKENS // 4, **sizes, **_TRAINING)
+    return Point(f"B=4 H={case.heads} Hk={key_heads} T={case.length} D=128", case)
 
 
 _TRAINING: dict[str, Any] = {"dtype": "bfloat16", "backward": True}

@@ -435,6 +435,7 @@ def _tiny(op):
         "attention": [{"heads": 8, "head_dim": 64}, {"heads": 8, "head_dim": 64, "causal": True}],
         "layer_norm": [{"hidden": 48}, {"hidden": 48, "residual": True}],
         "mlp": [{"hidden": 48}],
+        "rotary": [{"heads": 4, "key_heads": 2}, {"interleaved": True}],
         "block": [{"hidden": 48}],
         "cross_entropy": [{"vocabulary": 99}],
         "linear_cross_entropy": [{"hidden": 48, "vocabulary": 99}],

@@ -77,7 +77,7 @@ interleavings = pytest.mark.parametrize("interleaved", [False, True], ids=["halv
 
 @interleavings
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_plain_torch(backend, dtype, device, shape, interleaved):
+def test_matches_torch(backend, dtype, device, shape, interleaved):
     B, _, _, T, _, R = shape
     cos, sin = table((B, T, R), dtype, device, interleaved)
     check(make(shape, dtype, device), cos, sin, interleaved, backend)

@@ -18,6 +18,7 @@ from tfkern.benchmarks import (
     memory,
     mlp,
     report,
+    rotary,
     suite,
     timing,
 )
@@ -84,6 +85,8 @@ def test_the_cases_are_those_of_the_field():
     widths = {(16384, 2**n, r) for n in range(10, 16) for r in (False, True)}
     assert norms == widths | {(4096, 1024, False), (4096, 1024, True)}
     assert {(c.hidden, c.hidden * c.expansion) for c in found[mlp.OpCase]} == {(4096, 16384)}
+    turns = {(c.batch * c.length, c.heads, c.key_heads, c.head_dim) for c in found[rotary.OpCase]}
+    assert turns == {(16384, 16, 16, 128), (16384, 16, 4, 128)}
     decodes = found[attention.Decode]
     assert {(c.batch, c.length, c.queries, c.heads * c.head_dim) for c in decodes} == {
         (32, 8192, 1, 2048)
@@ -108,6 +111,9 @@ def test_work_of_the_cases_in_closed_form():
         elif isinstance(c, mlp.OpCase):
             forward = 2 * (2 * 16384 * 4096 * 16384)
             assert c.work(BACKWARD) == 2 * forward
+        elif isinstance(c, rotary.OpCase):
+            forward = 2 * 16384 * (c.heads + c.key_heads) * 128 * 2
+            assert c.work(BACKWARD) == forward and c.work(BOTH) == 2 * forward
         else:
             tensor = c.length * c.hidden * 2
             forward = (4 if c.residual else 2) * tensor
@@ -127,6 +133,7 @@ def test_variants_of_the_cases():
     torchs = ["plain", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flex"]
     assert set(names[attention.OpCase]) == {*torchs, *ours} == set(names[attention.Decode])
     assert set(names[layer_norm.OpCase]) == {"torch", "torch.compile", "liger", *ours}
+    assert set(names[rotary.OpCase]) == set(names[layer_norm.OpCase])
     assert set(names[mlp.OpCase]) == {"torch", "torch.compile", *ours}
 
 
@@ -543,7 +550,7 @@ def test_charts(quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["nope"], "unknown op 'nope': expected one of attention, layer_norm, mlp"),
+        (["nope"], "unknown op 'nope': expected one of attention, layer_norm, mlp, rotary"),
         (["--device", "cpu"], "the suite's cases are for a GPU, got device 'cpu'"),
         (["--device", "cuda:99"], "cuda:99 is not available"),
         (["--budget", "-1"], "--budget"),

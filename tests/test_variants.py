@@ -15,7 +15,7 @@ pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.slow
 
 _LENGTHS = {"attention": 512, "layer_norm": 2048, "mlp": 512, "block": 256, "model": 256}
-_LENGTHS |= {"cross_entropy": 256, "linear_cross_entropy": 256}
+_LENGTHS |= {"rotary": 2048, "cross_entropy": 256, "linear_cross_entropy": 256}
 
 
 def _points():

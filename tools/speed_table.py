@@ -1,6 +1,6 @@
 """Prints README's tables of the kernels' speed.
 
-    tfkern bench attention --against torch    # and layer_norm, mlp, block
+    tfkern bench attention --against torch    # and layer_norm, mlp, rotary, block
     tfkern bench suite                        # on a GPU
     python tools/speed_table.py
 

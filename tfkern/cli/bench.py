@@ -262,6 +262,19 @@ def linear_cross_entropy(
 
 
 @_command
+def rotary(
+    heads: Heads = 16,
+    key_heads: Annotated[int, number("Heads of the keys.", int, 1, 2**16)] = 16,
+    head_dim: Annotated[int, number("Size of a head, even.", int, 2, 2048)] = 64,
+    interleaved: Annotated[
+        bool, typer.Option("--interleaved", help="Pairs are neighbours, not halves apart.")
+    ] = False,
+    backward: Backward = False,
+) -> None:
+    """Rotary positions: as transformers writes them, torch.compile of it, and tfkern, in GB/s."""
+
+
+@_command
 def block(hidden: Hidden = 768, heads: Heads = 12) -> None:
     """Times a training step of a decoder block: plain PyTorch, SDPA, torch.compile and tfkern."""
 

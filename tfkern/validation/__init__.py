@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tfkern.validation import attention, cross_entropy, layer_norm, mlp
+from tfkern.validation import attention, cross_entropy, layer_norm, mlp, rotary
 from tfkern.validation.case import Case
 
 _DRAWS = {
@@ -15,6 +15,7 @@ _DRAWS = {
     "cross_entropy": cross_entropy.draws,
     "layer_norm": layer_norm.draws,
     "mlp": mlp.draws,
+    "rotary": rotary.draws,
 }
 
 
