@@ -163,9 +163,9 @@ def test_paged_caches_raise():
         hf.attention_forward(torch.nn.Module(), q, q, q, None, cache=object())
 
 
-COUNTS = {  # norms and MLPs of two blocks, and norms beside them
+COUNTS = {  # norms, MLPs and rotary attention of two blocks, and norms beside them
     "gpt1": 2 * 3, "gpt2": 2 * 3 + 1, "bert": 2 * 3 + 2, "bart": 2 * 3 + 3 * 4 + 2,
-    "t5": 2 * 3 + 3 * 4 + 2, "t5-v1.1": 2 * 3 + 3 * 4 + 2, "vit": 2 * 3 + 1, "llama": 2 * 3 + 1,
+    "t5": 2 * 3 + 3 * 4 + 2, "t5-v1.1": 2 * 3 + 3 * 4 + 2, "vit": 2 * 3 + 1, "llama": 2 * 4 + 1,
 }  # fmt: skip
 
 
@@ -214,6 +214,48 @@ def test_patch_leaves_alone_what_it_does_not_know(kind, config, count):
             assert count is None or len(patched.names) == count, patched.names
             result = model(tokens)[0]
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+HEADS = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "interleaved"),
+    [
+        ("LlamaModel", HEADS | {"num_key_value_heads": 2}, False),
+        ("MistralModel", HEADS | {"num_key_value_heads": 1}, False),
+        ("Qwen3Model", HEADS | {"num_key_value_heads": 2, "head_dim": 8}, False),
+        ("GPTNeoXModel", HEADS | {"rotary_pct": 0.5}, False),
+        ("CohereModel", HEADS | {"num_key_value_heads": 2}, True),
+        ("GPTJModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, None),
+        ("GlmModel", HEADS | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}, None),
+    ],
+)
+def test_patch_of_rotary_positions(monkeypatch, kind, config, interleaved):
+    """None: the model's function is of another form, and stays."""
+    kind, calls = getattr(transformers, kind), []
+    original = hf.rotary
+    monkeypatch.setattr(hf, "rotary", lambda *a, **k: calls.append(k) or original(*a, **k))
+    model = perturb(kind(kind.config_class(vocab_size=V, **config))).double().eval()
+    other = copy.deepcopy(model)
+    tokens = torch.randint(3, V, (2, 9))
+    expected = model(tokens)[0]
+    gradients = torch.autograd.grad(expected.sin().sum(), list(model.parameters()))
+    with hf.patch(model):
+        calls.clear()
+        result = model(tokens)[0]
+        assert [k["interleaved"] for k in calls] == (
+            [] if interleaved is None else [interleaved] * 2
+        )
+        ours = torch.autograd.grad(result.sin().sum(), list(model.parameters()))
+        patched = len(calls)
+        other(tokens)
+        assert len(calls) == patched, "another model of this class was changed"
+    model(tokens)
+    assert len(calls) == patched
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_patch_leaves_replaced_layers_alone():

@@ -2,18 +2,28 @@
 
 hf.register()
 model = AutoModel.from_pretrained(name, attn_implementation="tfkern")
-hf.patch(model)  # norms and MLPs, too
+hf.patch(model)  # norms, MLPs and rotary positions, too
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tfkern.nn.fusible import LINEAR, fusible, unadorned
-from tfkern.ops import attention, attention_weights, gated_mlp, layer_norm, mlp, rms_norm
+from tfkern.ops import (
+    attention,
+    attention_weights,
+    gated_mlp,
+    layer_norm,
+    mlp,
+    rms_norm,
+    rotary,
+)
 
 
 def register(name: str = "tfkern") -> None:
@@ -126,8 +136,8 @@ class Patch:
 
 
 def patch(model: nn.Module) -> Patch:
-    """Makes the norms and MLPs of a model compute with tfkern's kernels. Parameters stay where they
-    are.
+    """Makes the norms, MLPs and rotary positions of a model compute with tfkern's kernels.
+    Parameters stay where they are.
 
     It knows torch's layer norm, RMS norms by name and form (a weight and variance_epsilon), and
     MLPs of these forms on torch's linear layers: c_fc and c_proj (the GPTs), fc1 and fc2 (ViT,
@@ -135,6 +145,10 @@ def patch(model: nn.Module) -> Patch:
     intermediate and output (BERT). Modules of other forms or activations stay as they are. An MLP
     runs its own code in calls where a layer of it has hooks, has been replaced by an adapter, a
     quantised or a parametrised layer, or where dropout acts between its layers.
+
+    An attention module runs its own code with another `apply_rotary_pos_emb`, if that of its file
+    gives what `tfkern.rotary` does: Llama, GPT-NeoX and most later decoders. Other models of the
+    same class are not changed. Under torch.compile it keeps the function of its file.
 
         with hf.patch(model) as patched:
             print(patched.names)
@@ -149,7 +163,7 @@ def patch(model: nn.Module) -> Patch:
     for name, module in model.named_modules():
         if "forward" in vars(module):
             continue  # a part of a module that is already patched
-        if any(change(done, module) for change in (_norm, _whole, _fc, _bert)):
+        if any(change(done, module) for change in (_norm, _whole, _fc, _bert, _attention)):
             done.names.append(name)
     return done
 
@@ -287,6 +301,85 @@ def _gated(x: Tensor, gate: Any, up: Any, down: Any, act: str) -> Tensor:
     return gated_mlp(
         x, gate.weight, gate.bias, up.weight, up.bias, down.weight, down.bias, activation=act
     )
+
+
+_ROTATION = "apply_rotary_pos_emb"  # in the files of models a function (q, k, cos, sin)
+_WITH_ROTARY: dict[type, Callable[..., Any]] = {}  # forwards of attention that call tfkern.rotary
+
+
+def _attention(done: Patch, module: Any) -> bool:
+    """Patches an attention whose file turns queries and keys as tfkern does."""
+    kind, forward = type(module), type(module).forward
+    inner = inspect.unwrap(forward)
+    if _ROTATION not in getattr(getattr(inner, "__code__", None), "co_names", ()):
+        return False
+    if kind not in _WITH_ROTARY:
+        theirs = inner.__globals__.get(_ROTATION)
+        interleaved = [x for x in (False, True) if _turns_as_we_do(theirs, x)]
+        if not interleaved:
+            return False
+        changed = _copied(forward, {_ROTATION: _rotation(theirs, interleaved[0])})
+        if changed is None:
+            return False
+        _WITH_ROTARY[kind] = changed
+    done._replace(module, _attend, module)
+    return True
+
+
+def _copied(function: Any, names: dict[str, Any]) -> Any:
+    """The same code, which finds `names` where it looks for globals of its file. Decorators around
+    it are copied with it; None if one of these does not hold the function in its closure."""
+    scope, closure = function.__globals__, function.__closure__ or ()
+    if (inner := getattr(function, "__wrapped__", None)) is None:
+        scope = scope | names
+    else:
+        held = [cell.cell_contents is inner for cell in closure]
+        changed = _copied(inner, names)
+        if not any(held) or changed is None:
+            return None
+        closure = tuple(CellType(changed) if h else c for h, c in zip(held, closure, strict=True))
+    code, defaults = function.__code__, function.__defaults__
+    copied = FunctionType(code, scope, function.__name__, defaults, closure or None)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+    kind = type(module)
+    # Dynamo does not trace functions with other globals than their file's.
+    ours = kind in _WITH_ROTARY and not torch.compiler.is_compiling()
+    return (_WITH_ROTARY[kind] if ours else kind.forward)(module, *args, **kwargs)
+
+
+def _turns_as_we_do(theirs: Any, interleaved: bool) -> bool:
+    """Whether a function gives what ours does. No two entries of the tables are equal, so that one
+    that uses other entries is told apart."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
+
+    q, k, cos, sin = drawn(2, 3, 5, 8), drawn(2, 1, 5, 8), drawn(2, 5, 8), drawn(2, 5, 8)
+    ours = rotary(q, k, cos, sin, interleaved=interleaved, backend="reference")
+    try:
+        with torch.no_grad():
+            turned = theirs(q, k, cos, sin)
+        return all(torch.allclose(x, y) for x, y in zip(turned, ours, strict=True))
+    except Exception:  # a function of another signature or of other shapes
+        return False
+
+
+def _rotation(theirs: Callable[..., Any], interleaved: bool) -> Callable[..., Any]:
+    """tfkern's rotation, for calls with ordinary arguments."""
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ordinary = q.dim() == k.dim() == 4 and cos.dim() == 3 and not args and not kwargs
+        ordinary = ordinary and q.dtype == k.dtype == cos.dtype and cos.shape[1] == q.shape[2]
+        if not ordinary or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        return rotary(q, k, cos, sin, interleaved=interleaved)
+
+    return turned
 
 
 class _Parts:
