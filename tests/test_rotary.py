@@ -3,6 +3,7 @@
 import aot
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import tfkern
 from tfkern.testing import validate
@@ -230,6 +231,19 @@ def test_inplace_is_noticed_by_autograd(backend, device):
         loss.backward()
     with torch.inference_mode():
         tfkern.rotary(q.clone(), None, cos, sin, inplace=True, backend=backend)
+
+
+def test_inplace_turns_tangents_too(backend, device):
+    q, tangent = torch.randn(2, 1, 2, 5, 8, device=device)
+    cos, sin = table((5, 8), torch.float32, device)
+    expected, _ = tfkern.rotary(tangent, None, cos, sin, backend=backend)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q.clone(), tangent)
+        tfkern.rotary(dual, None, cos, sin, inplace=True, backend=backend)
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, expected)
+        with pytest.raises(NotImplementedError, match="no derivative by cos"):
+            angles = forward_ad.make_dual(cos, sin)
+            tfkern.rotary(q, None, angles, sin, backend=backend)
 
 
 def test_inplace_refuses_shared_memory(device):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tfkern import dispatch
 from tfkern.ops import autograd, checks
@@ -79,9 +80,11 @@ def rotary(
 
 def _is_traced() -> bool:
     """Whether an operator that overwrites its arguments must be replaced by a copy: vmap has no
-    rule for it, and with symbolic sizes the Inductor of torch 2.13 gives wrong results for views.
+    rule for it, tangents would stay as they are, and with symbolic sizes the Inductor of torch 2.13
+    gives wrong results for views.
     """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return traced or forward_ad._current_level >= 0
 
 
 def bind(q, k, cos, sin, *, interleaved=False, inplace=False):
@@ -148,7 +151,7 @@ def _overlaps(x: Tensor) -> bool:
     """Whether elements of x may share memory: whether an axis steps into what the axes below it
     reach. While torch.compile traces, which cannot sort symbolic strides, steps of 0 alone count.
     """
-    if x.numel() == 0:
+    if x.numel() == 0 or x.is_contiguous():
         return False
     if torch.compiler.is_compiling():
         return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
