@@ -131,9 +131,20 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 def values_at_hand(x: Tensor) -> bool:
     """Whether the values of x can be read without waiting for a GPU and without a graph break."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)  # not a FakeTensor or another subclass
-    plain = plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and not torch._C._functorch.is_batchedtensor(x)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    batched, x = _unwrapped(x)
+    return not batched and type(x) in (Tensor, torch.nn.Parameter)  # no FakeTensor, for example
+
+
+def _unwrapped(x: Tensor) -> tuple[bool, Tensor]:
+    """Whether vmap has wrapped x, and what the transforms outside of vmap have wrapped."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True, x
+        x = functorch.get_unwrapped(x)
+    return False, x
 
 
 def seed(value: Tensor | int | None, device: torch.device) -> Tensor:
