@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import tfkern
 from tfkern.models import Transformer, TransformerConfig, cross_entropy
@@ -89,6 +90,18 @@ def test_no_rows(backend, dtype, device):
     assert loss == 0 and x.grad.shape == x.shape and not weight.grad.any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_features(backend, dtype, device, reduction):
+    x = torch.empty(3, 0, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.empty(5, 0, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.tensor([4, -100, 0], device=device)
+    loss = tfkern.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend)
+    loss.sum().backward()
+    expected = torch.tensor([1.0, 0.0, 1.0] if reduction == "none" else 1.0, device=device)
+    torch.testing.assert_close(loss, expected.to(loss.dtype) * math.log(5))
+    assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
+
+
 def test_log_sum_exp(backend, dtype, device, small_pieces):
     inputs, targets = make(19, 8, 70, dtype, device)
     validate(
@@ -161,6 +174,50 @@ def test_factors_and_second_backwards(backend, device):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, 3 * c)
         torch.testing.assert_close(again, -0.5 * c)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(backend, device, reentrant, reduction):
+    inputs, targets = make(20, 6, 40, torch.float32, device, bias=True)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+
+    def call(x, weight, bias):
+        return tfkern.linear_cross_entropy(
+            x, weight, targets, bias=bias, reduction=reduction, backend=backend
+        ).sum()
+
+    expected = torch.autograd.grad(call(*leaves), leaves)
+    checkpoint(call, *leaves, use_reentrant=reentrant).backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("new_vmap", [False, True])
+def test_several_gradients_of_one_loss(device, new_vmap, reduction):
+    inputs, targets = make(20, 6, 40, torch.float32, device)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    loss = tfkern.linear_cross_entropy(*leaves, targets, reduction=reduction).sum()
+    factors = torch.tensor([1.0, -3.0], device=device)
+
+    def grads(factor, **options):
+        return torch.autograd.grad(loss, leaves, factor, retain_graph=True, **options)
+
+    for _ in range(2):  # the first pass takes what the forward has formed
+        ours = torch.vmap(grads)(factors) if new_vmap else grads(factors, is_grads_batched=True)
+        for several, one in zip(ours, grads(factors[0]), strict=True):
+            torch.testing.assert_close(several, torch.stack([one, -3 * one]))
+
+
+def test_exported_with_parameters_that_require_a_gradient():
+    class Head(torch.nn.Linear):
+        def forward(self, x, targets):
+            return tfkern.linear_cross_entropy(x, self.weight, targets, bias=self.bias)
+
+    head, args = Head(6, 40), (torch.randn(20, 6), torch.randint(40, (20,)))
+    program = torch.export.export(head, args)
+    torch.testing.assert_close(program.module()(*args), head(*args))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -137,6 +137,12 @@ def values_at_hand(x: Tensor) -> bool:
     return not batched and type(x) in (Tensor, torch.nn.Parameter)  # no FakeTensor, for example
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for several tensors, under vmap or in a backward with is_grads_batched."""
+    batched, x = _unwrapped(x)
+    return batched or torch._C._dispatch_keys(x).has("Batched")
+
+
 def _unwrapped(x: Tensor) -> tuple[bool, Tensor]:
     """Whether vmap has wrapped x, and what the transforms outside of vmap have wrapped."""
     functorch = torch._C._functorch

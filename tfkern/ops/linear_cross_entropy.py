@@ -196,8 +196,9 @@ class _Formed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor, *_):
-        *tensors, lse, rest = ctx.saved_tensors[:7]
-        formed, ctx.formed = ctx.saved_tensors[7:] or ctx.formed, None
+        saved = ctx.saved_tensors  # which checkpoints allow to be read once
+        *tensors, lse, rest = saved[:7]
+        formed, ctx.formed = saved[7:] or ctx.formed, None
         wanted = ctx.needs_input_grad[:3]
         if formed is not None:
             grads = autograd.apply(_Scaled, factor, *formed, *tensors)
@@ -224,9 +225,10 @@ def _row_factors(targets, class_weight, ignore_index, z_loss, reduction, x):
 
 
 def _scaled(factor: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor, *inputs: Any) -> tuple:
-    """The formed gradients times the gradient of the loss, in place unless a compiler decides."""
+    """The formed gradients times the gradient of the loss, in place unless a compiler decides, or
+    the loss has several gradients."""
     grads = dx, dweight, dbias
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or checks.is_batched(factor):
         return tuple(d * factor for d in grads)
     if not (checks.values_at_hand(factor) and factor == 1):
         for d in grads:

@@ -88,7 +88,7 @@ def _forward(
     backend, linear,
 ):  # fmt: skip
     op, results = dispatch.implementation("cross_entropy", backend), _statistics(x, targets)
-    x, t = x.reshape(-1, x.shape[-1]), targets.flatten()
+    x, t = x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
     for m, logits in _logits(x, weight, bias, linear):
         parts = op.forward(
             logits, t[m], class_weight, ignore_index, label_smoothing, softcap, ignored_lse
@@ -103,7 +103,8 @@ def _backward(
     ignore_index, label_smoothing, softcap, backend, linear, want_dx, want_dweight, want_dbias,
 ):  # fmt: skip
     op = dispatch.implementation("cross_entropy", backend)
-    shape, x, t, V = x.shape, x.reshape(-1, x.shape[-1]), targets.flatten(), len(weight)
+    shape, x, t = x.shape, x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
+    V = len(weight)
     rows = [None if r is None else r.flatten() for r in (lse, rest, dloss, dlse)]
     dx = torch.zeros(x.shape if want_dx else 0, dtype=lse.dtype, device=x.device)
     dweight, dbias = _zeros(weight, want_dweight, x), _zeros(bias, want_dbias, x)
@@ -129,7 +130,7 @@ def _formed(
 ):  # fmt: skip
     op, results = dispatch.implementation("cross_entropy", backend), _statistics(x, targets)
     options = ignore_index, label_smoothing, softcap
-    shape, x, t = x.shape, x.reshape(-1, x.shape[-1]), targets.flatten()
+    shape, x, t = x.shape, x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
     dx, dweight, dbias = (
         _zeros(p, wanted, x)
         for p, wanted in ((x, want_dx), (weight, want_dweight), (bias, want_dbias))
@@ -176,7 +177,8 @@ _ROWS, _GRADIENTS = (
 def _register(schema: str, implementation: Callable, fake: Callable) -> Callable:
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # An exported program calls operators with parameters that require a gradient.
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tfkern_composed::{name}", fake, lib=_library)
     operator = getattr(torch.ops.tfkern_composed, name).default
     dispatch.refuse_derivatives(operator)
