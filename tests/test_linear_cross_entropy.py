@@ -285,6 +285,7 @@ def test_compiled_over_lengths(device, dtype, reduction):
         ({"weight": torch.zeros(7, 3).double()}, "weight is torch.float64, but x is torch.float32"),
         ({"bias": torch.zeros(6)}, r"bias has shape \(6,\), expected \(7,\)"),
         ({"targets": torch.full((4,), 7)}, "targets must lie in 0 to 6, got 7"),
+        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, "but x is on cpu"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, r"shape \(5,\), expected \(4,\)"),
         ({"class_weight": torch.ones(3)}, r"class_weight has shape \(3,\), expected \(7,\)"),
         ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),

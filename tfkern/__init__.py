@@ -1,4 +1,5 @@
-"""Fused transformer kernels: attention, layer norm and MLP, forward and backward."""
+"""Fused transformer kernels: attention, norms, MLPs, rotary positions and cross entropy, each with
+its backward."""
 
 from importlib.metadata import version as _version
 

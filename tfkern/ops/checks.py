@@ -38,12 +38,12 @@ def boolean(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be a bool tensor, got {x.dtype}")
 
 
-def integers(name: str, x: Tensor, q: Tensor) -> None:
+def integers(name: str, x: Tensor, q: Tensor, q_name: str = "q") -> None:
     """Lengths, offsets or indices beside a tensor q."""
     dense(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be an int32 or int64 tensor, got {x.dtype}")
-    same_device("q", q, name, x)
+    same_device(q_name, q, name, x)
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

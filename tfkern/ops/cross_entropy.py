@@ -117,10 +117,10 @@ def bind_targets(
     weight, ignore_index, label_smoothing and softcap as implementations take them."""
     if isinstance(targets, Tensor) and targets.is_floating_point():
         raise ValueError(f"targets must be class indices of int64 or int32, got {targets.dtype}")
-    checks.integers("targets", targets, x)
+    checks.integers("targets", targets, x, name)
     checks.shape("targets", targets, x.shape[:-1], f"the shape of {name} without the last axis")
-    if not checks.is_integer(ignore_index):
-        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not checks.is_integer(ignore_index) or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits, got {ignore_index!r}")
     label_smoothing = checks.probability("label_smoothing", label_smoothing)
     softcap = checks.number("softcap", softcap)
     if softcap < 0:
