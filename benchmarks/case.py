@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -155,6 +156,12 @@ def _bound(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
         return call(backend=backend, **inputs)
 
     return bound
+
+
+def liger_missing() -> str | None:
+    """Why Liger-Kernel (Hsu et al. 2024) cannot run here, or None."""
+    found = importlib.util.find_spec("liger_kernel") is not None
+    return None if found else "liger-kernel is not installed"
 
 
 def compiled(name: str, call: Callable[..., Any], scratch: int = 0) -> Variant:

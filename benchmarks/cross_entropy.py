@@ -1,6 +1,5 @@
 """Cross entropy of logits over the rows of a context: bound by memory, so its rate is in bytes."""
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from torch import Tensor
 
 import tfkern
 
-from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled
+from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled, liger_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +80,3 @@ class OpCase(Case):
 
     def _tfkern(self, logits: Tensor, targets: Tensor, backend: str) -> Tensor:
         return tfkern.cross_entropy(logits, targets, backend=backend)
-
-
-def liger_missing() -> str | None:
-    """Why Liger-Kernel cannot run here, or None."""
-    found = importlib.util.find_spec("liger_kernel") is not None
-    return None if found else "liger-kernel is not installed"

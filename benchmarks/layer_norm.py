@@ -1,6 +1,5 @@
 """Layer norm over the rows of a context: bound by memory, so its rate is in bytes."""
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from .case import (
     Variant,
     backend_variants,
     compiled,
+    liger_missing,
 )
 
 
@@ -70,7 +70,7 @@ class OpCase(Case):
         return [
             Variant("torch", self.reference),
             compiled("torch.compile", self.reference),
-            *([Variant("liger", self._liger, unavailable=_liger_missing())] if cuda else []),
+            *([Variant("liger", self._liger, unavailable=liger_missing())] if cuda else []),
             *backend_variants(self, self._tfkern, backends, scratch=4 * rows),
         ]
 
@@ -110,8 +110,3 @@ class OpCase(Case):
             return_residual=residual is not None,
             backend=backend,
         )
-
-
-def _liger_missing() -> str | None:
-    found = importlib.util.find_spec("liger_kernel") is not None
-    return None if found else "liger-kernel is not installed"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tfkern
 
 from . import cross_entropy
-from .case import BACKWARD, BOTH, FORWARD, Variant, backend_variants, compiled
+from .case import BACKWARD, BOTH, FORWARD, Variant, backend_variants, compiled, liger_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,7 @@ class OpCase(cross_entropy.OpCase):
             Variant("torch", self.reference, scratch),
             compiled("torch.compile", self.reference, scratch),
             Variant("torch chunked", self._chunked, unavailable=missing),
-            *(
-                [Variant("liger", self._liger, unavailable=cross_entropy.liger_missing())]
-                if cuda
-                else []
-            ),
+            *([Variant("liger", self._liger, unavailable=liger_missing())] if cuda else []),
             *backend_variants(self, self._tfkern, backends, logits // 8),
         ]
 

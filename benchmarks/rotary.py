@@ -1,6 +1,5 @@
 """Rotary positions of queries and keys: bound by memory, so the rate is in bytes."""
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 import tfkern
 
-from .case import BOTH, Case, Variant, backend_variants, compiled
+from .case import BOTH, Case, Variant, backend_variants, compiled, liger_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +85,7 @@ class OpCase(Case):
     def _liger_missing(self) -> str | None:
         if self.interleaved:
             return "Liger's pairs are halves"
-        found = importlib.util.find_spec("liger_kernel") is not None
-        return None if found else "liger-kernel is not installed"
+        return liger_missing()
 
 
 def _halves(x: Tensor) -> Tensor:

@@ -354,3 +354,11 @@ def test_the_first_loss_of_a_fresh_model_is_that_of_uniform_classes():
     assert cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).item() == pytest.approx(
         math.log(1000), abs=0.3
     )
+
+
+def test_explained():
+    inputs, targets = make(5, 4, 9, torch.float64, "cpu")
+    explained = tfkern.explain("linear_cross_entropy", *inputs.values(), targets, z_loss=0.1)
+    assert explained.op == "cross_entropy" and explained.backend in ("native", "reference")
+    with pytest.raises(ValueError, match="weight has shape"):
+        tfkern.explain("linear_cross_entropy", inputs["x"], inputs["x"].T, targets)

@@ -7,6 +7,7 @@ from tfkern import dispatch
 from tfkern.ops import attention as _attention
 from tfkern.ops import cross_entropy as _cross_entropy
 from tfkern.ops import layer_norm as _layer_norm
+from tfkern.ops import linear_cross_entropy as _linear_cross_entropy
 from tfkern.ops import mlp as _mlp
 from tfkern.ops import rotary as _rotary
 from tfkern.ops.attention import attention, attention_varlen
@@ -50,6 +51,7 @@ _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normalis
     "cross_entropy": ("cross_entropy", _cross_entropy.bind),
     "gated_mlp": ("mlp", _mlp.bind_gated),
     "layer_norm": ("layer_norm", _layer_norm.bind),
+    "linear_cross_entropy": ("cross_entropy", _linear_cross_entropy.bind_kernels),
     "mlp": ("mlp", _mlp.bind),
     "rms_norm": ("layer_norm", _layer_norm.bind_rms),
     "rotary": ("rotary", _rotary.bind),

@@ -43,7 +43,8 @@ def linear_cross_entropy(
     At most 1 / 16 of the logits is alive at once, or 256 rows of them. The result is that of
     `tfkern.cross_entropy(tfkern.linear(x, weight, bias), targets, ...)`. Gradients of float32 and
     float64 are formed along with the loss, unless `reduction` is "none" or `return_lse` is true;
-    otherwise backward computes the logits again. Sums over pieces are float32 or wider.
+    otherwise backward computes the logits again. Sums over pieces are float32 or wider. For a loss
+    without a backward, use torch.no_grad(), so that no gradients are formed.
 
     Args:
         x: (..., K) hidden states, float32, float64, bfloat16 or float16.
@@ -128,6 +129,12 @@ def bind(
         "x", x, V, targets, ignore_index, label_smoothing, softcap, "class_weight", class_weight
     )
     return (x, weight, bias, targets, class_weight), (*options, bool(return_lse))
+
+
+def bind_kernels(*args: Any, reduction: str = "mean", z_loss: float = 0.0, **options: Any) -> tuple:
+    """The arguments for which the kernels between the products are chosen, for `explain`."""
+    tensors, numbers = bind(*args, **options)
+    return tensors[0], *tensors[3:], *numbers
 
 
 def _can_form(args: tuple) -> bool:
