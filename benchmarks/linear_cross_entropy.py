@@ -1,8 +1,9 @@
 """The head of a language model with its loss: three products around the cross entropy."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,22 @@ class OpCase(cross_entropy.OpCase):
         """FLOPs of the product, which has two in the backward."""
         factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which]
         return factor * 2 * self.batch * self.length * self.hidden * self.vocabulary
+
+    def flop_formulas(self) -> dict[Any, Callable[..., int]]:
+        ops = torch.ops.tfkern_composed
+
+        def count(x: Any, weight: Any, *others: Any, wanted: tuple = (), **_: Any) -> int:
+            """The product that makes the logits, and those of the gradients of x and weight."""
+            return (1 + sum(wanted)) * 2 * math.prod(x) * weight[0]
+
+        def with_gradients(*args: Any, **_: Any) -> int:
+            return count(*args, wanted=args[-3:-1])
+
+        return {
+            ops.linear_cross_entropy_forward: count,
+            ops.linear_cross_entropy_backward: with_gradients,
+            ops.linear_cross_entropy_formed: with_gradients,
+        }
 
     def _chunked(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """torch's own loss in chunks."""

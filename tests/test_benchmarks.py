@@ -447,6 +447,17 @@ def _tiny(op):
     )
 
 
+@pytest.mark.parametrize("dtype, products", [("float32", 3), ("bfloat16", 4)])
+def test_flops_of_a_head_with_its_loss(dtype, products):
+    """Gradients that are formed with the loss, and logits that backward computes again."""
+    sizes = {"length": 24, "hidden": 16, "vocabulary": 40}
+    case = load("linear_cross_entropy")(**sizes, dtype=dtype, backward=True)
+    counted = {v.name: measure.count_flops(case, v) for v in case.variants(["reference"])}
+    product = 2 * 24 * 16 * 40
+    assert counted["tfkern reference"] == products * product
+    assert counted["torch"] == 3 * product == case.work(BOTH)
+
+
 @needs_native
 @pytest.mark.parametrize("op", list(against.COMPARISONS))
 def test_against_torch(quick, monkeypatch, tmp_path, op):
