@@ -40,7 +40,7 @@ class Comparison:
 
     name: str
     case: Case
-    which: str
+    pass_: str
     targets: tuple[float, float]
     compiled: bool = False  # whether torch's side is under torch.compile
 
@@ -51,7 +51,7 @@ class Comparison:
         return dict(zip(("float32", "bfloat16"), self.targets, strict=True)).get(dtype)
 
     def at(self, dtype: str) -> Case:
-        return replace(self.case, dtype=dtype, backward=self.which != FORWARD)
+        return replace(self.case, dtype=dtype, backward=self.pass_ != FORWARD)
 
     def variants(self, case: Case) -> tuple[Variant, Variant]:
         """PyTorch's variant and tfkern's."""
@@ -143,7 +143,7 @@ def run(
     for dtype in dtypes(op):
         for comparison in COMPARISONS[op]:
             case = comparison.at(dtype)
-            name = f"{comparison.name} {comparison.which} {dtype}"
+            name = f"{comparison.name} {comparison.pass_} {dtype}"
             progress(name)
             wrong = _disagreements(comparison, case.small())
             results.wrong |= {f"{side}, {name},": how for side, how in wrong.items()}
@@ -196,8 +196,8 @@ def _row(comparison: Comparison, case: Case, protocol: timing.Protocol) -> Row:
         [ours],
         found,
         ceiling,
-        passes=[comparison.which],
-        against=lambda timings, which: theirs.name,
+        passes=[comparison.pass_],
+        against=lambda timings, pass_: theirs.name,
     )
     return row | {"target": comparison.target(case.dtype)}
 

@@ -95,8 +95,8 @@ class OpCase(Case):
             *backend_variants(self, self._tfkern, backends, self._scores(3, 5, torch.float32)),
         ]
 
-    def work(self, which: str) -> float:
-        factor = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}[which]
+    def work(self, pass_: str) -> float:
+        factor = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}[pass_]
         pairs = self.length**2 / (2 if self.causal else 1)
         if self.window is not None:
             pairs = visible_pairs(self.length, self.length, self.band)
@@ -154,7 +154,7 @@ class Decode(OpCase):
     def queries(self) -> int:
         return 1
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """The bytes of keys and values, which the forward pass reads once."""
         pairs = self.batch * (self.key_heads or self.heads) * self.length
         return 2 * pairs * self.head_dim * self.torch_dtype.itemsize

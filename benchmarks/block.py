@@ -103,12 +103,12 @@ class OpCase(Case):
             ),
         ]
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """FLOPs of the products with weights, and of attention, halved since it is causal."""
         tokens = self.batch * self.length
         products = 2 * tokens * 12 * self.layers * self.hidden**2
         pairs = 2 * tokens * self.length * self.layers * self.hidden
-        factors = {FORWARD: (1, 1), BACKWARD: (2, 2.5), BOTH: (3, 3.5)}[which]
+        factors = {FORWARD: (1, 1), BACKWARD: (2, 2.5), BOTH: (3, 3.5)}[pass_]
         return factors[0] * products + factors[1] * pairs
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:

@@ -95,7 +95,7 @@ class Case:
         """What a user of PyTorch would write, with its fused operators where there are any."""
         return self.reference(**inputs)
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """The numerator of the rate: FLOPs or bytes of a pass by the usual convention."""
         raise NotImplementedError
 

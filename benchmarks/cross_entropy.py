@@ -66,9 +66,9 @@ class OpCase(Case):
             *backend_variants(self, self._tfkern, backends, scratch),
         ]
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """Bytes: forward reads the logits; backward reads them and writes their gradient."""
-        tensors = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which]
+        tensors = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[pass_]
         return tensors * self.batch * self.length * self.vocabulary * self.torch_dtype.itemsize
 
     def _liger(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -74,14 +74,14 @@ class OpCase(Case):
             *backend_variants(self, self._tfkern, backends, scratch=4 * rows),
         ]
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """Bytes: forward reads x and writes y; backward reads dy and x and writes dx.
 
         With an addition in front, forward also reads the residual and writes the sum, and backward
         also reads the gradient of the sum.
         """
         forward, backward = (4, 4) if self.residual else (2, 3)
-        tensors = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
+        tensors = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[pass_]
         return tensors * self.batch * self.length * self.hidden * self.torch_dtype.itemsize
 
     def _liger(

@@ -56,9 +56,9 @@ class OpCase(cross_entropy.OpCase):
             *backend_variants(self, self._tfkern, backends, logits // 8),
         ]
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """FLOPs of the product, which has two in the backward."""
-        factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which]
+        factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[pass_]
         return factor * 2 * self.batch * self.length * self.hidden * self.vocabulary
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:

@@ -126,40 +126,40 @@ def rows(
             columns for the ratio of that variant's time to their own.
     """
     made = []
-    for which in case.passes if passes is None else passes:
-        last = which == case.passes[-1]
-        other = None if against is None else against(found.timings, which)
+    for pass_ in case.passes if passes is None else passes:
+        last = pass_ == case.passes[-1]
+        other = None if against is None else against(found.timings, pass_)
         for variant in variants:
             name = variant.name
             time = found.timings.get(name)
             row = {
                 **key,
                 "variant": name,
-                "pass": which,
+                "pass": pass_,
                 "status": found.failures.get(name, MEASURED),
-                **_speed(case, which, time, ceiling),
+                **_speed(case, pass_, time, ceiling),
                 "counted_flops": found.flops.get(name) if last else None,
                 "peak_bytes": found.peaks.get(name) if last else None,
                 "predicted_bytes": variant.scratch if last else None,
             }
             if against is not None:
-                row |= _comparison(found.timings, other if time else None, time, which)
+                row |= _comparison(found.timings, other if time else None, time, pass_)
             made.append({k: rounded(v) for k, v in row.items()})
     return made
 
 
-def _speed(case: Case, which: str, time: Timing | None, ceiling: float) -> Row:
+def _speed(case: Case, pass_: str, time: Timing | None, ceiling: float) -> Row:
     """The columns of times and rates, None where nothing was measured."""
     scale = SCALES[case.unit]
-    p20, p50, p80 = time.quantiles(which) if time else (None, None, None)
-    rate = case.work(which) / p50 if p50 else None
+    p20, p50, p80 = time.quantiles(pass_) if time else (None, None, None)
+    rate = case.work(pass_) / p50 if p50 else None
     return {
         "p20_ms": _ms(p20),
         "p50_ms": _ms(p50),
         "p80_ms": _ms(p80),
         "samples": len(time.samples) if time else None,
-        "host_ms": _ms(time.host.get(which)) if time else None,
-        "graph_ms": _ms(time.graph.get(which)) if time else None,
+        "host_ms": _ms(time.host.get(pass_)) if time else None,
+        "graph_ms": _ms(time.graph.get(pass_)) if time else None,
         "graph_failure": time.uncaptured if time else None,
         "rate": rate / scale if rate else None,
         "unit": case.unit,
@@ -169,7 +169,7 @@ def _speed(case: Case, which: str, time: Timing | None, ceiling: float) -> Row:
 
 
 def _comparison(
-    timings: dict[str, Timing], other: str | None, time: Timing | None, which: str
+    timings: dict[str, Timing], other: str | None, time: Timing | None, pass_: str
 ) -> Row:
     """The columns that compare a variant with another one, None without one of them."""
     names = ("ratio_p20", "ratio_p50", "ratio_p80")
@@ -178,9 +178,9 @@ def _comparison(
     theirs = timings[other]
     return {
         "against": other,
-        "against_ms": _ms(theirs.quantiles(which)[1]),
+        "against_ms": _ms(theirs.quantiles(pass_)[1]),
         "pairs": min(len(theirs.samples), len(time.samples)),
-        **dict(zip(names, timing.ratio(theirs, time, which), strict=True)),
+        **dict(zip(names, timing.ratio(theirs, time, pass_), strict=True)),
     }
 
 

@@ -75,9 +75,9 @@ class OpCase(Case):
             *backend_variants(self, self._tfkern, backends, scratch),
         ]
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """FLOPs of the two products, each of which has two in the backward."""
-        factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which]
+        factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[pass_]
         return factor * 4 * self.batch * self.length * self.hidden**2 * self.expansion
 
     def _tfkern(self, x, w1, b1, w2, b2, backend: str) -> Tensor:

@@ -56,6 +56,6 @@ class OpCase(block.OpCase):
     def in_tfkern(self, tokens: Tensor, targets: Tensor, **weights: Tensor) -> Tensor:
         return cross_entropy(functional_call(self.module(), weights, (tokens,)), targets)
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         head = 2 * self.batch * self.length * self.hidden * _VOCABULARY
-        return super().work(which) + {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which] * head
+        return super().work(pass_) + {FORWARD: 1, BACKWARD: 2, BOTH: 3}[pass_] * head

@@ -353,8 +353,8 @@ def rate_chart(
     options: dict[str, Any] = {"figsize": (3.6 * columns + 0.4, 7.4), "sharex": True}
     every = sorted({x for panel in panels for line in panel.lines.values() for x, _ in line})
     with _figure(title, row, path, (2, columns), **options) as (figure, grid):
-        places = {"top": 0.86, "bottom": 0.14, "wspace": 0.17, "hspace": 0.16}
-        figure.subplots_adjust(left=0.075, right=0.985, **places)
+        margins = {"top": 0.86, "bottom": 0.14, "wspace": 0.17, "hspace": 0.16}
+        figure.subplots_adjust(left=0.075, right=0.985, **margins)
         for panel, place in zip(panels, grid.flat, strict=False):
             place.set_title(panel.title, loc="left", color=_INK, fontsize=10)
             for name, points in panel.lines.items():
@@ -384,19 +384,19 @@ def suite_charts(path: Path, cases: dict[tuple[str, str], Case]) -> list[Path]:
     figures: dict[str, dict[tuple, Panel]] = {}
     heads: dict[str, tuple[str, tuple[str, str]]] = {}  # stem -> title and labels of the axes
     for row in rows:
-        case, which = cases.get((row["op"], row["case"])), row["pass"]
-        if case is None or not case.backward or which == BOTH:
+        case, pass_ = cases.get((row["op"], row["case"])), row["pass"]
+        if case is None or not case.backward or pass_ == BOTH:
             continue
         sizes: Any = case  # each op has sizes of its own
         if case.op == "attention":
-            stem, key, x = f"attention-{which}", (sizes.causal, sizes.head_dim), case.length
+            stem, key, x = f"attention-{pass_}", (sizes.causal, sizes.head_dim), case.length
             title = f"D={sizes.head_dim}, {'causal' if sizes.causal else 'full'}"
             tokens, width = sizes.batch * case.length, sizes.heads * sizes.head_dim
-            told = f"attention {which}, {tokens} tokens of {width} features"
+            told = f"attention {pass_}, {tokens} tokens of {width} features"
             heads[stem] = told, ("context length (tokens)", "TFLOP/s")
         elif case.op == "layer_norm" and case.length == longest:
-            stem, key, x = "layer_norm", (sizes.residual, which == BACKWARD), sizes.hidden
-            title = f"{'addition and ' * sizes.residual}layer norm, {which}"
+            stem, key, x = "layer_norm", (sizes.residual, pass_ == BACKWARD), sizes.hidden
+            title = f"{'addition and ' * sizes.residual}layer norm, {pass_}"
             heads[stem] = f"layer norm, {longest} rows", ("width", "GB/s")
         else:
             continue

@@ -70,10 +70,10 @@ class OpCase(Case):
             ),
         ]
 
-    def work(self, which: str) -> float:
+    def work(self, pass_: str) -> float:
         """Bytes: either pass reads and writes q and k, or their gradients, once."""
         heads = self.batch * self.length * (self.heads + self.key_heads) * self.head_dim
-        return (4 if which == BOTH else 2) * heads * self.torch_dtype.itemsize
+        return (4 if pass_ == BOTH else 2) * heads * self.torch_dtype.itemsize
 
     def _tfkern(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str | None = None

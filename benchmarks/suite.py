@@ -245,10 +245,10 @@ def _rows(point: Point, variants: list[Variant], found: Timed, ceiling: float) -
     return measure.rows(key, case, variants, found, ceiling, against=_fastest_of_torch)
 
 
-def _fastest_of_torch(timings: dict[str, timing.Timing], which: str) -> str | None:
+def _fastest_of_torch(timings: dict[str, timing.Timing], pass_: str) -> str | None:
     """The variant of PyTorch with the lowest median, None if none was timed."""
     medians = {
-        name: t.quantiles(which)[1]
+        name: t.quantiles(pass_)[1]
         for name, t in timings.items()
         if not name.startswith(("tfkern ", "liger"))
     }

@@ -69,7 +69,7 @@ class Timing:
     failure: str | None = None  # the error raised while it was timed
     uncaptured: str | None = None  # why no graph was captured
 
-    def seconds(self, which: str) -> list[float]:
+    def seconds(self, pass_: str) -> list[float]:
         """The seconds of all samples for a pass. Raises RuntimeError if the step failed."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
@@ -77,18 +77,18 @@ class Timing:
             "forward": lambda s: s[0],
             "backward": lambda s: s[1],
             "forward+backward": sum,
-        }[which]
+        }[pass_]
         return [part(s) for s in self.samples]
 
-    def quantiles(self, which: str) -> tuple[float, float, float]:
+    def quantiles(self, pass_: str) -> tuple[float, float, float]:
         """The 20th, 50th and 80th percentile of the seconds of a pass."""
-        return _quantiles(self.seconds(which))
+        return _quantiles(self.seconds(pass_))
 
 
-def ratio(one: Timing, other: Timing, which: str) -> tuple[float, float, float]:
+def ratio(one: Timing, other: Timing, pass_: str) -> tuple[float, float, float]:
     """Quantiles of one / other, by pairs of samples that ran side by side."""
     # The faster one may have more samples: it stays in the rotation longer.
-    pairs = zip(one.seconds(which), other.seconds(which), strict=False)
+    pairs = zip(one.seconds(pass_), other.seconds(pass_), strict=False)
     return _quantiles([a / b for a, b in pairs])
 
 
@@ -239,7 +239,7 @@ def _calls(step: Step) -> dict[str, Callable[[], Any]]:
 def _host_times(step: Step, device: str) -> dict[str, float]:
     """By pass, seconds by the host's clock of a call that starts and ends with an idle GPU."""
     times = {}
-    for which, call in _calls(step).items():
+    for pass_, call in _calls(step).items():
         samples: list[float] = []
         while not samples or (len(samples) < 20 and sum(samples) < 0.05):
             torch.cuda.synchronize(device)
@@ -247,7 +247,7 @@ def _host_times(step: Step, device: str) -> dict[str, float]:
             call()
             torch.cuda.synchronize(device)
             samples.append(time.perf_counter() - start)
-        times[which] = statistics.median(samples)
+        times[pass_] = statistics.median(samples)
     return times
 
 
@@ -261,8 +261,8 @@ def _add_graph_times(
     """
     side = torch.cuda.Stream(device)
     current = torch.cuda.current_stream(device)
-    for which, call in _calls(step).items():
-        if timing.quantiles(which)[1] > 0.01:
+    for pass_, call in _calls(step).items():
+        if timing.quantiles(pass_)[1] > 0.01:
             continue
         graph = torch.cuda.CUDAGraph()
         try:
@@ -280,7 +280,7 @@ def _add_graph_times(
         replay = Step(graph.replay)
         sample(replay)
         times = [sample(replay)[0] for _ in range(10)]
-        timing.graph[which] = statistics.median(times)
+        timing.graph[pass_] = statistics.median(times)
         graph.reset()
 
 

@@ -145,9 +145,10 @@ void attention_forward(StableIValue* values, uint64_t, uint64_t) {
   stack.give(run(in));
 }
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dbias, dsink
+// dq, dk, dv, dbias and dsink
+using InputGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <Five (*run)(const AttentionArguments&, const AttentionGradients&)>
+template <InputGradients (*run)(const AttentionArguments&, const AttentionGradients&)>
 void attention_backward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   AttentionGradients g{stack.tensor(), stack.optional(), stack.tensor(), stack.tensor()};

@@ -71,10 +71,10 @@ inline Optional contiguous(const Optional& x) {
   return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt;
 }
 
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using CrossEntropyOutputs = std::tuple<Tensor, Tensor, Tensor>;
 
 // loss, lse and rest, not initialised
-inline Three cross_entropy_outputs(const Tensor& logits, const Tensor& targets) {
+inline CrossEntropyOutputs cross_entropy_outputs(const Tensor& logits, const Tensor& targets) {
   const ScalarType type = compute_type(logits.scalar_type());
   const auto made = [&] { return empty(logits, targets.sizes(), type); };
   return {made(), made(), made()};

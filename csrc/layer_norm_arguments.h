@@ -58,11 +58,11 @@ inline const uint64_t* seed_of(const Optional& seed, double p) {
 
 // ---- outputs, not initialised ----
 
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using LayerNormOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // y, h, mean and rstd
-inline Four layer_norm_forward_outputs(const Tensor& x, const Optional& residual,
-                                       const Optional& seed, bool rms, int64_t axes) {
+inline LayerNormOutputs layer_norm_forward_outputs(const Tensor& x, const Optional& residual,
+                                                   const Optional& seed, bool rms, int64_t axes) {
   const int64_t M = matrix_size(x, axes).rows;
   const ScalarType h_type = promote(x, residual), statistics = compute_type(h_type);
   return {empty(x, x.sizes(), x.scalar_type()),
@@ -71,8 +71,9 @@ inline Four layer_norm_forward_outputs(const Tensor& x, const Optional& residual
 }
 
 // dx, dresidual, dweight and dbias
-inline Four layer_norm_backward_outputs(const Tensor& dy, const Tensor& h, const Optional& weight,
-                                        const Optional& bias, bool separate_residual) {
+inline LayerNormOutputs layer_norm_backward_outputs(const Tensor& dy, const Tensor& h,
+                                                    const Optional& weight, const Optional& bias,
+                                                    bool separate_residual) {
   return {empty_like(dy, dy), separate_residual ? empty_like(h, h) : absent(h, h.scalar_type()),
           empty_like(weight, dy), empty_like(bias, dy)};
 }

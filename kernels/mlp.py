@@ -44,7 +44,8 @@ def _tiles(K: int, F: int, dtype: torch.dtype, gated: bool, arch: int) -> Tiles:
 
 @triton.jit
 def _sigmoid(x):
-    """(sigma, slope): 1 / (1 + e^-x) and its derivative. Neither loses digits in either tail."""
+    """(sigma, derivative): 1 / (1 + e^-x) and its derivative. Neither loses digits in either
+    tail."""
     e = tl.exp(-tl.abs(x))
     s = 1 / (1 + e)
     return tl.where(x < 0, e * s, s), e * s * s
@@ -184,7 +185,7 @@ def _backward_kernel(
         dh = tl.load(DH + skipped + tile, mask=mask, other=0.0).to(tl.float32)
         pre = tl.load(PRE + skipped + tile, mask=mask, other=0.0).to(tl.float32)
         # forward: h = act(pre) * up
-        h, slope = _activate(pre, ACTIVATION)
+        h, derivative = _activate(pre, ACTIVATION)
         if GATED:
             up = tl.load(UP + skipped + tile, mask=mask, other=0.0).to(tl.float32)
             dup = dh * h
@@ -192,7 +193,7 @@ def _backward_kernel(
             db_up += dup
             h *= up
             dh *= up
-        dpre = dh * slope
+        dpre = dh * derivative
         tl.store(DPRE + skipped + tile, dpre.to(DPRE.dtype.element_ty), mask=mask)
         tl.store(H + skipped + tile, h.to(H.dtype.element_ty), mask=mask)
         db1 += dpre

@@ -441,8 +441,8 @@ def _tiny(op):
         "linear_cross_entropy": [{"hidden": 48, "vocabulary": 99}],
     }[op]
     return tuple(
-        against.Comparison("tiny", load(op)(length=16, **size), which, (3.0, 4.0))
-        for which in (FORWARD, BACKWARD, BOTH)
+        against.Comparison("tiny", load(op)(length=16, **size), pass_, (3.0, 4.0))
+        for pass_ in (FORWARD, BACKWARD, BOTH)
         for size in sizes
     )
 
@@ -481,12 +481,12 @@ def test_against_torch(quick, monkeypatch, tmp_path, op):
 def test_every_fixed_case_can_be_made():
     """Without running one: in every dtype, and small enough for float64."""
     for op, comparisons in against.COMPARISONS.items():
-        assert len({(c.name, c.which, c.compiled) for c in comparisons}) == len(comparisons)
+        assert len({(c.name, c.pass_, c.compiled) for c in comparisons}) == len(comparisons)
         for comparison in comparisons:
             for dtype in against.dtypes(op):
                 case = comparison.at(dtype)
-                assert case.op == op and case.backward == (comparison.which != FORWARD)
-                assert case.work(comparison.which) > case.small().work(comparison.which) > 0
+                assert case.op == op and case.backward == (comparison.pass_ != FORWARD)
+                assert case.work(comparison.pass_) > case.small().work(comparison.pass_) > 0
 
 
 def test_decode_has_one_query():

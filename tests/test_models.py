@@ -272,8 +272,8 @@ def test_report_of_layers(post_norm):
     tokens = torch.randint(V, (2, 6))
     reports = report_layers(model, lambda: cross_entropy(model(tokens), tokens))
     assert [r.name for r in reports] == ["decoder.blocks.0", "decoder.blocks.1"]
-    places = torch.arange(6)
-    x, h = model.embedding(tokens) + model.decoder.positions(places), None
+    positions = torch.arange(6)
+    x, h = model.embedding(tokens) + model.decoder.positions(positions), None
     for block, r in zip(model.decoder.blocks, reports, strict=True):
         x, h = block(x, h)
         stream = x if h is None else x + h

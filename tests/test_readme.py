@@ -58,9 +58,9 @@ def test_gpu_tables_of_a_file(monkeypatch, tmp_path):
     facts = {"device": "H100", "driver": "580", "torch": "2.11", "triton": "3.6", "commit": "abc"}
     facts |= {"date": "2026-11-23T01:02", "unit": "TFLOP/s"}
 
-    def row(op, case, which, variant, rate, ratio=""):
+    def row(op, case, pass_, variant, rate, ratio=""):
         names = "op", "case", "pass", "variant", "rate", "ratio_p50"
-        return dict(zip(names, (op, case, which, variant, rate, ratio), strict=True)) | facts
+        return dict(zip(names, (op, case, pass_, variant, rate, ratio), strict=True)) | facts
 
     case = "B=4 H=16 T=4096 D=128 full"
     rows = [

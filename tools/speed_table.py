@@ -47,11 +47,11 @@ def _of_gpu(rows: list[dict[str, str]]) -> str:
             found.setdefault((row["case"], row["pass"], row["unit"]), {})[row["variant"]] = row
         lines = [["op", "case", "pass", "unit", *variants, "tfkern / torch"]]
         lines += [["---"] * len(lines[0])]
-        for (case, which, unit), line in found.items():
+        for (case, pass_, unit), line in found.items():
             rates = [line[v]["rate"] if v in line else "" for v in variants]
             ours = [r["ratio_p50"] for v, r in line.items() if v.startswith("tfkern")]
             ratio = f"{max(map(float, filter(None, ours))):.2f}" if any(ours) else ""
-            lines.append([op, case, which, unit, *(_rate(r) for r in rates), ratio])
+            lines.append([op, case, pass_, unit, *(_rate(r) for r in rates), ratio])
         printed += "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
     return printed + f"- {_gpu_facts(rows)}\n"
 

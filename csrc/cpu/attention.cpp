@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
 }
 
 template <class C>
-Five backward(const AttentionArguments& in, const AttentionGradients& g) {
+InputGradients backward(const AttentionArguments& in, const AttentionGradients& g) {
   AttentionShape sizes = shape(in);
   const BoundArguments<C> converted(in);
   AttentionBackward<C> a{converted.scores(in, std::move(sizes))};
@@ -372,7 +372,7 @@ std::tuple<Tensor, Tensor> forward_as_wide(const AttentionArguments& in) {
   return (wide(in) ? forward<double> : forward<float>)(in);
 }
 
-Five backward_as_wide(const AttentionArguments& in, const AttentionGradients& g) {
+InputGradients backward_as_wide(const AttentionArguments& in, const AttentionGradients& g) {
   return (wide(in) ? backward<double> : backward<float>)(in, g);
 }
 

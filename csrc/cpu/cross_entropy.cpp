@@ -80,9 +80,9 @@ CrossEntropy<C> common(const Tensor& logits, const Tensor& targets, const Option
 int64_t grain(int64_t columns) { return std::max<int64_t>(1, 8192 / columns); }
 
 template <class C>
-Three forward(const Tensor& logits, const Tensor& targets, const Optional& weight,
-              const CrossEntropyOptions& options, bool ignored_lse) {
-  const Three outputs = cross_entropy_outputs(logits, targets);
+CrossEntropyOutputs forward(const Tensor& logits, const Tensor& targets, const Optional& weight,
+                            const CrossEntropyOptions& options, bool ignored_lse) {
+  const CrossEntropyOutputs outputs = cross_entropy_outputs(logits, targets);
   const auto& [loss, lse, rest] = outputs;
   const CrossEntropyForward<C> a{common<C>(logits, targets, weight, options), ignored_lse,
                                  data<C>(loss), data<C>(lse), data<C>(rest)};
@@ -108,8 +108,9 @@ void backward(const Tensor& logits, const Tensor& targets, const Optional& weigh
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
-Three cross_entropy_forward(Tensor logits, Tensor targets, Optional weight, int64_t ignore_index,
-                            double label_smoothing, double softcap, bool ignored_lse) {
+CrossEntropyOutputs cross_entropy_forward(Tensor logits, Tensor targets, Optional weight,
+                                          int64_t ignore_index, double label_smoothing,
+                                          double softcap, bool ignored_lse) {
   const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, 0, columns(logits)};
   check_cross_entropy(logits, targets, weight, options);
   return (is_double(logits) ? forward<double> : forward<float>)(with_row_offsets(logits),

@@ -87,11 +87,11 @@ const C* parameters(const Optional& t, int64_t N, C neutral, Scratch& scratch) {
 }
 
 template <class C>
-Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
-             const Optional& residual, const Optional& seed, double p, double eps, bool rms,
-             int64_t axes) {
+LayerNormOutputs forward(const Tensor& x, const Optional& weight, const Optional& bias,
+                         const Optional& residual, const Optional& seed, double p, double eps,
+                         bool rms, int64_t axes) {
   const auto [M, N] = matrix_size(x, axes);
-  const Four outputs = layer_norm_forward_outputs(x, residual, seed, rms, axes);
+  const LayerNormOutputs outputs = layer_norm_forward_outputs(x, residual, seed, rms, axes);
   const auto& [y, h, mean, rstd] = outputs;
   Scratch scratch;
   const LayerNormForward<C> a{
@@ -116,11 +116,13 @@ Four forward(const Tensor& x, const Optional& weight, const Optional& bias,
 }
 
 template <class C>
-Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optional& weight,
-              const Optional& bias, const Optional& mean, const Tensor& rstd, const Optional& seed,
-              double p, bool separate_residual, int64_t axes) {
+LayerNormOutputs backward(const Tensor& dy, const Optional& dh, const Tensor& h,
+                          const Optional& weight, const Optional& bias, const Optional& mean,
+                          const Tensor& rstd, const Optional& seed, double p,
+                          bool separate_residual, int64_t axes) {
   const auto [M, N] = matrix_size(dy, axes);
-  const Four outputs = layer_norm_backward_outputs(dy, h, weight, bias, separate_residual);
+  const LayerNormOutputs outputs =
+      layer_norm_backward_outputs(dy, h, weight, bias, separate_residual);
   const auto& [dx, dresidual, dweight, dbias] = outputs;
   Scratch scratch;
   const LayerNormBackward<C> a{
@@ -159,8 +161,9 @@ Four backward(const Tensor& dy, const Optional& dh, const Tensor& h, const Optio
   return outputs;
 }
 
-Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional seed,
-                        double dropout_p, double eps, bool rms, int64_t axes) {
+LayerNormOutputs layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual,
+                                    Optional seed, double dropout_p, double eps, bool rms,
+                                    int64_t axes) {
   check_layer_norm_forward(x, weight, bias, residual, seed, dropout_p, axes);
   const bool wide = promote(x, residual) == ScalarType::Double;
   return (wide ? forward<double> : forward<float>)(with_row_stride(x, axes), weight, bias,
@@ -168,9 +171,9 @@ Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional resid
                                                    eps, rms, axes);
 }
 
-Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Optional bias,
-                         Optional mean, Tensor rstd, Optional seed, double dropout_p,
-                         bool separate_residual, int64_t axes) {
+LayerNormOutputs layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight,
+                                     Optional bias, Optional mean, Tensor rstd, Optional seed,
+                                     double dropout_p, bool separate_residual, int64_t axes) {
   check_layer_norm_backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, axes);
   const bool wide = h.scalar_type() == ScalarType::Double;
   return (wide ? backward<double>

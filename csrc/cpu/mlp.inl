@@ -1,21 +1,21 @@
 // Fragment of mlp.cpp, compiled once per instruction set: the kernels for rows [begin, end) of the
 // arguments. It assumes vec.inl.
 
-// Activations: `value` returns act(x), and sets `slope` to act'(x). act(NaN) is NaN.
+// Activations: `value` returns act(x), and sets `derivative` to act'(x). act(NaN) is NaN.
 template <class C>
 struct Relu {
-  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
-    slope = x <= 0 ? Vec<C>{} : broadcast(C{1});
+  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
+    derivative = x <= 0 ? Vec<C>{} : broadcast(C{1});
     return x <= 0 ? Vec<C>{} : x;
   }
 };
 
 template <class C>
 struct Gelu {
-  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
+  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
     Vec<C> density;
     const Vec<C> cdf = normal_cdf(x, density);
-    slope = cdf + x * density;
+    derivative = cdf + x * density;
     return x * cdf;
   }
 };
@@ -23,22 +23,22 @@ struct Gelu {
 // x (1 + tanh(u)) / 2 = x sigma(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 template <class C>
 struct GeluTanh {
-  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
+  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
     constexpr C c = C(1.5957691216057308);  // sqrt(8 / pi)
     // Beyond 30, sigma is 0 or 1, and the square could overflow.
     const Vec<C> near = vmin(broadcast(C{30}), vmax(broadcast(C{-30}), x));
     const Vec<C> square = near * near;
-    const Vec<C> sigma = sigmoid<C>(near * (c + c * C(0.044715) * square), slope);
-    slope = sigma + x * (slope * (c + 3 * c * C(0.044715) * square));
+    const Vec<C> sigma = sigmoid<C>(near * (c + c * C(0.044715) * square), derivative);
+    derivative = sigma + x * (derivative * (c + 3 * c * C(0.044715) * square));
     return x * sigma;
   }
 };
 
 template <class C>
 struct Silu {
-  static Vec<C> value(Vec<C> x, Vec<C>& slope) {
-    const Vec<C> sigma = sigmoid<C>(x, slope);
-    slope = sigma + x * slope;
+  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
+    const Vec<C> sigma = sigmoid<C>(x, derivative);
+    derivative = sigma + x * derivative;
     return x * sigma;
   }
 };
@@ -81,7 +81,7 @@ void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
       const V x = load_left(total + n, left);
-      V slope, value = Act::value(x, slope);
+      V derivative, value = Act::value(x, derivative);
       if (pre) store_left(pre + n, x, left);
       if (up) {
         const V factor = load_left(up + n, left);
@@ -107,7 +107,7 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>*
       const int64_t left = F - n;
       V g = load_left(dh + n, left);
       // forward: h = act(pre) * up
-      V slope, value = Act::value(load_left(pre + n, left), slope);
+      V derivative, value = Act::value(load_left(pre + n, left), derivative);
       if (up) {
         const V factor = load_left(up + n, left), gradient = g * value;
         store_left(dup + n, gradient, left);
@@ -116,8 +116,8 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>*
         g = g * factor;
       }
       store_left(h + n, value, left);
-      store_left(dpre + n, g * slope, left);
-      if (db) accumulate(db + n, g * slope, left);
+      store_left(dpre + n, g * derivative, left);
+      if (db) accumulate(db + n, g * derivative, left);
     }
   }
 }

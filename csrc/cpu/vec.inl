@@ -333,13 +333,13 @@ inline VecFloat reciprocal(VecFloat x) {
 }
 inline VecDouble reciprocal(VecDouble x) { return 1 / x; }
 
-// Returns sigma(x) = 1 / (1 + e^-x); `slope` becomes its derivative. Both keep their digits in
+// Returns sigma(x) = 1 / (1 + e^-x); `derivative` becomes its derivative. Both keep their digits in
 // either tail, where their relative errors grow like that of e^-|x|: |x| half units in the last
 // place.
 template <class C>
-inline Vec<C> sigmoid(Vec<C> x, Vec<C>& slope) {
+inline Vec<C> sigmoid(Vec<C> x, Vec<C>& derivative) {
   const Vec<C> e = exp2_flush(abs(x) * C(-1.4426950408889634)), s = reciprocal(1 + e);
-  slope = e * s * s;
+  derivative = e * s * s;
   return x < 0 ? e * s : s;
 }
 

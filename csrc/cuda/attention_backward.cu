@@ -37,7 +37,8 @@ struct Backward {
   Attention in;
   int64_t tiles;  // tiles of kRows queries (or keys) of all documents
   HeadView d_o, o;
-  const float *lse, *low;     // (B, H, T): log-sum-exp, -inf in rows that see nothing; its error
+  // (B, H, T): log-sum-exp rounded, -inf in rows that see nothing, and what the rounding left out
+  const float *lse, *lse_rest;
   const float* dlse;          // (B, H, T), may be null
   float *delta, *sink_terms;  // (B, H, T); sink_terms is null without a sink
   void *dq, *dk, *dv;
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
   a.delta[row] = sum;
   if (a.sink_terms == nullptr) return;
   const float sink = in.sink.number(0, h);
-  a.sink_terms[row] = seen ? -expf(sink - a.lse[row] - a.low[row]) * sum : 0.0f;
+  a.sink_terms[row] = seen ? -expf(sink - a.lse[row] - a.lse_rest[row]) * sum : 0.0f;
 }
 
 __device__ inline void store_number(void* out, Dtype type, int64_t at, float x) {
@@ -110,12 +111,13 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
     const Place p = origin.at(row, column);
     const bool there = p.t < d.queries;
     const int64_t at = a.row(d, p.h, p.t);
-    const float lse = there ? a.lse[at] : 0.0f, low = there ? a.low[at] : 0.0f;
+    const float lse = there ? a.lse[at] : 0.0f, lse_rest = there ? a.lse_rest[at] : 0.0f;
     const float delta = there ? a.delta[at] : 0.0f;
-    // x - lse is exact for all weights that matter, and low is small. A row that sees nothing has
-    // lse = -inf; its scores are -inf too, so that p = 0, or each_hidden sets p and ds to 0 below.
+    // x - lse is exact for all weights that matter, and lse_rest is small. A row that sees nothing
+    // has lse = -inf; its scores are -inf too, so that p = 0, or each_hidden sets p and ds to 0
+    // below.
     x[n][i] -= lse == -kInfinity ? 0.0f : lse;
-    x[n][i] = exp2_approx(fmaf(x[n][i], kLog2E, -kLog2E * low));
+    x[n][i] = exp2_approx(fmaf(x[n][i], kLog2E, -kLog2E * lse_rest));
     dp[n][i] = x[n][i] * (dp[n][i] - delta);
     if (!of_bias) dp[n][i] *= slopes[n][i];
   });
@@ -335,7 +337,7 @@ void run(const Device& device, Backward& a, const Tensor& dbias) {
   run<T, 256>(device, a, dbias);
 }
 
-Five backward(const AttentionArguments& given, const AttentionGradients& g) {
+InputGradients backward(const AttentionArguments& given, const AttentionGradients& g) {
   AttentionArguments in = given;
   Backward a{attention(in)};
   const Attention& sizes = a.in;
@@ -372,7 +374,7 @@ Five backward(const AttentionArguments& given, const AttentionGradients& g) {
   a.d_o = heads(g.d_o);
   a.o = heads(g.o);
   a.lse = data<const float>(g.lse);
-  a.low = a.lse + rows;
+  a.lse_rest = a.lse + rows;
   a.dlse = g.dlse ? data<const float>(*g.dlse) : nullptr;
   a.delta = static_cast<float*>(delta.data_ptr());
   a.sink_terms = sink ? static_cast<float*>(terms.data_ptr()) : nullptr;

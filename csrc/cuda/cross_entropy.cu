@@ -343,14 +343,14 @@ __device__ void differentiate(float (&x)[K][P], const Backward& a, const RowFact
   for (int i = 0; i < K; ++i) {
     const auto range = at.present(i);
     const int64_t column = at.first + i * at.step;
-    float slope[P];
+    float derivative[P];
     // forward: s = softcap tanh(z / softcap)
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       if constexpr (CAPPED) {
         const float t = tanhf(x[i][j] * a.softcap_inverse);
         x[i][j] = a.softcap * t;
-        slope[j] = 1 - t * t;
+        derivative[j] = 1 - t * t;
       }
     }
     // forward: loss = own (lse - s_t) + label_smoothing sum_n w_n (lse - s_n) / V
@@ -367,7 +367,7 @@ __device__ void differentiate(float (&x)[K][P], const Backward& a, const RowFact
     }
 #pragma unroll
     for (int j = 0; j < P; ++j) {
-      if constexpr (CAPPED) x[i][j] *= slope[j];
+      if constexpr (CAPPED) x[i][j] *= derivative[j];
     }
   }
 }
@@ -454,8 +454,9 @@ Rows rows(const Tensor& logits, const Tensor& targets, const Optional& weight,
           softcap > 0 ? std::min(1 / softcap, largest) : 0.0f};
 }
 
-Three cross_entropy_forward(Tensor logits, Tensor targets, Optional weight, int64_t ignore_index,
-                            double label_smoothing, double softcap, bool ignored_lse) {
+CrossEntropyOutputs cross_entropy_forward(Tensor logits, Tensor targets, Optional weight,
+                                          int64_t ignore_index, double label_smoothing,
+                                          double softcap, bool ignored_lse) {
   const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, 0, columns(logits)};
   check_cross_entropy(logits, targets, weight, options);
   check_no_float64(logits);
@@ -465,7 +466,7 @@ Three cross_entropy_forward(Tensor logits, Tensor targets, Optional weight, int6
   check_grid(tiling.row_blocks);
   logits = with_row_offsets(logits);
   targets = torch::stable::contiguous(targets);
-  const Three outputs = cross_entropy_outputs(logits, targets);
+  const CrossEntropyOutputs outputs = cross_entropy_outputs(logits, targets);
   const auto& [loss, lse, rest] = outputs;
   const Forward a{rows(logits, targets, weight, options, tiling.threads_per_row), ignored_lse,
                   data<float>(loss), data<float>(lse), data<float>(rest)};

@@ -351,8 +351,9 @@ int warps_per_row(int64_t N, int elements) {
   return warps <= kMaxWarps ? warps : 0;
 }
 
-Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional seed,
-                        double dropout_p, double eps, bool rms, int64_t axes) {
+LayerNormOutputs layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional residual,
+                                    Optional seed, double dropout_p, double eps, bool rms,
+                                    int64_t axes) {
   check_layer_norm_forward(x, weight, bias, residual, seed, dropout_p, axes);
   check_no_float64(x, weight, bias, residual);
   const auto [M, N] = matrix_size(x, axes);
@@ -363,7 +364,7 @@ Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional resid
   check_grid(blocks);
   x = with_row_stride(x, axes);
   residual = with_row_stride(residual, axes);
-  const Four outputs = layer_norm_forward_outputs(x, residual, seed, rms, axes);
+  const LayerNormOutputs outputs = layer_norm_forward_outputs(x, residual, seed, rms, axes);
   const auto& [y, h, mean, rstd] = outputs;
   const Forward a{M,
                   N,
@@ -385,9 +386,9 @@ Four layer_norm_forward(Tensor x, Optional weight, Optional bias, Optional resid
   return outputs;
 }
 
-Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Optional bias,
-                         Optional mean, Tensor rstd, Optional seed, double dropout_p,
-                         bool separate_residual, int64_t axes) {
+LayerNormOutputs layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight,
+                                     Optional bias, Optional mean, Tensor rstd, Optional seed,
+                                     double dropout_p, bool separate_residual, int64_t axes) {
   check_layer_norm_backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, axes);
   check_no_float64(dy, dh, h, weight, bias);
   const auto [M, N] = matrix_size(dy, axes);
@@ -396,7 +397,8 @@ Four layer_norm_backward(Tensor dy, Optional dh, Tensor h, Optional weight, Opti
   dy = with_row_stride(dy, axes);
   dh = with_row_stride(dh, axes);
   h = with_row_stride(h, axes);
-  const Four outputs = layer_norm_backward_outputs(dy, h, weight, bias, separate_residual);
+  const LayerNormOutputs outputs =
+      layer_norm_backward_outputs(dy, h, weight, bias, separate_residual);
   const auto& [dx, dresidual, dweight, dbias] = outputs;
 
   const Device device(dy);

@@ -16,58 +16,58 @@ constexpr int kThreads = 128;                       // threads of a block
 constexpr int kForwardRows = 4, kBackwardRows = 2;  // rows that a thread works on at a time
 constexpr int kResidentBlocks = 8;                  // blocks that an SM runs at the same time
 
-// Returns sigma(x) = 1 / (1 + exp(-x)); `slope` becomes its derivative. Neither loses digits in
-// either tail.
-__device__ inline float sigmoid(float x, float& slope) {
+// Returns sigma(x) = 1 / (1 + exp(-x)); `derivative` becomes its derivative. Neither loses digits
+// in either tail.
+__device__ inline float sigmoid(float x, float& derivative) {
   const float e = expf(-fabsf(x)), s = 1 / (1 + e);
-  slope = e * s * s;
+  derivative = e * s * s;
   return x < 0 ? e * s : s;
 }
 
-// Activations: each returns act(x), and sets `slope` to act'(x). act(NaN) is NaN.
-__device__ inline float relu(float x, float& slope) {
-  slope = x <= 0 ? 0.0f : 1.0f;
+// Activations: each returns act(x), and sets `derivative` to act'(x). act(NaN) is NaN.
+__device__ inline float relu(float x, float& derivative) {
+  derivative = x <= 0 ? 0.0f : 1.0f;
   return x <= 0 ? 0.0f : x;
 }
 
-__device__ inline float gelu(float x, float& slope) {
+__device__ inline float gelu(float x, float& derivative) {
   const float cdf = 0.5f * erfcf(-0.70710678f * x);
-  slope = cdf + x * (expf(-0.5f * x * x) * 0.39894228f);
+  derivative = cdf + x * (expf(-0.5f * x * x) * 0.39894228f);
   return x * cdf;
 }
 
 // x (1 + tanh(u)) / 2 = x sigma(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-__device__ inline float gelu_tanh(float x, float& slope) {
+__device__ inline float gelu_tanh(float x, float& derivative) {
   constexpr float c = 1.5957691216f;  // sqrt(8 / pi)
   // Beyond 30, sigma is 0 or 1, and the square could overflow.
   const float near = x > 30 ? 30.0f : x < -30 ? -30.0f : x, square = near * near;
-  const float sigma = sigmoid(near * (c + c * 0.044715f * square), slope);
-  slope = sigma + x * (slope * (c + 3 * c * 0.044715f * square));
+  const float sigma = sigmoid(near * (c + c * 0.044715f * square), derivative);
+  derivative = sigma + x * (derivative * (c + 3 * c * 0.044715f * square));
   return x * sigma;
 }
 
-__device__ inline float silu(float x, float& slope) {
-  const float sigma = sigmoid(x, slope);
-  slope = sigma + x * slope;
+__device__ inline float silu(float x, float& derivative) {
+  const float sigma = sigmoid(x, derivative);
+  derivative = sigma + x * derivative;
   return x * sigma;
 }
 
 template <float (*act)(float, float&), int K>
-__device__ void activate_as(float (&x)[K][V], float (&slope)[K][V]) {
+__device__ void activate_as(float (&x)[K][V], float (&derivative)[K][V]) {
 #pragma unroll
   for (int i = 0; i < K; ++i) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) x[i][j] = act(x[i][j], slope[i][j]);
+    for (int j = 0; j < V; ++j) x[i][j] = act(x[i][j], derivative[i][j]);
   }
 }
 
-// x = act(x), slope = act'(x)
+// x = act(x), derivative = act'(x)
 template <int K>
-__device__ void activate(float (&x)[K][V], float (&slope)[K][V], Activation activation) {
-  if (activation == Activation::relu) activate_as<relu>(x, slope);
-  if (activation == Activation::gelu) activate_as<gelu>(x, slope);
-  if (activation == Activation::gelu_tanh) activate_as<gelu_tanh>(x, slope);
-  if (activation == Activation::silu) activate_as<silu>(x, slope);
+__device__ void activate(float (&x)[K][V], float (&derivative)[K][V], Activation activation) {
+  if (activation == Activation::relu) activate_as<relu>(x, derivative);
+  if (activation == Activation::gelu) activate_as<gelu>(x, derivative);
+  if (activation == Activation::gelu_tanh) activate_as<gelu_tanh>(x, derivative);
+  if (activation == Activation::silu) activate_as<silu>(x, derivative);
 }
 
 // x *= y
@@ -142,27 +142,27 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
   const int64_t part = at.row / K;
   float db[1][V] = {}, db_up[1][V] = {};
   for (; at.row < at.rows; at.row += a.tiling.step(K)) {
-    float dh[K][V], h[K][V], slope[K][V];
+    float dh[K][V], h[K][V], derivative[K][V];
     load(dh, a.dh, at);
     load(h, a.pre, at);
     // forward: h = act(pre) * up
-    activate(h, slope, a.activation);
-    scale(slope, dh);
+    activate(h, derivative, a.activation);
+    scale(derivative, dh);
     if (a.up.data) {
       float up[K][V];
       load(up, a.up, at);
       scale(dh, h);
       scale(h, up);
-      scale(slope, up);
+      scale(derivative, up);
       store(a.dup, dh, at);
     }
-    store(a.dpre, slope, at);
+    store(a.dpre, derivative, at);
     store(a.h, h, at);
 #pragma unroll
     for (int i = 0; i < K; ++i) {  // rows past the end add 0: dh is 0
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        db[0][j] += slope[i][j];
+        db[0][j] += derivative[i][j];
         db_up[0][j] += dh[i][j];
       }
     }

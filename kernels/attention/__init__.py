@@ -43,9 +43,9 @@ def _forward(*args):
     o, lse = forward_outputs(q, a.v)
     if cu_seqlens is not None:  # rows may belong to no document
         o.zero_()
-        value, low = lse
+        value, lse_rest = lse
         value.fill_(-torch.inf)
-        low.zero_()
+        lse_rest.zero_()
     if o.numel() == 0 or _no_documents(cu_seqlens):
         return o, lse
     q, scale, _ = _scaled(q, a.scale)
@@ -74,8 +74,8 @@ def _backward(do, dlse, o, lse, *args):
         dq.mul_(factor)
     # forward: lse = log (sum exp(s) + exp(sink))
     if a.sink is not None:
-        value, low = lse
-        p = (a.sink.float().view(-1, 1) - value - low).exp()
+        value, lse_rest = lse
+        p = (a.sink.float().view(-1, 1) - value - lse_rest).exp()
         p = torch.where(value == -torch.inf, 0, p)
         dsink = -(p * delta.narrow(2, 0, q.shape[2])).sum((0, 2)).to(a.sink.dtype)
     return dq, dk, dv, dbias, dsink

@@ -39,7 +39,7 @@ PAD = tl.constexpr(128)  # shift, rest and delta are padded to this, a multiple 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _delta_kernel(
-    SHIFT, REST, DELTA, LSE, LOW, DLSE, DO, O, opt, H, T,
+    SHIFT, REST, DELTA, LSE, LSE_REST, DLSE, DO, O, opt, H, T,
     stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
     ALIGN: tl.constexpr, Dv: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _delta_kernel(
     t = t0 + tl.arange(0, BLOCK_T)
     row = (b * H + h) * T + t
     lse = tl.load(LSE + row, mask=t < T, other=-INF)
-    low = tl.load(LOW + row, mask=t < T, other=0.0)
+    lse_rest = tl.load(LSE_REST + row, mask=t < T, other=0.0)
     sees = lse != -INF
     stride_ot = tl.cast(stride_ot, tl.int64) * ALIGN
     stride_dot = tl.cast(stride_dot, tl.int64) * ALIGN
@@ -71,9 +71,9 @@ def _delta_kernel(
         delta -= tl.load(DLSE + row, mask=sees, other=0.0)
     scale = tl.cast(opt.late_scale, tl.float32)
     shift = lse / scale
-    shift += (tl.fma(-shift, scale, lse) + low) / scale  # corrects the rounding of the division
+    shift += (tl.fma(-shift, scale, lse) + lse_rest) / scale  # corrects the division's rounding
     shift = tl.where(tl.abs(shift) < INF, shift, 0.0)  # a tiny scale lets the quotient overflow
-    rest = (tl.fma(-shift, scale, lse) + low) * LOG2E
+    rest = (tl.fma(-shift, scale, lse) + lse_rest) * LOG2E
     row = (b * H + h) * padded + t
     tl.store(SHIFT + row, tl.where(sees, shift, INF))
     tl.store(REST + row, tl.where(sees, rest, 0.0))
@@ -210,14 +210,14 @@ def _dkv_loop(
             dp = minus_delta(delta[None, :], opt, k.shape[0], BLOCK_T)
             dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            p, ds, slope = gradients(
+            p, ds, derivative = gradients(
                 x, dp, shift[None, :], rest[None, :], delta[None, :], t[None, :], s[:, None], s0,
                 head_at(queries.h + h, scoring), scoring, MASKED, True, k.shape[0],
             )  # fmt: skip
             # forward: o = (p keep / (1 - dropout_p)) v
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             # forward: s = softcap tanh(scale q k^T / softcap)
-            dk = tl.dot((ds * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = tl.dot((ds * derivative).to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -302,12 +302,12 @@ def _dq_loop(
         x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         dp = minus_delta(delta[:, None], scoring.opt, q.shape[0], BLOCK_S)
         dp = tl.dot(do, tl.trans(values), dp, input_precision=PRECISION)
-        _, ds, slope = gradients(
+        _, ds, derivative = gradients(
             x, dp, shift[:, None], rest[:, None], delta[:, None], t[:, None], s[None, :], s0, head,
             scoring, MASKED, False, BLOCK_S,
         )  # fmt: skip
         # forward: s = softcap tanh(scale q k^T / softcap)
-        dq = tl.dot((ds * slope).to(keys.dtype), keys, dq, input_precision=PRECISION)
+        dq = tl.dot((ds * derivative).to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
 
 

@@ -97,7 +97,7 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _combine_kernel(
-    O, LSE, LOW, ACC, M, L, opt, H, T, splits,
+    O, LSE, LSE_REST, ACC, M, L, opt, H, T, splits,
     MAX_SPLITS: tl.constexpr, Dv: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Adds up o and lse of one query from the parts of its keys."""
@@ -116,14 +116,14 @@ def _combine_kernel(
     acc = tl.sum(acc * weight[:, None], 0, keep_dims=True)
     row = row + tl.zeros_like(m_all).to(tl.int64)
     dtype: tl.constexpr = O.dtype.element_ty
-    o, lse, low = result(acc, m_all, l, row // T % H, row % T < t_end, opt, dtype)
+    o, lse, lse_rest = result(acc, m_all, l, row // T % H, row % T < t_end, opt, dtype)
     tl.store(O + row[:, None] * Dv + col, o.to(O.dtype.element_ty), mask=(col < Dv)[None, :])
     tl.store(LSE + row, lse)
-    tl.store(LOW + row, low)
+    tl.store(LSE_REST + row, lse_rest)
 
 
 def forward(q, k, v, o, lse, opt, left, right, dropout_p):
-    """Writes o and lse, of which lse[1] is the rounding error of lse[0]."""
+    """Writes o and lse, of which lse[1] is what the rounding of lse[0] left out."""
     (B, H, T, D), Hk, Dv = q.shape, k.shape[1], v.shape[3]
     q, k, v = rows(q), rows(k), rows(v)
     row_strides, align = strides(q, k, v)

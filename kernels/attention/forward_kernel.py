@@ -36,7 +36,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward_kernel(
-    Q, K, V, O, LSE, LOW, opt, H, group, T, S, documents, pages, left, right, limit,
+    Q, K, V, O, LSE, LSE_REST, opt, H, group, T, S, documents, pages, left, right, limit,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -73,11 +73,11 @@ def _forward_kernel(
         q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
         PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, GUARD,
     )  # fmt: skip
-    o, lse, low = result(acc, m, l, h, t < t_end, opt, O.dtype.element_ty)
+    o, lse, lse_rest = result(acc, m, l, h, t < t_end, opt, O.dtype.element_ty)
     row = (batch * H + h) * T + q_start
     store(O + row * Dv, o, t0, t_rows, Dv, BLOCK_T, BLOCK_DV)
     tl.store(LSE + row + t, lse, mask=t < t_rows)
-    tl.store(LOW + row + t, low, mask=t < t_rows)
+    tl.store(LSE_REST + row + t, lse_rest, mask=t < t_rows)
 
 
 _SMALLER = tl.constexpr(8)  # weights are 2^-8 exp(s - m), except in float16: see _attend
@@ -124,7 +124,7 @@ def _attend(
     With GUARD an empty loop is branched around: ptxas serialises the asynchronous products of sm_90
     if a path leads to the end of the loop without any product.
     """
-    unit = in_base_2(scoring.opt)
+    to_base_2 = in_base_2(scoring.opt)
     # With small weights, sums of values near the largest float32 or bfloat16 do not overflow. In
     # float16 small weights would underflow, and its values cannot overflow a sum in float32.
     SMALLER: tl.constexpr = 0 if q.dtype == tl.float16 else _SMALLER
@@ -140,8 +140,8 @@ def _attend(
             # The difference comes before the factor: if large x and m were scaled first, their
             # rounding would change p by a factor.
             shift = tl.where(m_new == -INF, 0.0, m_new)
-            p = tl.exp2((x - shift[:, None]) * unit - SMALLER)
-            rescale = tl.exp2((m - shift) * unit)
+            p = tl.exp2((x - shift[:, None]) * to_base_2 - SMALLER)
+            rescale = tl.exp2((m - shift) * to_base_2)
             l = l * rescale + tl.sum(p, 1)
             if scoring.opt.seed is not None:
                 p = tl.where(keep(t, s0, head, scoring, False, BLOCK_S), p, 0.0)
@@ -153,9 +153,9 @@ def _attend(
 
 @triton.jit
 def result(acc, m, l, h, exists, opt, DTYPE: tl.constexpr):
-    """(o, lse, low) of rows of head h, or of one head for each row; low is the rounding error of
-    lse. A query that saw no key has l = 0 and m = -inf; its results are 0, -inf and 0. DTYPE is the
-    dtype of q."""
+    """(o, lse, lse_rest) of rows of head h, or of one head for each row; lse_rest is what the
+    rounding of lse left out. A query that saw no key has l = 0 and m = -inf; its results are 0,
+    -inf and 0. DTYPE is the dtype of q."""
     scale = tl.cast(opt.late_scale, tl.float32)
     FACTOR: tl.constexpr = 1.0 if DTYPE == tl.float16 else 2.0**_SMALLER.value
     l *= FACTOR
@@ -170,15 +170,15 @@ def result(acc, m, l, h, exists, opt, DTYPE: tl.constexpr):
         scale = tl.where(lead >= 0, scale, 1.0)
     l = tl.where(l == 0, 1.0, l)
     lse = tl.where(exists, tl.fma(m, scale, tl.log(l)), -INF)
-    low = tl.where(lse == -INF, 0.0, tl.fma(m, scale, -lse) + tl.log(l))
+    lse_rest = tl.where(lse == -INF, 0.0, tl.fma(m, scale, -lse) + tl.log(l))
     if opt.seed is not None:
         factor *= tl.cast(opt.keep_scale, tl.float32)
     o = tl.where(exists[:, None], acc * (factor / l)[:, None], 0.0)
-    return o, lse, low
+    return o, lse, lse_rest
 
 
 def forward(q, k, v, o, lse, opt, left, right, dropout_p):
-    """Writes o and lse, of which lse[1] is the rounding error of lse[0]."""
+    """Writes o and lse, of which lse[1] is what the rounding of lse[0] left out."""
     (B, H, T, D), Dv = q.shape, v.shape[3]
     q, k, v = rows(q), rows(k), rows(v)
     row_strides, align = strides(q, k, v)

@@ -387,8 +387,8 @@ def query_ranges(band, s0, opt, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def scores(x, t, s, head, scoring, MASKED: tl.constexpr):
-    """(values, slope): values times late_scale are the scores of the products x = q k^T, and slope
-    is the derivative of the softcap. Unless MASKED, all queries that exist see all keys.
+    """(values, derivative): values times late_scale are the scores of the products x = q k^T, and
+    derivative is that of the softcap. Unless MASKED, all queries that exist see all keys.
 
     Bias and ALiBi are added in natural units: a bias of the lowest finite number would overflow if
     it were multiplied by log2(e). Forward and backward round at the same steps, so that they get
@@ -397,11 +397,11 @@ def scores(x, t, s, head, scoring, MASKED: tl.constexpr):
     opt = scoring.opt
     band = scoring.band
     scale = tl.cast(opt.scale, tl.float32)
-    slope = 1.0
+    derivative = 1.0
     if opt.softcap is not None:
         softcap = tl.cast(opt.softcap, tl.float32)
         x = tanh(x * (scale / softcap))
-        slope = 1 - x * x
+        derivative = 1 - x * x
         scale = softcap
     if opt.bias is not None:
         added = _elements(scoring.bias, head.bias, t, s, band, MASKED).to(tl.float32)
@@ -414,7 +414,7 @@ def scores(x, t, s, head, scoring, MASKED: tl.constexpr):
         x = tl.where(_elements(scoring.mask, head.mask, t, s, band, MASKED) != 0, x, -INF)
     if MASKED:
         x = tl.where(_visible(t, s, band), x, -INF)
-    return x, slope
+    return x, derivative
 
 
 @triton.jit
@@ -478,10 +478,10 @@ def gradients(
     x, dp, shift, rest, delta, t, s, s0, head, scoring,
     MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(p keep, ds, slope) of a tile, from x = q k^T and dp = do v^T + minus_delta(...). ds is the
-    gradient of the scores after the softcap; slope is the softcap's derivative."""
+    """(p keep, ds, derivative) of a tile, from x = q k^T and dp = do v^T + minus_delta(...). ds is
+    the gradient of the scores after the softcap, and derivative is the softcap's."""
     # forward: p = exp(s - lse)
-    x, slope = scores(x, t, s, head, scoring, MASKED)
+    x, derivative = scores(x, t, s, head, scoring, MASKED)
     p = tl.exp2(tl.fma(x - shift, in_base_2(scoring.opt), -rest))
     kept = p
     # forward: o = (p keep / (1 - dropout_p)) v
@@ -490,7 +490,7 @@ def gradients(
         kept = tl.where(keeps, p, 0.0)
         dp = tl.where(keeps, dp * tl.cast(scoring.opt.keep_scale, tl.float32), 0.0) - delta
     # forward: p = softmax(s)
-    return kept, p * dp, slope
+    return kept, p * dp, derivative
 
 
 @triton.jit

@@ -79,8 +79,8 @@ class Doubled(Case):
         made = [Variant(name, VARIANTS[name]) for name in self.chosen]
         return [*made, Variant("absent", right, unavailable="is not here")]
 
-    def work(self, which: str) -> float:
-        return {FORWARD: 2, BOTH: 4}.get(which, 2) * 4 * self.batch * self.length
+    def work(self, pass_: str) -> float:
+        return {FORWARD: 2, BOTH: 4}.get(pass_, 2) * 4 * self.batch * self.length
 
 
 def answer(number: int, tell) -> int:

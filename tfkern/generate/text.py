@@ -96,15 +96,15 @@ def fill_mask(
     if not 1 <= count <= (model.config.vocab_size or 0):
         raise ValueError(f"count must lie in 1 to {model.config.vocab_size}, got {count}")
     batch = tokenizer.batch([text], allow_special=True)
-    places = (batch.tokens[0] == tokenizer.special_id("mask")).nonzero()[:, 0]
-    if not len(places):
+    masks = (batch.tokens[0] == tokenizer.special_id("mask")).nonzero()[:, 0]
+    if not len(masks):
         raise ValueError(f"the text has no {tokenizer.special['mask']}: {text!r}")
     device = next(model.parameters()).device
     with torch.no_grad():
         types = batch.types.to(device) if model.config.token_types else None
         logits = model(batch.tokens.to(device), token_types=types)
     logits = logits[0] if isinstance(logits, tuple) else logits
-    top = logits[0, places.to(device)].float().softmax(-1).topk(count)
+    top = logits[0, masks.to(device)].float().softmax(-1).topk(count)
     return [
         [
             (tokenizer.decode([token], skip_special=False), p)

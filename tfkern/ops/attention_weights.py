@@ -8,7 +8,7 @@ from torch import Tensor
 from tfkern import dispatch
 from tfkern.ops import checks
 from tfkern.ops.attention import bind
-from tfkern.reference.attention import Places, places, scores
+from tfkern.reference.attention import Positions, positions, scores
 
 _Choice = Tensor | Sequence[int] | slice | None
 
@@ -73,7 +73,7 @@ def attention_weights(
     q, k, alibi_slopes = a.q, a.k, a.alibi_slopes
     _check_lse(lse, q)
     H, T = q.shape[1:3]
-    of_queries, of_keys = places(q, a.query_lengths), places(k, a.key_lengths)
+    of_queries, of_keys = positions(q, a.query_lengths), positions(k, a.key_lengths)
     # Heads and rows that are not asked for are dropped before the scores are computed.
     head = None if heads is None else _indices("heads", heads, H, q.device)
     row = None if rows is None else _indices("rows", rows, T, q.device)
@@ -108,7 +108,7 @@ def _normalised(s: Tensor, lse: Tensor, rounding: Tensor) -> Tensor:
     return s.softmax(-1) * excess.exp()
 
 
-def _rounding(q: Tensor, k: Tensor, keys: Places, scale: float) -> Tensor:
+def _rounding(q: Tensor, k: Tensor, keys: Positions, scale: float) -> Tensor:
     """(B, H, T, 1): a bound for how far rounding may move the scores of each query."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.detach().to(dtype), k.detach().to(dtype)

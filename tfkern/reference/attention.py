@@ -140,7 +140,7 @@ def why_not(*args, needs_grad: bool) -> str | None:
 
 def _forward(a: Arguments, number: int = 0) -> tuple[Tensor, Tensor]:
     """o and lse (B, H, T) of a padded batch whose first row is document `number` for dropout."""
-    rows, keys = places(a.q, a.query_lengths), places(a.k, a.key_lengths)
+    rows, keys = positions(a.q, a.query_lengths), positions(a.k, a.key_lengths)
     s, _ = scores(a, rows, keys)
     p, _, lse = _softmax(s, rows, a.sink)
     o = _drop(p, _keep(s, a, number)) @ _per_query_head(a.v, keys, a.q.shape[1], s.dtype)
@@ -149,13 +149,13 @@ def _forward(a: Arguments, number: int = 0) -> tuple[Tensor, Tensor]:
 
 def _backward(do, dlse, lse: Tensor, a: Arguments, number: int = 0) -> tuple[Tensor, ...]:
     """dq, dk, dv, ds (B, H, T, S) before the softcap, and dsink (H,)."""
-    rows, keys = places(a.q, a.query_lengths), places(a.k, a.key_lengths)
+    rows, keys = positions(a.q, a.query_lengths), positions(a.k, a.key_lengths)
     dtype, H, Hk = lse.dtype, a.q.shape[1], a.k.shape[1]
     seen = (lse != -torch.inf)[..., None]  # do and dlse of other rows may hold NaN
     do = torch.where(seen, do.to(dtype), 0)
     dlse = lse.new_zeros(()) if dlse is None else torch.where(seen, dlse[..., None], 0)
     # forward: s, p = softmax(s), recomputed
-    s, slope = scores(a, rows, keys)
+    s, derivative = scores(a, rows, keys)
     p, p_sink, _ = _softmax(s, rows, a.sink)
     # forward: o = (p keep / (1 - dropout_p)) v
     keep = _keep(s, a, number)
@@ -166,7 +166,7 @@ def _backward(do, dlse, lse: Tensor, a: Arguments, number: int = 0) -> tuple[Ten
     # forward: lse = log (sum exp(s) + exp(sink))
     dsink = -torch.where(seen, p_sink * delta, 0).sum((0, 2, 3))
     # forward: s = softcap tanh(scale q k^T / softcap)
-    dx = torch.where(seen, a.scale * ds * slope, 0)
+    dx = torch.where(seen, a.scale * ds * derivative, 0)
     dq = dx @ _per_query_head(a.k, keys, H, dtype)
     dk = dx.mT @ torch.where(seen, a.q.to(dtype), 0)
     dk, dv = (_sum_groups(x, Hk) for x in (dk, dv))
@@ -188,7 +188,7 @@ def _documents(a: Arguments) -> Iterator[tuple[tuple, tuple, Arguments]]:
         yield t, s, a._replace(q=a.q[t], k=a.k[s], v=a.v[s], alibi_slopes=slopes)
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Positions of the queries or keys of a batch. Each tensor is (B, N), (1, N) or (B, 1)."""
 
     exist: Tensor
@@ -196,22 +196,22 @@ class Places(NamedTuple):
     length: Tensor
 
 
-def places(x: Tensor, lengths: Tensor | None) -> Places:
-    """The places of the rows of x (B, heads, N, size)."""
+def positions(x: Tensor, lengths: Tensor | None) -> Positions:
+    """The positions of the rows of x (B, heads, N, size)."""
     position = torch.arange(x.shape[2], device=x.device)[None]
     length = torch.full_like(position[:, :1], x.shape[2]) if lengths is None else lengths[:, None]
-    return Places(position < length, position, length)
+    return Positions(position < length, position, length)
 
 
-def scores(a: Arguments, rows: Places, keys: Places) -> tuple[Tensor, Tensor]:
+def scores(a: Arguments, rows: Positions, keys: Positions) -> tuple[Tensor, Tensor]:
     """s (B, H, T, S), -inf where hidden, and its derivative in scale q k^T, without the mask."""
     dtype = torch.promote_types(a.q.dtype, torch.float32)
     q = torch.where(rows.exist[:, None, :, None], a.q.to(dtype), 0)  # padding may hold NaN
     s = a.scale * (q @ _per_query_head(a.k, keys, q.shape[1], dtype).mT)
-    slope = s.new_ones(())
+    derivative = s.new_ones(())
     if a.softcap > 0:
         tanh = (s / a.softcap).tanh()
-        s, slope = a.softcap * tanh, 1 - tanh.square()
+        s, derivative = a.softcap * tanh, 1 - tanh.square()
     # t + offset - s, from the distances of s and t to the ends of their sequences
     distance = (keys.length - keys.position)[:, None, :] - (rows.length - rows.position)[..., None]
     visible = rows.exist[:, :, None] & keys.exist[:, None, :]
@@ -226,7 +226,7 @@ def scores(a: Arguments, rows: Places, keys: Places) -> tuple[Tensor, Tensor]:
         s = s + a.bias.to(dtype)
     if a.alibi_slopes is not None:
         s = s - a.alibi_slopes.to(dtype)[..., None, None] * distance.abs()
-    return s.masked_fill(~visible, -torch.inf), slope
+    return s.masked_fill(~visible, -torch.inf), derivative
 
 
 def _paged(x: Tensor, page_table: Tensor | None) -> Tensor:
@@ -238,7 +238,7 @@ def _paged(x: Tensor, page_table: Tensor | None) -> Tensor:
     return pages.transpose(1, 2).flatten(2, 3)
 
 
-def _per_query_head(x: Tensor, keys: Places, heads: int, dtype: torch.dtype) -> Tensor:
+def _per_query_head(x: Tensor, keys: Positions, heads: int, dtype: torch.dtype) -> Tensor:
     """Keys or values (B, H, S, D), with 0 for those that do not exist: they may hold NaN."""
     x = torch.where(keys.exist[:, None, :, None], x.to(dtype), 0)
     return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] else x
@@ -250,7 +250,7 @@ def _sum_groups(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(B, key_heads, H // max(key_heads, 1), S, D).sum(2)
 
 
-def _softmax(s: Tensor, rows: Places, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(s: Tensor, rows: Positions, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """p (B, H, T, S), p of the sink (B, H, T, 1), and lse (B, H, T).
 
     p is exp(s - lse), and 0 in rows that see nothing. The sink counts as one more score; without

@@ -96,11 +96,11 @@ def backward(
     # forward: y = h w2^T + b2
     dh = dy @ wide(w2)
     # forward: h = act(pre) up
-    h, slope = activate(pre, activation)
+    h, derivative = activate(pre, activation)
     dup = absent
     if up is not None:
         dh, dup, h = dh * up, dh * h, h * up
-    dpre = dh * slope
+    dpre = dh * derivative
     # forward: pre = x w1^T + b1, up = x w_up^T + b_up
     dx = absent
     if want_dx:

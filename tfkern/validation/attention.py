@@ -121,13 +121,13 @@ def make_case(
     )
 
 
-def _cut(name: str, which: str, inputs: dict, options: dict, rng: random.Random) -> None:
+def _cut(name: str, tensors: str, inputs: dict, options: dict, rng: random.Random) -> None:
     """Gives the batches lengths, the first 0 or full, and fills the padding with NaN."""
-    B, _, size, _ = inputs[which[0]].shape
+    B, _, size, _ = inputs[tensors[0]].shape
     lengths = [rng.choice((0, size)), *(rng.randint(size // 2, size) for _ in range(B - 1))]
     options[name] = torch.tensor(lengths, device=inputs["q"].device)
     beyond = torch.arange(size, device=inputs["q"].device) >= options[name][:, None]
-    for x in which:
+    for x in tensors:
         inputs[x] = inputs[x].masked_fill(beyond[:, None, :, None], math.nan)
 
 

@@ -115,10 +115,10 @@ struct WideBackward {
 // Buffers for a tile.
 template <class C>
 struct BackwardRoom {
-  C *slope, *keep, *tile, *buffer;
+  C *derivative, *keep, *tile, *buffer;
 
   explicit BackwardRoom(Scratch& scratch) {
-    for (C** x : {&slope, &keep, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
+    for (C** x : {&derivative, &keep, &tile, &buffer}) *x = scratch.get<C>(kKeys * kBlock);
   }
 };
 
@@ -161,11 +161,12 @@ struct BackwardRows {
   }
 };
 
-// Hands `rows.products` p keep, where p = exp(scale s - lse), and ds = p (dp keep - delta) slope.
-// `keep` and `slope` are 1 if null. The two terms of delta = sum(do o) - dlse are subtracted one by
-// one: if sum(do o) cancels dp, dlse is left exact.
+// Hands `rows.products` p keep, where p = exp(scale s - lse), and ds = p (dp keep - delta) f',
+// where f' is the `derivative` of the softcap. `keep` and `derivative` are 1 if null. The two terms
+// of delta = sum(do o) - dlse are subtracted one by one: if sum(do o) cancels dp, dlse is left
+// exact.
 template <class C, class Rows>
-inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, const C* slope) {
+inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, const C* derivative) {
   constexpr int L = kLanes<C>;
   const int64_t width = rows.width();
   for (int64_t s = 0; s < keys; s += 2) {
@@ -181,7 +182,7 @@ inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, co
         ds[i] = p[i] * (dp - load(rows.do_o + t) + load(rows.dlse + t));
         if (keep) p[i] = p[i] * load(keep + n);
         // forward: s = softcap tanh(scale q k^T / softcap)
-        if (slope) ds[i] = ds[i] * load(slope + n);
+        if (derivative) ds[i] = ds[i] * load(derivative + n);
       }
       rows.products.take(s, t, p[0], p[1], ds[0], ds[1]);
     }
@@ -189,15 +190,15 @@ inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, co
 }
 
 // Computes p and ds for keys [s0, s0 + keys). ds is the gradient of the products, but for the
-// factor `scale`, or without `slope` the gradient after the softcap.
+// factor `scale`, or without `derivative` the gradient after the softcap.
 template <class C, class Rows>
 void tile_gradients(BackwardRoom<C>& room, Rows& rows, const AttentionBackward<C>& a, int64_t hk,
-                    int64_t s0, int64_t keys, C* slope, const C* sums) {
+                    int64_t s0, int64_t keys, C* derivative, const C* sums) {
   rows.products.multiply(a, *rows.block, hk, s0, keys, sums);
   finish_scores(rows.products.s, a, *rows.block, rows.lanes, s0, keys, room.tile, room.buffer,
-                slope);
+                derivative);
   if (a.drops) dropout_tile(room.keep, a, rows.lanes, s0, keys, rows.width());
-  score_gradients<C>(rows, keys, late_scale(a), a.drops ? room.keep : nullptr, slope);
+  score_gradients<C>(rows, keys, late_scale(a), a.drops ? room.keep : nullptr, derivative);
 }
 
 // ---- dq, dk and dv ----
@@ -308,8 +309,8 @@ void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
           const int64_t keys = std::min<int64_t>(kKeys, rows.block->end - s0);
           if (keys <= 0 || s0 + kKeys <= rows.begin()) continue;
           begin_sums(s0 + keys);
-          C *dk = sums + s0 * sums_width, *slope = a.softcap > 0 ? room.slope : nullptr;
-          tile_gradients(room, rows, a, hk, s0, keys, slope, dk);
+          C *dk = sums + s0 * sums_width, *derivative = a.softcap > 0 ? room.derivative : nullptr;
+          tile_gradients(room, rows, a, hk, s0, keys, derivative, dk);
           rows.products.add(a, *rows.block, hk, s0, keys, dk, dk + Dp, sums_width, rows.dqt);
         }
       }

@@ -135,13 +135,13 @@ inline C late_scale(const AttentionScores<C>& a) {
   return scaled_late(a) ? a.scale : C{1};
 }
 
-// Turns q k^T of keys [s0, s0 + keys) into scores, except for the factor late_scale. Unless `slope`
-// is null, the derivative of the softcap is written to it. `tile` and `buffer` are room for a tile
-// each.
+// Turns q k^T of keys [s0, s0 + keys) into scores, except for the factor late_scale. Unless
+// `derivative` is null, the derivative of the softcap is written to it. `tile` and `buffer` are
+// room for a tile each.
 template <class C>
 inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& block,
                           const RowInputs<C>& lanes, int64_t s0, int64_t keys, C* tile, C* buffer,
-                          C* slope = nullptr) {
+                          C* derivative = nullptr) {
   constexpr int L = kLanes<C>;
   const int64_t rows = block.rows(), width = padded<C>(rows);
   const int64_t first = block.t0 + block.document.keys - block.document.queries - s0;
@@ -151,7 +151,7 @@ inline void finish_scores(C* scores, const AttentionScores<C>& a, const Block& b
       for (int64_t t = s * kBlock; t < s * kBlock + width; t += L) {
         const Vec<C> x = load(scores + t) * scale, y = a.softcap > 0 ? tanh(x) : x;
         store(scores + t, a.softcap > 0 ? y * a.softcap : y);
-        if (slope) store(slope + t, 1 - y * y);
+        if (derivative) store(derivative + t, 1 - y * y);
       }
     }
   }
