@@ -5,10 +5,11 @@ exponentials of each row so far, which shrinks when the maximum grows (Milakov a
 Backward: a program owns a tile of the gradient.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tfkern.reference.cross_entropy import forward_outputs
 
 from . import Tiles, register, unavailable
 from .attention.tile import tanh
@@ -170,7 +171,7 @@ def _rows(z: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _forward(logits, targets, weight, ignore_index, label_smoothing, softcap, ignored_lse):
-    outputs = _forward_outputs(logits, targets)
+    outputs = forward_outputs(logits, targets)
     logits, *rows = _rows(logits)
     M, V = targets.numel(), logits.shape[-1]
     if M:
@@ -182,10 +183,6 @@ def _forward(logits, targets, weight, ignore_index, label_smoothing, softcap, ig
             BLOCK_M=tiles.rows, BLOCK_V=tiles.columns, num_warps=tiles.num_warps,
         )  # fmt: skip
     return outputs
-
-
-def _forward_outputs(logits, targets, *options):
-    return tuple(logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(3))
 
 
 def _backward_(
@@ -234,7 +231,7 @@ forward = register(
     "float label_smoothing, float softcap, bool ignored_lse) "
     "-> (Tensor loss, Tensor lse, Tensor rest)",
     _forward,
-    _forward_outputs,
+    forward_outputs,
 )
 backward = register(
     f"cross_entropy_backward(Tensor logits, {_OF_ROWS}) -> Tensor",

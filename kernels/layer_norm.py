@@ -12,10 +12,11 @@ deterministic.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tfkern.reference.layer_norm import backward_outputs, forward_outputs
 
 from . import Tiles, dropout, programs, register, unavailable
 
@@ -88,7 +89,7 @@ def _rows(x: Tensor | None, axes: int) -> Tensor | None:
 
 
 def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
-    y, h, mean, rstd = _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
+    y, h, mean, rstd = forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes)
     x, residual = _rows(x, axes), _rows(residual, axes)
     M, N = x.shape
     seed = seed if dropout_p > 0 else None
@@ -101,15 +102,6 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
             RMS=rms, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, num_warps=tiles.num_warps,
         )  # fmt: skip
     return y, h, mean, rstd
-
-
-def _forward_outputs(x, weight, bias, residual, seed, dropout_p, eps, rms, axes):
-    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    separate_h = residual is not None or seed is not None
-    h = x.new_empty(x.shape if separate_h else 0, dtype=h_dtype)
-    M = math.prod(x.shape[:-axes])
-    mean = x.new_empty(0 if rms else M, dtype=torch.float32)
-    return x.new_empty(x.shape), h, mean, x.new_empty(M, dtype=torch.float32)
 
 
 def _or_none(x: Tensor) -> Tensor | None:
@@ -188,7 +180,7 @@ def _sum_partials_kernel(
 
 
 def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes):
-    outputs = _backward_outputs(
+    outputs = backward_outputs(
         dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
     )
     dx, dresidual, dweight, dbias = outputs
@@ -217,15 +209,6 @@ def _backward(dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_res
     return outputs
 
 
-def _backward_outputs(
-    dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
-):
-    dresidual = h.new_empty(h.shape if separate_residual else 0)
-    dweight = dy.new_empty(0) if weight is None else torch.empty_like(weight)
-    dbias = dy.new_empty(0) if bias is None else torch.empty_like(bias)
-    return dy.new_empty(dy.shape), dresidual, dweight, dbias
-
-
 def why_not(
     x, weight, bias, residual, seed, dropout_p, eps, rms, axes, *, needs_grad
 ) -> str | None:
@@ -243,12 +226,12 @@ forward = register(
     "float dropout_p, float eps, bool rms, int axes) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     _forward,
-    _forward_outputs,
+    forward_outputs,
 )
 backward = register(
     "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? bias, "
     "Tensor? mean, Tensor rstd, Tensor? seed, float dropout_p, bool separate_residual, "
     "int axes) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _backward,
-    _backward_outputs,
+    backward_outputs,
 )

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from tfkern.reference.mlp import activation_backward_outputs
+
 from . import Tiles, architecture, precision, programs, register, unavailable
 
 _GROUP_M = tl.constexpr(8)  # row tiles of a group of programs
@@ -205,7 +207,7 @@ def _backward_kernel(
 
 
 def _backward(dh, pre, up, activation, bias):
-    dpre, h, db = _backward_outputs(dh, pre, up, activation, bias)
+    dpre, h, db = activation_backward_outputs(dh, pre, up, activation, bias)
     M, F = dh.shape
     if not h.numel():
         return dpre, h, db.zero_()
@@ -220,12 +222,6 @@ def _backward(dh, pre, up, activation, bias):
         ACTIVATION=activation, BLOCK_M=_BLOCK_M, BLOCK_F=_BLOCK_F,
     )  # fmt: skip
     return dpre, h, partial_db.sum(0).to(db.dtype) if bias else db
-
-
-def _backward_outputs(dh, pre, up, activation, bias):
-    kinds = 1 if up is None else 2
-    db = pre.new_empty((kinds, pre.shape[1]) if bias else 0)
-    return pre.new_empty(kinds, *pre.shape), dh.new_empty(dh.shape), db
 
 
 def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
@@ -267,5 +263,5 @@ _activation_backward = register(
     "mlp_activation_backward(Tensor dh, Tensor pre, Tensor? up, str activation, bool bias) "
     "-> (Tensor dpre, Tensor h, Tensor db)",
     _backward,
-    _backward_outputs,
+    activation_backward_outputs,
 )

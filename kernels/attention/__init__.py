@@ -27,6 +27,7 @@ two parts, the rounded value and its rounding error, so that backward finds the 
 import torch
 from torch import Tensor
 
+from tfkern.reference import attention as reference
 from tfkern.reference.attention import Arguments, backward_outputs, forward_outputs
 
 from .. import register, unavailable
@@ -99,8 +100,8 @@ def _no_documents(cu_seqlens):
 
 def why_not(*args, needs_grad: bool) -> str | None:
     a = Arguments(*args)
-    if a.page_table is not None and needs_grad:
-        return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
+    if reason := reference.why_not(*args, needs_grad=needs_grad):
+        return reason
     if max(a.q.shape[-1], a.v.shape[-1]) > 256:
         return f"takes head sizes up to 256, got {a.q.shape[-1]} and {a.v.shape[-1]}"
     return unavailable(a.q)

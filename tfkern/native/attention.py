@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tfkern.native import unavailable
+from tfkern.reference import attention as reference
 from tfkern.reference.attention import Arguments, backward_outputs, forward_outputs
 
 forward = torch.ops.tfkern.attention_forward.default
@@ -14,8 +15,8 @@ backward = torch.ops.tfkern.attention_backward.default
 
 def why_not(*args, needs_grad: bool) -> str | None:
     a = Arguments(*args)
-    if a.page_table is not None and needs_grad:
-        return "paged keys and values have no backward: detach the inputs, or use torch.no_grad()"
+    if reason := reference.why_not(*args, needs_grad=needs_grad):
+        return reason
     return _unavailable_on_cuda(a, needs_grad) if a.q.is_cuda else unavailable(a.q)
 
 

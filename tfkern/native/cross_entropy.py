@@ -3,6 +3,7 @@
 import torch
 
 from tfkern.native import unavailable
+from tfkern.reference.cross_entropy import forward_outputs
 
 forward = torch.ops.tfkern.cross_entropy_forward.default
 backward = torch.ops.tfkern.cross_entropy_backward.default
@@ -13,10 +14,7 @@ def why_not(logits, *args, needs_grad) -> str | None:
     return unavailable(logits)
 
 
-@torch.library.register_fake("tfkern::cross_entropy_forward")
-def _(logits, targets, *options):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(3))
+torch.library.register_fake("tfkern::cross_entropy_forward", forward_outputs)
 
 
 @torch.library.register_fake("tfkern::cross_entropy_backward")

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from tfkern.native import unavailable
 from tfkern.native.linear import product_dtype, weight_gradient
+from tfkern.reference.mlp import activation_backward_outputs
 
 _activate = torch.ops.tfkern.mlp_activation_forward.default
 _activate_backward = torch.ops.tfkern.mlp_activation_backward.default
@@ -65,11 +66,4 @@ def _(total, up, activation, dtype):
     return total.new_empty(total.shape), rounded
 
 
-@torch.library.register_fake("tfkern::mlp_activation_backward")
-def _(dh, pre, up, activation, bias):
-    kinds = 1 if up is None else 2
-    return (
-        dh.new_empty(kinds, *pre.shape),
-        dh.new_empty(dh.shape),
-        pre.new_empty((kinds, pre.shape[1]) if bias else 0),
-    )
+torch.library.register_fake("tfkern::mlp_activation_backward", activation_backward_outputs)

@@ -104,6 +104,29 @@ def backward(
     return g.to(dy.dtype), dresidual, dweight, dbias
 
 
+def forward_outputs(
+    x, weight, bias, residual, seed, dropout_p, eps, rms, axes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised y, h, mean and rstd, as kernels return them."""
+    h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = torch.promote_types(h_dtype, torch.float32)
+    separate_h = residual is not None or seed is not None
+    h = x.new_empty(x.shape if separate_h else 0, dtype=h_dtype)
+    M = math.prod(x.shape[:-axes])
+    mean = x.new_empty(0 if rms else M, dtype=dtype)
+    return x.new_empty(x.shape), h, mean, x.new_empty(M, dtype=dtype)
+
+
+def backward_outputs(
+    dy, dh, h, weight, bias, mean, rstd, seed, dropout_p, separate_residual, axes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised dx, dresidual, dweight and dbias, as kernels return them."""
+    dresidual = h.new_empty(h.shape if separate_residual else 0)
+    dweight = dy.new_empty(0) if weight is None else torch.empty_like(weight)
+    dbias = dy.new_empty(0) if bias is None else torch.empty_like(bias)
+    return dy.new_empty(dy.shape), dresidual, dweight, dbias
+
+
 def why_not(*args, needs_grad: bool) -> str | None:
     return None
 

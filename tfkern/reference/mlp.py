@@ -116,6 +116,15 @@ def backward(
     )
 
 
+def activation_backward_outputs(
+    dh: Tensor, pre: Tensor, up: Tensor | None, activation: str, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dpre with dup, h, and db with db_up, as kernels return them."""
+    kinds = 1 if up is None else 2
+    db = pre.new_empty((kinds, pre.shape[1]) if bias else 0)
+    return dh.new_empty(kinds, *pre.shape), dh.new_empty(dh.shape), db
+
+
 def why_not(*args, needs_grad: bool) -> str | None:
     return None
 
