@@ -44,7 +44,7 @@ def _strict():
 
 @pytest.fixture
 def one_thread():
-    """For small models: more would wait for each other longer than these take to compute."""
+    """One thread: on small models more would wait for each other longer than they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

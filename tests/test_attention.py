@@ -102,7 +102,7 @@ def test_lengths(backend, dtype, device, causal):
 
 
 def test_rows_that_see_nothing_may_hold_nan(backend, dtype, device):
-    """Neither their queries nor their incoming gradients reach a gradient."""
+    """Neither the queries of such rows nor their incoming gradients reach a gradient."""
     q, k, v = make((2, 2, 1, 70, 50, 16, 16, True), dtype, device).values()
     do = torch.randn_like(q)
     grads = []

@@ -35,7 +35,7 @@ def run(choice, backend, device, seed=0):
     case.run(seed).check()
 
 
-# Every value of every parameter.
+# Each case gives one parameter one of its values; the others have their first.
 SINGLE = [
     pytest.param({name: value}, id=f"{name}-{value}")
     for name, values in PARAMETERS.items()

@@ -16,7 +16,7 @@ def eps(dtype):
 
 
 def differentiated(fn, **inputs):
-    """What fn returns, and by name the gradients for normally distributed incoming ones."""
+    """The output of fn, and by name its gradients for normally distributed incoming ones."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     o = fn(**leaves)
     generator = torch.Generator(o.device).manual_seed(1)
@@ -68,7 +68,7 @@ def test_one_bias_on_all_scores(backend, dtype, device, H, Hk, T, value):
 
 
 def test_masks_of_finfo_min(backend, dtype, device):
-    """As transformers makes them: where the first batch is padded, rows see padding only."""
+    """Masks are as transformers makes them: the padded rows of the first batch see padding only."""
     T = 40
     low = torch.finfo(dtype).min
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -90,8 +90,8 @@ def test_masks_of_finfo_min(backend, dtype, device):
 
 
 def masked_attention(q, k, v, mask):
-    """Where masked scores are the mask alone, as a sum of float32 leaves of them, but for float16,
-    beside whose least number scores count."""
+    """Attention whose masked scores are the mask alone, which is what a float32 sum leaves of them.
+    Beside the least number of float16, scores count."""
     s = q @ k.mT / q.shape[-1] ** 0.5
     masked = mask + (s - s.detach() if mask.min() < -1e5 else s)
     return torch.where(mask < 0, masked, s).softmax(-1) @ v
@@ -100,7 +100,7 @@ def masked_attention(q, k, v, mask):
 @pytest.mark.parametrize("size", [30.0, 362.0, 1e6])
 @pytest.mark.parametrize("H, Hk, T", [*ROWS, (1, 1, 65), (3, 1, 67)])
 def test_the_only_key_has_weight_1(backend, dtype, device, H, Hk, T, size):
-    """In the backward as well, although scores are rounded by units."""
+    """The weight is 1 in the backward as well, although scores are rounded by units."""
     if dtype == torch.float16 and size > 1e3:
         pytest.skip("float16 has no such numbers")
     B, D = 8, 80  # whose scale is no power of two

@@ -50,7 +50,7 @@ def plain(q, k, *, left=None, right=None, scale=D**-0.5, softcap=0.0, bias=None,
 
 
 def options_of(name):
-    """What attention takes, and what `plain` takes."""
+    """The options that attention takes, and those that `plain` takes."""
     torch.manual_seed(4)
     both = {
         "scale": {"scale": -0.4},

@@ -314,7 +314,7 @@ def test_the_bad_line_of_a_file_is_named(tmp_path, content, told):
 
 
 def test_a_footprint_is_what_is_alive_at_once():
-    """In closed form, and near what a process was measured to need."""
+    """Footprints equal a closed form, and lie near what a process was measured to need."""
     case = _case(length=4096, head_dim=64)
     tensor = 2 * 4096 * 64 * 4
 
@@ -363,7 +363,7 @@ def test_what_the_comparison_needs_is_counted(monkeypatch):
 
 
 def test_no_call_is_faster_than_the_machine(quick):
-    """The first length, of which there is no time to go by, is not begun without a thought."""
+    """The first length has no measured time to go by; a bound of its time keeps it from running."""
     results = sweep.run(_case(), [2**20], ["reference"], protocol=_QUICK, max_seconds=1)
     status = {r["variant"]: r["status"] for r in results.rows}
     # 4 H T^2 D FLOPs at 1e11 a second
@@ -431,7 +431,7 @@ def test_what_a_container_leaves_is_available(monkeypatch, tmp_path):
 def _tiny(op):
     """Comparisons of the op with each pass that it has, of sizes that cost nothing."""
     sizes = {
-        # Of many numbers: the largest error of a few is luck.
+        # Outputs have many numbers, since the largest error of a few is luck.
         "attention": [{"heads": 8, "head_dim": 64}, {"heads": 8, "head_dim": 64, "causal": True}],
         "layer_norm": [{"hidden": 48}, {"hidden": 48, "residual": True}],
         "mlp": [{"hidden": 48}],
@@ -479,7 +479,7 @@ def test_against_torch(quick, monkeypatch, tmp_path, op):
 
 
 def test_every_fixed_case_can_be_made():
-    """Without running one: in every dtype, and small enough for float64."""
+    """Each is made in every dtype, and one small enough for float64; none is run."""
     for op, comparisons in against.COMPARISONS.items():
         assert len({(c.name, c.pass_, c.compiled) for c in comparisons}) == len(comparisons)
         for comparison in comparisons:
@@ -620,7 +620,7 @@ def test_peak_memory_of_a_default_backend(op):
 
 @needs_native
 def test_peak_memory_of_native_attention_is_linear():
-    # So long that the output is large beside the 0.3 MB to which the system counts.
+    # The lengths make the output large beside the 0.3 MB to which the system counts.
     assert _memory_slope("tfkern native", [2048, 8192], heads=8) < 1.1
 
 

@@ -192,7 +192,7 @@ def test_reset(kind):
 
 
 def test_growth():
-    """By doubling, or to what a long chunk takes; the others stay as they are."""
+    """A growing cache doubles, or takes the size of a long chunk; other kinds keep theirs."""
     cases = {(1,) * 9: [2, 2, 4, 4, 8, 8, 8, 8, 16], (2, 1, 9, 5): [2, 4, 12, 24]}
     for chunks, capacities in cases.items():
         cache, got = make("growing"), []
@@ -319,7 +319,7 @@ def test_errors(call, words):
 
 
 def test_overflow():
-    """Of a static cache: nothing is written, so that the caller may go on with what there is."""
+    """A static cache that would overflow writes nothing: the caller may go on with it."""
     cache, (_, k, v) = make("static", 6), draw()
     keys, _, _ = cache.append(k[:, :, :4], v[:, :, :4])
     before = keys.clone()

@@ -138,7 +138,7 @@ def test_local_attention_is_a_sliding_window():
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 def test_wide_windows_are_global(score):
-    """And a Gaussian that falls off nowhere is no Gaussian."""
+    """A window that reaches everywhere, and a Gaussian that falls off nowhere, change nothing."""
     query, memory = inputs()
     whole = LuongAttention(C, score).double()
     for reach, window, tolerance in (("local-m", S, 1e-12), ("local-p", 10**6, 1e-9)):
@@ -188,7 +188,7 @@ def test_additive_attention(kind):
     ],
 )
 def test_the_network_that_scores_is_called(kind, member):
-    """What hangs on it is not passed over."""
+    """The network is called as a module, so that its hooks run."""
     module = kind().double()
     query, memory = inputs()
     getattr(module, member).register_forward_hook(lambda m, args, scores: 0 * scores)
@@ -236,7 +236,7 @@ def test_entropy_and_log_probability():
 
 
 def test_hard_attention_looks_at_one_patch():
-    """What the others hold does not matter; without training the likeliest is taken."""
+    """What other patches hold does not matter; in evaluation the likeliest is taken."""
     module = HardAttention(C).eval()
     query, memory = torch.randn(1, 1, C), torch.randn(1, S, C)
     choice = module(query, memory)
@@ -305,7 +305,7 @@ def test_cue_task(hard):
 
 
 def copy_accuracy(reach, length, steps=600, **options):
-    """Of symbols copied by a recurrent model, with teacher forcing."""
+    """The share of symbols that a recurrent model copies right, with teacher forcing."""
     torch.manual_seed(0)
     attention = None if reach is None else LuongAttention(64, "general", reach, window=2)
     model = RecurrentSeq2Seq(20, 64, attention=attention, **options)

@@ -511,7 +511,7 @@ def test_unconditional_samples(writer, capsys, monkeypatch):
 
 
 def test_interactive_samples(writer):
-    """In a terminal: a prompt, a text, the next prompt, and the end of input ends it."""
+    """A terminal shows a prompt, a text, the next prompt; the end of input ends the program."""
     import os
     import pty
     import subprocess

@@ -142,8 +142,8 @@ def transposed(name):
 
 
 def exchanged_rows(name, a, b):
-    """Of each head: those of queries, keys and values are 0, 1 and 2, of cross-attention's keys and
-    values 0 and 1."""
+    """Exchanges rows a and b of each head: queries, keys and values are rows 0, 1 and 2, and the
+    keys and values of cross-attention 0 and 1."""
 
     def apply(model):
         heads = model.config.heads, -1, model.config.head_size
@@ -248,7 +248,7 @@ def test_mutations_are_caught(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients(name, tmp_path):
-    """That of the mean square of all outputs, by every parameter."""
+    """The gradient of the mean square of all outputs, by every parameter, is transformers'."""
     _, theirs, ours, _ = made(name, tmp_path)
     for outputs in (CASES[name].ours(ours), CASES[name].theirs(theirs)):
         torch.stack([x.square().mean() for x in outputs]).sum().backward()
@@ -306,7 +306,7 @@ def test_legacy_names(tmp_path):
 
 
 def test_weights_of_both_heads(tmp_path):
-    """As in the published files of BERT, whose config.json names one of them."""
+    """The published files of BERT have both heads, and their config.json names one of them."""
     _, theirs, ours, directory = made("bert", tmp_path)
     break_config(directory, architectures=["BertForMaskedLM"])
     assert load(directory).config == ours.config
@@ -415,8 +415,8 @@ def test_padded_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "weight_norm"])
 def test_directories_of_earlier_versions(name):
-    """Of the version that joined the projections of attention, and gate and up of gated MLPs: the
-    files hold random weights, and the logits that this version computed of them."""
+    """The directories are of the version that joined the projections of attention, and gate and up
+    of gated MLPs. They hold random weights, and the logits that this version computed of them."""
     directory = Path(__file__).parent / "data" / name
     expected = safetensors.load_file(directory / "expected.safetensors")
     logits = expected.pop("logits")
@@ -545,8 +545,8 @@ def loads_or_tells(directory):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "own"])
 def test_hostile_fields(name, tmp_path):
-    """Of every field that matters, and of those that are absent, any value of JSON is a model or a
-    ValueError that names the file and the field."""
+    """Any value of JSON in a field, present or absent, gives a model or a ValueError that names the
+    file and the field."""
     if name == "own":
         config = TransformerConfig(dim=16, layers=2, heads=2, vocab_size=11, max_length=8)
         save(Transformer(config), tmp_path, form="tfkern")
@@ -566,7 +566,7 @@ def test_hostile_fields(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """For each family and for our own form a directory."""
+    """A directory for each family and for our own form."""
     made = {}
     for name in FAMILIES:
         made[name] = tmp_path_factory.mktemp(name)
@@ -737,7 +737,7 @@ def test_changes_are_checked_before_anything_is_built(small):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_flipped_bits_and_truncations_are_found(small, seed, tmp_path):
-    """Of the header, and of what the header tells the length of."""
+    """Bits are flipped in the header, and files end before the length that it tells."""
     shutil.copytree(small["bert"], tmp_path, dirs_exist_ok=True)
     file, draw = tmp_path / "model.safetensors", random.Random(seed)
     whole = file.read_bytes()

@@ -132,7 +132,7 @@ def test_backward_forms_the_scores_of_the_forward(dtype):
 
 
 def test_weights_of_split_keys_sum_to_one():
-    """Also in the backward, which splits none; scores are of 1e6, half of them alike."""
+    """They do in the backward, too, which splits none. Scores are of 1e6, half of them alike."""
     q, k, v = (
         1e3 * torch.randn(1, 4, 1, 48),
         1e3 * torch.randn(1, 2, 600, 48),

@@ -59,7 +59,7 @@ def test_matches_torch(backend, dtype, device, shape, affine, rms):
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("N", [2049, 6000, 10008, 20011])
 def test_long_rows(backend, dtype, device, N, rms):
-    """Those that a warp holds, that a block holds, and that only memory holds."""
+    """Some rows fit into a warp, some into a block, and the longest only into memory."""
     inputs = make((3, N), dtype, device, rms)
     reason = tfkern.explain("layer_norm", **inputs, backend=backend).reasons.get(backend)
     if reason is not None:
@@ -448,7 +448,7 @@ def test_gradients_of_two_leaves_share_no_memory(backend, device, compiler, shap
 )
 @pytest.mark.parametrize("changed", ["x", "h"])
 def test_changes_in_place_are_refused(backend, device, changed, shape, compiler):
-    """As F.layer_norm does where backward would compute with the changed values."""
+    """An error is raised, as by F.layer_norm, where backward would use the changed values."""
     torch._dynamo.reset()
 
     def fn(x, r):

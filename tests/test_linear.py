@@ -154,7 +154,7 @@ def test_autocast(processor):
 
 
 def test_second_derivative(processor):
-    """Of small integers, which bfloat16 holds: exactly that of torch in float32."""
+    """On small integers, which bfloat16 holds, the gradient is exactly torch's in float32."""
 
     def second(function, dtype):
         generator = torch.Generator().manual_seed(0)

@@ -110,7 +110,7 @@ def test_activation_over_its_whole_range(backend, dtype, device, activation):
     wide = x.detach().double().requires_grad_()
     true_y = ACTIVATIONS[activation](wide)
     (true_dx,) = torch.autograd.grad(true_y, wide, torch.ones_like(true_y))
-    # In float64, where torch cancels as it forms the tails, the error is that of the truth.
+    # In float64 torch cancels as it forms the tails, so that the error is that of the truth.
     limit = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
     assert ((y - true_y).abs() <= limit * x.abs().clamp(min=1)).all()
     assert ((dx - true_dx).abs() <= limit * true_dx.abs().clamp(min=1)).all()
@@ -132,7 +132,7 @@ def test_infinities_and_nan(backend, dtype, device, activation):
 
 
 def test_exact_and_tanh_gelu_differ(backend, device):
-    """By up to 4.7e-4, which is far more than either's error."""
+    """The two GELUs differ by up to 4.7e-4, which is far more than either's error."""
     x = torch.linspace(-4, 4, 101, device=device)[:, None]
     one = torch.ones(1, 1, device=device)
     for activation, other in (("gelu", "gelu_tanh"), ("gelu_tanh", "gelu")):
@@ -210,7 +210,7 @@ def test_products_of_native(monkeypatch, hidden, out, matrix_unit, dtype, bias, 
 @needs_native
 @gatedness
 def test_threads_do_not_change_the_result(gated):
-    """That of our own operators, not of torch's products."""
+    """The result is that of our own operators, not of torch's products."""
     ops = torch.ops.tfkern
     pre, dh, up = (torch.randn(130, 259) for _ in range(3))
     up = up if gated else None

@@ -67,7 +67,7 @@ def test_sinusoids():
 
 
 def test_alibi_slopes():
-    """Those of the paper for 8 heads, and of its code for 12."""
+    """The slopes are those of the paper for 8 heads, and of its code for 12."""
     assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     expected = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i / 2) for i in (1, 3, 5, 7)]
     torch.testing.assert_close(alibi_slopes(12), torch.tensor(expected))
@@ -116,7 +116,7 @@ ARCHITECTURES = {"decoder": DECODER, "encoder": ENCODER, "both": BOTH}
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("side", ["left", "right", "lengths"])
 def test_padding_changes_nothing(architecture, positions, side):
-    """Of a batch with k padded tokens, the outputs at the others are those without padding."""
+    """The outputs at tokens that are not padding are those of a batch without padding."""
     model = make(ARCHITECTURES[architecture], positions=positions)
     T, k = 7, 3
     tokens = torch.randint(V, (2, T))
@@ -177,7 +177,7 @@ def test_caches(architecture, positions, kind):
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recomputing_changes_nothing(architecture, post_norm):
-    """Neither the loss nor a gradient, also with dropout."""
+    """Neither the loss nor a gradient changes, also with dropout."""
     config = replace(ARCHITECTURES[architecture], post_norm=post_norm, dropout=0.3, head="lm")
     config = replace(config, attention_dropout=0.2)
     model = make(config).train()
@@ -214,7 +214,7 @@ def test_compiles_without_graph_breaks(architecture, post_norm):
 
 
 def test_compiles_with_a_mask_for_lengths_that_vary():
-    """Where the sizes of tokens are symbols, and those of the first mask numbers."""
+    """It compiles where sizes of tokens are symbols, and those of the first mask numbers."""
     torch._dynamo.reset()
     model = make(DECODER)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -298,7 +298,7 @@ def test_norms_keep_layers_of_one_size():
 
 
 def test_batch_norm_counts_no_padding():
-    """As torch's on the packed tokens, and in evaluation as torch's."""
+    """It computes what torch's does on the packed tokens, in training and in evaluation."""
     ours, theirs = (kind(6).double() for kind in (BatchNorm, nn.BatchNorm1d))
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         q.data.copy_(p.data.normal_())

@@ -20,7 +20,7 @@ LEVELS = _C.cpu_levels[: _C.cpu_levels.index(_C.cpu_capability()) + 1]
 
 
 def run(*arguments, level):
-    """In a process of this level; the empty one is the processor's best."""
+    """Runs a process with this instruction set; "" stands for the processor's best."""
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

@@ -483,7 +483,7 @@ def test_attention_errors(arguments, message):
 
 
 class PlainMLP(torch.nn.Module):
-    """What `MLP` and `GatedMLP` compute, with modules of the same names."""
+    """Computes what `MLP` and `GatedMLP` compute, with modules of the same names."""
 
     def __init__(self, module, activation, gated):
         super().__init__()
@@ -588,7 +588,7 @@ def test_children_with_more_than_a_weight(name, adornment):
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_hooks_of_children_are_called_once(name, monkeypatch):
-    """Those of one module and those of all; without them the layers are not called."""
+    """Hooks of one module and of all modules run; without hooks the layers are not called."""
     module, calls = PARENTS[name](), []
     child = getattr(module, name)
     x = torch.randn(2, 5, E, dtype=torch.float64, requires_grad=True)

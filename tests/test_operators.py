@@ -84,7 +84,7 @@ def cross_entropy_long(**changes):
 
 
 def cross_entropy_backward(V=N, **changes):
-    """Of some classes of those that there are."""
+    """The arguments of a backward whose logits have only some of the classes."""
     name, args = cross_entropy_forward(V)
     _, lse, rest = getattr(OPS, name)(*args.values())
     logits = torch.randn(M, 2 * V)[:, :V]
@@ -116,7 +116,7 @@ CALLS: list[Callable] = [
 ]  # fmt: skip
 
 
-# Those of the CPU, those of a GPU run on the host, and on a GPU.
+# Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
     "cpu",
     "host",
@@ -135,7 +135,7 @@ def run(request):
 
 
 def on_gpu(x):
-    """The same elements at the same distances."""
+    """A copy of x with the same elements at the same distances."""
     if not isinstance(x, torch.Tensor):
         return x
     if x.data_ptr() % x.element_size():
@@ -150,7 +150,7 @@ def named(operator: str, args) -> dict:
 
 
 def misaligned(x):
-    """The same elements, if there are any, one byte off their places."""
+    """A copy of x whose elements, if there are any, lie one byte off their places."""
     x = x.contiguous()
     if x.numel() == 0:
         return x

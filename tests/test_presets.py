@@ -56,7 +56,7 @@ def test_parameter_counts_of_other_heads():
 
 @pytest.mark.parametrize("name", [n for n in presets() if n not in COUNTS])
 def test_parameter_counts_by_formula(name):
-    """Of presets without a published integer: products, biases, norms and tables, added up."""
+    """Products, biases, norms and tables add up, for presets without a published integer."""
     c = preset(name)
     inner, hidden, d = c.heads * c.head_size, c.hidden_size, c.dim
     attention, mlp = 4 * d * inner, (3 if c.gated else 2) * d * hidden
@@ -89,7 +89,7 @@ def test_unknown_preset():
 
 
 def test_initial_deviations():
-    """Of every tensor, by the published rules."""
+    """Every tensor has the deviation of the published rules."""
     big = {"dim": 256, "layers": 2, "heads": 4, "vocab_size": 1000, "max_length": 128}
 
     def deviations(**changes):
@@ -130,7 +130,7 @@ def test_initial_deviations():
 
 
 def test_fresh_models():
-    """Of a gated MLP the last weight is smaller, too; norms and biases change nothing."""
+    """The last weight of a gated MLP is smaller, too; norms and biases change nothing."""
     config = TransformerConfig(dim=96, layers=8, heads=4, vocab_size=11, max_length=16, gated=True)
     state = Transformer(config).state_dict()
     padded = Transformer(replace(config, pad_token=3)).embedding.weight

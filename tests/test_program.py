@@ -100,7 +100,7 @@ def test_a_signal_during_a_benchmark(tmp_path, number):
 
 @pytest.mark.parametrize("number", STATUS)
 def test_a_main_thread_that_hears_nothing(number):
-    """As a kernel that runs for long. It ends all the same, with one line."""
+    """It is like a thread in a long kernel. The program ends all the same, with one line."""
     deaf = """
 def deaf(kernels):
     print("deaf", flush=True)
@@ -148,7 +148,7 @@ doctor.show = show
 
 
 def test_an_interrupt_that_the_caller_ignores_is_ignored():
-    """As of a command in the background of a script."""
+    """A command in the background of a script is called so."""
     code = "doctor.show = lambda kernels: (print('here', flush=True), time.sleep(1), print('on'))"
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -248,7 +248,7 @@ def test_modes_are_those_of_the_umask(tmp_path, form, umask):
 
 
 def test_links_are_replaced_and_not_followed(tmp_path):
-    """As in the cache of Hugging Face, where what they point to is shared."""
+    """Links in the cache of Hugging Face point to shared files, which must not change."""
     save(model(1), tmp_path / "cache")
     (tmp_path / "here").mkdir()
     for file in (tmp_path / "cache").iterdir():
@@ -293,7 +293,7 @@ def test_a_mixture_of_saves_is_refused(tmp_path, form):
 
 
 def test_a_configuration_may_be_edited(tmp_path):
-    """By hand, or by transformers, which keeps what it does not know."""
+    """It may be edited by hand, or by transformers, which keeps what it does not know."""
     save(model(1), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"resid_pdrop": 0.5}))

@@ -31,7 +31,7 @@ from tfkern.cli import main
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
 _FACTS = {"device": "NVIDIA H100", "instructions": "", "torch": "2.11", "tfkern": "0.1"}
 _FACTS |= {"commit": "abc", "date": "now", "command": "x"}
-# In float64, where the limits of the comparison leave nothing to the luck of few numbers.
+# The dtype is float64, where the limits leave nothing to the luck of few numbers.
 _SMALL = {"dtype": "float64", "backward": True}
 
 
@@ -47,7 +47,7 @@ class Inline:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the parts that take seconds, and facts that do not change."""
+    """Leaves out the parts that take seconds, and makes facts that do not change."""
     monkeypatch.setattr(timing, "product_ceiling", lambda dtype, device: 1e11)
     monkeypatch.setattr(timing, "copy_ceiling", lambda device: 1e10)
     monkeypatch.setattr(memory, "peak", lambda case, variant: 1000 * case.length)
@@ -472,7 +472,7 @@ def test_memory_that_torch_keeps_is_available(monkeypatch):
     ids=["full", "causal", "window", "causal window", "decode"],
 )
 def test_flex_computes_the_case(case):
-    """Not compiled, which takes long and is PyTorch's business."""
+    """FlexAttention runs uncompiled here: compiling takes long, and is PyTorch's business."""
     call = case._flex().eager
     inputs = case.inputs()
     torch.testing.assert_close(call(**inputs), case.reference(**inputs))

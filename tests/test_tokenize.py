@@ -108,7 +108,7 @@ def test_templates(bert):
 
 
 def test_bart_ids(tmp_path):
-    """Those of its vocabulary file, and the mask at the end."""
+    """The ids are those of its vocabulary file, with the mask at the end."""
     alphabet = sorted(tokenize.train("bpe", ["a"], 257).backend.get_vocab(), key=len)
     words = ["<s>", "<pad>", "</s>", "<unk>", *(t for t in alphabet if t != END), "<mask>"]
     (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(words)}))

@@ -34,7 +34,7 @@ def padding():
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("training", [False, True])
 def test_encoder(norm_first, activation, training):
-    """Also in eval without gradients, where torch takes a fast path for which padding is 0."""
+    """In eval without gradients, torch takes a fast path for which padding is 0."""
     layer = encoder_layer(norm_first=norm_first, activation=activation).train(training)
     block = from_torch(layer)
     x, (lengths, hidden) = torch.randn(B, T, C, dtype=torch.float64), padding()

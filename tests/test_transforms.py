@@ -531,7 +531,7 @@ def test_the_default_device_does_not_matter(name, chosen):
 @pytest.mark.parametrize("kind", ["jagged", "strided", "sparse"])
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_that_are_not_dense_are_refused(op, kind):
-    """In the place of each argument, with its name."""
+    """Each argument is refused in its turn, and the error has its name."""
     ours, _, shapes = OPS[op]
     dense = [torch.randn(s) for s in shapes]
     for i, x in enumerate(dense):
