@@ -80,4 +80,36 @@ inline CrossEntropyOutputs cross_entropy_outputs(const Tensor& logits, const Ten
   return {made(), made(), made()};
 }
 
+// ---- operators ----
+
+// The gradient of the logits on one device, written to dlogits. Its first argument and dlogits have
+// row_offsets, and may be the same.
+using CrossEntropyGradient = void(const Tensor& logits, const Tensor& targets,
+                                  const Optional& weight, const Tensor& lse, const Tensor& rest,
+                                  const Optional& dloss, const Optional& dlse,
+                                  const CrossEntropyOptions& options, const Tensor& dlogits);
+
+template <CrossEntropyGradient* gradient>
+Tensor cross_entropy_backward(Tensor logits, Tensor targets, Optional weight, Tensor lse,
+                              Tensor rest, Optional dloss, Optional dlse, int64_t ignore_index,
+                              double label_smoothing, double softcap, int64_t first,
+                              int64_t classes) {
+  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
+  check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
+  const Tensor dlogits = empty_like(logits, logits);
+  gradient(with_row_offsets(logits), targets, weight, lse, rest, dloss, dlse, options, dlogits);
+  return dlogits;
+}
+
+template <CrossEntropyGradient* gradient>
+void cross_entropy_backward_in_place(Tensor logits, Tensor targets, Optional weight, Tensor lse,
+                                     Tensor rest, Optional dloss, Optional dlse,
+                                     int64_t ignore_index, double label_smoothing, double softcap,
+                                     int64_t first, int64_t classes) {
+  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
+  check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
+  check_in_place(logits);
+  gradient(logits, targets, weight, lse, rest, dloss, dlse, options, logits);
+}
+
 }  // namespace tfkern

@@ -118,7 +118,6 @@ CrossEntropyOutputs cross_entropy_forward(Tensor logits, Tensor targets, Optiona
                                                                 weight, options, ignored_lse);
 }
 
-// Writes the gradient to dlogits, which has row_offsets and may be the logits.
 void gradient(const Tensor& logits, const Tensor& targets, const Optional& weight,
               const Tensor& lse, const Tensor& rest, const Optional& dloss, const Optional& dlse,
               const CrossEntropyOptions& options, const Tensor& dlogits) {
@@ -129,32 +128,12 @@ void gradient(const Tensor& logits, const Tensor& targets, const Optional& weigh
                                         contiguous(dlse), options, dlogits);
 }
 
-Tensor cross_entropy_backward(Tensor logits, Tensor targets, Optional weight, Tensor lse,
-                              Tensor rest, Optional dloss, Optional dlse, int64_t ignore_index,
-                              double label_smoothing, double softcap, int64_t first,
-                              int64_t classes) {
-  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
-  check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
-  const Tensor dlogits = empty_like(logits, logits);
-  gradient(with_row_offsets(logits), targets, weight, lse, rest, dloss, dlse, options, dlogits);
-  return dlogits;
-}
-
-void cross_entropy_backward_in_place(Tensor logits, Tensor targets, Optional weight, Tensor lse,
-                                     Tensor rest, Optional dloss, Optional dlse,
-                                     int64_t ignore_index, double label_smoothing, double softcap,
-                                     int64_t first, int64_t classes) {
-  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
-  check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
-  check_in_place(logits);
-  gradient(logits, targets, weight, lse, rest, dloss, dlse, options, logits);
-}
-
 }  // namespace
 }  // namespace tfkern
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&tfkern::cross_entropy_forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&tfkern::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&tfkern::cross_entropy_backward_in_place));
+  m.impl("cross_entropy_backward", TORCH_BOX(&tfkern::cross_entropy_backward<tfkern::gradient>));
+  m.impl("cross_entropy_backward_",
+         TORCH_BOX(&tfkern::cross_entropy_backward_in_place<tfkern::gradient>));
 }

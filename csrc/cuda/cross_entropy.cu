@@ -487,10 +487,10 @@ bool begin_alike(const Tensor& x, const Tensor& y, int64_t M) {
   return between % 16 == 0 && !(a.T > 1 && differ(1)) && !(M > a.T && differ(a.T));
 }
 
-// Writes the gradient to dlogits, which has row_offsets and may be the logits.
 void gradient(const Tensor& logits, const Tensor& targets, const Optional& weight,
               const Tensor& lse, const Tensor& rest, const Optional& dloss, const Optional& dlse,
               const CrossEntropyOptions& options, const Tensor& dlogits) {
+  check_no_float64(logits);
   const int64_t M = targets.numel(), N = columns(logits);
   const bool wide = N > kShortColumns && begin_alike(logits, dlogits, M);
   const Tiling tiling(M, N, wide, logits.element_size());
@@ -514,34 +514,13 @@ void gradient(const Tensor& logits, const Tensor& targets, const Optional& weigh
   TFKERN_PIECES(dtype(logits), wide, launch(device, backward_kernel<T, P>, blocks, kThreads, 0, a));
 }
 
-Tensor cross_entropy_backward(Tensor logits, Tensor targets, Optional weight, Tensor lse,
-                              Tensor rest, Optional dloss, Optional dlse, int64_t ignore_index,
-                              double label_smoothing, double softcap, int64_t first,
-                              int64_t classes) {
-  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
-  check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
-  check_no_float64(logits);
-  const Tensor dlogits = empty_like(logits, logits);
-  gradient(with_row_offsets(logits), targets, weight, lse, rest, dloss, dlse, options, dlogits);
-  return dlogits;
-}
-
-void cross_entropy_backward_in_place(Tensor logits, Tensor targets, Optional weight, Tensor lse,
-                                     Tensor rest, Optional dloss, Optional dlse,
-                                     int64_t ignore_index, double label_smoothing, double softcap,
-                                     int64_t first, int64_t classes) {
-  const CrossEntropyOptions options{ignore_index, label_smoothing, softcap, first, classes};
-  check_cross_entropy_backward(logits, targets, weight, lse, rest, dloss, dlse, options);
-  check_no_float64(logits);
-  check_in_place(logits);
-  gradient(logits, targets, weight, lse, rest, dloss, dlse, options, logits);
-}
-
 }  // namespace
 }  // namespace tfkern::cuda
 
 TFKERN_CUDA_LIBRARY(m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&tfkern::cuda::cross_entropy_forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&tfkern::cuda::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&tfkern::cuda::cross_entropy_backward_in_place));
+  m.impl("cross_entropy_backward",
+         TORCH_BOX(&tfkern::cross_entropy_backward<tfkern::cuda::gradient>));
+  m.impl("cross_entropy_backward_",
+         TORCH_BOX(&tfkern::cross_entropy_backward_in_place<tfkern::cuda::gradient>));
 }
