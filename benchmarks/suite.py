@@ -21,7 +21,19 @@ from typing import Any
 
 import torch
 
-from . import attention, environment, layer_norm, measure, memory, mlp, report, rotary, timing
+from . import (
+    attention,
+    cross_entropy,
+    environment,
+    layer_norm,
+    linear_cross_entropy,
+    measure,
+    memory,
+    mlp,
+    report,
+    rotary,
+    timing,
+)
 from .case import FORWARD, Case, Variant
 from .measure import MEASURED, SCALES, Results, Row, Timed
 from .worker import Lost, Worker
@@ -64,6 +76,8 @@ def points(device: str = "cuda") -> list[Point]:
         *(_norm(4096, 1024, residual) for residual in (False, True)),
         _mlp(TOKENS, 4096),
         *(_rotary(key_heads) for key_heads in (16, 4)),
+        *(_loss(classes) for classes in (32000, 131072)),
+        _head(4096, 131072),
         *(_decode(32, 8192, 128, key_heads) for key_heads in (16, 4)),
         *_attentions(128),
         *(_norm(TOKENS, 2**n, residual) for n in range(10, 16) for residual in (False, True)),
@@ -109,6 +123,17 @@ def _rotary(key_heads: int) -> Point:
     sizes = {"batch": 4, "heads": WIDTH // 128, "key_heads": key_heads, "head_dim": 128}
     case = rotary.OpCase(length=TOKENS // 4, **sizes, **_TRAINING)
     return Point(f"B=4 H={case.heads} Hk={key_heads} T={case.length} D=128", case)
+
+
+def _loss(classes: int) -> Point:
+    case = cross_entropy.OpCase(length=TOKENS // 2, vocabulary=classes, **_TRAINING)
+    return Point(f"{case.length} x {classes}", case)
+
+
+def _head(hidden: int, classes: int) -> Point:
+    sizes = {"length": TOKENS // 2, "hidden": hidden, "vocabulary": classes}
+    case = linear_cross_entropy.OpCase(**sizes, **_TRAINING)
+    return Point(f"{case.length} x {hidden} x {classes}", case)
 
 
 _TRAINING: dict[str, Any] = {"dtype": "bfloat16", "backward": True}

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 from tfkern.benchmarks import (
     attention,
+    cross_entropy,
     environment,
     layer_norm,
+    linear_cross_entropy,
     measure,
     memory,
     mlp,
@@ -87,6 +89,10 @@ def test_the_cases_are_those_of_the_field():
     assert {(c.hidden, c.hidden * c.expansion) for c in found[mlp.OpCase]} == {(4096, 16384)}
     turns = {(c.batch * c.length, c.heads, c.key_heads, c.head_dim) for c in found[rotary.OpCase]}
     assert turns == {(16384, 16, 16, 128), (16384, 16, 4, 128)}
+    losses = {(c.length, c.vocabulary) for c in found[cross_entropy.OpCase]}
+    assert losses == {(8192, 32000), (8192, 131072)}
+    heads = {(c.length, c.hidden, c.vocabulary) for c in found[linear_cross_entropy.OpCase]}
+    assert heads == {(8192, 4096, 131072)}
     decodes = found[attention.Decode]
     assert {(c.batch, c.length, c.queries, c.heads * c.head_dim) for c in decodes} == {
         (32, 8192, 1, 2048)
@@ -111,6 +117,12 @@ def test_work_of_the_cases_in_closed_form():
         elif isinstance(c, mlp.OpCase):
             forward = 2 * (2 * 16384 * 4096 * 16384)
             assert c.work(BACKWARD) == 2 * forward
+        elif isinstance(c, linear_cross_entropy.OpCase):
+            forward = 2 * 8192 * 4096 * 131072
+            assert c.work(BACKWARD) == 2 * forward and c.work(BOTH) == 3 * forward
+        elif isinstance(c, cross_entropy.OpCase):
+            forward = 8192 * c.vocabulary * 2
+            assert c.work(BACKWARD) == 2 * forward and c.work(BOTH) == 3 * forward
         elif isinstance(c, rotary.OpCase):
             forward = 2 * 16384 * (c.heads + c.key_heads) * 128 * 2
             assert c.work(BACKWARD) == forward and c.work(BOTH) == 2 * forward
@@ -150,6 +162,8 @@ def test_cases_of_a_kind_differ_in_length_and_batch_only():
         attention.Decode(length=40, batch=3, heads=8, key_heads=1, head_dim=16),
         layer_norm.OpCase(length=192, hidden=48, residual=True, backward=True),
         mlp.OpCase(length=192, hidden=48, backward=True),
+        cross_entropy.OpCase(length=192, vocabulary=300, backward=True),
+        linear_cross_entropy.OpCase(length=192, hidden=48, vocabulary=300, backward=True),
     ],
     ids=lambda case: type(case).__module__.rpartition(".")[2],
 )
@@ -550,7 +564,10 @@ def test_charts(quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["nope"], "unknown op 'nope': expected one of attention, layer_norm, mlp, rotary"),
+        (
+            ["nope"],
+            "unknown op 'nope': expected one of attention, cross_entropy, layer_norm, mlp, rotary",
+        ),
         (["--device", "cpu"], "the suite's cases are for a GPU, got device 'cpu'"),
         (["--device", "cuda:99"], "cuda:99 is not available"),
         (["--budget", "-1"], "--budget"),

@@ -44,7 +44,7 @@ def command(
     device = check_device(device)
     path = out / report.file_name(environment.device_name(device))
     prepare(out, path.name)
-    cases = [p for p in suite.points(device) if p.case.op in chosen]
+    cases = [p for p in suite.points(device) if p.case.kernels in chosen]
     results = with_progress(
         1 + len(cases),
         lambda progress: suite.run(cases, path, budget=budget, resume=resume, progress=progress),
