@@ -72,7 +72,7 @@ def linear_cross_entropy(
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     z_loss = checks.number("z_loss", z_loss)
-    args, options = bind(
+    tensors, options = bind(
         x,
         weight,
         targets,
@@ -81,20 +81,21 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         softcap=softcap,
         class_weight=class_weight,
-        return_lse=return_lse,
     )
-    backend = dispatch.select("cross_entropy", (x, *args[3:], *options), backend)
+    backend = dispatch.select("cross_entropy", _of_kernels(tensors, options, return_lse), backend)
     linear = dispatch.find("linear", (x, weight, None, x.dtype)) if x.dtype.itemsize == 2 else None
-    args, names = dispatch.distinct(args), (backend, linear)
+    tensors, names = dispatch.distinct(tensors), (backend, linear)
+    _, _, _, targets, class_weight = tensors
     with dispatch.no_autocast(x.device):
-        if reduction == "none" or return_lse or not _can_form(args):
-            loss, lse, _ = autograd.apply(_Recomputed, *args, *options, *names)
-            targets, class_weight, ignore_index = args[3], args[4], options[0]
-            loss = reduced(loss, lse, targets, class_weight, ignore_index, z_loss, reduction)
-            return (loss, lse) if return_lse else loss
-        wanted = [t is not None and t.requires_grad for t in args[:3]]
-        options = (*options[:3], z_loss, reduction)
-        return autograd.apply(_Formed, *args, *options, *names, *wanted)[0]
+        if reduction != "none" and not return_lse and _can_form(x, tensors):
+            wanted = [t is not None and t.requires_grad for t in (x, weight, bias)]
+            total, *_ = autograd.apply(
+                _Formed, *tensors, *options, z_loss, reduction, *names, *wanted
+            )
+            return total
+        loss, lse, _ = autograd.apply(_Recomputed, *tensors, *options, return_lse, *names)
+        loss = reduced(loss, lse, targets, class_weight, ignore_index, z_loss, reduction)
+        return (loss, lse) if return_lse else loss
 
 
 def bind(
@@ -107,10 +108,9 @@ def bind(
     label_smoothing=0.0,
     softcap=0.0,
     class_weight=None,
-    return_lse=False,
 ):
     """Checks the public arguments. Returns the tensors x, weight, bias, targets, class_weight, and
-    ignore_index, label_smoothing, softcap and return_lse."""
+    ignore_index, label_smoothing and softcap."""
     checks.floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one axis, got a 0-d tensor")
@@ -128,20 +128,33 @@ def bind(
     targets, class_weight, *options = bind_targets(
         "x", x, V, targets, ignore_index, label_smoothing, softcap, "class_weight", class_weight
     )
-    return (x, weight, bias, targets, class_weight), (*options, bool(return_lse))
+    return (x, weight, bias, targets, class_weight), tuple(options)
 
 
-def bind_kernels(*args: Any, reduction: str = "mean", z_loss: float = 0.0, **options: Any) -> tuple:
-    """The arguments for which the kernels between the products are chosen, for `explain`."""
+def bind_kernels(
+    *args: Any,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    return_lse: bool = False,
+    **options: Any,
+) -> tuple:
+    """`bind` for `explain`: the arguments of the kernels between the products."""
     tensors, numbers = bind(*args, **options)
-    return tensors[0], *tensors[3:], *numbers
+    return _of_kernels(tensors, numbers, return_lse)
 
 
-def _can_form(args: tuple) -> bool:
+def _of_kernels(tensors: tuple, options: tuple, ignored_lse: bool) -> tuple:
+    """The arguments of `cross_entropy` by which a backend is chosen. x stands for the logits, whose
+    dtype and device it has."""
+    x, _, _, targets, class_weight = tensors
+    return x, targets, class_weight, *options, bool(ignored_lse)
+
+
+def _can_form(x: Tensor, tensors: tuple) -> bool:
     """Whether the gradients are formed with the loss: in their own dtype, outside of torch.func."""
-    if args[0].dtype.itemsize == 2 or torch._C._are_functorch_transforms_active():
+    if x.dtype.itemsize == 2 or torch._C._are_functorch_transforms_active():
         return False
-    return torch.is_grad_enabled() and dispatch.requires_grad(args)
+    return torch.is_grad_enabled() and dispatch.requires_grad(tensors)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -164,10 +177,11 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse, _rest):
-        wanted = ctx.needs_input_grad[:3]
-        tensors = ctx.saved_tensors
-        with dispatch.no_autocast(tensors[0].device):
-            grads = autograd.apply(_Gradients, *tensors, dloss, dlse, *ctx.options, *wanted)
+        want_dx, want_dweight, want_dbias, *_ = ctx.needs_input_grad
+        wanted = want_dx, want_dweight, want_dbias
+        x, *others = ctx.saved_tensors
+        with dispatch.no_autocast(x.device):
+            grads = autograd.apply(_Gradients, x, *others, dloss, dlse, *ctx.options, *wanted)
         return *(d if w else None for d, w in zip(grads, wanted, strict=True)), *(None,) * 8
 
 
@@ -179,46 +193,50 @@ class _Formed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*args):
-        *tensors, ignore_index, label_smoothing, softcap, z_loss, reduction, backend, _ = args[:12]
-        x, *_, targets, class_weight = tensors
+    def forward(
+        x, weight, bias, targets, class_weight, ignore_index, label_smoothing, softcap, z_loss,
+        reduction, backend, linear, *wanted,
+    ):  # fmt: skip
         factors = _row_factors(targets, class_weight, ignore_index, z_loss, reduction, x)
         loss, lse, rest, *grads = logit_pieces.formed(
-            *tensors, *factors, ignore_index, label_smoothing, softcap, backend, *args[12:]
-        )
+            x, weight, bias, targets, class_weight, *factors,
+            ignore_index, label_smoothing, softcap, backend, *wanted,
+        )  # fmt: skip
         total = reduced(loss, lse, targets, class_weight, ignore_index, z_loss, reduction)
         return total, lse, rest, *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, numbers = inputs[:5], inputs[5:12]
+        x, weight, bias, targets, class_weight, *ctx.options = inputs
         _, lse, rest, *formed = output
         ctx.mark_non_differentiable(lse, rest, *formed)
-        ctx.numbers, ctx.formed = numbers, None
+        tensors = x, weight, bias, targets, class_weight, lse, rest
         if torch.compiler.is_compiling():  # which wants all tensors saved
-            ctx.save_for_backward(*tensors, lse, rest, *formed)
+            ctx.save_for_backward(*tensors, *formed)
+            ctx.formed = None
         else:  # autograd would copy gradients that it has saved
-            ctx.save_for_backward(*tensors, lse, rest)
+            ctx.save_for_backward(*tensors)
             ctx.formed = formed
 
     @staticmethod
     def backward(ctx, factor, *_):
-        saved = ctx.saved_tensors  # which checkpoints allow to be read once
-        *tensors, lse, rest = saved[:7]
-        formed, ctx.formed = saved[7:] or ctx.formed, None
-        wanted = ctx.needs_input_grad[:3]
+        # Checkpoints allow to read the saved tensors once.
+        x, weight, bias, targets, class_weight, lse, rest, *saved = ctx.saved_tensors
+        tensors = x, weight, bias, targets, class_weight
+        ignore_index, label_smoothing, softcap, z_loss, reduction, backend, linear, *wanted = (
+            ctx.options
+        )
+        formed, ctx.formed = saved or ctx.formed, None
         if formed is not None:
             grads = autograd.apply(_Scaled, factor, *formed, *tensors)
         else:
-            x, *_, targets, class_weight = tensors
-            ignore_index, label_smoothing, softcap, z_loss, reduction, *names = ctx.numbers
             dloss, z = _row_factors(targets, class_weight, ignore_index, z_loss, reduction, x)
-            dlse = (
-                None if z is None else logit_pieces.dlse_of(factor * z, lse, targets, ignore_index)
-            )
+            dlse = None
+            if z is not None:
+                dlse = logit_pieces.dlse_of(factor * z, lse, targets, ignore_index)
             grads = autograd.apply(
                 _Gradients, *tensors, lse, rest, (factor * dloss).expand(lse.shape), dlse,
-                ignore_index, label_smoothing, softcap, *names, *wanted,
+                ignore_index, label_smoothing, softcap, backend, linear, *wanted,
             )  # fmt: skip
         return *(d if w else None for d, w in zip(grads, wanted, strict=True)), *(None,) * 12
 

@@ -158,7 +158,10 @@ def dlse_of(z: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tenso
     return torch.where(targets != ignore_index, 2 * z * lse, 0)
 
 
-def _gradients(x, weight, bias, wanted):
+def _gradients(x, weight, bias, *others):
+    """Uninitialised gradients; the last three arguments say which are wanted."""
+    *_, want_dx, want_dweight, want_dbias = others
+    wanted = want_dx, want_dweight, want_dbias
     return tuple(
         p.new_empty(p.shape) if w else x.new_empty(0)
         for p, w in zip((x, weight, bias), wanted, strict=True)
@@ -195,7 +198,7 @@ backward = _register(
     f"linear_cross_entropy_backward({_TENSORS}, Tensor lse, Tensor rest, Tensor? dloss, "
     f"Tensor? dlse, {_OPTIONS}, str backend, str? linear, {_WANTED}) -> ({_GRADIENTS})",
     _backward,
-    lambda x, weight, bias, *others: _gradients(x, weight, bias, others[-3:]),
+    _gradients,
 )
 formed = _register(
     f"linear_cross_entropy_formed({_TENSORS}, Tensor dloss, Tensor? z, {_OPTIONS}, "
@@ -203,6 +206,6 @@ formed = _register(
     _formed,
     lambda x, weight, bias, targets, *others: (
         *_statistics(x, targets),
-        *_gradients(x, weight, bias, others[-3:]),
+        *_gradients(x, weight, bias, *others),
     ),
 )
