@@ -263,8 +263,9 @@ def flop_formulas(
         """A formula for an operator with the arguments of forward, or of backward around these."""
 
         def formula(*args, **_):
-            backward = len(args) > len(Arguments._fields)
-            a = Arguments(*(args[4:-1] if backward else args))
+            if len(args) > len(Arguments._fields):  # backward
+                _do, _dlse, _o, _lse, *args, _bias_grad = args
+            a = Arguments(*args)
             band = a.left, a.right
             return tile_flops(a.q, a.k, a.v, band=band, tile=tile, products=products)
 

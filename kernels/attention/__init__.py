@@ -114,9 +114,16 @@ forward = register(
     _forward,
     lambda q, k, v, *others: forward_outputs(q, v),
 )
+
+
+def _backward_outputs(do, dlse, o, lse, *args):
+    *arguments, bias_grad = args
+    return backward_outputs(Arguments(*arguments), bias_grad)
+
+
 backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_ARGUMENTS}, "
     "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _backward,
-    lambda do, dlse, o, lse, *args: backward_outputs(Arguments(*args[:-1]), args[-1]),
+    _backward_outputs,
 )
