@@ -8,14 +8,15 @@
 
 namespace tfkern {
 
-enum class Activation { relu, gelu, gelu_tanh, silu };
+enum class Activation { relu, gelu, gelu_tanh, silu, quick_gelu };
 
 inline Activation parse_activation(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
-  STD_TORCH_CHECK(name == "silu", "tfkern::mlp: unknown activation");
-  return Activation::silu;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(name == "quick_gelu", "tfkern::mlp: unknown activation");
+  return Activation::quick_gelu;
 }
 
 // Tells whether `product` is wider than the tensors of `dtype` around it: float32 beside 16 bits.

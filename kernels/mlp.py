@@ -69,9 +69,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
         sigma, dsigma = _sigmoid(near * (c + c * 0.044715 * square))
         return x * sigma, sigma + x * (dsigma * (c + 3 * c * 0.044715 * square))
     else:
-        tl.static_assert(ACTIVATION == "silu")
-        sigma, dsigma = _sigmoid(x)
-        return x * sigma, sigma + x * dsigma
+        tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "quick_gelu")
+        c: tl.constexpr = 1.702 if ACTIVATION == "quick_gelu" else 1.0
+        sigma, dsigma = _sigmoid(c * x)
+        return x * sigma, sigma + x * (dsigma * c)
 
 
 @triton.jit

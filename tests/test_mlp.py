@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: F.silu(1.702 * x) / 1.702,
 }
 # x, hidden size, output size: 0 and 1, primes, one past a tile of rows and columns, several tiles
 SIZES = [
@@ -377,7 +378,7 @@ def call(x=(2, 4), w1=(6, 4), b1=(6,), w2=(3, 6), b2=(3,), function=tfkern.mlp, 
         ({"b1": zeros(6, device="meta")}, ["b1", "meta", "x", "cpu"]),
         ({"w2": (3, 5)}, ["w2", "(3, 5)", "(*, 6)"]),
         ({"b2": (3, 1)}, ["b2", "(3, 1)", "(3,)"]),
-        ({"activation": "tanh"}, ["activation", "'tanh'", "relu, gelu, gelu_tanh, silu"]),
+        ({"activation": "tanh"}, ["activation", "'tanh'", "relu, gelu, ", "silu, quick_gelu"]),
         ({"backend": "cuda"}, ["backend", "'cuda'", "native, triton"]),
     ],
 )

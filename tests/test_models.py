@@ -461,7 +461,7 @@ def test_config_errors():
         ({"kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"norm": "group_norm"}, "norm must be one of .*, got 'group_norm'"),
         ({"positions": "absolute"}, "positions must be one of"),
-        ({"activation": "tanh"}, "activation must be one of relu, gelu, gelu_tanh, silu, got"),
+        ({"activation": "tanh"}, "activation must be one of relu, .*, silu, quick_gelu, got"),
         ({"head": "next"}, "head must be one of"),
         ({"positions": "rotary", "head_dim": 5}, "even head size, got 5"),
         ({"rotary_base": 0.0}, "rotary_base must be positive"),

@@ -497,6 +497,7 @@ class PlainMLP(torch.nn.Module):
             "gelu": F.gelu,
             "relu": F.relu,
             "silu": F.silu,
+            "quick_gelu": lambda x: F.silu(1.702 * x) / 1.702,
         }[self.activation]
         if not self.gated:
             return self.fc2(act(self.fc1(x)))
@@ -504,7 +505,7 @@ class PlainMLP(torch.nn.Module):
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu", "quick_gelu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_mlp(gated, bias, activation):

@@ -43,6 +43,16 @@ struct Silu {
   }
 };
 
+template <class C>
+struct QuickGelu {
+  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
+    constexpr C c = C(1.702);
+    const Vec<C> sigma = sigmoid<C>(c * x, derivative);
+    derivative = sigma + x * (derivative * c);
+    return x * sigma;
+  }
+};
+
 // Loads or stores a vector, or only its first n elements if a row has no more left.
 template <class T>
 inline Vec<Compute<T>> load_left(const T* p, int64_t n) {
@@ -122,16 +132,18 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>*
   }
 }
 
-#define TFKERN_ACTIVATION(P, activation, function, ...)         \
-  switch (activation) {                                         \
-    case Activation::relu:                                      \
-      return function<T, P, Relu<Compute<T>>>(__VA_ARGS__);     \
-    case Activation::gelu:                                      \
-      return function<T, P, Gelu<Compute<T>>>(__VA_ARGS__);     \
-    case Activation::gelu_tanh:                                 \
-      return function<T, P, GeluTanh<Compute<T>>>(__VA_ARGS__); \
-    case Activation::silu:                                      \
-      return function<T, P, Silu<Compute<T>>>(__VA_ARGS__);     \
+#define TFKERN_ACTIVATION(P, activation, function, ...)          \
+  switch (activation) {                                          \
+    case Activation::relu:                                       \
+      return function<T, P, Relu<Compute<T>>>(__VA_ARGS__);      \
+    case Activation::gelu:                                       \
+      return function<T, P, Gelu<Compute<T>>>(__VA_ARGS__);      \
+    case Activation::gelu_tanh:                                  \
+      return function<T, P, GeluTanh<Compute<T>>>(__VA_ARGS__);  \
+    case Activation::silu:                                       \
+      return function<T, P, Silu<Compute<T>>>(__VA_ARGS__);      \
+    case Activation::quick_gelu:                                 \
+      return function<T, P, QuickGelu<Compute<T>>>(__VA_ARGS__); \
   }
 #define TFKERN_MLP(function, a, ...)                                                      \
   TFKERN_DTYPE((a).dtype, {                                                               \

@@ -52,6 +52,13 @@ __device__ inline float silu(float x, float& derivative) {
   return x * sigma;
 }
 
+__device__ inline float quick_gelu(float x, float& derivative) {
+  constexpr float c = 1.702f;
+  const float sigma = sigmoid(c * x, derivative);
+  derivative = sigma + x * (derivative * c);
+  return x * sigma;
+}
+
 template <float (*act)(float, float&), int K>
 __device__ void activate_as(float (&x)[K][V], float (&derivative)[K][V]) {
 #pragma unroll
@@ -68,6 +75,7 @@ __device__ void activate(float (&x)[K][V], float (&derivative)[K][V], Activation
   if (activation == Activation::gelu) activate_as<gelu>(x, derivative);
   if (activation == Activation::gelu_tanh) activate_as<gelu_tanh>(x, derivative);
   if (activation == Activation::silu) activate_as<silu>(x, derivative);
+  if (activation == Activation::quick_gelu) activate_as<quick_gelu>(x, derivative);
 }
 
 // x *= y

@@ -237,7 +237,7 @@ def mlp(
         int, number("Number of inner features, as a multiple of hidden.", int, 1, 1024)
     ] = 4,
     activation: Annotated[
-        str, typer.Option(help="Activation: gelu, gelu_tanh, relu or silu.")
+        str, typer.Option(help="Activation: gelu, gelu_tanh, quick_gelu, relu or silu.")
     ] = "gelu_tanh",
     backward: Backward = False,
 ) -> None:

@@ -20,7 +20,7 @@ class MLP(nn.Module):
         dim: size of the last axis of input and output.
         hidden_dim: 4 * dim if None.
         bias: whether fc1 and fc2 have a bias.
-        activation: "gelu_tanh", "gelu" (exact), "relu" or "silu", as in `tfkern.mlp`.
+        activation: "gelu_tanh", "gelu" (exact), "quick_gelu", "relu" or "silu", as in `tfkern.mlp`.
         device, dtype: of the parameters.
 
     Raises:
@@ -71,7 +71,8 @@ class GatedMLP(nn.Module):
         hidden_dim: size between the two products. At 8/3 * dim the module has as many weights as an
             `MLP` of 4 * dim.
         bias: whether gate, up and down have a bias.
-        activation: "silu", "gelu_tanh", "gelu" (exact) or "relu", as in `tfkern.gated_mlp`.
+        activation: "silu", "gelu_tanh", "gelu" (exact), "quick_gelu" or "relu", as in
+            `tfkern.gated_mlp`.
         device, dtype: of the parameters.
 
     Raises:

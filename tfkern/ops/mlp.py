@@ -38,7 +38,8 @@ def mlp(
         w2: (N, F).
         b2: (N,) or None.
         activation: "relu"; "gelu", the exact x Phi(x); "gelu_tanh", its approximation by tanh, up
-            to 5e-4 away; or "silu", x / (1 + exp(-x)).
+            to 5e-4 away; "silu", x / (1 + exp(-x)); or "quick_gelu", x / (1 + exp(-1.702 x)), up to
+            0.02 away from "gelu".
         backend: forces "native", "triton" or "reference" for this call.
 
     Returns:

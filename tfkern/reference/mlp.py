@@ -32,6 +32,7 @@ def activate(pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     gelu       x Phi(x)         Phi + x phi, the normal distribution function and its density
     gelu_tanh  x sigma(2u)      sigma(2u) + x sigma'(2u) 2u', u = sqrt(2/pi) (x + 0.044715 x^3)
     silu       x sigma(x)       sigma(x) + x sigma'(x), sigma(x) = 1 / (1 + exp(-x))
+    quick_gelu x sigma(c x)     sigma(c x) + x sigma'(c x) c, c = 1.702
 
     x sigma(2u) is x (1 + tanh(u)) / 2, and sigma'(x) = sigma(x) sigma(-x): nothing cancels.
     """
@@ -48,8 +49,9 @@ def activate(pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         du2 = c * (1 + 3 * 0.044715 * near * near)
         sigma, dsigma = torch.sigmoid(u2), torch.sigmoid(u2) * torch.sigmoid(-u2)
         return x * sigma, sigma + x * (dsigma * du2)
-    sigma, dsigma = torch.sigmoid(x), torch.sigmoid(x) * torch.sigmoid(-x)
-    return x * sigma, sigma + x * dsigma
+    c = 1.702 if activation == "quick_gelu" else 1.0
+    sigma, dsigma = torch.sigmoid(c * x), torch.sigmoid(c * x) * torch.sigmoid(-c * x)
+    return x * sigma, sigma + x * (dsigma * c)
 
 
 def forward(
