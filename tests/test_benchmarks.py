@@ -19,6 +19,7 @@ from tfkern.benchmarks import (
     environment,
     measure,
     memory,
+    patched,
     report,
     sweep,
     timing,
@@ -512,6 +513,72 @@ def test_against_a_wrong_side_is_not_timed(quick, monkeypatch, side):
     results = against.run("attention", protocol=_QUICK)
     assert [r["dtype"] for r in results.rows] == list(against.dtypes("attention"))
     assert len(results.wrong) == 3 and all(name.startswith(side) for name in results.wrong)
+
+
+TINY_MODELS = {
+    "gpt2": {"vocab_size": 50, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 64},
+    "llama": {
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+    },
+    "bert": {
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+    },
+}
+
+
+@pytest.fixture
+def tiny_models(quick, monkeypatch):
+    pytest.importorskip("transformers")
+    for name, sizes in TINY_MODELS.items():
+        kind, _ = patched.MODELS[name]
+        monkeypatch.setitem(patched.MODELS, name, (kind, sizes))
+        calls = [replace(c, length=min(c.length, 7), cached=min(c.cached, 5))
+                 for c in patched.CALLS[name]]  # fmt: skip
+        monkeypatch.setitem(patched.CALLS, name, calls)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_patched_models(tiny_models, tmp_path, name):
+    results = patched.run((name,), protocol=_QUICK)
+    assert not results.wrong
+    cases = [(d, c.name) for d in ("float32", "bfloat16") for c in patched.CALLS[name]]
+    assert [(r["dtype"], r["case"], r["against"]) for r in results.rows] == [
+        (*case, other) for case in cases for other in ("eager", "sdpa")
+    ]
+    for row in results.rows:
+        assert row["op"] == name and row["variant"] == "tfkern" and row["pairs"] == 2
+        assert row["pass"] == (BOTH if "train" in row["case"] else FORWARD)
+        assert row["p50_ms"] > 0 and row["against_ms"] > 0
+        assert row["ratio_p20"] <= row["ratio_p50"] <= row["ratio_p80"]
+    rows = report.read(patched.write(results.rows, tmp_path))
+    assert [r["case"] for r in rows] == [r["case"] for r in results.rows]
+    assert report.models_table(results.rows).row_count == len(rows)
+
+
+@pytest.mark.parametrize("part", ["output", "gradients"])
+def test_a_wrong_patch_is_not_timed(tiny_models, monkeypatch, part):
+    def hook(module, args, y):
+        if part == "output":
+            return y * torch.arange(-50.0, 46.0, 4.0, dtype=y.dtype)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 0 * gradient)
+
+    def planted(model):
+        model.transformer.h[0].mlp.register_forward_hook(hook)
+
+    monkeypatch.setattr(patched.hf, "patch", planted)
+    results = patched.run(("gpt2",), protocol=_QUICK)
+    wrong = {name for name in results.wrong if part == "output" or "train" in name}
+    assert set(results.wrong) == wrong and len(wrong) == (8 if part == "output" else 2)
+    assert len(results.rows) == 2 * (8 - len(wrong))
 
 
 def test_targets_hold_without_amx(monkeypatch):

@@ -44,6 +44,11 @@ def quick(monkeypatch):
         (["bench", "block", "--against", "torch", "--device", "cuda"], "on a CPU"),
         (["bench", "layer_norm", "--against", "torch", "--out", "/dev/null/x"], "/dev/null"),
         (["bench", "model", "--against", "torch"], "--against"),
+        (
+            ["bench", "patched", "abacus"],
+            "unknown model 'abacus': expected one of gpt2, llama, bert",
+        ),
+        (["bench", "patched", "--out", "/dev/null/x"], "/dev/null"),
         (["doctor", "--nope"], "--nope"),
         (["validate", "abacus"], "unknown op 'abacus'"),
         (["validate", "--dtype", "float12"], "unknown dtype 'float12'"),
@@ -115,7 +120,7 @@ ABSURD += [
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
     """Every command does nothing but check its options."""
-    from tfkern.benchmarks import suite, sweep
+    from tfkern.benchmarks import patched, suite, sweep
     from tfkern.cli import attention_map, sample, validate
     from tfkern.models import convert
 
@@ -123,7 +128,8 @@ def idle(monkeypatch, tmp_path):
         raise NotImplementedError("the work began")
 
     for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (validate, "run"),
-                         (sample, "load"), (attention_map, "load"), (convert, "load")):  # fmt: skip
+                         (patched, "run"), (sample, "load"), (attention_map, "load"),
+                         (convert, "load")):  # fmt: skip
         monkeypatch.setattr(module, name, work)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -27,8 +27,8 @@ RANKS = {
     "tfkern.integrations": 5,
     "tfkern.validation": 3,
     "tfkern.testing": 4,  # the public door to the comparison in validation
-    "tfkern.benchmarks": 5,
-    "tfkern.cli": 6,
+    "tfkern.benchmarks": 6,
+    "tfkern.cli": 7,
 }
 
 

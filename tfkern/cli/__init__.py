@@ -49,7 +49,7 @@ def _app():
     import matplotlib  # noqa: F401  fails now rather than when a long run draws its chart
     import typer
 
-    from tfkern.cli import attention_map, bench, convert, doctor, sample, suite, validate
+    from tfkern.cli import attention_map, bench, convert, doctor, patched, sample, suite, validate
 
     app = typer.Typer(
         no_args_is_help=True,
@@ -58,6 +58,7 @@ def _app():
         "runs the models on top of them.",
     )
     bench.app.command("suite")(suite.command)
+    bench.app.command("patched")(patched.command)
     app.add_typer(bench.app, name="bench")
     app.command("doctor")(doctor.command)
     app.command("validate")(validate.command)
