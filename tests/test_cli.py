@@ -1,6 +1,8 @@
 """The program `tfkern`: what it says and how it exits."""
 
 import json
+import os
+import shutil
 import sys
 
 import pytest
@@ -488,6 +490,34 @@ def test_sample(writer, capsys):
     assert stopped == expected.partition(word)[0] + "\n"
     several = run(capsys, *arguments, "--seed", "4", "--samples", "3")
     assert several.count("--- ") == 3 and f"--- 2\n{expected}\n" in several
+
+
+def test_copies_can_be_sampled_from(writer, capsys, tmp_path):
+    """The files of the tokenizer and of generation come along, and those of another go."""
+    directory, _, _ = writer
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(directory, source)
+    (source / "generation_config.json").write_text('{"temperature": 0.5}')
+    target.mkdir()
+    for name in ("vocab.txt", "added_tokens.json", "README.md"):
+        (target / name).write_text("another")
+    umask = os.umask(0o027)
+    try:
+        assert main(["convert", str(source), str(target), "--to", "tfkern"]) == 0
+    finally:
+        os.umask(umask)
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    new = names | {"config.json", "model.safetensors"}
+    assert {file.name for file in target.iterdir()} == new | {"README.md"}
+    assert all((target / n).read_bytes() == (source / n).read_bytes() for n in names)
+    assert {(target / n).stat().st_mode & 0o777 for n in new} == {0o640}
+    arguments = ["hello", "--max-tokens", "12", "--seed", "5"]
+    assert run(capsys, "sample", str(target), *arguments) == run(
+        capsys, "sample", directory, *arguments
+    )
+    (source / "merges.txt").mkdir()
+    assert main(["convert", str(source), str(target)]) == 2
+    assert "merges.txt is not a regular file" in capsys.readouterr().err
 
 
 def test_unconditional_samples(writer, capsys, monkeypatch):

@@ -458,6 +458,78 @@ def test_dtype(tmp_path):
     made("gpt2", tmp_path)
     assert load(tmp_path, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
     assert load(tmp_path).embedding.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(("named", "expected"), [
+    ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.bfloat16),
+    (None, torch.bfloat16),
+])  # fmt: skip
+def test_a_file_of_several_dtypes(tmp_path, field, named, expected):
+    """The dtype that config.json names, if weights have it, or else that of most numbers. The first
+    weight by name, a norm, has neither."""
+    made("gpt2", tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    state = {k: x.bfloat16() for k, x in weights(tmp_path).items()}
+    norms = [k for k in state if ".ln_" in k]
+    state |= {k: state[k].float() for k in norms} | {norms[0]: state[norms[0]].double()}
+    safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {k: v for k, v in config.items() if not k.endswith("dtype")}
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: named}))
+    model = load(tmp_path)
+    assert {x.dtype for x in model.state_dict().values()} == {expected}
+    assert torch.equal(model.embedding.weight, state["transformer.wte.weight"].to(expected))
+
+
+def test_several_end_tokens(tmp_path):
+    """All of a list come back from both forms of directories, and transformers reads them."""
+    made("gpt2", tmp_path / "theirs")
+    break_config(tmp_path / "theirs", eos_token_id=[3, 5, 5000], pad_token_id=-1)
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    model = load(tmp_path / "theirs")
+    assert model.config.end_token == model.config.end_tokens == (3, 5)  # it has 61 tokens
+    assert model.config.pad_token is None
+    for form in ("huggingface", "tfkern"):
+        save(model, tmp_path / form, form=form)
+        assert load(tmp_path / form).config == model.config
+    transformers = pytest.importorskip("huggingface").transformers
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface")
+    assert theirs.generation_config.eos_token_id == [3, 5]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt1", "bart", "t5", "bert"])
+def test_tokens_that_are_none(name, tmp_path):
+    made(name, tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    break_config(tmp_path, pad_token_id=-1, eos_token_id=-1)
+    config = load(tmp_path).config
+    assert config.pad_token is None and config.end_tokens == ()
+    break_config(tmp_path, pad_token_id=-2)
+    with pytest.raises(ValueError, match="pad_token must not be negative, got -2"):
+        load(tmp_path)
+
+
+def test_tokens_of_generation_config(tmp_path):
+    """What transformers generates with: the tokens of generation_config.json, where it has any."""
+    made("gpt2", tmp_path)
+    path = tmp_path / "generation_config.json"
+    break_config(tmp_path, eos_token_id=2, bos_token_id=1, pad_token_id=4)
+    told = {"eos_token_id": [7, 9, 11], "pad_token_id": 6, "temperature": 0.6, "do_sample": True}
+    path.write_text(json.dumps(told))
+    model = load(tmp_path)
+    config = model.config
+    assert (config.end_token, config.start_token, config.pad_token) == ((7, 9, 11), 1, 4)
+    save(model, tmp_path / "again")
+    path.write_text(json.dumps(told | {"eos_token_id": None, "bos_token_id": 8}))
+    assert (load(tmp_path).config.end_token, load(tmp_path).config.start_token) == (2, 8)
+    # that of an earlier model in the folder says nothing about a model that was saved there
+    (tmp_path / "again" / path.name).write_text(json.dumps({"eos_token_id": 5}))
+    assert load(tmp_path / "again").config == config
+    for content in ("[]", "{", json.dumps({"eos_token_id": "a"})):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="config.json"):
+            load(tmp_path)
     with pytest.raises(ValueError, match="dtype must be floating, got torch.int8"):
         load(tmp_path, dtype=torch.int8)
 
@@ -513,13 +585,14 @@ def index(directory, content):
         (lambda d: break_config(d, n_embd="24"), "dim must be int, got '24'"),
         (lambda d: break_config(d, n_embd=None), "dim must be int, got None"),
         (
-            lambda d: break_config(d, eos_token_id=[1, 2]),
-            "end_token must be int | None, got",
+            lambda d: break_config(d, eos_token_id=[1, "2"]),
+            "eos_token_id: end_token must be int | tuple[int, ...] | None, got '2'",
         ),
     ],
 )
 def test_bad_directories(spoil, message, tmp_path):
     made("gpt2", tmp_path)
+    (tmp_path / "generation_config.json").unlink()  # it would tell the tokens
     spoil(tmp_path)
     with pytest.raises(ValueError) as error:
         load(tmp_path)

@@ -186,6 +186,27 @@ def test_samples(models):
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
+def test_any_of_several_end_tokens_ends_a_text(models):
+    """The configuration's ends, alone, in a batch and under beams: rows end as if told by hand."""
+    ours, _ = models["gpt2"]
+    free = generate(ours, [[5, 6], [9]], 30, seeds=1, end_tokens=[])
+    ends = tuple(dict.fromkeys(int(row[4]) for row in free))
+    assert len(ends) == 2
+    before = ours.config
+    ours.config = replace(before, end_token=ends)
+    try:
+        rows = generate(ours, [[5, 6], [9]], 30, seeds=1)
+        for row, whole in zip(rows, free, strict=True):
+            n = next(i for i, token in enumerate(whole.tolist()) if token in ends)
+            assert row.tolist() == whole[: n + 1].tolist()
+        late = generate(ours, [[5, 6]], 30, seeds=1, sampling=Sampling(min_tokens=20))
+        assert not set(late[0][:20].tolist()) & {*ends}
+        told = beam_search(ours, [[5, 6]], 12, end_tokens=ends)
+        assert beam_search(ours, [[5, 6]], 12)[0][0].tokens.tolist() == told[0][0].tokens.tolist()
+    finally:
+        ours.config = before
+
+
 def test_end_tokens(models):
     ours, _ = models["gpt2"]
     free = generate(ours, [[5, 6], [9]], 30, seeds=1, end_tokens=[])

@@ -236,6 +236,24 @@ def test_a_folder_of_that_name_is_found_first(tmp_path):
     assert number_in(tmp_path) == 1
 
 
+def test_what_comes_along_is_written_with_the_model(tmp_path):
+    """Copies and removals wait for the model, and follow no links."""
+    here, mine = tmp_path / "here", tmp_path / "mine"
+    save(model(1), here)
+    mine.write_text("new")
+    (here / "words").symlink_to(tmp_path / "other")
+    (tmp_path / "other").write_text("old")
+    (here / "gone").write_text("old")
+    along = {"words": mine, "gone": None, "never": None}
+    with pytest.raises(OSError, match="absent"):
+        save(model(2), here, along=along | {"x": tmp_path / "absent"})
+    assert number_in(here) == 1 and (here / "words").read_text() == "old"
+    assert (here / "gone").exists() and not (here / "x").exists()
+    save(model(2), here, along=along)
+    assert number_in(here) == 2 and (here / "words").read_text() == "new"
+    assert not (here / "gone").exists() and (tmp_path / "other").read_text() == "old"
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 @pytest.mark.parametrize("form", FORMS)
 def test_modes_are_those_of_the_umask(tmp_path, form, umask):

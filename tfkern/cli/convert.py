@@ -8,6 +8,13 @@ import typer
 from tfkern.benchmarks.case import DTYPES
 from tfkern.cli.options import check_dtype, number
 
+# what may stand beside the weights: how they write text, and what tells their tokenizer
+_ALONG = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tokenizer.model", "source.spm", "target.spm", "chat_template.jinja",
+)  # fmt: skip
+
 
 def command(
     source: Annotated[
@@ -29,9 +36,10 @@ def command(
 ) -> None:
     """Rewrites the weights of a model under other names, in another dtype or in other shards.
 
+    The files of its tokenizer and generation_config.json are copied, if it has them.
     It knows GPT-1, GPT-2, BERT, BART, T5 and ViT, and reads and writes local directories only.
     """
-    from tfkern import models
+    from tfkern import files, models
 
     kept = check_dtype(dtype) if dtype else None
     if form not in ("huggingface", "tfkern"):
@@ -42,4 +50,8 @@ def command(
     if target.resolve() == source.resolve():
         raise ValueError(f"source and target are the same directory, {source}")
     model = models.load(source, dtype=kept)
-    models.save(model, target, form=form, shard_bytes=shard_bytes)
+    along = {name: source / name for name in _ALONG if (source / name).exists()}
+    for path in along.values():
+        files.regular(path)
+    gone = dict.fromkeys(_ALONG)
+    models.save(model, target, form=form, shard_bytes=shard_bytes, along=gone | along)

@@ -64,7 +64,7 @@ def request(
     check_context(model, capacity)
     sampling = sampling or Sampling()
     if end_tokens is None:
-        end_tokens = [] if config.end_token is None else [config.end_token]
+        end_tokens = config.end_tokens
     for name, lists in (
         ("prompts", begun), ("source", sources or []), ("end_tokens", [end_tokens]),
         ("banned", sampling.banned), ("bias", [list(sampling.bias)]),

@@ -69,7 +69,8 @@ class TransformerConfig:
         vocab_multiple: the embedding has rows for a multiple of this many tokens, which makes
             faster products. The added rows have no logits.
         pad_token: its embedding is not trained.
-        start_token, end_token: the tokens that begin and end what a decoder writes.
+        start_token: the token with which a decoder begins to write.
+        end_token: the token that ends what a decoder writes, or several of which any one does.
         token_types: number of segments told apart, as in BERT.
         scale_embedding: whether embeddings are multiplied by sqrt(dim) (Vaswani et al. 2017).
         embedding_norm: whether a norm follows the embedding.
@@ -133,7 +134,7 @@ class TransformerConfig:
     vocab_multiple: int = 1
     pad_token: int | None = None
     start_token: int | None = None
-    end_token: int | None = None
+    end_token: int | tuple[int, ...] | None = None
     token_types: int = 0
     scale_embedding: bool = False
     embedding_norm: bool = False
@@ -166,6 +167,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_field(field.name, getattr(self, field.name))
+        if isinstance(self.end_token, list):  # as JSON has it
+            object.__setattr__(self, "end_token", tuple(self.end_token))
         self._check_numbers()
         self._check_input()
         if self.head_dim is None and self.dim % self.heads:
@@ -193,8 +196,9 @@ class TransformerConfig:
                 f"relative_distance must exceed half of relative_buckets, {self.relative_buckets}, "
                 f"got {self.relative_distance}"
             )
-        for name in ("pad_token", "start_token", "end_token"):
-            token, size = getattr(self, name), self.vocab_size or 0
+        size = self.vocab_size or 0
+        told = [("pad_token", self.pad_token), ("start_token", self.start_token)]
+        for name, token in (*told, *(("end_token", end) for end in self.end_tokens)):
             if token is not None and not 0 <= token < size:
                 raise ValueError(f"{name} must lie in [0, vocab_size = {size}), got {token}")
 
@@ -218,6 +222,13 @@ class TransformerConfig:
             raise ValueError("learned positions need max_length")
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens of end_token, of which there may be none."""
+        if self.end_token is None:
+            return ()
+        return (self.end_token,) if isinstance(self.end_token, int) else self.end_token
+
+    @property
     def head_size(self) -> int:
         return self.head_dim or self.dim // self.heads
 
@@ -237,6 +248,13 @@ def check_field(name: str, value: Any) -> None:
     """
     kind = _TYPES[name]
     kinds = get_args(kind) or (kind,)
+    if isinstance(value, (list, tuple)) and tuple[int, ...] in kinds:
+        if any(item is None or isinstance(item, (list, tuple)) for item in value):
+            raise ValueError(f"{name} must be {kind}, got {files.shown(value)}")
+        for item in value:
+            check_field(name, item)
+        return
+    kinds = tuple(k for k in kinds if k != tuple[int, ...])
     kinds = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         named = kind.__name__ if isinstance(kind, type) else kind

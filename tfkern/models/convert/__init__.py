@@ -4,10 +4,12 @@ Both hold config.json and safetensors, in one file or in several with an index. 
 and nothing is fetched from a network.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,8 +42,11 @@ def load(
     """A model from a directory that `save`, or save_pretrained of transformers, wrote.
 
     Args:
-        directory: with config.json, and model.safetensors or model.safetensors.index.json.
-        dtype: of the parameters; as in the file if None.
+        directory: with config.json, and model.safetensors or model.safetensors.index.json. The
+            tokens that begin and end a text are those of generation_config.json, if transformers
+            wrote one; its rules of sampling are not used: `tfkern.generate.Sampling` has them.
+        dtype: of the parameters; as in the file if None. Of a file with several it is the one that
+            config.json names, or if that is none of them the one of most numbers.
         device: of the model.
         changes: fields of `TransformerConfig`: another head, for instance, whose weights are then
             as they are before training, dropout, or a shorter max_length.
@@ -83,7 +88,7 @@ def load(
         new = _changed_heads(config, changed)
         _adopt(_like(changed), like, new)
     state = ours(stored.read())
-    kind = dtype or next(x.dtype for x in state.values() if x.is_floating_point())
+    kind = dtype or _dtype(stored)
     model = Transformer(changed).to(kind)
     _adopt(model.state_dict(), state, new)
     return model.to(device).eval()
@@ -95,6 +100,7 @@ def save(
     *,
     form: str = "huggingface",
     shard_bytes: int = 5_000_000_000,
+    along: Mapping[str, Path | None] = MappingProxyType({}),
 ) -> None:
     """Writes config.json and the weights into a directory, which is made if need be.
 
@@ -108,6 +114,8 @@ def save(
         directory: where to; files of these names, shards included, are replaced.
         form: "huggingface", which transformers reads, or "tfkern", which holds every model.
         shard_bytes: weights beyond this size are split into several files.
+        along: files that belong to the model, such as those of its tokenizer: names in the
+            directory, and the files to copy there, or None for what shall not be there.
 
     Raises:
         ValueError: another form, or a model that no family of Hugging Face can express.
@@ -129,7 +137,20 @@ def save(
         dtype = next(iter(state.values())).dtype
         description["torch_dtype"] = str(dtype).removeprefix("torch.")
         state = family.save(state, bare)
-    store.write(Path(directory), description, state, shard_bytes)
+    store.write(Path(directory), description, state, shard_bytes, along)
+
+
+def _dtype(stored: store.Stored) -> torch.dtype:
+    """The dtype of a model's weights, which are often kept in float32 in part."""
+    numbers: Counter[torch.dtype] = Counter()
+    for x in stored.like.values():
+        if x.is_floating_point():
+            numbers[x.dtype] += x.numel()
+    for name in ("dtype", "torch_dtype"):  # transformers 5, and before
+        for dtype in numbers:
+            if stored.description.get(name) == str(dtype).removeprefix("torch."):
+                return dtype
+    return max(numbers, key=lambda dtype: numbers[dtype])
 
 
 def _expressed(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:

@@ -210,14 +210,26 @@ class Family:
             fields["classes"] = len(theirs["id2label"] or range(2))
         if fields.get("architecture") == "encoder" and "encoder_layers" in fields:
             fields["layers"] = fields.pop("encoder_layers")
-        for token in ("pad_token", "start_token", "end_token"):
-            if (fields.get(token) or 0) >= (fields.get("vocab_size") or 1):
-                fields[token] = None  # the defaults of transformers in a model of fewer tokens
+        # the defaults of transformers may lie beyond a model of few tokens
+        size = fields.get("vocab_size") or 1
+        for name in ("pad_token", "start_token"):
+            if (fields.get(name) or 0) >= size:
+                fields[name] = None
+        ends = fields.get("end_token")
+        if isinstance(ends, (list, tuple)):
+            fields["end_token"] = tuple(end for end in ends if end < size) or None
+        elif (ends or 0) >= size:
+            fields["end_token"] = None
         return TransformerConfig(**fields)
 
     def _checked(self, theirs: dict[str, Any]) -> dict[str, Any]:
         """The fields that matter, with their defaults."""
         found = {}
+        theirs = {
+            # transformers writes -1 for a token that there is none of
+            name: None if name.endswith("_token_id") and value == -1 else value
+            for name, value in theirs.items()
+        }
         for name, known in (_COMMON | self.fields).items():
             if name in theirs:
                 known.check(name, theirs[name])

@@ -9,7 +9,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ State = dict[str, Tensor]
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what weights may be
 
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _SHARD = re.compile(r"model(-[0-9a-f]{16})?-\d{5}-of-\d{5}\.safetensors")
@@ -37,8 +39,18 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write(directory: Path, description: dict[str, Any], state: State, shard_bytes: int) -> None:
+def write(
+    directory: Path,
+    description: dict[str, Any],
+    state: State,
+    shard_bytes: int,
+    along: Mapping[str, Path | None],
+) -> None:
     """Replaces the model of a directory, which is made if need be.
+
+    Args:
+        along: names of files that change with the model: copies of other files, or None for those
+            that the directory shall not have.
 
     Raises:
         OSError: it cannot be written; the directory has the model that it had.
@@ -66,11 +78,15 @@ def write(directory: Path, description: dict[str, Any], state: State, shard_byte
             text = json.dumps({"metadata": about, "weight_map": where}, indent=2) + "\n"
             (new.folder / _INDEX).write_text(text)
             names.append(_INDEX)
+        copies = {name: path for name, path in along.items() if path is not None}
+        for file, path in copies.items():
+            shutil.copyfile(path, new.folder / file)
         new.settle()
         new.place(*names)  # the last one replaces the model
         if _WEIGHTS not in names:
             new.remove(_WEIGHTS)  # or this does, as it is read rather than an index
-        new.place(_CONFIG)
+        new.remove(*along.keys() - copies.keys())
+        new.place(_CONFIG, *copies)
         new.remove(*{*_old_shards(directory), _INDEX} - {*names})
 
 
@@ -79,7 +95,8 @@ class Stored:
     """A model on disk, of which only the headers have been read.
 
     Attributes:
-        description: what config.json says.
+        description: what config.json says. In a model that another program saved, a field of
+            generation_config.json that names a token replaces the field of the same name.
         like: the weights, without values (on the device "meta").
     """
 
@@ -98,7 +115,7 @@ def read(directory: Path) -> Stored:
     Raises:
         ValueError: there is none, its files belong to several saves, or they cannot be read.
     """
-    paths = (directory / name for name in (_CONFIG, _WEIGHTS, _INDEX))
+    paths = (directory / name for name in (_CONFIG, _WEIGHTS, _INDEX, _GENERATION))
     return files.steadily(lambda: _read(directory), *paths)
 
 
@@ -143,7 +160,19 @@ def _read(directory: Path) -> Stored:
             raise ValueError(f"{config} is of another save than the weights")
         description = files.parse(str(about.get(_CONTENT)), f"{_CONFIG} within the weights")
     description.pop(_SAVE, None)
+    if save is None:  # our own saves have all tokens in config.json
+        description |= _written_tokens(directory / _GENERATION)
     return Stored(description, like, opened)
+
+
+def _written_tokens(path: Path) -> dict[str, Any]:
+    """The tokens with which a text begins and ends, if generation_config.json tells them.
+
+    The token for padding is not among them: that of config.json says which row is not trained.
+    """
+    told = files.read_object(path) if _there(path) else {}
+    ids = {name: value for name, value in told.items() if name.endswith("_token_id")}
+    return {n: v for n, v in ids.items() if v is not None and n != "pad_token_id"}
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
