@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import pydoc_data.topics
+import random
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,18 @@ import torch
 pytest.importorskip("tokenizers")
 
 from tokenizers import Tokenizer as Backend  # noqa: E402
-from tokenizers import models  # noqa: E402
+from tokenizers import (  # noqa: E402
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from tfkern import tokenize  # noqa: E402
 from tfkern.tokenize import Tokenizer  # noqa: E402
+from tfkern.tokenize.trainers import KINDS  # noqa: E402
 
 TOPICS = "".join(pydoc_data.topics.topics.values())
 END = "<|endoftext|>"
@@ -489,3 +500,217 @@ def test_transformers_reads_and_writes_what_was_saved(bert, tmp_path):
     again = tokenize.load(tmp_path)
     assert again.special == bert.special | {"bos": "[BOS]"}
     assert again.encode("a text") == bert.encode("a text")
+
+
+def sentencepiece_bpe():
+    """A BPE with bytes, as conversions of Llama's file: merges make every piece, even "</s>"."""
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(space)
+    words = ["<unk>", "<s>", "</s>", *bytes_]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=words, show_progress=False)
+    backend.train_from_iterator([TOPICS[:50000]], trainer)
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    for piece in ("</", "s>", "<s"):
+        model["vocab"].setdefault(piece, len(model["vocab"]))
+    model["merges"] += [["<", "/"], ["s", ">"], ["</", "s>"], ["<", "s"], ["<s", ">"]]
+    added = described["added_tokens"]
+    described["added_tokens"] = [t for t in added if t["content"] not in bytes_]
+    backend = Backend.from_str(json.dumps(described))
+    joined = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*joined, decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return Tokenizer(backend, {"bos": "<s>", "eos": "</s>", "unk": "<unk>"})
+
+
+def byte_unigram():
+    letters = [(c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz<>/"]
+    bytes_ = [(f"<0x{i:02X}>", -20.0) for i in range(256)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *bytes_, *letters, ("▁the", -1.0)]
+    backend = Backend(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return Tokenizer(backend, {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"})
+
+
+def whole_words(model):
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend, {"unk": "[UNK]", "pad": "[PAD]", "eos": "</s>"})
+
+
+WORDS = {w: i for i, w in enumerate(["[UNK]", "[PAD]", "a", "b", "</s>"])}
+MADE = {
+    "llama": sentencepiece_bpe,
+    "byte_unigram": byte_unigram,
+    "words_by_space": lambda: whole_words(models.WordLevel(WORDS, unk_token="[UNK]")),
+    "pieces_by_space": lambda: whole_words(models.WordPiece(WORDS, unk_token="[UNK]")),
+    "bpe_of_whole_words": lambda: whole_words(
+        models.BPE(WORDS, [], unk_token="[UNK]", ignore_merges=True)
+    ),
+    **{k: partial(tokenize.train, k, [TOPICS[:50000]], 600) for k in KINDS},
+}
+
+
+@pytest.fixture(scope="module", params=MADE)
+def made(request):
+    return MADE[request.param]()
+
+
+def test_no_text_becomes_a_control_token(made):
+    """Special tokens between pieces of text: alone, in pairs, cut off, with a template or not."""
+    added = made.backend.get_added_tokens_decoder()
+    names = sorted(str(token) for token in added.values() if token.special)
+    control = {made.id(name) for name in names} - {
+        made.special_id("unk") if "unk" in made.special else -1
+    }
+    random_ = random.Random(0)
+    pieces = [*names, "a", " ", "b c", "</s", ">", "the", "\n", "＜/s＞"]
+    texts = ["".join(random_.choices(pieces, k=random_.randrange(1, 6))) for _ in range(200)]
+    for template in (False, True):
+        options = {"template": template, "length": 7, "truncate": True, "stride": 1}
+        for text in texts:
+            batches = [made.batch([text], template=template).encodings]
+            with suppress(ValueError):  # the template leaves no room for a pair
+                batches.append(made.batch([text], [text], **options).encodings)
+            for encoding in (e for batch in batches for e in batch):
+                rows = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+                assert not {i for i, of_template in rows if not of_template} & control, text
+                assert all(len(token) < 30 for token in encoding.tokens)  # no secret names
+    name = made.special["eos" if "eos" in made.special else "pad"]
+    text = f"a {name} b"
+    assert (
+        made.encode(text, template=False) == made.batch([text], template=False).tokens[0].tolist()
+    )
+    assert made.id(name) in made.encode(text, allow_special=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte_unigram", "unigram", "bpe"])
+def test_names_of_control_tokens_are_text(kind):
+    tokenizer = MADE[kind]()
+    text = f"a {tokenizer.special['eos']} b"
+    ids = tokenizer.encode(text, template=False)
+    if kind == "unigram":  # it has no piece for some of the characters
+        assert len(ids) > 4 and tokenizer.encode(text)[1] == ids[1]
+    else:
+        assert tokenizer.decode(ids) == text
+
+
+def test_control_tokens_by_role(bert):
+    text = "a [MASK] [SEP] b"
+    only = bert.encode(text, allow_special=["mask"], template=False)
+    assert only.count(103) == 1 and 102 not in only
+    assert only == [*bert.encode("a", template=False), 103, *bert.encode("[SEP] b", template=False)]
+    with pytest.raises(ValueError, match="no token has the role 'bos', only"):
+        bert.encode(text, allow_special=["bos"])
+    with pytest.raises(ValueError, match="allow_special must be a sequence of strings, got 'mask'"):
+        bert.encode(text, allow_special="mask")
+
+
+def test_streams_are_what_decode_gives(made):
+    """Random ids and the ids of texts: characters of several bytes, in long streams, too."""
+    random_ = random.Random(1)
+    texts = ["日本", "é ü", " 👩‍👩‍👧", " a  b", "the </s>"]
+    for n in (1, 7, 40, 200):
+        for _ in range(30):
+            ids = []
+            while len(ids) < n:
+                ids.append(random_.randrange(made.vocab_size))
+                with suppress(ValueError):
+                    ids += made.encode(random_.choice(texts), template=False)
+            for skip in (True, False):
+                pieces = list(made.stream(skip_special=skip).feed(ids))
+                assert "".join(pieces) == made.decode(ids, skip_special=skip)
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte_unigram"])
+def test_streams_of_bytes(kind):
+    made = MADE[kind]()
+    text = "日本 x"
+    ids = made.encode(text, template=False)
+    pieces = list(made.stream().feed(ids))
+    assert "".join(pieces) == text and pieces[-1] == "" and "\ufffd" not in "".join(pieces)
+    eos = made.special_id("eos")
+    apart = [token for i in ids for token in (i, eos)]  # special tokens within a character
+    assert "".join(made.stream().feed(apart)) == text
+    # a byte that makes the whole run invalid
+    spoiled = [*ids[:-2], made.id("<0xFF>")]
+    assert "".join(made.stream().feed(spoiled)) == made.decode(spoiled)
+
+
+def test_streams_decode_a_bounded_number_of_tokens(gpt2, monkeypatch):
+    read = []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(
+        Tokenizer, "decode", lambda self, ids, **k: read.append(len(ids)) or decode(self, ids, **k)
+    )
+    ids = gpt2.encode(TOPICS[:20000])
+    assert "".join(gpt2.stream().feed(ids)) == TOPICS[:20000]
+    assert max(read) < 100
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("stride", {"stride": 3}), ("stride", {"stride": 2**70}), ("stride", {"stride": -1}),
+    ("stride", {"stride": 1.5}), ("stride", {"stride": "1"}), ("length", {"length": 2**70}),
+    ("length", {"length": 9.5}), ("length", {"length": -9, "truncate": False}),
+    ("multiple", {"multiple": "3"}), ("multiple", {"multiple": 2**62}),
+])  # fmt: skip
+def test_numbers_that_the_library_cannot_take(bert, capfd, name, options):
+    """A ValueError that names the argument, and nothing that the library prints when it panics."""
+    told = {"length": 9, "truncate": True} | options
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        bert.batch(["a b c d e f g h"], ["a b c d e f g h"], **told)
+    assert capfd.readouterr().err == ""
+
+
+def test_strides_of_pairs(bert, capfd):
+    """Every stride and length either gives rows or is refused before the library is asked."""
+    word = "a b c d e f g h"
+    for first, second in ((word, word), ("a", word), (word, "a"), ("", word)):
+        for length in range(3, 22):
+            for stride in range(length):
+                with suppress(ValueError):
+                    batch = bert.batch(
+                        [first], [second], length=length, truncate=True, stride=stride
+                    )
+                    assert batch.tokens.shape[1] == length
+    assert capfd.readouterr().err == ""
+
+
+ARGUMENTS = {
+    "texts": ["abc", None, [1], [("a", "b")], ["a\ud800"]],
+    "pairs": ["b", [1], [None]],
+    "text": [("a", "b"), None, 3, "\ud800"],
+    "pair": [3, ("a", "b")],
+    "id": [3, None, "\ud800"],
+    "ids": [["5"], [5.5], [None], [-1], [2**40], 5],
+    "token": ["5", None, 5.5],
+    "characters": [[1], ["\ud800"]],
+    "vocab_size": [2**70, 600.5, None, "600"],
+    "min_frequency": [2**70, 1.5, None, "2"],
+    "learned": [[1], ["\ud800"], [b"x"]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, vs in ARGUMENTS.items() for v in vs])
+def test_arguments_that_the_library_cannot_take(bert, capfd, name, value):
+    calls = {
+        "texts": lambda: bert.batch(value),
+        "pairs": lambda: bert.batch(["a"], value),
+        "text": lambda: bert.encode(value),
+        "pair": lambda: bert.encode("a", value),
+        "id": lambda: bert.id(value),
+        "ids": lambda: bert.decode(value),
+        "token": lambda: bert.stream().push(value),
+        "characters": lambda: tokenize.characters(value),
+    }
+    told = {"texts": [TOPICS[:9000]], "vocab_size": 600}
+    changed = told | {"texts" if name == "learned" else name: value}
+    for kind in (None,) if name in calls else KINDS:
+        with pytest.raises(ValueError):
+            calls[name]() if kind is None else tokenize.train(kind, **changed)
+    assert capfd.readouterr().err == ""

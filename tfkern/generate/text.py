@@ -95,7 +95,7 @@ def fill_mask(
         raise ValueError(f"fill_mask needs head 'mlm', the model has {model.config.head!r}")
     if not 1 <= count <= (model.config.vocab_size or 0):
         raise ValueError(f"count must lie in 1 to {model.config.vocab_size}, got {count}")
-    batch = tokenizer.batch([text], allow_special=True)
+    batch = tokenizer.batch([text], allow_special=["mask"])
     masks = (batch.tokens[0] == tokenizer.special_id("mask")).nonzero()[:, 0]
     if not len(masks):
         raise ValueError(f"the text has no {tokenizer.special['mask']}: {text!r}")

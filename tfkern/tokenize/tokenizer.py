@@ -1,6 +1,8 @@
 """A tokenizer with special tokens by role, padded batches, and decoding as a stream."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +10,10 @@ from typing import Any
 import tokenizers
 import torch
 from tokenizers import AddedToken, Encoding
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from tfkern import files
+from tfkern.tokenize.unspellable import unspellable
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -49,8 +51,9 @@ class Batch:
 class Tokenizer:
     """Text to ids and back.
 
-    Text of a user never becomes a control token: "<|endoftext|>" is encoded as the characters that
-    it is, unless `allow_special=True`.
+    Text of a user never becomes a control token, which is a special token of the backend or one
+    with a role: "<|endoftext|>" is encoded as the characters that it is, unless `allow_special`
+    says otherwise. A tokenizer that has no other tokens for these characters raises ValueError.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
@@ -71,7 +74,9 @@ class Tokenizer:
         self.backend, self.special = backend, dict(special)
         known = {str(token): token for token in backend.get_added_tokens_decoder().values()}
         new = [t for t in special.values() if t not in known or not known[t].special]
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
+        with refusing("the special tokens cannot be added"):
+            backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
+        self._unspellable: dict[frozenset[str], tokenizers.Tokenizer] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +89,8 @@ class Tokenizer:
         Raises:
             ValueError: the vocabulary lacks it.
         """
-        found = self.backend.token_to_id(token)
+        with refusing(f"{files.shown(token)} is no token"):
+            found = self.backend.token_to_id(token)
         if found is None:
             raise ValueError(f"{token!r} is no token of this tokenizer")
         return found
@@ -107,16 +113,18 @@ class Tokenizer:
         pair: str | None = None,
         *,
         template: bool = True,
-        allow_special: bool = False,
+        allow_special: bool | Collection[str] = False,
     ) -> list[int]:
         """The ids of a text, or of a pair of texts.
 
         Args:
             template: put the special tokens of the model around the text, such as [CLS] and [SEP].
-            allow_special: encode special tokens that the text spells out as control tokens.
+            allow_special: encode special tokens that the text spells out as control tokens: all of
+                them, or those with these roles, such as ["mask"].
 
         Raises:
-            ValueError: a character or word that the vocabulary lacks and cannot replace.
+            ValueError: a character or word that the vocabulary lacks and cannot replace, or a role
+                that no token has.
         """
         return self._encode([text], [pair] if pair is not None else None, template, allow_special)[
             0
@@ -133,7 +141,7 @@ class Tokenizer:
         truncate: bool = False,
         stride: int | None = None,
         template: bool = True,
-        allow_special: bool = False,
+        allow_special: bool | Collection[str] = False,
     ) -> Batch:
         """The ids of several texts, padded to one length.
 
@@ -144,7 +152,8 @@ class Tokenizer:
             multiple: the length is rounded up to a multiple of this number.
             truncate: cut off texts that are longer than length, instead of raising.
             stride: with truncate, what is cut off makes further rows, which repeat this many
-                tokens of the row before.
+                tokens of the row before: fewer than a row has beside its special tokens, or of
+                pairs fewer than half of them, as both texts may be cut off.
             template, allow_special: as in `encode`.
 
         Raises:
@@ -153,10 +162,9 @@ class Tokenizer:
         """
         if side not in ("left", "right"):
             raise ValueError(f"side must be left or right, got {side!r}")
-        if multiple < 1:
-            raise ValueError(f"multiple must be positive, got {multiple}")
-        if pairs is not None and len(pairs) != len(texts):
-            raise ValueError(f"there are {len(texts)} texts and {len(pairs)} pairs")
+        multiple = integer("multiple", multiple, 1)
+        length = None if length is None else integer("length", length, 0)
+        stride = None if stride is None else integer("stride", stride, 0)
         if truncate and length is None:
             raise ValueError("truncate needs length")
         if stride is not None and not truncate:
@@ -189,7 +197,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
         with refusing("the tokens cannot be decoded"):
-            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+            return self.backend.decode([operator.index(i) for i in ids], skip_special)
 
     def stream(self, *, skip_special: bool = True) -> "Stream":
         """A `Stream` that decodes ids one by one."""
@@ -200,53 +208,109 @@ class Tokenizer:
         texts: Sequence[str],
         pairs: Sequence[str] | None,
         template: bool,
-        allow_special: bool,
+        allow_special: bool | Collection[str],
         limit: int | None = None,
         stride: int = 0,
     ) -> list[Encoding]:
-        backend = self.backend
-        backend.encode_special_tokens = not allow_special
         if limit is not None:
             room = limit
             if template:
-                room -= backend.num_special_tokens_to_add(pairs is not None)
+                room -= self.backend.num_special_tokens_to_add(pairs is not None)
             if room < 1:
                 raise ValueError(f"length = {limit} leaves no room beside {limit - room} tokens")
-            if not 0 <= stride < room:
-                raise ValueError(f"stride must lie in [0, {room}), got {stride}")
-            backend.enable_truncation(limit, stride=stride)
-        inputs: Any = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        try:
-            with refusing("the text cannot be encoded"):
-                return backend.encode_batch(inputs, add_special_tokens=template)
-        finally:
-            backend.no_truncation()
-            backend.encode_special_tokens = False
+            most = room if pairs is None else max(room // 2, 1)
+            if stride >= most:
+                raise ValueError(f"stride must lie in [0, {most}), got {stride}")
+        inputs: list[Any] = list(strings("texts", texts))
+        if pairs is not None:
+            second = strings("pairs", pairs)
+            if len(second) != len(inputs):
+                raise ValueError(f"there are {len(inputs)} texts and {len(second)} pairs")
+            inputs = list(zip(inputs, second, strict=True))
+
+        def run(backend: tokenizers.Tokenizer, inputs: list[Any], special: bool) -> list[Encoding]:
+            if limit is not None:
+                backend.enable_truncation(limit, stride=stride)
+            backend.encode_special_tokens = not special
+            try:
+                with refusing("the text cannot be encoded"):
+                    return backend.encode_batch(inputs, add_special_tokens=template)
+            finally:
+                backend.no_truncation()
+                backend.encode_special_tokens = False
+
+        if allow_special is True:
+            return run(self.backend, inputs, True)
+        roles = strings("allow_special", allow_special or ())
+        if absent := [role for role in roles if role not in self.special]:
+            self.special_id(absent[0])  # raises
+        allowed = frozenset(self.special[role] for role in roles)
+        if allowed:
+            return run(self._without(allowed), inputs, True)
+        found = run(self.backend, inputs, False)
+        control = {i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        if wrong := [i for i, e in enumerate(found) if _spells(e, control)]:
+            again = run(self._without(allowed), [inputs[i] for i in wrong], False)
+            for i, encoding in zip(wrong, again, strict=True):
+                found[i] = encoding
+        return found
+
+    def _without(self, allowed: frozenset[str]) -> tokenizers.Tokenizer:
+        """The backend for encoding, in which texts spell no control token but the allowed."""
+        if allowed not in self._unspellable:
+            added = self.backend.get_added_tokens_decoder().values()
+            control = {str(token) for token in added if token.special}
+            self._unspellable[allowed] = unspellable(self.backend, control - allowed)
+        return self._unspellable[allowed]
+
+
+def _spells(encoding: Encoding, control: set[int]) -> bool:
+    """Whether a text has become one of these tokens, beside those of the template."""
+    return any(
+        token in control and not of_template
+        for row in (encoding, *encoding.overflowing)
+        for token, of_template in zip(row.ids, row.special_tokens_mask, strict=True)
+    )
 
 
 class Stream:
     """Text from ids that come one by one.
 
-    A character of several tokens comes with the last of them, so that the pieces put together are
-    what `decode` gives."""
+    The pieces put together are what `decode` gives. So a piece ends before what a later token may
+    change: bytes that are no whole character yet, and characters of tokens that stand for one byte
+    each, up to the next token that does not. `decode` makes such a run of bytes U+FFFD in whole if
+    a part of it is no UTF-8.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special
-        self._stream = DecodeStream(skip_special_tokens=skip_special)
-        self._ids: list[int] = []
-        self._length = 0
+        self._special: set[int] = set()
+        if skip_special:
+            added = tokenizer.backend.get_added_tokens_decoder()
+            self._special = {i for i, token in added.items() if token.special}
+        self._ids: list[int] = []  # the last ones, enough to decode those that follow
+        self._length = 0  # of the text of these ids that has been given
 
     def push(self, token: int) -> str:
         """The text that this token makes certain: often its own text, sometimes none."""
-        self._ids.append(int(token))
-        with refusing("the tokens cannot be decoded"):
-            piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
-        self._length += len(piece)
+        self._decode([token])  # raises for what is no token
+        token = operator.index(token)
+        if token in self._special:
+            return ""
+        self._ids.append(token)
+        if _BYTE.fullmatch(self._tokenizer.backend.id_to_token(token) or ""):
+            return ""
+        text = self._decode(self._ids)
+        certain = text.rstrip("\ufffd")
+        piece = certain[self._length :]
+        self._length = max(self._length, len(certain))
+        if len(self._ids) > 2 * _CONTEXT and certain == text:
+            self._forget(text)
         return piece
 
     def finish(self) -> str:
         """The rest of the text: an incomplete character becomes U+FFFD."""
-        rest = self._tokenizer.decode(self._ids, skip_special=self._skip)[self._length :]
+        rest = self._decode(self._ids)[self._length :]
         self._length += len(rest)
         return rest
 
@@ -255,6 +319,53 @@ class Stream:
         for token in tokens:
             yield self.push(token)
         yield self.finish()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip)
+
+    def _forget(self, text: str) -> None:
+        """Keeps the last ids alone, if the text ends with theirs: the first of them may lack a
+        space in front, but may not begin within a character or a word."""
+        last = self._ids[-_CONTEXT:]
+        end = self._decode(last)
+        if end and text.endswith(end):
+            self._ids, self._length = last, len(end)
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_CONTEXT = 16  # tokens that a stream decodes again with those that follow
+
+
+def integer(name: str, value: Any, low: int) -> int:
+    """`value` as an integer that the library can take.
+
+    Raises:
+        ValueError: it is no integer, or less than `low`, which is 0 or 1, or not less than 2**31.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {files.shown(value)}") from None
+    if number < low:
+        kind = "be positive" if low else "not be negative"
+        raise ValueError(f"{name} must {kind}, got {files.shown(number)}")
+    if number >= 2**31:
+        raise ValueError(f"{name} must be less than 2**31, got {files.shown(number)}")
+    return number
+
+
+def strings(name: str, values: Collection[str]) -> Collection[str]:
+    """`values`, if they are several strings.
+
+    Raises:
+        ValueError: they are one string, or something else than strings.
+    """
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise ValueError(f"{name} must be a sequence of strings, got {files.shown(values)}")
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must hold strings, got {files.shown(value)}")
+    return values
 
 
 @contextmanager

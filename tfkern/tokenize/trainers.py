@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tfkern.ops import checks
-from tfkern.tokenize.tokenizer import Tokenizer
+from tfkern.tokenize.tokenizer import Tokenizer, integer, refusing, strings
 from tfkern.tokenize.vocabularies import byte_level, unigram, word_piece
 
 KINDS = ("words", "bpe", "wordpiece", "unigram")
@@ -19,8 +19,10 @@ def characters(texts: Iterable[str]) -> Tokenizer:
 
     Other characters raise ValueError in `encode`.
     """
-    alphabet = sorted({c for text in texts for c in text})
-    backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}))
+    alphabet = sorted({c for text in strings("texts", list(texts)) for c in text})
+    with refusing("the texts have a character that no file can hold"):
+        model = models.WordLevel({c: i for i, c in enumerate(alphabet)})
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     return Tokenizer(backend, {})
@@ -55,9 +57,9 @@ def train(
     checks.choice("kind", kind, KINDS)
     if isinstance(texts, str):
         raise ValueError(f"texts must be a sequence of strings, got {texts[:40]!r}")
-    if min_frequency < 0:
-        raise ValueError(f"min_frequency must not be negative, got {min_frequency}")
-    texts = list(texts)  # read more than once
+    min_frequency = integer("min_frequency", min_frequency, 0)
+    vocab_size = integer("vocab_size", vocab_size, 0)
+    texts = list(strings("texts", list(texts)))  # read more than once
     if kind == "bpe":
         return _train_bpe(texts, vocab_size, min_frequency)
     if kind == "wordpiece":
