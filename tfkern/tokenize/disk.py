@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 
 from tfkern import files
+from tfkern.tokenize import folders
 from tfkern.tokenize.tokenizer import ROLES, Tokenizer, refusing
-from tfkern.tokenize.vocabularies import bert, gpt2, t5
 
 _TOKENIZER, _CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # Keys of the configuration: the digest of its tokenizer.json, and the digest and the roles of the
@@ -22,11 +22,11 @@ def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, or of a directory with one.
 
     A directory may also have tokenizer_config.json or special_tokens_map.json, which tell the
-    roles. In place of tokenizer.json it may have vocab.json and merges.txt (as GPT-2), vocab.txt
-    (as BERT) or spiece.model (as T5).
+    roles. In place of tokenizer.json it may have the vocabulary of a tokenizer of GPT-1, GPT-2,
+    BERT, BART, RoBERTa, T5 or Llama: see `tfkern.tokenize.folders`.
 
     Raises:
-        ValueError: there is no such file, or its content is no tokenizer.
+        ValueError: there is no such file, or its content is no tokenizer or is not understood.
     """
     path = Path(path)
     try:
@@ -34,17 +34,9 @@ def load(path: str | Path) -> Tokenizer:
         if file.exists():
             paths = (file, file.parent / _CONFIG, file.parent / _MAP)
             return files.steadily(lambda: _read(file), *paths)
-        if (path / "vocab.json").exists() and (path / "merges.txt").exists():
-            return gpt2(path / "vocab.json", path / "merges.txt")
-        if (path / "vocab.txt").exists():
-            return bert(path / "vocab.txt")
-        if (path / "spiece.model").exists():
-            return t5(path / "spiece.model")
+        return folders.read(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    raise ValueError(
-        f"{path} has neither {_TOKENIZER} nor vocab.json and merges.txt, vocab.txt or spiece.model"
-    )
 
 
 def save(tokenizer: Tokenizer, directory: str | Path) -> None:

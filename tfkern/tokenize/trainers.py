@@ -7,8 +7,9 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tfkern.ops import checks
+from tfkern.tokenize.pieces import pieces
 from tfkern.tokenize.tokenizer import Tokenizer, integer, refusing, strings
-from tfkern.tokenize.vocabularies import byte_level, unigram, word_piece
+from tfkern.tokenize.vocabularies import byte_level, word_piece
 
 KINDS = ("words", "bpe", "wordpiece", "unigram")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -153,7 +154,7 @@ def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise ValueError(f"no vocabulary of {vocab_size} from these texts: {error}") from None
-    return unigram(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    return pieces(model.getvalue())
 
 
 def _check_room(vocab_size: int, needed: int) -> None:

@@ -1,0 +1,217 @@
+"""Directories without tokenizer.json: a vocabulary, and files that say how it is meant.
+
+What transformers makes of such a directory is what comes out here. A setting that is not understood
+raises ValueError, as its vocabulary would be misread without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from tfkern import files
+from tfkern.tokenize.tokenizer import ROLES, Tokenizer
+from tfkern.tokenize.vocabularies import bart, bert, gpt1, gpt2, llama, t5
+
+_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+# settings that do not change which ids a text has
+_HARMLESS = {
+    "_commit_hash", "auto_map", "backend", "chat_template", "clean_up_tokenization_spaces",
+    "deprecation_warnings", "errors", "full_tokenizer_file", "is_local", "local_files_only",
+    "legacy", "max_len", "max_length", "model_input_names", "model_max_length", "name_or_path",
+    "pad_to_multiple_of", "pad_token_type_id", "padding_side", "processor_class", "stride",
+    "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "transformers_version",
+    "trim_offsets", "truncation_side", "truncation_strategy", "use_default_system_prompt",
+    "use_fast", "vocab_file", "merges_file",
+}  # fmt: skip
+_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of tokenizers.
+
+    Attributes:
+        make: the function that reads its files.
+        names: the names of these files.
+        settings: by the names of transformers: the argument of `make` that each of them is.
+        fixed: settings that have to be absent or this.
+    """
+
+    make: Callable[..., Tokenizer]
+    names: tuple[str, ...]
+    settings: dict[str, str]
+    fixed: dict[str, Any]
+
+
+_PAIR = ("vocab.json", "merges.txt")
+_ENDS = {"add_bos_token": "begins", "add_eos_token": "ends"}
+_BERT = Kind(
+    bert,
+    ("vocab.txt",),
+    {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "chinese",
+    },
+    {"do_basic_tokenize": True, "never_split": []},
+)
+_GPT2 = Kind(gpt2, _PAIR, {"add_prefix_space": "prefix_space", **_ENDS}, {})
+_BART = Kind(bart, _PAIR, {"add_prefix_space": "prefix_space"}, {})
+_GPT1 = Kind(gpt1, _PAIR, {}, {})
+_T5 = Kind(t5, ("spiece.model",), {"extra_ids": "sentinels"}, {"sp_model_kwargs": {}})
+_LLAMA = Kind(llama, ("tokenizer.model",), _ENDS, {"sp_model_kwargs": {}, "add_prefix_space": True})
+KINDS = {
+    **dict.fromkeys(("Bert", "DistilBert", "Electra", "MobileBert", "Retribert"), _BERT),
+    **dict.fromkeys(("Bart", "Roberta", "Longformer"), _BART),
+    "GPT2": _GPT2,
+    "OpenAIGPT": _GPT1,
+    "T5": _T5,
+    "Llama": _LLAMA,
+}
+# the class of a model, where no file names that of its tokenizer
+_MODELS = {
+    "bert": "Bert", "distilbert": "DistilBert", "electra": "Electra", "gpt2": "GPT2",
+    "gpt_neo": "GPT2", "gptj": "GPT2", "opt": "GPT2", "openai-gpt": "OpenAIGPT", "bart": "Bart",
+    "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "t5": "T5", "mt5": "T5", "llama": "Llama",
+}  # fmt: skip
+
+
+def read(directory: Path) -> Tokenizer:
+    """The tokenizer of a directory without tokenizer.json.
+
+    Raises:
+        ValueError: there is none, or one of a class or with settings that are not understood.
+    """
+    told = _object(directory / _CONFIG)
+    if told.get("added_tokens_decoder") is None:  # as old versions of transformers write it
+        told |= _object(directory / _MAP)
+    kind = _kind(directory, told)
+    extra = [token for name in _EXTRA for token in _several(name, told.pop(name, None))]
+    roles = {role: _token(f"{role}_token", told.pop(f"{role}_token", None)) for role in ROLES}
+    settings: dict[str, Any] = {}
+    for name, value in told.items():
+        if value is None or name in _HARMLESS or name == "added_tokens_decoder":
+            continue
+        if name in kind.settings and isinstance(value, bool | int):
+            settings[kind.settings[name]] = value
+        elif name.endswith("_token") and isinstance(value, str | dict):
+            extra += _several(name, [value])  # a role that models of one class have
+        elif name not in kind.fixed or kind.fixed[name] != value:
+            raise ValueError(
+                f"{directory / _CONFIG}: {name} = {files.shown(value)} is not understood"
+            )
+    if kind is _T5 and (count := sum(str(t).startswith("<extra_id_") for t in extra)):
+        if settings.setdefault("sentinels", count) != count:
+            raise ValueError(f"{directory / _CONFIG}: extra_ids differ from {count} extra tokens")
+    special = {role: token for role, token in roles.items() if token is not None}
+    added = _added(directory, told, {*map(str, special.values()), *map(str, extra)})
+    by_name = {str(token): token for token in added.values()}
+    special = {role: by_name.get(str(token), token) for role, token in special.items()}
+    tokenizer = kind.make(
+        *(directory / name for name in kind.names),
+        **settings,
+        special={**{str(i): token for i, token in sorted(added.items())}, **special},
+    )
+    tokenizer.backend.add_special_tokens([by_name.get(str(t), t) for t in extra])
+    for i, token in added.items():
+        if tokenizer.id(str(token)) != i:
+            raise ValueError(
+                f"{directory}: the added token {files.shown(str(token))} has the id "
+                f"{tokenizer.id(str(token))} after the vocabulary, and not {i}"
+            )
+    return tokenizer
+
+
+def _kind(directory: Path, told: dict[str, Any]) -> Kind:
+    """The class that the files name, or if none does, that which alone has such files."""
+    model = _object(directory / "config.json")
+    name = told.get("tokenizer_class") or model.get("tokenizer_class")
+    if name is None and model.get("model_type") is not None:
+        name = _MODELS.get(str(model["model_type"]), str(model["model_type"]))
+    if name is None:
+        name = _by_files(directory)
+    kind = KINDS.get(str(name).removesuffix("Fast").removesuffix("Tokenizer"))
+    if kind is None:
+        raise ValueError(
+            f"{directory}: the tokenizer {files.shown(name)} is read from tokenizer.json alone; "
+            f"from a vocabulary those of {', '.join(KINDS)} are"
+        )
+    for file in kind.names:
+        if not (directory / file).exists():
+            raise ValueError(f"{directory} has neither tokenizer.json nor {file}")
+    return kind
+
+
+def _by_files(directory: Path) -> str:
+    if all((directory / name).exists() for name in _PAIR):
+        names = files.read_object(directory / _PAIR[0])
+        here = [
+            name
+            for name, marks in {
+                "GPT2": ("<|endoftext|>",),
+                "Bart": ("<s>", "</s>", "<mask>"),
+                "OpenAIGPT": ("<unk>", "e</w>"),
+            }.items()
+            if all(mark in names for mark in marks)
+        ]
+        if len(here) == 1:
+            return here[0]
+        raise ValueError(
+            f"{directory} has vocab.json and merges.txt, which several tokenizers have: "
+            f"tokenizer_class in {_CONFIG} has to name one"
+        )
+    for name, file in (("Bert", "vocab.txt"), ("T5", "spiece.model"), ("Llama", "tokenizer.model")):
+        if (directory / file).exists():
+            return name
+    raise ValueError(
+        f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
+        "spiece.model or tokenizer.model"
+    )
+
+
+def _added(directory: Path, told: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
+    """The tokens that were added to the vocabulary, by id."""
+    found = told.get("added_tokens_decoder")
+    if found is not None:
+        if not isinstance(found, dict) or not all(key.isdecimal() for key in found):
+            raise ValueError(f"added_tokens_decoder must hold tokens, got {files.shown(found)}")
+        tokens = {int(i): _token(f"added_tokens_decoder: {i}", t) for i, t in found.items()}
+        return {
+            i: t if isinstance(t, AddedToken) else AddedToken(t) for i, t in tokens.items() if t
+        }
+    tokens = {}
+    for name, i in _object(directory / _ADDED).items():
+        if type(i) is not int or i in tokens:
+            raise ValueError(f"{directory / _ADDED}: {files.shown(name)} has no id of its own")
+        tokens[i] = AddedToken(name, special=name in special, normalized=name not in special)
+    return tokens
+
+
+def _token(name: str, value: Any) -> str | AddedToken | None:
+    """A token as the files have it: its name, or an object with what it takes in of a text."""
+    if isinstance(value, dict):
+        flags = {k: v for k, v in value.items() if k not in ("content", "__type", "id")}
+        known = {"lstrip", "rstrip", "single_word", "normalized", "special"}
+        content = value.get("content")
+        if flags.keys() <= known and all(isinstance(flag, bool) for flag in flags.values()):
+            if isinstance(content, str) and content:
+                decoded = name.startswith("added_tokens_decoder")
+                return AddedToken(content, **(flags if decoded else flags | {"special": True}))
+    if isinstance(value, str) or value is None:
+        return value or None
+    raise ValueError(f"{name} must be a string, got {files.shown(value)}")
+
+
+def _several(name: str, value: Any) -> list[str | AddedToken]:
+    """Further special tokens, in a list or by names of their own."""
+    values = list(value.values()) if isinstance(value, dict) else value or []
+    if not isinstance(values, list):
+        raise ValueError(f"{name} must be a list of tokens, got {files.shown(value)}")
+    return [token for token in (_token(name, item) for item in values) if token is not None]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return files.read_object(path) if path.exists() else {}
