@@ -3,7 +3,7 @@
 from tfkern.tokenize.disk import load, save
 from tfkern.tokenize.tokenizer import Batch, Stream, Tokenizer
 from tfkern.tokenize.trainers import characters, train
-from tfkern.tokenize.vocabularies import bart, bert, gpt2, t5
+from tfkern.tokenize.vocabularies import bart, bert, gpt1, gpt2, llama, sentencepiece, t5
 
 __all__ = [
     "Batch",
@@ -12,9 +12,12 @@ __all__ = [
     "bart",
     "bert",
     "characters",
+    "gpt1",
     "gpt2",
+    "llama",
     "load",
     "save",
+    "sentencepiece",
     "t5",
     "train",
 ]

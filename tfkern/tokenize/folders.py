@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from tfkern import files
 from tfkern.tokenize.tokenizer import ROLES, Tokenizer
-from tfkern.tokenize.vocabularies import bart, bert, gpt1, gpt2, llama, t5
+from tfkern.tokenize.vocabularies import bart, bert, gpt1, gpt2, llama, sentencepiece, t5
 
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 # settings that do not change which ids a text has
@@ -126,10 +126,10 @@ def read(directory: Path) -> Tokenizer:
 
 
 def _kind(directory: Path, told: dict[str, Any]) -> Kind:
-    """The class that the files name, or if none does, that which alone has such files."""
+    """The class that the files name, or if none does, the one that has such a vocabulary."""
     model = _object(directory / "config.json")
     name = told.get("tokenizer_class") or model.get("tokenizer_class")
-    if name is None and model.get("model_type") is not None:
+    if name is None and model.get("model_type") not in (None, "tfkern"):
         name = _MODELS.get(str(model["model_type"]), str(model["model_type"]))
     if name is None:
         name = _by_files(directory)
@@ -146,30 +146,38 @@ def _kind(directory: Path, told: dict[str, Any]) -> Kind:
 
 
 def _by_files(directory: Path) -> str:
+    """The class whose special tokens a vocabulary has."""
+    here: dict[str, bool] = {}
     if all((directory / name).exists() for name in _PAIR):
         names = files.read_object(directory / _PAIR[0])
-        here = [
-            name
-            for name, marks in {
-                "GPT2": ("<|endoftext|>",),
-                "Bart": ("<s>", "</s>", "<mask>"),
-                "OpenAIGPT": ("<unk>", "e</w>"),
-            }.items()
-            if all(mark in names for mark in marks)
-        ]
-        if len(here) == 1:
-            return here[0]
+        marks = {"GPT2": {"<|endoftext|>"}, "Bart": {"<s>", "</s>", "<mask>"}}
+        here = {name: of <= names.keys() for name, of in marks.items()}
+        here["OpenAIGPT"] = "<unk>" in names and any(name.endswith("</w>") for name in names)
+    elif (file := directory / "vocab.txt").exists():
+        words = files.read(file).split()
+        here = {"Bert": {b"[UNK]", b"[CLS]", b"[SEP]"} <= {*words}}
+    else:
+        models = {
+            "T5": ("spiece.model", "pad eos unk"),
+            "Llama": ("tokenizer.model", "unk bos eos"),
+        }
+        for name, (model, roles) in models.items():
+            if (file := directory / model).exists():
+                found = sentencepiece(file)
+                ids = {role: found.special_id(role) for role in found.special}
+                here[name] = ids == {role: i for i, role in enumerate(roles.split())}
+    if not here:
         raise ValueError(
-            f"{directory} has vocab.json and merges.txt, which several tokenizers have: "
-            f"tokenizer_class in {_CONFIG} has to name one"
+            f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
+            "spiece.model or tokenizer.model"
         )
-    for name, file in (("Bert", "vocab.txt"), ("T5", "spiece.model"), ("Llama", "tokenizer.model")):
-        if (directory / file).exists():
-            return name
-    raise ValueError(
-        f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
-        "spiece.model or tokenizer.model"
-    )
+    if sum(here.values()) != 1:
+        raise ValueError(
+            f"{directory} has the vocabulary of {' or '.join(k for k, v in here.items() if v)}"
+            f"{'' if any(here.values()) else 'an unknown tokenizer'}: tokenizer_class in {_CONFIG} "
+            "has to name it"
+        )
+    return next(name for name, found in here.items() if found)
 
 
 def _added(directory: Path, told: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
@@ -178,10 +186,8 @@ def _added(directory: Path, told: dict[str, Any], special: set[str]) -> dict[int
     if found is not None:
         if not isinstance(found, dict) or not all(key.isdecimal() for key in found):
             raise ValueError(f"added_tokens_decoder must hold tokens, got {files.shown(found)}")
-        tokens = {int(i): _token(f"added_tokens_decoder: {i}", t) for i, t in found.items()}
-        return {
-            i: t if isinstance(t, AddedToken) else AddedToken(t) for i, t in tokens.items() if t
-        }
+        read = ((int(i), _token(f"added_tokens_decoder: {i}", t)) for i, t in found.items())
+        return {i: token for i, token in read if isinstance(token, AddedToken)}
     tokens = {}
     for name, i in _object(directory / _ADDED).items():
         if type(i) is not int or i in tokens:
