@@ -218,7 +218,7 @@ def test_files_that_several_tokenizers_have(tmp_path):
     gpt1_files(tmp_path)
     assert tokenize.load(tmp_path).special == {"unk": "<unk>"}
     gpt2_files(tmp_path, more=["<s>", "</s>", "<mask>"])
-    with pytest.raises(ValueError, match="vocabulary of GPT2 or Bart: tokenizer_class in"):
+    with pytest.raises(ValueError, match="vocab.json may be of GPT2 or Bart: tokenizer_class in"):
         tokenize.load(tmp_path)
     write(tmp_path, "config.json", {"model_type": "tfkern"})
     write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "GPT2TokenizerFast"})
@@ -234,7 +234,9 @@ def test_vocabularies_of_other_tokenizers_are_not_guessed(name, tmp_path):
     else:
         write(tmp_path, name, '{"a": 0, "<s>": 1}' if name == "vocab.json" else "<s>\na\nb")
         write(tmp_path, "merges.txt", "#version: 0.2\n")
-    with pytest.raises(ValueError, match="vocabulary of an unknown tokenizer: tokenizer_class in"):
+    with pytest.raises(
+        ValueError, match=f"{name} may be of an unknown tokenizer: tokenizer_class in"
+    ):
         tokenize.load(tmp_path)
 
 

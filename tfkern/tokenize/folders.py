@@ -146,38 +146,54 @@ def _kind(directory: Path, told: dict[str, Any]) -> Kind:
 
 
 def _by_files(directory: Path) -> str:
-    """The class whose special tokens a vocabulary has."""
-    here: dict[str, bool] = {}
-    if all((directory / name).exists() for name in _PAIR):
-        names = files.read_object(directory / _PAIR[0])
-        marks = {"GPT2": {"<|endoftext|>"}, "Bart": {"<s>", "</s>", "<mask>"}}
-        here = {name: of <= names.keys() for name, of in marks.items()}
-        here["OpenAIGPT"] = "<unk>" in names and any(name.endswith("</w>") for name in names)
-    elif (file := directory / "vocab.txt").exists():
-        words = files.read(file).split()
-        here = {"Bert": {b"[UNK]", b"[CLS]", b"[SEP]"} <= {*words}}
-    else:
-        models = {
-            "T5": ("spiece.model", "pad eos unk"),
-            "Llama": ("tokenizer.model", "unk bos eos"),
-        }
-        for name, (model, roles) in models.items():
-            if (file := directory / model).exists():
-                found = sentencepiece(file)
-                ids = {role: found.special_id(role) for role in found.special}
-                here[name] = ids == {role: i for i, role in enumerate(roles.split())}
-    if not here:
+    """The class whose special tokens the vocabulary has."""
+    for names, candidates in _CANDIDATES.items():
+        if not all((directory / name).exists() for name in names):
+            continue
+        here = [name for name, fits in candidates.items() if fits(directory / names[0])]
+        if len(here) == 1:
+            return here[0]
         raise ValueError(
-            f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
-            "spiece.model or tokenizer.model"
+            f"{directory / names[0]} may be of {' or '.join(here) or 'an unknown tokenizer'}: "
+            f"tokenizer_class in {_CONFIG} has to name it"
         )
-    if sum(here.values()) != 1:
-        raise ValueError(
-            f"{directory} has the vocabulary of {' or '.join(k for k, v in here.items() if v)}"
-            f"{'' if any(here.values()) else 'an unknown tokenizer'}: tokenizer_class in {_CONFIG} "
-            "has to name it"
-        )
-    return next(name for name, found in here.items() if found)
+    raise ValueError(
+        f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
+        "spiece.model or tokenizer.model"
+    )
+
+
+def _has(*tokens: str) -> Callable[[Path], bool]:
+    """Whether a vocab.json has these tokens, of which one may be the end of others."""
+    return lambda file: all(
+        any(name.endswith(token) for name in files.read_object(file)) for token in tokens
+    )
+
+
+def _begins_with(*roles: str) -> Callable[[Path], bool]:
+    """Whether the first tokens of a model of SentencePiece have these roles, and no others do."""
+
+    def fits(file: Path) -> bool:
+        found = sentencepiece(file)
+        ids = {role: found.special_id(role) for role in found.special}
+        return ids == {role: i for i, role in enumerate(roles)}
+
+    return fits
+
+
+# by the files of a vocabulary: the classes that it may be of, and whether it is
+_CANDIDATES: dict[tuple[str, ...], dict[str, Callable[[Path], bool]]] = {
+    _PAIR: {
+        "GPT2": _has("<|endoftext|>"),
+        "Bart": _has("<s>", "</s>", "<mask>"),
+        "OpenAIGPT": _has("<unk>", "</w>"),
+    },
+    _BERT.names: {
+        "Bert": lambda file: {b"[UNK]", b"[CLS]", b"[SEP]"} <= {*files.read(file).split()}
+    },
+    _T5.names: {"T5": _begins_with("pad", "eos", "unk")},
+    _LLAMA.names: {"Llama": _begins_with("unk", "bos", "eos")},
+}
 
 
 def _added(directory: Path, told: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
