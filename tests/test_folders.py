@@ -448,3 +448,28 @@ def test_models_that_are_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="spiece.model: "):
             tokenize.t5(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_end|>", "<absent>"]}),
+        ("special_tokens_map.json", {"extra_special_tokens": [{"content": "<|im_end|>"}]}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"257": {"content": "<|im_end|>", "special": True}}},
+        ),
+        ("tokenizer_config.json", {"extra_special_tokens": {"end_of_turn": "<|im_end|>"}}),
+    ],
+)
+def test_special_tokens_without_a_role(file, told, tmp_path):
+    """A token that tokenizer.json has as text, and the file beside it as special, is special."""
+    tokenizer = tokenize.train("bpe", ["a"], 257)
+    tokenizer.backend.add_tokens(["<|im_end|>"])
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    assert 257 in tokenize.load(tmp_path).encode("a<|im_end|>")
+    write(tmp_path, file, told)
+    ours = tokenize.load(tmp_path)
+    assert 257 not in ours.encode("a<|im_end|>") and ours.vocab_size == 258
+    assert 257 in ours.encode("a<|im_end|>", allow_special=True)
+    assert ours.decode([257]) == ""

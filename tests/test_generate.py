@@ -186,6 +186,25 @@ def test_samples(models):
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
+def test_ends_of_a_saved_model_are_those_of_transformers(models, tmp_path):
+    """A folder as today's models have it: several ends, in generation_config.json alone."""
+    _, theirs = models["gpt2"]
+    rows, tokens, mask = prompts("gpt2")
+    free = new_tokens("gpt2", hf_generate(theirs, tokens, mask, max_new_tokens=12), 7)
+    before = theirs.generation_config.eos_token_id
+    try:
+        theirs.generation_config.eos_token_id = [int(free[0, 4]), int(free[1, 6])]
+        theirs.save_pretrained(tmp_path)
+        expected = new_tokens("gpt2", hf_generate(theirs, tokens, mask, max_new_tokens=12), 7)
+    finally:
+        theirs.generation_config.eos_token_id = before
+    ours = load(tmp_path)
+    assert len(ours.config.end_tokens) == 2
+    for row, wanted in zip(generate(ours, rows, 12, sampling=GREEDY), expected, strict=True):
+        assert row.tolist() == wanted[: len(row)].tolist()
+        assert int(row[-1]) in ours.config.end_tokens and not wanted[len(row) :].any()
+
+
 def test_any_of_several_end_tokens_ends_a_text(models):
     """The configuration's ends, alone, in a batch and under beams: rows end as if told by hand."""
     ours, _ = models["gpt2"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from tfkern import files
 from tfkern.tokenize import folders
@@ -56,7 +57,7 @@ def save(tokenizer: Tokenizer, directory: str | Path) -> None:
         config[_OF] = _digest(content)
         with suppress(ValueError):  # no former tokenizer that could be read
             before = files.read(directory / _TOKENIZER)
-            config[_BEFORE] = {_OF: _digest(before), **_roles(directory, before)}
+            config[_BEFORE] = {_OF: _digest(before), **_told(directory, before)[0]}
         (new.folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (new.folder / _TOKENIZER).write_bytes(content)
         new.settle()
@@ -70,17 +71,21 @@ def _read(file: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(content.decode())
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, _roles(file.parent, content))
+    roles, special = _told(file.parent, content)
+    tokenizer = Tokenizer(backend, roles)
+    backend.add_special_tokens([t for t in special if backend.token_to_id(str(t)) is not None])
+    return tokenizer
 
 
-def _roles(directory: Path, tokenizer: bytes) -> dict[str, str]:
-    """The special tokens by role that a directory tells for a tokenizer.json with this content."""
+def _told(directory: Path, tokenizer: bytes) -> tuple[dict[str, str], list[str | AddedToken]]:
+    """The special tokens by role that a directory tells for a tokenizer.json with this content, and
+    further ones that have no role."""
     config = directory / _CONFIG
     told = files.read_object(config) if config.exists() else {}
     before = told.get(_BEFORE)
     of = _digest(tokenizer)
     if isinstance(before, dict) and before.get(_OF) == of:  # a save was cut off
-        return {role: before[role] for role in ROLES if role in before}
+        return {role: before[role] for role in ROLES if role in before}, []
     others = directory / _MAP
     if told.get(_OF) != of and others.exists():
         told = files.read_object(others) | told
@@ -92,7 +97,9 @@ def _roles(directory: Path, tokenizer: bytes) -> dict[str, str]:
             raise ValueError(f"{config}: {role}_token must be a string, got {files.shown(token)}")
         if token:
             special[role] = token
-    return special
+    extra = [t for name in folders.EXTRA for t in folders.several(name, told.get(name))]
+    added = folders.added(directory, told, set()) if "added_tokens_decoder" in told else {}
+    return special, [*extra, *(token for token in added.values() if token.special)]
 
 
 def _digest(content: bytes) -> str:

@@ -26,7 +26,7 @@ _HARMLESS = {
     "trim_offsets", "truncation_side", "truncation_strategy", "use_default_system_prompt",
     "use_fast", "vocab_file", "merges_file",
 }  # fmt: skip
-_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read(directory: Path) -> Tokenizer:
     if told.get("added_tokens_decoder") is None:  # as old versions of transformers write it
         told |= _object(directory / _MAP)
     kind = _kind(directory, told)
-    extra = [token for name in _EXTRA for token in _several(name, told.pop(name, None))]
+    extra = [token for name in EXTRA for token in several(name, told.pop(name, None))]
     roles = {role: _token(f"{role}_token", told.pop(f"{role}_token", None)) for role in ROLES}
     settings: dict[str, Any] = {}
     for name, value in told.items():
@@ -98,7 +98,7 @@ def read(directory: Path) -> Tokenizer:
         if name in kind.settings and isinstance(value, bool | int):
             settings[kind.settings[name]] = value
         elif name.endswith("_token") and isinstance(value, str | dict):
-            extra += _several(name, [value])  # a role that models of one class have
+            extra += several(name, [value])  # a role that models of one class have
         elif name not in kind.fixed or kind.fixed[name] != value:
             raise ValueError(
                 f"{directory / _CONFIG}: {name} = {files.shown(value)} is not understood"
@@ -107,16 +107,16 @@ def read(directory: Path) -> Tokenizer:
         if settings.setdefault("sentinels", count) != count:
             raise ValueError(f"{directory / _CONFIG}: extra_ids differ from {count} extra tokens")
     special = {role: token for role, token in roles.items() if token is not None}
-    added = _added(directory, told, {*map(str, special.values()), *map(str, extra)})
-    by_name = {str(token): token for token in added.values()}
+    new = added(directory, told, {*map(str, special.values()), *map(str, extra)})
+    by_name = {str(token): token for token in new.values()}
     special = {role: by_name.get(str(token), token) for role, token in special.items()}
     tokenizer = kind.make(
         *(directory / name for name in kind.names),
         **settings,
-        special={**{str(i): token for i, token in sorted(added.items())}, **special},
+        special={**{str(i): token for i, token in sorted(new.items())}, **special},
     )
     tokenizer.backend.add_special_tokens([by_name.get(str(t), t) for t in extra])
-    for i, token in added.items():
+    for i, token in new.items():
         if tokenizer.id(str(token)) != i:
             raise ValueError(
                 f"{directory}: the added token {files.shown(str(token))} has the id "
@@ -196,7 +196,7 @@ _CANDIDATES: dict[tuple[str, ...], dict[str, Callable[[Path], bool]]] = {
 }
 
 
-def _added(directory: Path, told: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
+def added(directory: Path, told: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
     """The tokens that were added to the vocabulary, by id."""
     found = told.get("added_tokens_decoder")
     if found is not None:
@@ -227,7 +227,7 @@ def _token(name: str, value: Any) -> str | AddedToken | None:
     raise ValueError(f"{name} must be a string, got {files.shown(value)}")
 
 
-def _several(name: str, value: Any) -> list[str | AddedToken]:
+def several(name: str, value: Any) -> list[str | AddedToken]:
     """Further special tokens, in a list or by names of their own."""
     values = list(value.values()) if isinstance(value, dict) else value or []
     if not isinstance(values, list):

@@ -257,11 +257,11 @@ class Tokenizer:
 
     def _without(self, allowed: frozenset[str]) -> tokenizers.Tokenizer:
         """The backend for encoding, in which texts spell no control token but the allowed."""
-        if allowed not in self._unspellable:
-            added = self.backend.get_added_tokens_decoder().values()
-            control = {str(token) for token in added if token.special}
-            self._unspellable[allowed] = unspellable(self.backend, control - allowed)
-        return self._unspellable[allowed]
+        added = self.backend.get_added_tokens_decoder().values()
+        control = frozenset(str(token) for token in added if token.special) - allowed
+        if control not in self._unspellable:
+            self._unspellable[control] = unspellable(self.backend, control)
+        return self._unspellable[control]
 
 
 def _spells(encoding: Encoding, control: set[int]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 
-def unspellable(backend: tokenizers.Tokenizer, control: set[str]) -> tokenizers.Tokenizer:
+def unspellable(backend: tokenizers.Tokenizer, control: frozenset[str]) -> tokenizers.Tokenizer:
     """A copy of a tokenizer, with the same ids, in which these tokens have secret names.
 
     The library can stop looking for special tokens in texts, but those that are part of the
