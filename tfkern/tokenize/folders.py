@@ -19,10 +19,10 @@ _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "add
 # settings that do not change which ids a text has
 _HARMLESS = {
     "_commit_hash", "auto_map", "backend", "chat_template", "clean_up_tokenization_spaces",
-    "deprecation_warnings", "errors", "full_tokenizer_file", "is_local", "local_files_only",
+    "deprecation_warnings", "errors", "full_tokenizer_file", "init_inputs", "is_local", "local_files_only",
     "legacy", "max_len", "max_length", "model_input_names", "model_max_length", "name_or_path",
     "pad_to_multiple_of", "pad_token_type_id", "padding_side", "processor_class", "stride",
-    "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "transformers_version",
+    "spaces_between_special_tokens", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "transformers_version",
     "trim_offsets", "truncation_side", "truncation_strategy", "use_default_system_prompt",
     "use_fast", "vocab_file", "merges_file",
 }  # fmt: skip
@@ -56,12 +56,13 @@ _BERT = Kind(
         "strip_accents": "strip_accents",
         "tokenize_chinese_chars": "chinese",
     },
-    {"do_basic_tokenize": True, "never_split": []},
+    {"do_basic_tokenize": True, "never_split": [], "wordpieces_prefix": "##"},
 )
-_GPT2 = Kind(gpt2, _PAIR, {"add_prefix_space": "prefix_space", **_ENDS}, {})
-_BART = Kind(bart, _PAIR, {"add_prefix_space": "prefix_space"}, {})
-_GPT1 = Kind(gpt1, _PAIR, {}, {})
-_T5 = Kind(t5, ("spiece.model",), {"extra_ids": "sentinels"}, {"sp_model_kwargs": {}})
+_CASE = {"do_lower_case": False}
+_GPT2 = Kind(gpt2, _PAIR, {"add_prefix_space": "prefix_space", **_ENDS}, _CASE)
+_BART = Kind(bart, _PAIR, {"add_prefix_space": "prefix_space"}, _CASE)
+_GPT1 = Kind(gpt1, _PAIR, {}, {"do_lower_case": True})
+_T5 = Kind(t5, ("spiece.model",), {"extra_ids": "sentinels"}, _CASE | {"sp_model_kwargs": {}})
 _LLAMA = Kind(llama, ("tokenizer.model",), _ENDS, {"sp_model_kwargs": {}, "add_prefix_space": True})
 KINDS = {
     **dict.fromkeys(("Bert", "DistilBert", "Electra", "MobileBert", "Retribert"), _BERT),
@@ -85,6 +86,11 @@ def read(directory: Path) -> Tokenizer:
     Raises:
         ValueError: there is none, or one of a class or with settings that are not understood.
     """
+    if not any(all((directory / name).exists() for name in names) for names in _CANDIDATES):
+        raise ValueError(
+            f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
+            "spiece.model or tokenizer.model"
+        )
     told = _object(directory / _CONFIG)
     if told.get("added_tokens_decoder") is None:  # as old versions of transformers write it
         told |= _object(directory / _MAP)
@@ -157,10 +163,7 @@ def _by_files(directory: Path) -> str:
             f"{directory / names[0]} may be of {' or '.join(here) or 'an unknown tokenizer'}: "
             f"tokenizer_class in {_CONFIG} has to name it"
         )
-    raise ValueError(
-        f"{directory} has neither tokenizer.json nor vocab.json and merges.txt, vocab.txt, "
-        "spiece.model or tokenizer.model"
-    )
+    raise AssertionError("`read` has seen a vocabulary")
 
 
 def _has(*tokens: str) -> Callable[[Path], bool]:
