@@ -304,7 +304,7 @@ def test_what_is_not_understood_is_refused(file, content, message, tmp_path):
     [
         {"do_basic_tokenize": False},
         {"never_split": ["a"]},
-        {"do_lower_case": "x"},
+        {"do_lower_case": 1},
         {"strip_accents": 2.0},
     ],
 )

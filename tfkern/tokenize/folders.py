@@ -18,13 +18,13 @@ from tfkern.tokenize.vocabularies import bart, bert, gpt1, gpt2, llama, sentence
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 # settings that do not change which ids a text has
 _HARMLESS = {
-    "_commit_hash", "auto_map", "backend", "chat_template", "clean_up_tokenization_spaces",
-    "deprecation_warnings", "errors", "full_tokenizer_file", "init_inputs", "is_local", "local_files_only",
-    "legacy", "max_len", "max_length", "model_input_names", "model_max_length", "name_or_path",
-    "pad_to_multiple_of", "pad_token_type_id", "padding_side", "processor_class", "stride",
-    "spaces_between_special_tokens", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "transformers_version",
-    "trim_offsets", "truncation_side", "truncation_strategy", "use_default_system_prompt",
-    "use_fast", "vocab_file", "merges_file",
+    "_commit_hash", "backend", "chat_template", "clean_up_tokenization_spaces", "errors",
+    "deprecation_warnings", "full_tokenizer_file", "init_inputs", "is_local", "legacy",
+    "local_files_only", "max_len", "max_length", "merges_file", "model_input_names",
+    "model_max_length", "name_or_path", "pad_to_multiple_of", "pad_token_type_id", "padding_side",
+    "processor_class", "spaces_between_special_tokens", "special_tokens_map_file", "stride",
+    "tokenizer_class", "tokenizer_file", "transformers_version", "trim_offsets", "truncation_side",
+    "truncation_strategy", "use_default_system_prompt", "use_fast", "vocab_file",
 }  # fmt: skip
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
@@ -101,7 +101,7 @@ def read(directory: Path) -> Tokenizer:
     for name, value in told.items():
         if value is None or name in _HARMLESS or name == "added_tokens_decoder":
             continue
-        if name in kind.settings and isinstance(value, bool | int):
+        if name in kind.settings and type(value) is (int if name == "extra_ids" else bool):
             settings[kind.settings[name]] = value
         elif name.endswith("_token") and isinstance(value, str | dict):
             extra += several(name, [value])  # a role that models of one class have
