@@ -30,24 +30,28 @@ from tfkern.models.convert import earlier  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ("gpt1", "gpt2", "bert", "bart", "t5", "t5-v1.1", "vit")
+FAMILIES = (
+    "gpt1", "gpt2", "bert", "roberta", "distilbert", "bart", "mbart", "marian", "pegasus", "t5",
+    "t5-v1.1", "mt5", "vit",
+)  # fmt: skip
 
 
 def errors(name, ours, theirs):
-    """The largest difference, in units of the tolerance: 1e-10, or for T5, whose norm is float32 in
-    transformers, 1e-5 of the largest logit."""
+    """The largest difference, in units of the tolerance: 1e-10, or where transformers has float32
+    (the norms of T5, tables of sinusoids) 1e-5 of the largest logit."""
     worst = 0.0
     with torch.no_grad():
         outputs = CASES[name].ours(ours), CASES[name].theirs(theirs)
     for x, y in zip(*outputs, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
-        tolerance = 1e-5 * y.abs().max().item() if name.startswith("t5") else 1e-10
+        tolerance = 1e-5 * y.abs().max().item() if dtype_of(name) == torch.float32 else 1e-10
         worst = max(worst, (x - y).abs().max().item() / tolerance)
     return worst
 
 
 def dtype_of(name):
-    return torch.float32 if name.startswith("t5") else torch.float64
+    narrow = ("t5", "mt5", "marian", "pegasus")
+    return torch.float32 if name.startswith(narrow) else torch.float64
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -76,7 +80,9 @@ def test_round_trip_is_bit_equal(pair, tmp_path):
     _, theirs, ours, directory = pair
     save(ours, tmp_path, shard_bytes=3000)
     before, after = weights(directory), weights(tmp_path)
-    assert set(before) == set(after)
+    # transformers leaves out tables of sinusoids in some classes
+    tables = {key for key in after if key.endswith("embed_positions.weight")}
+    assert set(before) == set(after) or set(before) == set(after) - tables
     for key, x in before.items():
         assert x.dtype == after[key].dtype and torch.equal(x, after[key]), key
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -223,6 +229,30 @@ MUTATIONS = {
         "gate and up exchanged": exchanged("encoder", "mlp.gate", "mlp.up"),
         "the other GELU": configure(activation="gelu"),
     },
+    "roberta": {
+        "positions of all tokens": configure(skip_pad=False),
+        "the other GELU": configure(activation="gelu_tanh"),
+        "no bias of the logits": zero("vocabulary.bias"),
+        "transform transposed": transposed("vocabulary.dense.weight"),
+    },
+    "roberta-sequence": {"dense transposed": transposed("pooler.dense.weight")},
+    "distilbert-sequence": {"tanh": configure(pooler_activation="tanh")},
+    "mbart": {
+        "no last norm": edit(lambda s: s["encoder.norm.weight"].fill_(1)),
+        "no norm of the embedding": edit(lambda s: s["decoder.embedding_norm.weight"].fill_(1)),
+        "norms exchanged": exchanged("decoder", "norm_cross", "norm2"),
+    },
+    "marian": {
+        "other sinusoids": configure(positions="sinusoidal"),
+        "embeddings not scaled": configure(scale_embedding=False),
+        "no bias of the logits": zero("vocabulary.bias"),
+    },
+    "pegasus": {
+        "other sinusoids": configure(positions="sinusoidal"),
+        "no last norm": edit(lambda s: s["decoder.norm.weight"].fill_(1)),
+    },
+    "t5-flan": {"logits scaled": configure(logit_scale=24**-0.5)},
+    "mt5": {"logits scaled": configure(logit_scale=24**-0.5)},
     "vit": {
         "norms exchanged": exchanged("encoder"),
         "no biases": no_biases("encoder"),
@@ -237,7 +267,7 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MUTATIONS)
 def test_mutations_are_caught(name, tmp_path):
     """Mistakes that a converter could make are far outside the tolerance of `test_outputs`."""
     _, theirs, _, directory = made(name, tmp_path)
@@ -246,30 +276,29 @@ def test_mutations_are_caught(name, tmp_path):
         assert error >= 10, f"{mutation}: {error}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CASES)
 def test_gradients(name, tmp_path):
     """The gradient of the mean square of all outputs, by every parameter, is transformers'."""
     _, theirs, ours, _ = made(name, tmp_path)
     for outputs in (CASES[name].ours(ours), CASES[name].theirs(theirs)):
         torch.stack([x.square().mean() for x in outputs]).sum().backward()
-    state = {n: p.grad for n, p in theirs.named_parameters()}
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    state = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
     shapes = {n: x.shape for n, x in ours.state_dict().items()}
     family = FAMILY[theirs.config.model_type]
-    if name == "vit":  # whose names differ from those in its files
+    if name.startswith("vit"):  # whose names differ from those in its files
         state = {_vit(n): g for n, g in state.items()}
-    state = {
-        n: state.get(n, torch.zeros(1, 61)) for r in family.rules(ours.config) for n in r.theirs
-    }
     expected = family.load(state, ours.config, shapes)
     for n, p in ours.named_parameters():
-        limit = 1e-4 if name.startswith("t5") else 1e-10
-        error = (p.grad - expected[n]).abs().max()
+        limit = 1e-4 if dtype_of(name) == torch.float32 else 1e-10
+        grad = torch.zeros_like(p) if p.grad is None else p.grad  # a pooler that nothing uses
+        error = (grad - expected[n]).abs().max()
         assert error <= limit * max(1, expected[n].abs().max()), n
 
 
 def _vit(name):
     for new, old in {
-        "vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query",
+        "layers.": "encoder.layer.", "attention.q_proj": "attention.attention.query",
         "attention.k_proj": "attention.attention.key", "attention.o_proj": "attention.output.dense",
         "attention.v_proj": "attention.attention.value", "mlp.fc1": "intermediate.dense",
         "mlp.fc2": "output.dense",

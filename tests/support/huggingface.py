@@ -52,6 +52,26 @@ _T5 = {
     "relative_attention_max_distance": 12,
     "decoder_start_token_id": 0,
 }
+_ROBERTA = _BERT | {"max_position_embeddings": 20, "type_vocab_size": 1}
+_DISTILBERT = {
+    "vocab_size": V,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 3,
+    "hidden_dim": 40,
+    "max_position_embeddings": 24,
+}
+_MARIAN = _BART | {
+    "pad_token_id": 60,
+    "decoder_start_token_id": 60,
+    "activation_function": "swish",
+    "scale_embedding": True,
+}
+_PEGASUS = _BART | {"activation_function": "relu", "scale_embedding": True}
+_V1_1 = _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_CLASSES = {"num_labels": 5}
+_PAD = {"pad_token_id": 7, "eos_token_id": 7}  # as GPT-2 is fine-tuned: all of them are trained
+_ENDED = _GPT | _PAD | _CLASSES
 _VIT = _BERT | {"image_size": 12, "patch_size": 4, "num_labels": 5}
 for _unused in ("vocab_size", "max_position_embeddings"):
     del _VIT[_unused]
@@ -63,7 +83,9 @@ class Case:
 
     architecture: str
     config: dict[str, Any]
-    inputs: str  # "tokens", "pair" (with segments), "both" (encoder and decoder) or "images"
+    # "tokens", "pair" (with segments), "choices" (several pairs), "both" (encoder and decoder),
+    # "ends" (both, with one end in each source) or "images"
+    inputs: str
     outputs: Callable[[Any], Any]  # takes their output, returns it in our form
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
@@ -80,17 +102,32 @@ class Case:
         x = self._inputs(next(model.parameters()).dtype)
         if self.inputs == "images":
             return _cut(model(x["images"]), None)
+        if self.inputs == "choices":
+            types = self._types(model.config.token_types, x["choices"])
+            choices = {"mask": x["choice_mask"].bool(), "token_types": types}
+            return [model(x["choices"], **choices)]
+        if self.inputs == "ends":
+            source = self._ended(x["source"], x["source_mask"], model.config.end_token)
+            return [model(x["before"], source=source, source_mask=x["source_mask"].bool())]
         if self.inputs == "both":
             out = model(x["tokens"], source=x["source"], source_mask=x["source_mask"].bool())
             return _cut(out, torch.ones_like(x["mask"]))
         types = {"token_types": x["types"]} if self.inputs == "pair" else {}
-        return _cut(model(x["tokens"], mask=x["mask"].bool(), **types), x["mask"])
+        tokens = self._padded(x, model.config.pad_token)
+        return _cut(model(tokens, mask=x["mask"].bool(), **types), x["mask"])
 
     def theirs(self, model: Any) -> list[torch.Tensor]:
         """The outputs of the model of transformers for the same inputs."""
         x = self._inputs(next(model.parameters()).dtype)
         if self.inputs == "images":
             return _cut(self.outputs(model(x["images"])), None)
+        if self.inputs == "choices":
+            types = self._types(getattr(model.config, "type_vocab_size", 0), x["choices"])
+            types = {} if types is None else {"token_type_ids": types}
+            return [model(x["choices"], attention_mask=x["choice_mask"], **types).logits]
+        if self.inputs == "ends":
+            source = self._ended(x["source"], x["source_mask"], model.config.eos_token_id)
+            return [model(source, x["source_mask"], decoder_input_ids=x["before"]).logits]
         if self.inputs == "both":
             out = model(
                 input_ids=x["source"],
@@ -99,20 +136,43 @@ class Case:
             )
             return _cut(self.outputs(out), torch.ones_like(x["mask"]))
         types = {"token_type_ids": x["types"]} if self.inputs == "pair" else {}
-        out = model(x["tokens"], attention_mask=x["mask"], **types)
+        tokens = self._padded(x, model.config.pad_token_id)
+        out = model(tokens, attention_mask=x["mask"], **types)
         return _cut(self.outputs(out), x["mask"])
 
     def _inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        tokens, source = (torch.randint(3, V, (2, n), generator=generator) for n in (T, T + 4))
+        tokens, source = (torch.randint(V, (2, n), generator=generator) for n in (T, T + 4))
         mask, source_mask = torch.ones_like(tokens), torch.ones_like(source)
         mask[1, T - 3 :] = source_mask[1, T:] = 0
         images = torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
+        for pad in range(1, 8):  # tokens that pad some family, and are seen here
+            tokens[0, pad] = source[0, pad] = pad if pad != 5 else V - 1
+        before = source.roll(1, 1)
+        choices = torch.randint(V, (2, 3, T), generator=generator)
+        choice_mask = torch.ones_like(choices)
+        choice_mask[1, :, T - 3 :] = 0
         types = (torch.arange(T) > 5).long().expand(2, T)
         return {
             "tokens": tokens, "mask": mask, "source": source, "source_mask": source_mask,
-            "types": types, "images": images,
+            "types": types, "images": images, "before": before, "choices": choices,
+            "choice_mask": choice_mask,
         }  # fmt: skip
+
+    @staticmethod
+    def _padded(x: dict[str, torch.Tensor], pad: int | None) -> torch.Tensor:
+        """The tokens, of which those behind the end are the one for padding, if there is one."""
+        return x["tokens"] if pad is None else x["tokens"].masked_fill(x["mask"] == 0, pad)
+
+    @staticmethod
+    def _types(kinds: int, tokens: torch.Tensor) -> torch.Tensor | None:
+        return torch.arange(tokens.numel()).view_as(tokens) % kinds if kinds else None
+
+    @staticmethod
+    def _ended(source: torch.Tensor, mask: torch.Tensor, end: int) -> torch.Tensor:
+        """The source with one end in each row, and more behind it where the row is padded."""
+        source = source.masked_fill(source == end, 5)
+        return source.scatter(1, mask.sum(1, keepdim=True) - 1, end)
 
 
 def _cut(x: Any, mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -137,11 +197,30 @@ def _span(out):
     return torch.stack([out.start_logits, out.end_logits], 1)
 
 
+def _of_each_kind(name: str, family: str, config: dict[str, Any]) -> dict[str, Case]:
+    """The heads of a family of encoders."""
+    classes = config | _CLASSES
+    return {
+        name: Case(f"{family}ForMaskedLM", config, "tokens", _logits),
+        f"{name}-bare": Case(f"{family}Model", config, "tokens", _hidden),
+        f"{name}-sequence": Case(f"{family}ForSequenceClassification", classes, "tokens", _logits),
+        f"{name}-token": Case(f"{family}ForTokenClassification", classes, "tokens", _logits),
+        f"{name}-span": Case(f"{family}ForQuestionAnswering", config, "tokens", _span),
+        f"{name}-choice": Case(f"{family}ForMultipleChoice", config, "choices", _logits),
+    }
+
+
 CASES = {
     "gpt1": Case("OpenAIGPTLMHeadModel", _GPT, "tokens", _logits),
     "gpt1-bare": Case("OpenAIGPTModel", _GPT, "tokens", _hidden),
     "gpt2": Case("GPT2LMHeadModel", _GPT | {"n_inner": 40}, "tokens", _logits),
     "gpt2-bare": Case("GPT2Model", _GPT, "tokens", _hidden),
+    "gpt2-pad": Case("GPT2LMHeadModel", _GPT | _PAD, "tokens", _logits),
+    "gpt1-pad": Case("OpenAIGPTLMHeadModel", _GPT | _PAD, "tokens", _logits),
+    "gpt1-sequence": Case("OpenAIGPTForSequenceClassification", _ENDED, "tokens", _logits),
+    "gpt2-sequence": Case("GPT2ForSequenceClassification", _ENDED, "tokens", _logits),
+    "gpt2-token": Case("GPT2ForTokenClassification", _GPT | _CLASSES, "tokens", _logits),
+    "gpt2-span": Case("GPT2ForQuestionAnswering", _GPT, "tokens", _span),
     "gpt2-untied": Case(
         "GPT2LMHeadModel", _GPT | {"tie_word_embeddings": False}, "tokens", _logits
     ),
@@ -158,7 +237,21 @@ CASES = {
         "BertForSequenceClassification", _BERT | {"num_labels": 5}, "pair", _logits
     ),
     "bert-token": Case("BertForTokenClassification", _BERT | {"num_labels": 5}, "pair", _logits),
+    "bert-choice": Case("BertForMultipleChoice", _BERT, "choices", _logits),
     "bert-span": Case("BertForQuestionAnswering", _BERT, "pair", _span),
+    **_of_each_kind("roberta", "Roberta", _ROBERTA),
+    **_of_each_kind("xlmr", "XLMRoberta", _ROBERTA | {"pad_token_id": 3}),
+    **_of_each_kind("distilbert", "DistilBert", _DISTILBERT),
+    "bart-sequence": Case("BartForSequenceClassification", _BART | _CLASSES, "ends", _logits),
+    "bart-span": Case("BartForQuestionAnswering", _BART, "both", _span),
+    "mbart": Case("MBartForConditionalGeneration", _BART, "both", _logits),
+    "mbart-bare": Case("MBartModel", _BART | {"scale_embedding": True}, "both", _hidden),
+    "mbart-sequence": Case("MBartForSequenceClassification", _BART | _CLASSES, "ends", _logits),
+    "mbart-span": Case("MBartForQuestionAnswering", _BART, "both", _span),
+    "marian": Case("MarianMTModel", _MARIAN, "both", _logits),
+    "marian-bare": Case("MarianModel", _MARIAN, "both", _hidden),
+    "pegasus": Case("PegasusForConditionalGeneration", _PEGASUS, "both", _logits),
+    "pegasus-bare": Case("PegasusModel", _PEGASUS, "both", _hidden),
     "bart": Case("BartForConditionalGeneration", _BART, "both", _logits),
     "bart-bare": Case("BartModel", _BART | {"scale_embedding": True}, "both", _hidden),
     "t5": Case("T5ForConditionalGeneration", _T5, "both", _logits),
@@ -167,6 +260,16 @@ CASES = {
     "t5-v1.1": Case(
         "T5ForConditionalGeneration", _T5 | {"feed_forward_proj": "gated-gelu"}, "both", _logits
     ),
+    "t5-flan": Case("T5ForConditionalGeneration", _V1_1, "both", _logits),
+    "t5-sequence": Case("T5ForSequenceClassification", _T5 | _CLASSES, "ends", _logits),
+    "t5-token": Case("T5ForTokenClassification", _T5 | _CLASSES, "tokens", _logits),
+    "t5-span": Case("T5ForQuestionAnswering", _T5, "both", _span),
+    "mt5": Case("MT5ForConditionalGeneration", _V1_1, "both", _logits),
+    "mt5-bare": Case("MT5Model", _T5, "both", _hidden),
+    "mt5-encoder": Case("MT5EncoderModel", _T5, "tokens", _hidden),
+    "mt5-sequence": Case("MT5ForSequenceClassification", _T5 | _CLASSES, "ends", _logits),
+    "mt5-token": Case("MT5ForTokenClassification", _T5 | _CLASSES, "tokens", _logits),
+    "mt5-span": Case("MT5ForQuestionAnswering", _T5, "both", _span),
     "vit": Case("ViTForImageClassification", _VIT, "images", _logits),
     "vit-bare": Case("ViTModel", _VIT, "images", _hidden),
 }

@@ -14,6 +14,8 @@ def perturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     bias = {n: x for n, x in buffers.items() if n == "final_logits_bias"}  # a buffer of BART
     with torch.no_grad():
         for name, x in (dict(module.named_parameters()) | bias).items():
+            if name.endswith("embed_positions.weight") and not x.requires_grad:
+                continue  # a table of sinusoids
             norm = "ln" in name.lower() or "norm" in name.lower()
             if x.dim() == 1 and norm and name.endswith("weight"):
                 x.uniform_(0.5, 1.5, generator=generator)

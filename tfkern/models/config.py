@@ -29,8 +29,10 @@ _CHOICES = {
         "classification",
         "token",
         "span",
+        "choice",
         "none",
     ),
+    "pooler_activation": ("tanh", "relu"),
     "init": ("gpt2", "normal", "truncated", "t5", "xavier"),
 }
 _SIZE = 2**31
@@ -41,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it
     **dict.fromkeys(("relative_buckets", "relative_distance"), (1, _SIZE)),
     **dict.fromkeys(("token_types", "position_offset"), (0, _SIZE)),
     **dict.fromkeys(("pad_token", "start_token", "end_token"), (0, _SIZE)),
+    **dict.fromkeys(("forced_first", "forced_last"), (0, _SIZE)),
     **dict.fromkeys(("layers", "encoder_layers"), (1, 2**14)),
     "heads": (1, 2**20),
     **dict.fromkeys(("dropout", "attention_dropout"), (0, 1)),
@@ -68,9 +71,13 @@ class TransformerConfig:
         vocab_size: number of tokens.
         vocab_multiple: the embedding has rows for a multiple of this many tokens, which makes
             faster products. The added rows have no logits.
-        pad_token: its embedding is not trained.
+        pad_token: the token that fills up short sequences.
+        pad_trained: whether the embedding of pad_token is trained like all others, which it has to
+            be where this token also has another use, as the first token of T5's decoder.
         start_token: the token with which a decoder begins to write.
         end_token: the token that ends what a decoder writes, or several of which any one does.
+        forced_first, forced_last: tokens that a generated text begins with, behind a prompt of one
+            token, and that it ends with if it becomes as long as it may.
         token_types: number of segments told apart, as in BERT.
         scale_embedding: whether embeddings are multiplied by sqrt(dim) (Vaswani et al. 2017).
         embedding_norm: whether a norm follows the embedding.
@@ -84,6 +91,8 @@ class TransformerConfig:
             the scores (Raffel et al. 2020); "rotary" (Su et al. 2021); "alibi" (Press et al. 2022);
             "none". Images have learned ones.
         position_offset: rows of the learned positions before the row of position 0; BART has 2.
+        skip_pad: whether only tokens other than pad_token have positions. All of pad_token then
+            have the row before that of position 0, which is not trained, as in RoBERTa.
         rotary_base: base of the wave lengths of rotary positions.
         relative_buckets, relative_distance: for relative positions, the number of kinds of distance
             and the distance from which on all are of the last kind.
@@ -104,10 +113,12 @@ class TransformerConfig:
     Output:
         head: "lm" (the next token), "mlm" (the masked tokens, with BERT's transform),
             "pretraining" (mlm and next_sentence), "next_sentence", "classification" of the
-            sequence or the image, "token" (a class for each), "span" (its first and last token) or
-            "none" (hidden states).
+            sequence or the image, "token" (a class for each), "span" (its first and last token),
+            "choice" (the best of several sequences) or "none" (hidden states).
         classes: number of classes of the heads "classification" and "token".
-        pooler: whether heads for the whole sequence have a dense layer with tanh in front.
+        pooler: whether heads for the whole sequence have a dense layer in front.
+        pooler_activation: "tanh" or "relu", behind the dense layer.
+        classifier_bias: whether the layer that chooses among classes has a bias.
         tie_embeddings: whether the head is the token embedding (Press, Wolf 2017).
         logit_scale: factor of the logits; dim^-0.5 in T5.
         logit_bias: whether an lm head has a constant bias, as in BART's files.
@@ -133,8 +144,11 @@ class TransformerConfig:
     vocab_size: int | None = None
     vocab_multiple: int = 1
     pad_token: int | None = None
+    pad_trained: bool = False
     start_token: int | None = None
     end_token: int | tuple[int, ...] | None = None
+    forced_first: int | None = None
+    forced_last: int | None = None
     token_types: int = 0
     scale_embedding: bool = False
     embedding_norm: bool = False
@@ -144,6 +158,7 @@ class TransformerConfig:
     max_length: int | None = None
     positions: str = "learned"
     position_offset: int = 0
+    skip_pad: bool = False
     rotary_base: float = 10000.0
     relative_buckets: int = 32
     relative_distance: int = 128
@@ -159,6 +174,8 @@ class TransformerConfig:
     head: str = "lm"
     classes: int | None = None
     pooler: bool = False
+    pooler_activation: str = "tanh"
+    classifier_bias: bool = True
     tie_embeddings: bool = True
     logit_scale: float = 1.0
     logit_bias: bool = False
@@ -183,6 +200,8 @@ class TransformerConfig:
             raise ValueError(f"sinusoidal positions need an even dim, got {self.dim}")
         if self.head in ("classification", "token") and self.classes is None:
             raise ValueError(f"head {self.head!r} needs classes")
+        if self.head == "choice" and self.architecture != "encoder":
+            raise ValueError("head 'choice' needs architecture 'encoder'")
         if self.head in ("pretraining", "next_sentence") and not self.pooler:
             raise ValueError(f"head {self.head!r} needs pooler=True")
 
@@ -196,8 +215,11 @@ class TransformerConfig:
                 f"relative_distance must exceed half of relative_buckets, {self.relative_buckets}, "
                 f"got {self.relative_distance}"
             )
-        size = self.vocab_size or 0
-        told = [("pad_token", self.pad_token), ("start_token", self.start_token)]
+        size, names = (
+            self.vocab_size or 0,
+            ("pad_token", "start_token", "forced_first", "forced_last"),
+        )
+        told = [(name, getattr(self, name)) for name in names]
         for name, token in (*told, *(("end_token", end) for end in self.end_tokens)):
             if token is not None and not 0 <= token < size:
                 raise ValueError(f"{name} must lie in [0, vocab_size = {size}), got {token}")
@@ -213,13 +235,20 @@ class TransformerConfig:
                 )
             if self.positions != "learned":
                 raise ValueError(f"images have learned positions, not {self.positions!r}")
-            if self.head in ("lm", "mlm", "pretraining", "next_sentence"):
+            if self.head in ("lm", "mlm", "pretraining", "next_sentence", "choice"):
                 raise ValueError(f"head {self.head!r} needs tokens, and this model has images")
             return
         if self.vocab_size is None:
             raise ValueError("vocab_size (for tokens) or patch_size (for images) is needed")
         if self.positions == "learned" and self.max_length is None:
             raise ValueError("learned positions need max_length")
+        learned = self.positions == "learned" and self.position_offset > 0
+        if self.skip_pad and (
+            self.architecture != "encoder" or self.pad_token is None or not learned
+        ):
+            raise ValueError(
+                "skip_pad needs an encoder with pad_token, learned positions and a position_offset"
+            )
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

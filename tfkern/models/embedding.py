@@ -17,7 +17,8 @@ class TokenEmbedding(nn.Embedding):
     """A vector for each token. The head may use the same table."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(rows(config), config.dim, config.pad_token)
+        untrained = None if config.pad_trained else config.pad_token
+        super().__init__(rows(config), config.dim, untrained)
         self.max_length = config.max_length
         self.scale = config.dim**0.5 if config.scale_embedding else 1.0
 

@@ -51,22 +51,56 @@ class VocabularyHead(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
 
+_POOLER = {"tanh": torch.tanh, "relu": torch.relu}
+
+
 class Pooler(nn.Module):
-    """tanh of a dense layer, in front of heads for the whole sequence (Devlin et al. 2019)."""
+    """A dense layer and an activation, in front of heads for the whole sequence: tanh in BERT
+    (Devlin et al. 2019)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.dense = Linear(config.dim, config.dim)
+        self.act = _POOLER[config.pooler_activation]
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.dense(y).tanh()
+        return self.act(self.dense(y))
 
 
 def classifier(config: TransformerConfig) -> nn.Linear | None:
     """The layer of a head that chooses among classes."""
-    kinds = {"pretraining": 2, "next_sentence": 2, "span": 2}
+    kinds = {"pretraining": 2, "next_sentence": 2, "span": 2, "choice": 1}
     kinds |= dict.fromkeys(("classification", "token"), config.classes or 0)
-    return Linear(config.dim, kinds[config.head]) if config.head in kinds else None
+    if config.head not in kinds:
+        return None
+    return Linear(config.dim, kinds[config.head], config.classifier_bias)
+
+
+def ends(
+    config: TransformerConfig, tokens: Tensor, source: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """A mask for `pool` in which the last token of each row is the one that a decoder's classifier
+    reads.
+
+    In a decoder-only model this is the last one that is not pad_token. In an encoder-decoder it
+    stands where the source has its last end_token: the decoder reads the source, shifted by one.
+    """
+    marks = None
+    if source is None and config.pad_token is not None:
+        marks = tokens != config.pad_token
+    elif source is not None and config.end_token is not None and source.shape == tokens.shape:
+        marks = source == config.end_token
+        marks = marks | ~marks.any(1, keepdim=True)
+    if mask is None or marks is None:
+        return mask if marks is None else marks
+    return marks & _exists(mask, tokens.shape[1])
+
+
+def _exists(mask: Tensor, length: int) -> Tensor:
+    """A mask, (B, T) bool or (B,) of numbers of tokens, as (B, T) bool."""
+    if mask.dim() == 2:
+        return mask
+    return torch.arange(length, device=mask.device) < mask[:, None]
 
 
 def pool(y: Tensor, mask: Tensor | None, kind: str) -> Tensor:
@@ -88,7 +122,7 @@ def pool(y: Tensor, mask: Tensor | None, kind: str) -> Tensor:
     place = torch.arange(y.shape[1], device=y.device)
     if mask is None:
         mask = torch.full(y.shape[:1], y.shape[1], device=y.device)
-    exists = place < mask[:, None] if mask.dim() == 1 else mask
+    exists = _exists(mask, y.shape[1])
     if kind == "mean":
         weights = exists / exists.sum(1, keepdim=True).clamp(min=1)
         return (y * weights[..., None].to(y.dtype)).sum(1)

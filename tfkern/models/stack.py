@@ -33,7 +33,9 @@ class Stack(nn.Module):
         self.positions: nn.Module | None = None
         if config.positions == "learned" and config.patch_size is None:
             assert config.max_length is not None
-            self.positions = nn.Embedding(config.max_length + config.position_offset, config.dim)
+            offset = config.position_offset
+            padding = offset - 1 if config.skip_pad else None
+            self.positions = nn.Embedding(config.max_length + offset, config.dim, padding)
         elif config.positions == "relative":
             buckets, furthest = config.relative_buckets, config.relative_distance
             self.positions = RelativeBias(config.heads, causal, buckets, furthest)

@@ -96,8 +96,9 @@ class Transformer(nn.Module):
 
         Returns:
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
-            (B, classes); "next_sentence" (B, 2); "pretraining" the results of mlm and
-            next_sentence; "span" (B, 2, T), logits of the first token, then of the last; "none"
+            (B, classes); "choice" (B, choices), where tokens, mask, token_types and positions have
+            an axis of choices behind B; "next_sentence" (B, 2); "pretraining" the results of mlm
+            and next_sentence; "span" (B, 2, T), logits of the first token, then of the last; "none"
             the hidden states (B, T, dim).
 
         Raises:
@@ -108,12 +109,28 @@ class Transformer(nn.Module):
             raise ValueError("encoder-decoders need source, and other models do not take one")
         if source is None and source_mask is not None:
             raise ValueError("source_mask needs source")
+        if self.config.head == "choice":
+            return self._choose(tokens, mask, token_types, positions)
         if self.decoder is None:
             y = self.encode(tokens, mask, token_types, positions)
         else:
             memory = None if source is None else self.encode(source, source_mask)
             y = self.decode(tokens, memory, mask, source_mask, token_types, positions=positions)
+            if self.config.head == "classification" and self.embedding is not None:
+                mask = heads.ends(self.config, tokens, source, mask)
         return self.project(y, mask)
+
+    def _choose(
+        self, tokens: Tensor, mask: Mask, token_types: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        """The logit of each choice: (B, choices, T) to (B, choices)."""
+        if tokens.dim() != 3:
+            raise ValueError(f"tokens must be (batch, choices, length), got {tuple(tokens.shape)}")
+        given = (mask, token_types, positions)
+        rows = (None if x is None else x.flatten(0, 1) for x in given)
+        mask, token_types, positions = rows
+        y = self.encode(tokens.flatten(0, 1), mask, token_types, positions)
+        return self.project(y, mask).unflatten(0, tokens.shape[:2]).squeeze(-1)
 
     def encode(
         self,
@@ -250,7 +267,12 @@ class Transformer(nn.Module):
         ):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
         if positions is None:
-            positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)
+            pad = self.config.pad_token
+            if self.config.skip_pad and pad is not None:
+                counts = tokens.ne(pad)
+                positions = counts.cumsum(1) * counts - 1
+            else:
+                positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)
         options |= {"mask": mask, "caches": caches, "recompute": self.recompute}
         return stack(x, positions, embedded=embedding is not None, **options)
 

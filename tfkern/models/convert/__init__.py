@@ -17,17 +17,22 @@ import torch
 from tfkern.files import shown
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import store
-from tfkern.models.convert.bart import BART
+from tfkern.models.convert.bart import BART, MARIAN, MBART, PEGASUS
 from tfkern.models.convert.bert import BERT
+from tfkern.models.convert.distilbert import DISTILBERT
 from tfkern.models.convert.earlier import today
 from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
+from tfkern.models.convert.roberta import ROBERTA, XLM_ROBERTA
 from tfkern.models.convert.store import FLOATING, State
-from tfkern.models.convert.t5 import T5
+from tfkern.models.convert.t5 import MT5, T5
 from tfkern.models.convert.vit import VIT
 from tfkern.models.transformer import Transformer
 
-FAMILIES = {family.model_type: family for family in (GPT1, GPT2, BERT, BART, T5, VIT)}
+_ALL = (
+    GPT1, GPT2, DISTILBERT, BERT, ROBERTA, XLM_ROBERTA, BART, MBART, MARIAN, PEGASUS, T5, MT5, VIT,
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in _ALL}
 _OWN = "tfkern"  # the model_type of tfkern's own directories
 _NEXT_SENTENCE = {"pretraining", "next_sentence"}
 

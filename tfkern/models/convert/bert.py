@@ -5,6 +5,7 @@ from typing import Any
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.family import (
+    ABSENT,
     ACTIVATIONS,
     Family,
     Rule,
@@ -17,7 +18,7 @@ from tfkern.models.convert.family import (
     rule,
 )
 
-_FIELDS = {
+FIELDS = {
     "hidden_size": like("dim"),
     "num_hidden_layers": like("layers"),
     "num_attention_heads": like("heads"),
@@ -31,12 +32,13 @@ _FIELDS = {
     "attention_probs_dropout_prob": like("attention_dropout", 0.1),
     "tie_word_embeddings": like("tie_embeddings", True),
     "pad_token_id": like("pad_token", 0, null=True),
+    "add_pooling_layer": like("pooler", ABSENT),
     "position_embedding_type": only("absolute"),
     "is_decoder": only(False),
 }
 
 
-def _read(theirs: dict[str, Any]) -> dict[str, Any]:
+def read(theirs: dict[str, Any]) -> dict[str, Any]:
     return {
         "architecture": "encoder",
         "dim": theirs["hidden_size"],
@@ -58,7 +60,7 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(config: TransformerConfig) -> dict[str, Any]:
+def write(config: TransformerConfig) -> dict[str, Any]:
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.layers,
@@ -76,15 +78,16 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _rules(config: TransformerConfig) -> Iterator[Rule]:
-    embeddings = "bert.embeddings"
+def body(config: TransformerConfig, prefix: str) -> Iterator[Rule]:
+    """The rules of what is in front of the head."""
+    embeddings = f"{prefix}.embeddings"
     yield rule("embedding.weight", f"{embeddings}.word_embeddings.weight")
     yield rule("encoder.positions.weight", f"{embeddings}.position_embeddings.weight")
     if config.token_types:
         yield rule("encoder.token_types.weight", f"{embeddings}.token_type_embeddings.weight")
     yield from linear("encoder.embedding_norm", f"{embeddings}.LayerNorm")
     for i in range(config.layers):
-        ours, theirs = f"encoder.blocks.{i}", f"bert.encoder.layer.{i}"
+        ours, theirs = f"encoder.blocks.{i}", f"{prefix}.encoder.layer.{i}"
         qkv = [f"{theirs}.attention.self.{name}" for name in ("query", "key", "value")]
         yield from linear(f"{ours}.attention.qkv_by_head", qkv, heads=heads_of(config))
         yield from linear(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
@@ -92,6 +95,10 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
         yield from linear(f"{ours}.mlp.fc1", f"{theirs}.intermediate.dense")
         yield from linear(f"{ours}.mlp.fc2", f"{theirs}.output.dense")
         yield from linear(f"{ours}.norm2", f"{theirs}.output.LayerNorm")
+
+
+def _rules(config: TransformerConfig) -> Iterator[Rule]:
+    yield from body(config, "bert")
     if config.pooler:
         yield from linear("pooler.dense", "bert.pooler.dense")
     if config.head in ("mlm", "pretraining"):
@@ -102,7 +109,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
             yield rule("vocabulary.weight", "cls.predictions.decoder.weight")
     if config.head in ("pretraining", "next_sentence"):
         yield from linear("classifier", "cls.seq_relationship")
-    elif config.head in ("classification", "token", "span"):
+    elif config.head in ("classification", "choice", "token", "span"):
         yield from linear("classifier", "qa_outputs" if config.head == "span" else "classifier")
 
 
@@ -124,12 +131,13 @@ BERT = Family(
         "BertForMaskedLM": {"head": "mlm", "pooler": False},
         "BertForNextSentencePrediction": {"head": "next_sentence", "pooler": True},
         "BertForSequenceClassification": {"head": "classification", "pooler": True},
+        "BertForMultipleChoice": {"head": "choice", "pooler": True},
         "BertForTokenClassification": {"head": "token", "pooler": False},
         "BertForQuestionAnswering": {"head": "span", "pooler": False},
     },
-    _FIELDS,
-    _read,
-    _write,
+    FIELDS,
+    read,
+    write,
     _rules,
     _aliases,
     ignored=("embeddings.position_ids",),

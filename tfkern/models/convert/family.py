@@ -10,6 +10,7 @@ import torch
 from tfkern.files import shown
 from tfkern.models.config import TransformerConfig, check_field
 from tfkern.models.convert.store import FLOATING, State
+from tfkern.models.positions import sinusoids
 
 NEEDED = object()  # the default of a field that config.json must have
 ABSENT = object()  # and of one whose absence `read` understands
@@ -95,6 +96,7 @@ class Rule:
     transposed: bool = False  # theirs is (in, out), as the Conv1D of the GPTs
     shape: tuple[int, ...] = ()  # leading dimensions of 1 that theirs has besides
     heads: tuple[int, int] | None = None  # their number and their size
+    optional: bool = False  # theirs may be missing, and ours are 0 then
 
     def load(self, state: State, shapes: dict[str, torch.Size]) -> State:
         """Takes theirs out of `state` and returns ours, whose shapes are given."""
@@ -182,6 +184,9 @@ class Family:
         aliases: a configuration -> other names of theirs for the same tensor, and that tensor.
         ignored: ends of names that are no weights.
         renamed: old endings of names -> those of today.
+        vocabulary: weight of an lm head that is tied to the embedding if the file lacks it,
+            whatever config.json says; None where config.json decides.
+        sinusoids: names of the tables of sinusoidal positions, which files may have.
     """
 
     model_type: str
@@ -194,6 +199,8 @@ class Family:
     aliases: Callable[[TransformerConfig], dict[str, str]] = lambda config: {}
     ignored: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
+    vocabulary: str | None = None
+    sinusoids: tuple[str, ...] = ()
 
     def config(self, theirs: dict[str, Any]) -> TransformerConfig:
         """The configuration that config.json describes."""
@@ -206,6 +213,8 @@ class Family:
                 f"{', '.join(self.heads)}"
             )
         fields = self.read(theirs) | self.heads[known[0]]
+        if fields["head"] == "none" and theirs.get("add_pooling_layer") is False:
+            fields["pooler"] = False
         if fields["head"] in ("classification", "token"):
             fields["classes"] = len(theirs["id2label"] or range(2))
         if fields.get("architecture") == "encoder" and "encoder_layers" in fields:
@@ -241,33 +250,44 @@ class Family:
         return found
 
     def fit(self, theirs: dict[str, Any], state: State) -> TransformerConfig:
-        """`config`, but with the head of another class if that is the one whose weights are all
-        there and no more: the published files of BERT have those of both of its heads, and a
-        config.json that names one."""
+        """`config`, but with what else of a model config.json does not tell.
+
+        This is the head of another class, if that is the one whose weights are all there and no
+        more: the published files of BERT have those of both of its heads, and a config.json that
+        names one. A model without a head may have no pooler, and a vocabulary may be tied."""
         stated = self.config(theirs)
+        if self.vocabulary is not None and self.vocabulary not in state:
+            stated = replace(stated, tie_embeddings=True)
         needed, found = self._names(stated, state)
+        others: list[dict[str, Any]] = []
         if needed < found:
-            for name in self.heads:
-                config = self.config(theirs | {"architectures": [name]})
-                needed, found = self._names(config, state)
-                if needed == found:
-                    return config
+            others = [{"architectures": [name]} for name in self.heads]
+        elif needed > found and "add_pooling_layer" in self.fields and stated.head == "none":
+            others = [{"add_pooling_layer": False}]
+        for other in others:
+            config = self.config(theirs | other)
+            needed, found = self._names(config, state)
+            if needed == found:
+                return config
         return stated
 
     def describe(self, config: TransformerConfig) -> dict[str, Any] | None:
         """config.json of a configuration, or None if this family cannot express it: if what it
         would write is not read as the same configuration."""
-        for name, fields in self.heads.items():
-            if any(getattr(config, key) != value for key, value in fields.items()):
-                continue
+        for name in self.heads:
             try:
                 theirs: dict[str, Any] = {"model_type": self.model_type, "architectures": [name]}
                 theirs |= self.write(config)
+                if "add_pooling_layer" in self.fields and config.head == "none":
+                    theirs["add_pooling_layer"] = config.pooler
                 if config.classes is not None:
                     labels = [f"LABEL_{i}" for i in range(config.classes)]
                     theirs["id2label"] = {str(i): label for i, label in enumerate(labels)}
                     theirs["label2id"] = {label: i for i, label in enumerate(labels)}
-                if _plain(self.config(theirs)) == _plain(config):
+                told = self.config(theirs)
+                if self.vocabulary is not None:
+                    told = replace(told, tie_embeddings=config.tie_embeddings)
+                if _plain(told) == _plain(config):
                     return theirs
             except (KeyError, ValueError):
                 continue
@@ -284,7 +304,8 @@ class Family:
             ValueError: weights that lack, that are too many, or that have too few or many rows.
         """
         rules = list(self.rules(config))
-        expected = {name for r in rules for name in r.theirs} | set(self.aliases(config))
+        expected = {name for r in rules for name in r.theirs}
+        expected |= {*self.aliases(config), *self.sinusoids}
         theirs = self._today(state, expected)
         for alias, name in self.aliases(config).items():
             if alias in theirs:
@@ -292,13 +313,19 @@ class Family:
                     raise ValueError(f"{alias} differs from {name}, of which it is a copy")
                 theirs.setdefault(name, theirs[alias])
                 del theirs[alias]
+        for name in self.sinusoids:
+            if (table := theirs.pop(name, None)) is not None:
+                _check_sinusoids(name, table, config.dim)
         for name, x in theirs.items():
             if x.dtype not in FLOATING:
                 raise ValueError(f"{_some([name])} has type {x.dtype}, expected a floating one")
+        absent = [r for r in rules if r.optional and not theirs.keys() >= {*r.theirs}]
+        rules = [r for r in rules if r not in absent]
         missing = [name for r in rules for name in r.theirs if name not in theirs]
         if missing:
             raise ValueError(f"the weights lack {_some(missing)}")
-        ours: State = {}
+        kind = next(iter(theirs.values()))
+        ours = {name: kind.new_zeros(shapes[name]) for r in absent for name in r.ours}
         for r in rules:
             ours |= r.load(theirs, shapes)
         if theirs:
@@ -310,6 +337,9 @@ class Family:
         theirs: State = {}
         for r in self.rules(config):
             theirs |= r.save(state)
+        for name in self.sinusoids:
+            steps, kind = torch.arange(config.max_length or 0), next(iter(theirs.values()))
+            theirs[name] = sinusoids(steps, config.dim, halves=True).to(kind)
         bare = config.head == "none"
         start = f"{self.prefix}."
         return {(n.removeprefix(start) if bare else n): x for n, x in theirs.items()}
@@ -322,8 +352,8 @@ class Family:
         aliases = self.aliases(config)
         names = (name for r in self.rules(config) for name in r.theirs)
         needed = set(islice(names, len(state) + 1))
-        found = self._today(state, needed | set(aliases))
-        return needed, {aliases.get(name, name) for name in found}
+        found = self._today(state, {*needed, *aliases, *self.sinusoids})
+        return needed, {aliases.get(name, name) for name in found} - {*self.sinusoids}
 
     def _today(self, state: State, expected: set[str]) -> State:
         """The weights by the names of today, in the form of a model with a head."""
@@ -355,7 +385,9 @@ def activation_name(ours: str, names: dict[str, str] = ACTIVATIONS) -> str:
 
 
 def _plain(config: TransformerConfig) -> TransformerConfig:
-    """The configuration with its defaults written out, less what no file tells."""
+    """The configuration with its defaults written out, less what no file tells.
+
+    Among this is which rows are trained: it is the same in all models of a family."""
     both = config.architecture == "encoder_decoder"
     return replace(
         config,
@@ -364,6 +396,7 @@ def _plain(config: TransformerConfig) -> TransformerConfig:
         kv_heads=config.kv_heads or config.heads,
         encoder_layers=(config.encoder_layers or config.layers) if both else None,
         init="normal",
+        pad_trained=False,
     )
 
 
@@ -378,6 +411,15 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     return x.is_meta or torch.equal(x, y)
+
+
+def _check_sinusoids(name: str, table: torch.Tensor, dim: int) -> None:
+    """Raises ValueError if a table of positions is another than the one that we compute."""
+    expected = sinusoids(torch.arange(len(table)), dim, halves=True) if table.dim() == 2 else None
+    if expected is None or table.shape != expected.shape:
+        raise ValueError(f"{name} has shape {tuple(table.shape)}, expected (positions, {dim})")
+    if not table.is_meta and not torch.allclose(table.double().cpu(), expected, 0, 0.01):
+        raise ValueError(f"{name} holds other values than sinusoids, which is not supported")
 
 
 def _some(names: Any) -> str:

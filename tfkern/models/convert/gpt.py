@@ -55,6 +55,7 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "attention_dropout": theirs["attn_pdrop"],
         "tie_embeddings": theirs["tie_word_embeddings"],
         "pad_token": theirs["pad_token_id"],
+        "pad_trained": True,
         "start_token": theirs["bos_token_id"],
         "end_token": theirs["eos_token_id"],
     }
@@ -115,6 +116,10 @@ def _blocks(config: TransformerConfig) -> Iterator[Rule]:
         yield from linear(f"{ours}.norm2", f"{theirs}.ln_2")
     if config.head == "lm" and not config.tie_embeddings:
         yield rule("vocabulary.weight", "lm_head.weight")
+    elif config.head == "classification":
+        yield rule("classifier.weight", "score.weight")
+    elif config.head in ("token", "span"):
+        yield from linear("classifier", "qa_outputs" if config.head == "span" else "classifier")
 
 
 def _rules1(config: TransformerConfig) -> Iterator[Rule]:
@@ -131,13 +136,23 @@ def _rules2(config: TransformerConfig) -> Iterator[Rule]:
 
 
 def _aliases(embedding: str) -> Any:
-    return lambda config: {"lm_head.weight": embedding} if config.tie_embeddings else {}
+    def aliases(config: TransformerConfig) -> dict[str, str]:
+        return {"lm_head.weight": embedding} if config.tie_embeddings else {}
+
+    return aliases
+
+
+_SCORE = {"head": "classification", "classifier_bias": False}
 
 
 GPT1 = Family(
     "openai-gpt",
     "transformer",
-    {"OpenAIGPTLMHeadModel": {"head": "lm"}, "OpenAIGPTModel": {"head": "none"}},
+    {
+        "OpenAIGPTLMHeadModel": {"head": "lm"},
+        "OpenAIGPTModel": {"head": "none"},
+        "OpenAIGPTForSequenceClassification": _SCORE,
+    },
     _FIELDS1,
     _read1,
     _write1,
@@ -148,7 +163,13 @@ GPT1 = Family(
 GPT2 = Family(
     "gpt2",
     "transformer",
-    {"GPT2LMHeadModel": {"head": "lm"}, "GPT2Model": {"head": "none"}},
+    {
+        "GPT2LMHeadModel": {"head": "lm"},
+        "GPT2Model": {"head": "none"},
+        "GPT2ForSequenceClassification": _SCORE,
+        "GPT2ForTokenClassification": {"head": "token"},
+        "GPT2ForQuestionAnswering": {"head": "span"},
+    },
     _FIELDS2,
     _read2,
     _write2,

@@ -32,6 +32,7 @@ _FIELDS = {
     "hidden_dropout_prob": like("dropout", 0.0),
     "attention_probs_dropout_prob": like("attention_dropout", 0.0),
     "pooler_output_size": like("dim", ABSENT),
+    "add_pooling_layer": like("pooler", ABSENT),
     "qkv_bias": only(True),
     "pooler_act": only("tanh"),
 }
