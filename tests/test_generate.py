@@ -25,7 +25,7 @@ from tfkern.generate import (  # noqa: E402
     stream_text,
 )
 from tfkern.generate.session import Session  # noqa: E402
-from tfkern.models import Transformer, TransformerConfig, cross_entropy, load  # noqa: E402
+from tfkern.models import Transformer, TransformerConfig, cross_entropy, load, save  # noqa: E402
 from tfkern.nn import KVCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def models(tmp_path_factory):
         theirs = replace(CASES[name], config=config).model(dtype=torch.float32)
         directory = tmp_path_factory.mktemp(name)
         theirs.save_pretrained(directory)
-        pairs[name] = (load(directory).double(), theirs.double())
+        pairs[name] = (load(directory, forced_last=None).double(), theirs.double())
     return pairs
 
 
@@ -96,6 +96,63 @@ def test_greedy_is_that_of_transformers(models, name):
         **ours_in(name, rows),
     )  # fmt: skip
     assert torch.equal(torch.stack(results), expected)
+
+
+SEQ2SEQ = ("bart", "mbart", "marian", "pegasus", "t5", "mt5")
+
+
+@pytest.fixture(scope="module", params=SEQ2SEQ)
+def writers(request, tmp_path_factory):
+    """An encoder-decoder of transformers whose first token is forced, its directory, and ours."""
+    case = CASES[request.param]
+    extra = {"num_decoder_layers": 2} if "t5" in request.param else {"encoder_layers": 3}
+    extra |= {} if "t5" in request.param else {"forced_bos_token_id": 9}
+    theirs = replace(case, config=case.config | extra).model(dtype=torch.float32)
+    directory = tmp_path_factory.mktemp("writers")
+    theirs.save_pretrained(directory)
+    return theirs.double(), directory, load(directory).double()
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_encoder_decoders_write_what_transformers_does(writers, beams, tmp_path):
+    """Sources of unequal lengths; the first and the last token are those that the configuration
+    forces, also after a round trip through our directories."""
+    theirs, directory, ours = writers
+    start, pad = theirs.config.decoder_start_token_id, theirs.config.pad_token_id
+    start = theirs.config.bos_token_id if start is None else start
+    rows = [torch.randint(10, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+            for n in (9, 4, 6)]  # fmt: skip
+    source = torch.tensor([[*row, *[pad] * (9 - len(row))] for row in rows])
+    expected = theirs.generate(
+        source, attention_mask=torch.tensor([[1] * len(r) + [0] * (9 - len(r)) for r in rows]),
+        max_new_tokens=12, num_beams=beams, do_sample=False, early_stopping=False,
+    )[:, 1:]  # fmt: skip
+    save(ours, tmp_path)
+    for model in (ours, load(tmp_path)):
+        texts = [row[0].tokens for row in beam_search(model, None, 12, source=rows, beams=beams)]
+        greedy = generate(model, None, 12, source=rows, sampling=GREEDY)
+        assert ours.config.start_token == start
+        for text, sequence in zip(texts if beams > 1 else greedy, expected, strict=True):
+            assert torch.equal(text, sequence[: len(text)])
+            assert (sequence[len(text) :] == pad).all()
+        if ours.config.forced_first is not None:
+            assert {int(text[0]) for text in texts} == {9}
+            assert {int(text[-1]) for text in texts} == {ours.config.end_token}
+
+
+def test_forced_tokens(models):
+    """They are drawn whatever is asked for, by drafts as well, and only where they are forced."""
+    ours, _ = models["bart"]
+    forced = Transformer(replace(ours.config, forced_first=9, forced_last=4)).double().eval()
+    forced.load_state_dict(ours.state_dict())
+    options = {"source": [[5, 6, 7]], "end_tokens": []}
+    for sampling in (GREEDY, Sampling(banned=[[9], [4]])):
+        plain = generate(forced, None, 6, sampling=sampling, **options)[0].tolist()
+        drafted = speculative(forced, forced, None, 6, sampling=sampling, **options)[0].tolist()
+        for text in (plain, drafted):
+            assert (text[0], text[-1]) == (9, 4) and len(text) == 6
+    begun = generate(forced, [[2, 30]], 6, sampling=Sampling(banned=[[9]]), **options)[0].tolist()
+    assert 9 not in begun and begun[-1] == 4
 
 
 def test_a_long_greedy_text_of_many_tokens(models):

@@ -88,7 +88,7 @@ def beam_search(
     for n in range(1, max_tokens + 1):
         written = tokens.flatten(0, 1).tolist()
         texts = [[*prompt, *new] for prompt, new in zip(asked.prompts, written, strict=True)]
-        logp = rules.logits(logits.float().log_softmax(-1), texts, n - 1, asked.ends)
+        logp = asked.logits(logits.float().log_softmax(-1), texts, n - 1, rules)
         V = logp.shape[-1]
         total = (running[..., None] + logp.view(B, beams, V)).flatten(1)
         top, index = total.topk(min(kept, total.shape[1]))

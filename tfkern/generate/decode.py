@@ -103,7 +103,7 @@ def _steps(
     logits = session.feed(*pad(history, device))
     for written in range(max_tokens):
         texts = [history[i] for i in alive]
-        p = sampling.probabilities(sampling.logits(logits[alive], texts, written, asked.ends))
+        p = sampling.probabilities(asked.logits(logits[alive], texts, written, sampling))
         step: list[int | None] = [None] * len(history)
         going = []
         for i, token in zip(alive, draw(p, [generators[i] for i in alive]).tolist(), strict=True):

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tfkern.generate.request import Rows, Seeds, check_context, check_writer, request, seeds_of
+from tfkern.generate.request import (
+    Request,
+    Rows,
+    Seeds,
+    check_context,
+    check_writer,
+    request,
+    seeds_of,
+)
 from tfkern.generate.sampling import Sampling, draw, uniform
 from tfkern.generate.session import Session
 from tfkern.models import Transformer
@@ -58,9 +66,7 @@ def speculative(
         sources = None if asked.sources is None else [asked.sources[i]]
         pair = [Session(m, 1, asked.capacity, sources) for m in (model, draft)]
         generator = torch.Generator().manual_seed(seed)
-        new = _one(
-            pair, asked.prompts[i], max_tokens, lookahead, asked.sampling, generator, asked.ends
-        )
+        new = _one(pair, asked.prompts[i], lookahead, asked, generator)
         results.append(torch.tensor(new, dtype=torch.int64, device="cpu"))
     return results
 
@@ -68,11 +74,9 @@ def speculative(
 def _one(
     pair: list[Session],
     tokens: list[int],
-    max_tokens: int,
     lookahead: int,
-    sampling: Sampling,
+    asked: Request,
     generator: torch.Generator,
-    ends: list[int],
 ) -> list[int]:
     """The new tokens of one prompt. Before each draft the large session has read all tokens but the
     last, the small one the first `drafted_to`."""
@@ -83,11 +87,11 @@ def _one(
         large.feed(torch.tensor([tokens[:-1]], device=device))
 
     def distribution(logits: Tensor, text: list[int]) -> Tensor:
-        changed = sampling.logits(logits, [text], len(text) - prompt, ends)
-        return sampling.probabilities(changed)
+        changed = asked.logits(logits, [text], len(text) - prompt, asked.sampling)
+        return asked.sampling.probabilities(changed)
 
     while True:
-        room = max_tokens - (len(tokens) - prompt)
+        room = asked.max_tokens - (len(tokens) - prompt)
         count = min(lookahead, room - 1)  # the large model adds one token
         text, q = list(tokens), []
         for _ in range(count):
@@ -106,12 +110,12 @@ def _one(
             u = uniform(generator).item()
             if u * q[j][0, token].item() < p[0, token].item():
                 tokens.append(token)
-                if token in ends:
+                if token in asked.ends:
                     break
             else:
                 tokens.append(int(draw((p - q[j]).clamp(min=0), [generator])))
                 break
-        if tokens[-1] in ends or len(tokens) - prompt >= max_tokens:
+        if tokens[-1] in asked.ends or len(tokens) - prompt >= asked.max_tokens:
             return tokens[prompt:]
         large.crop(len(tokens) - 1)
         drafted_to = min(drafted_to, len(tokens) - 1)

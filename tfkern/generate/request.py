@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tfkern.generate.sampling import Sampling
@@ -23,6 +24,9 @@ class Request:
         capacity: the most tokens that a row will have, prompt included.
         sampling: how tokens are chosen.
         ends: tokens that end a row.
+        max_tokens: the most new tokens of a row.
+        first, last: the first new token behind a prompt of one token, and the last one of
+            `max_tokens`, where the model's configuration forces them.
     """
 
     prompts: list[list[int]]
@@ -30,6 +34,33 @@ class Request:
     capacity: int
     sampling: Sampling
     ends: list[int]
+    max_tokens: int
+    first: int | None
+    last: int | None
+
+    def logits(
+        self, logits: Tensor, texts: Sequence[Sequence[int]], written: int, rules: Sampling
+    ) -> Tensor:
+        """The logits (B, V) by the rules, where a forced token has 0 and all others -inf.
+
+        Args:
+            logits, texts, written: as in `Sampling.logits`.
+            rules: in most cases `sampling`.
+        """
+        x = rules.logits(logits, texts, written, self.ends)
+        begins = [i for i, text in enumerate(texts) if len(text) == 1 and written == 0]
+        if self.first is not None and begins:
+            x[begins] = _only(x[begins], self.first)
+        if self.last is not None and written == self.max_tokens - 1:
+            x = _only(x, self.last)
+        return x
+
+
+def _only(x: Tensor, token: int) -> Tensor:
+    """Logits like x of which only those of one token are possible."""
+    return torch.full_like(x, -torch.inf).index_fill_(
+        1, torch.tensor([token], device=x.device), 0.0
+    )
 
 
 def request(
@@ -73,7 +104,10 @@ def request(
     begun = [list(row) for row in begun for _ in range(copies)]
     if sources is not None:
         sources = [row for row in sources for _ in range(copies)]
-    return Request(begun, sources, capacity, sampling, list(end_tokens))
+    return Request(
+        begun, sources, capacity, sampling, list(end_tokens), max_tokens, config.forced_first,
+        config.forced_last,
+    )  # fmt: skip
 
 
 def check_writer(model: Transformer) -> None:
