@@ -25,10 +25,33 @@ _BERT = Config(
     activation="gelu", dropout=0.1, attention_dropout=0.1, head="pretraining", pooler=True,
     init="normal",
 )  # fmt: skip
+_ROBERTA = replace(
+    _BERT, vocab_size=50265, pad_token=1, token_types=1, position_offset=2, skip_pad=True,
+    norm_eps=1e-5, head="mlm", pooler=False,
+)  # fmt: skip
+_XLM_ROBERTA = replace(_ROBERTA, vocab_size=250002)
+_DISTILBERT = replace(_BERT, layers=6, token_types=0, head="mlm", pooler=False)
 _BART = Config(
     architecture="encoder_decoder", dim=768, layers=6, heads=12, vocab_size=50265, pad_token=1,
     start_token=2, end_token=2, embedding_norm=True, max_length=1024, position_offset=2,
     post_norm=True, activation="gelu", dropout=0.1, logit_bias=True, init="normal",
+    forced_last=2,
+)  # fmt: skip
+_BART_LARGE = replace(_BART, layers=12, dim=1024, heads=16)
+_MBART = replace(
+    _BART_LARGE, vocab_size=250027, post_norm=False, scale_embedding=True, start_token=0
+)
+_MARIAN = Config(
+    architecture="encoder_decoder", dim=512, layers=6, heads=8, vocab_size=58101, pad_token=58100,
+    start_token=58100, end_token=0, forced_last=0, max_length=512, positions="sinusoidal_halves",
+    scale_embedding=True, post_norm=True, activation="silu", dropout=0.1, logit_bias=True,
+    init="normal",
+)  # fmt: skip
+_PEGASUS = Config(
+    architecture="encoder_decoder", dim=1024, layers=16, heads=16, vocab_size=96103, pad_token=0,
+    start_token=0, end_token=1, forced_last=1, max_length=1024, positions="sinusoidal_halves",
+    scale_embedding=True, activation="relu", dropout=0.1, attention_dropout=0.1, logit_bias=True,
+    init="normal",
 )  # fmt: skip
 _T5 = Config(
     architecture="encoder_decoder", dim=768, layers=12, heads=12, head_dim=64, hidden_dim=3072,
@@ -39,6 +62,7 @@ _T5 = Config(
 _T5_V1_1 = replace(
     _T5, gated=True, activation="gelu_tanh", hidden_dim=2048, tie_embeddings=False, logit_scale=1.0
 )
+_MT5 = replace(_T5_V1_1, vocab_size=250112)
 _VIT = Config(
     architecture="encoder", dim=768, layers=12, heads=12, image_size=224, patch_size=16,
     norm_eps=1e-12, activation="gelu", head="classification", classes=1000, init="truncated",
@@ -82,8 +106,20 @@ _PRESETS: dict[str, Config] = {
     "bert-base-cased": replace(_BERT, vocab_size=28996),
     "bert-large-uncased": replace(_BERT, layers=24, dim=1024, heads=16),
     "minilm-l6-h384": replace(_BERT, layers=6, dim=384, heads=12, head="none"),
+    **_named("roberta-base roberta-large", _sized(_ROBERTA, (12, 768, 12), (24, 1024, 16))),
+    **_named(
+        "xlm-roberta-base xlm-roberta-large",
+        _sized(_XLM_ROBERTA, (12, 768, 12), (24, 1024, 16)),
+    ),
+    "distilbert-base-uncased": _DISTILBERT,
+    "distilbert-base-cased": replace(_DISTILBERT, vocab_size=28996),
     "bart-base": _BART,
-    "bart-large": replace(_BART, layers=12, dim=1024, heads=16),
+    "bart-large": _BART_LARGE,
+    "mbart-large-cc25": _MBART,
+    "mbart-large-50": replace(_MBART, vocab_size=250054, start_token=2, activation="relu"),
+    "opus-mt-en-de": _MARIAN,
+    "pegasus-large": _PEGASUS,
+    "pegasus-xsum": replace(_PEGASUS, max_length=512),
     **_named(
         "t5-small t5-base t5-large",
         _t5(_T5, (6, 512, 8, 2048), (12, 768, 12, 3072), (24, 1024, 16, 4096)),
@@ -96,6 +132,13 @@ _PRESETS: dict[str, Config] = {
         "t5-v1.1-small t5-v1.1-base t5-v1.1-large t5-v1.1-xl t5-v1.1-xxl",
         _t5(
             _T5_V1_1, (8, 512, 6, 1024), (12, 768, 12, 2048), (24, 1024, 16, 2816),
+            (24, 2048, 32, 5120), (24, 4096, 64, 10240)
+        ),
+    ),
+    **_named(
+        "mt5-small mt5-base mt5-large mt5-xl mt5-xxl",
+        _t5(
+            _MT5, (8, 512, 6, 1024), (12, 768, 12, 2048), (24, 1024, 16, 2816),
             (24, 2048, 32, 5120), (24, 4096, 64, 10240)
         ),
     ),
@@ -118,8 +161,10 @@ def preset(name: str, **changes: Any) -> Config:
     The 2017 base and big (Vaswani et al.), GPT-1 (Radford et al. 2018), GPT-2 (Radford et al.
     2019), GPT-3 (Brown et al. 2020; its sizes alone: every second of its layers is sparse, which
     these are not, and the 1.3b has 16 heads, since 24 of 128 would not fit its size), BERT (Devlin
-    et al. 2019), MiniLM (Wang et al. 2020), BART (Lewis et al. 2020), T5 and v1.1 (Raffel et al.
-    2020), ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
+    et al. 2019), MiniLM (Wang et al. 2020), RoBERTa (Liu et al. 2019), XLM-R (Conneau et al. 2020),
+    DistilBERT (Sanh et al. 2019), BART (Lewis et al. 2020), mBART (Liu et al. 2020), Marian's
+    OPUS-MT (Tiedemann, Thottingal 2020), Pegasus (Zhang et al. 2020), T5 and v1.1 (Raffel et al.
+    2020), mT5 (Xue et al. 2021), ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))
 
