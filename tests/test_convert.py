@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface import CASES
+from huggingface import CASES, transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from weights import perturb
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -305,6 +306,102 @@ def _vit(name):
     }.items():  # fmt: skip
         name = name.replace(new, old)
     return name
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "vit"])
+def test_a_bare_model_without_pooler(name, tmp_path):
+    """The weights tell that there is none, and so does the config.json that we write."""
+    case = CASES[f"{name}-bare"]
+    kind = getattr(transformers, case.architecture)
+    theirs = kind(kind.config_class(**case.config), add_pooling_layer=False)
+    theirs = perturb(theirs).double().eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    assert ours.pooler is None and errors(f"{name}-bare", ours, theirs) <= 1
+    save(ours, tmp_path / "ours")
+    before, after = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
+    assert before.keys() == after.keys() and all(
+        torch.equal(x, after[k]) for k, x in before.items()
+    )
+    assert load(tmp_path / "ours").config == ours.config
+    drop(tmp_path / "theirs", next(iter(before)))
+    with pytest.raises(ValueError, match="the weights lack"):
+        load(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["bart", "mbart", "marian", "pegasus"])
+def test_no_bias_of_the_logits(name, tmp_path):
+    """Earlier files lack it, and it is 0 then."""
+    _, theirs, _, directory = made(name, tmp_path)
+    theirs.final_logits_bias.zero_()
+    drop(directory, "final_logits_bias")
+    ours = load(directory)
+    assert errors(name, ours, theirs) <= 1
+    assert load(directory, dtype=torch.bfloat16).vocabulary.bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["t5-flan", "mt5"])
+@pytest.mark.parametrize("told", [True, False])
+def test_vocabularies_that_the_weights_tell(name, told, tmp_path):
+    """transformers 5 ties the vocabulary of v1.1 and of mT5 if the file has none, whatever
+    config.json says, and reads what we write of both with equal logits."""
+    _, _, _, directory = made(name, tmp_path / "tied")
+    kind = getattr(transformers, CASES[name].architecture)
+    break_config(directory, tie_word_embeddings=told)
+    head = torch.randn_like(load(directory).embedding.weight)
+    for untied in (False, True):
+        if untied:
+            file = directory / "model.safetensors"
+            safetensors.save_file(safetensors.load_file(file) | {"lm_head.weight": head}, file)
+        theirs, ours = kind.from_pretrained(directory).eval(), load(directory)
+        assert ours.config.tie_embeddings is not untied and ours.config.logit_scale == 1
+        assert errors(name, ours, theirs) <= 1
+        save(ours, tmp_path / "ours")
+        assert errors(name, ours, kind.from_pretrained(tmp_path / "ours").eval()) <= 1
+        assert load(tmp_path / "ours").config == ours.config
+
+
+@pytest.mark.parametrize("name", ["marian", "pegasus-bare"])
+def test_tables_of_sinusoids(name, tmp_path):
+    """A file may have them in any dtype. Other positions than sinusoids are refused."""
+    _, _, ours, _ = made(name, tmp_path / "theirs")
+    save(ours, tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = safetensors.load_file(file)
+    (key, *_) = (k for k in state if k.endswith("decoder.embed_positions.weight"))
+    for table, message in (
+        (state[key].bfloat16(), None),
+        (state[key].roll(1, 0), "other values than sinusoids"),
+        (state[key][:, 1:].clone(), "shape"),
+    ):
+        metadata = safe_open(file, "pt").metadata()
+        safetensors.save_file(state | {key: table}, file, metadata)
+        if message is None:
+            assert load(tmp_path).config == ours.config
+        else:
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("roberta", {"hidden_act": "relu"}),
+        ("roberta", {"is_decoder": True}),
+        ("roberta", {"pad_token_id": None}),
+        ("marian", {"share_encoder_decoder_embeddings": False}),
+        ("marian", {"decoder_vocab_size": 60}),
+        ("mbart", {"normalize_before": False}),
+        ("pegasus", {"static_position_embeddings": False}),
+        ("distilbert", {"activation": "mish"}),
+        ("mt5", {"feed_forward_proj": "mish"}),
+    ],
+)
+def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
+    made(name, tmp_path)
+    break_config(tmp_path, **change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        load(tmp_path)
 
 
 def test_legacy_names(tmp_path):
