@@ -404,6 +404,36 @@ def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["t5", "t5-flan", "mt5", "t5-encoder", "t5-sequence"])
+def test_t5_in_float16(name, tmp_path):
+    """Values of its MLPs are too large for float16, so that their last layer stays float32."""
+    case = CASES[name]
+    theirs = case.model(dtype=torch.float32)
+    with torch.no_grad():
+        for key, x in theirs.named_parameters():
+            if key.endswith(".wo.weight"):
+                x.mul_(1e5)
+    theirs.save_pretrained(tmp_path)
+    kind = getattr(transformers, case.architecture)
+    exact = kind.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    theirs = kind.from_pretrained(tmp_path, dtype=torch.float16).eval()
+    for ours in (load(tmp_path, dtype=torch.float16), load(tmp_path).half()):
+        assert {x.dtype for x in ours.state_dict().values()} == {torch.float16, torch.float32}
+        with torch.no_grad():
+            results = zip(case.ours(ours), case.theirs(theirs), case.theirs(exact), strict=True)
+        for x, y, z in results:
+            assert x.isfinite().all() and x.dtype == y.dtype == torch.float16
+            assert (x - z).norm() <= 2 * (y - z).norm()
+        sum(x.float().square().mean() for x in case.ours(ours)).backward()
+        grads = [p.grad for p in ours.parameters() if p.grad is not None]
+        assert len(grads) > 9 and all(grad.isfinite().all() for grad in grads)
+    save(ours, tmp_path / "ours")
+    again = load(tmp_path / "ours", dtype=torch.float16)
+    assert all(torch.equal(x, again.state_dict()[key]) for key, x in ours.state_dict().items())
+    for x in case.ours(load(tmp_path, dtype=torch.bfloat16)):
+        assert x.dtype == torch.bfloat16 and x.isfinite().all()
+
+
 def test_legacy_names(tmp_path):
     """Files without the prefix, with gamma and beta, with buffers and with copies of a weight."""
     for name, change in {

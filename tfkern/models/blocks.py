@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from tfkern.models.config import TransformerConfig
 from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, Linear, NoNorm, RMSNorm
 from tfkern.nn.batch_norm import drop_and_add
+from tfkern.nn.linear import WideLinear
 from tfkern.ops import attention, attention_weights, rotary
 
 KeysValues = tuple[Tensor, Tensor]
@@ -217,7 +219,11 @@ def add_and_norm(
     """norm(h) of `h = residual + dropout(x)`, or (norm(h), h). Foreign norms are called with h."""
     if isinstance(norm, _NORMS):
         options: Any = {"dropout_p": dropout_p, "return_residual": return_residual}
-        return norm(x, residual=residual, **options, **counted)
+        result = norm(x, residual=residual, **options, **counted)
+        if x.dtype != torch.float32 or getattr(norm, "weight", x).dtype != torch.float16:
+            return result
+        # x is the output of a layer that is kept in float32, and layers behind the norm are not
+        return (result[0].half(), result[1]) if return_residual else result.half()
     h = drop_and_add(x, residual, dropout_p, True)
     y = norm(h, **counted).to(x.dtype)
     return (y, h) if return_residual else y
@@ -241,4 +247,8 @@ def normalise_weights(block: nn.Module) -> None:
 
 def _mlp(config: TransformerConfig) -> MLP | GatedMLP:
     kind = GatedMLP if config.gated else MLP
-    return kind(config.dim, config.hidden_size, config.bias, config.activation)
+    mlp = kind(config.dim, config.hidden_size, config.bias, config.activation)
+    if config.wide_output:
+        name = "down" if config.gated else "fc2"
+        setattr(mlp, name, WideLinear(config.hidden_size, config.dim, config.bias))
+    return mlp

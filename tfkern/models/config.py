@@ -104,6 +104,8 @@ class TransformerConfig:
         post_norm: the norm follows the residual addition (Vaswani et al. 2017), rather than stand
             before each sublayer and at the end (Xiong et al. 2020).
         gated: whether the MLP is gated; "silu" is the usual activation then.
+        wide_output: whether the last layer of each MLP, and with it the residual stream, is float32
+            in a model of float16. That of T5 is larger than float16 can hold.
         activation: one of `tfkern.mlp`.
         attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
         bias: whether linear layers and layer norms have a bias.
@@ -166,6 +168,7 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     post_norm: bool = False
     gated: bool = False
+    wide_output: bool = False
     activation: str = "gelu_tanh"
     attention_scale: float | None = None
     bias: bool = True

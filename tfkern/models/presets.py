@@ -56,7 +56,8 @@ _PEGASUS = Config(
 _T5 = Config(
     architecture="encoder_decoder", dim=768, layers=12, heads=12, head_dim=64, hidden_dim=3072,
     vocab_size=32128, pad_token=0, pad_trained=True, start_token=0, end_token=1,
-    positions="relative", norm="rms_norm", norm_eps=1e-6, activation="relu", attention_scale=1.0,
+    positions="relative", norm="rms_norm", norm_eps=1e-6, activation="relu", wide_output=True,
+    attention_scale=1.0,
     bias=False, dropout=0.1, attention_dropout=0.1, logit_scale=768**-0.5, init="t5",
 )  # fmt: skip
 _T5_V1_1 = replace(

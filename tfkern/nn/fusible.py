@@ -10,9 +10,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tfkern.nn.linear import Linear
+from tfkern.nn.linear import Linear, WideLinear
 
-LINEAR = (nn.Linear, Linear, NonDynamicallyQuantizableLinear)  # the last one is out_proj in torch
+LINEAR = (
+    nn.Linear,
+    Linear,
+    WideLinear,
+    NonDynamicallyQuantizableLinear,
+)  # the last one is out_proj in torch
 
 
 def fusible(

@@ -10,6 +10,11 @@ from tfkern.ops.activation import FUNCTIONS
 from tfkern.ops.mlp import ACTIVATIONS
 
 
+def _fusible(*layers: nn.Module) -> bool:
+    """Whether one kernel may replace the layers, all of which it takes in one dtype."""
+    return all(map(fusible, layers)) and len({layer.weight.dtype for layer in layers}) == 1
+
+
 class MLP(nn.Module):
     """`fc2(act(fc1(x)))`, the feed-forward sublayer of Vaswani et al. 2017.
 
@@ -46,7 +51,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
         fc1, fc2 = self.fc1, self.fc2
-        if not (fusible(fc1) and fusible(fc2)):
+        if not _fusible(fc1, fc2):
             return fc2(FUNCTIONS[self.activation](fc1(x)))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
 
@@ -98,7 +103,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
         gate, up, down = self.gate, self.up, self.down
-        if not (fusible(gate) and fusible(up) and fusible(down)):
+        if not _fusible(gate, up, down):
             return down(FUNCTIONS[self.activation](gate(x)) * up(x))
         return gated_mlp(
             x, gate.weight, gate.bias, up.weight, up.bias, down.weight, down.bias,

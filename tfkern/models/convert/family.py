@@ -387,7 +387,8 @@ def activation_name(ours: str, names: dict[str, str] = ACTIVATIONS) -> str:
 def _plain(config: TransformerConfig) -> TransformerConfig:
     """The configuration with its defaults written out, less what no file tells.
 
-    Among this is which rows are trained: it is the same in all models of a family."""
+    This is what all models of a family have in common: the weights that they begin with, the rows
+    that are trained and the layers that are never float16."""
     both = config.architecture == "encoder_decoder"
     return replace(
         config,
@@ -397,6 +398,7 @@ def _plain(config: TransformerConfig) -> TransformerConfig:
         encoder_layers=(config.encoder_layers or config.layers) if both else None,
         init="normal",
         pad_trained=False,
+        wide_output=False,
     )
 
 

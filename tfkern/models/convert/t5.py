@@ -65,6 +65,7 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "norm": "rms_norm",
         "norm_eps": theirs["layer_norm_epsilon"],
         "gated": gated,
+        "wide_output": True,
         "activation": _GATED[act.removeprefix("gated-")] if gated else ACTIVATIONS[act],
         "attention_scale": 1.0,
         "bias": False,
