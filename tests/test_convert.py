@@ -395,6 +395,8 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("pegasus", {"static_position_embeddings": False}),
         ("distilbert", {"activation": "mish"}),
         ("mt5", {"feed_forward_proj": "mish"}),
+        ("t5", {"dense_act_fn": "gelu"}),
+        ("t5-v1.1", {"is_gated_act": False}),
     ],
 )
 def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):

@@ -442,6 +442,11 @@ def test_config_errors():
         ({"vocab_size": None}, "vocab_size .* or patch_size .* is needed"),
         ({"max_length": None}, "learned positions need max_length"),
         ({"pad_token": 13}, r"pad_token must lie in \[0, vocab_size = 13\), got 13"),
+        ({"forced_last": 13}, r"forced_last must lie in \[0, vocab_size = 13\), got 13"),
+        ({"skip_pad": True, "pad_token": 1}, "skip_pad needs an encoder with pad_token"),
+        ({"skip_pad": True, "architecture": "encoder"}, "skip_pad needs an encoder with pad_token"),
+        ({"pooler_activation": "gelu"}, "pooler_activation must be one of tanh, relu"),
+        ({"head": "choice"}, "head 'choice' needs architecture 'encoder'"),
         ({"head": "classification"}, "head 'classification' needs classes"),
         ({"head": "pretraining"}, "needs pooler=True"),
         ({"patch_size": 4}, "patch_size needs architecture 'encoder'"),
@@ -510,3 +515,35 @@ def test_call_errors():
     caches = [KVCache(2, H, C // H, 8) for _ in range(L)]
     with pytest.raises(ValueError, match="with caches a mask must be lengths"):
         decoder.decode(tokens, mask=tokens.bool(), caches=caches)
+
+
+def test_the_last_token_of_a_decoder_is_no_padding():
+    """With or without a mask, on either side of the padding, which is the end of texts as well."""
+    model = make(DECODER, pad_token=3, pad_trained=True, head="classification", classes=2)
+    text = torch.tensor([[5, 6, 3, 7]])
+    expected = model(text)
+    right = torch.tensor([[5, 6, 3, 7, 3, 3]])
+    for mask in (None, right != 3, torch.ones_like(right).bool(), torch.tensor([4])):
+        if mask is None or mask.dim() == 1 or mask.all():
+            torch.testing.assert_close(model(right, mask=mask), expected)
+    left = torch.tensor([[3, 3, 5, 6, 3, 7]])
+    mask = torch.tensor([[False, False, True, True, True, True]])
+    torch.testing.assert_close(model(left, mask=mask), expected)
+
+
+def test_choices():
+    """Each is computed as if it were alone, with masks of both kinds."""
+    config = replace(DECODER, architecture="encoder", token_types=2)
+    model = make(config, head="choice", pooler=True)
+    tokens, types = torch.randint(13, (2, 3, 6)), torch.randint(2, (2, 3, 6))
+    lengths = torch.tensor([[6, 4, 2], [1, 6, 5]])
+    logits = model(tokens, mask=lengths, token_types=types)
+    assert logits.shape == (2, 3)
+    mask = torch.arange(6) < lengths[..., None]
+    torch.testing.assert_close(model(tokens, mask=mask, token_types=types), logits)
+    for b, c in ((0, 1), (1, 0)):
+        n = lengths[b, c]
+        alone = model(tokens[b, c, :n][None, None], token_types=types[b, c, :n][None, None])
+        torch.testing.assert_close(alone[0, 0], logits[b, c])
+    with pytest.raises(ValueError, match=r"tokens must be \(batch, choices, length\)"):
+        model(tokens[0])

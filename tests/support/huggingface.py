@@ -146,7 +146,7 @@ class Case:
         mask, source_mask = torch.ones_like(tokens), torch.ones_like(source)
         mask[1, T - 3 :] = source_mask[1, T:] = 0
         images = torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
-        for pad in range(1, 8):  # tokens that pad some family, and are seen here
+        for pad in range(8):  # tokens that pad some family, and are seen here
             tokens[0, pad] = source[0, pad] = pad if pad != 5 else V - 1
         before = source.roll(1, 1)
         choices = torch.randint(V, (2, 3, T), generator=generator)

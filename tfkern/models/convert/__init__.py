@@ -109,6 +109,9 @@ def save(
 ) -> None:
     """Writes config.json and the weights into a directory, which is made if need be.
 
+    Of two model types that compute the same, config.json has the more common one: XLM-R is saved as
+    roberta, mT5 as t5, and both are read by either class of transformers.
+
     Whatever ends a save, `load` finds the whole model that was there or the whole new one, as it
     does while others save; of several that save at once, one waits for the other. A reader other
     than `load` may for a moment, or after a power cut at that moment, see the new weights beside

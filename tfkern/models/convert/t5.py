@@ -16,6 +16,7 @@ from tfkern.models.convert.family import (
     like,
     linear,
     rule,
+    same_number,
 )
 
 # What follows "gated-", where "gelu" means its tanh form, and what stands alone.
@@ -34,6 +35,8 @@ _FIELDS = {
     "relative_attention_max_distance": like("relative_distance", 128),
     "layer_norm_epsilon": like("norm_eps", 1e-6),
     "feed_forward_proj": among(_ACTIVATIONS, "relu"),
+    "dense_act_fn": among(ACTIVATIONS, ABSENT),
+    "is_gated_act": like("gated", ABSENT),
     "dropout_rate": like("dropout", 0.1),
     "tie_word_embeddings": like("tie_embeddings", True),
     "scale_decoder_outputs": like("scale_embedding", True),
@@ -50,6 +53,10 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
     tied = theirs["tie_word_embeddings"] and theirs["scale_decoder_outputs"]
     pad = theirs["pad_token_id"]
     gated = act.startswith("gated-")
+    # config.json may tell both once more, and transformers then follows what it tells
+    plain = "gelu_new" if act == "gated-gelu" else act.removeprefix("gated-")
+    same_number(theirs | {"feed_forward_proj": plain}, "dense_act_fn", "feed_forward_proj")
+    same_number(theirs | {"feed_forward_proj": gated}, "is_gated_act", "feed_forward_proj")
     return {
         "architecture": "encoder_decoder",
         "dim": theirs["d_model"],
