@@ -41,6 +41,7 @@ _FIELDS = {
     "eos_token_id": like("end_token", 2, null=True),
     "bos_token_id": like("start_token", 0, null=True),
     "forced_bos_token_id": like("forced_first", None),
+    "force_bos_token_to_be_generated": like("scale_embedding", False),  # BART's earliest files
     "forced_eos_token_id": like("forced_last", 2, null=True),
     "normalize_before": only(False),
     "add_final_layer_norm": only(False),
@@ -55,6 +56,7 @@ def _shape(theirs: dict[str, Any]) -> dict[str, Any]:
     for size in ("attention_heads", "ffn_dim"):
         same_number(theirs, f"encoder_{size}", f"decoder_{size}")
     start = theirs["decoder_start_token_id"]
+    begins = theirs["force_bos_token_to_be_generated"] and theirs["forced_bos_token_id"] is None
     return {
         "architecture": "encoder_decoder",
         "dim": theirs["d_model"],
@@ -71,7 +73,7 @@ def _shape(theirs: dict[str, Any]) -> dict[str, Any]:
         "tie_embeddings": theirs["tie_word_embeddings"],
         "pad_token": theirs["pad_token_id"],
         "start_token": theirs["bos_token_id"] if start is None else start,
-        "forced_first": theirs["forced_bos_token_id"],
+        "forced_first": theirs["bos_token_id"] if begins else theirs["forced_bos_token_id"],
         "forced_last": theirs["forced_eos_token_id"],
         "end_token": theirs["eos_token_id"],
         "init": "normal",
