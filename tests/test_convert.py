@@ -329,6 +329,17 @@ def test_a_bare_model_without_pooler(name, tmp_path):
         load(tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("name", ["roberta", "xlmr-token", "bert-token", "bert-span", "vit"])
+def test_a_pooler_that_no_head_uses(name, tmp_path):
+    """The published files of RoBERTa have one beside the head for masked tokens, and those of many
+    taggers one beside a classifier, which makes their names those of another head."""
+    _, theirs, ours, directory = made(name, tmp_path)
+    for kind, shape in (("weight", (24, 24)), ("bias", (24,))):
+        put(directory, f"{theirs.base_model_prefix}.pooler.dense.{kind}", *shape)
+    assert load(directory).config == ours.config
+    assert errors(name, load(directory), theirs) <= 1
+
+
 @pytest.mark.parametrize("name", ["bart", "mbart", "marian", "pegasus"])
 def test_no_bias_of_the_logits(name, tmp_path):
     """Earlier files lack it, and it is 0 then."""

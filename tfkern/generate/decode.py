@@ -28,7 +28,8 @@ def generate(
 
     Call eval() first if the model has dropout. Prompts may have unequal lengths. Each row is what
     it would be alone, up to rounding: products with another number of rows may round differently,
-    which can turn a near tie between two tokens. In 16-bit dtypes this happens often.
+    which can turn a near tie between two tokens. In 16-bit dtypes this happens often. The tokens
+    that the configuration forces come first and last, whatever `sampling` says.
 
     Args:
         model: a decoder, or an encoder-decoder, with head "lm".

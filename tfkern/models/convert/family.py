@@ -260,7 +260,7 @@ class Family:
             stated = replace(stated, tie_embeddings=True)
         needed, found = self._names(stated, state)
         others: list[dict[str, Any]] = []
-        if needed < found:
+        if needed < found and not self._unused(found - needed):
             others = [{"architectures": [name]} for name in self.heads]
         elif needed > found and "add_pooling_layer" in self.fields and stated.head == "none":
             others = [{"add_pooling_layer": False}]
@@ -328,7 +328,7 @@ class Family:
         ours = {name: kind.new_zeros(shapes[name]) for r in absent for name in r.ours}
         for r in rules:
             ours |= r.load(theirs, shapes)
-        if theirs:
+        if not self._unused(theirs):
             raise ValueError(f"unexpected weights {_some(theirs)}")
         return ours
 
@@ -355,6 +355,11 @@ class Family:
         found = self._today(state, {*needed, *aliases, *self.sinusoids})
         return needed, {aliases.get(name, name) for name in found} - {*self.sinusoids}
 
+    def _unused(self, names: Iterable[str]) -> bool:
+        """Whether these are weights of no more than a pooler, which published files of RoBERTa and
+        of taggers have beside a head that does not use it."""
+        return all(name.removeprefix(f"{self.prefix}.") in _POOLER for name in names)
+
     def _today(self, state: State, expected: set[str]) -> State:
         """The weights by the names of today, in the form of a model with a head."""
         theirs: State = {}
@@ -369,6 +374,7 @@ class Family:
         return theirs
 
 
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
