@@ -680,6 +680,24 @@ def test_tokens_that_are_none(name, tmp_path):
         load(tmp_path)
 
 
+def test_forced_tokens_of_generation_config(tmp_path):
+    """Where there is such a file, transformers does not look for them in config.json."""
+    made("bart", tmp_path)
+    path = tmp_path / "generation_config.json"
+    break_config(tmp_path, forced_bos_token_id=5, forced_eos_token_id=6)
+    for told, expected in (
+        ({"forced_bos_token_id": 7, "forced_eos_token_id": 8}, (7, 8)),
+        ({"forced_eos_token_id": 8}, (None, 8)),
+        ({}, (None, None)),
+        (None, (5, 6)),
+    ):
+        path.unlink(missing_ok=True)
+        if told is not None:
+            path.write_text(json.dumps(told))
+        config = load(tmp_path).config
+        assert (config.forced_first, config.forced_last) == expected
+
+
 def test_tokens_of_generation_config(tmp_path):
     """What transformers generates with: the tokens of generation_config.json, where it has any."""
     made("gpt2", tmp_path)

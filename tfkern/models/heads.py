@@ -88,8 +88,8 @@ def ends(
     marks = None
     if source is None and config.pad_token is not None:
         marks = tokens != config.pad_token
-    elif source is not None and config.end_token is not None and source.shape == tokens.shape:
-        marks = source == config.end_token
+    elif source is not None and config.end_tokens and source.shape == tokens.shape:
+        marks = torch.isin(source, source.new_tensor(config.end_tokens))
         marks = marks | ~marks.any(1, keepdim=True)
     if mask is None or marks is None:
         return mask if marks is None else marks

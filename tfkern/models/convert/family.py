@@ -221,7 +221,7 @@ class Family:
             fields["layers"] = fields.pop("encoder_layers")
         # the defaults of transformers may lie beyond a model of few tokens
         size = fields.get("vocab_size") or 1
-        for name in ("pad_token", "start_token"):
+        for name in ("pad_token", "start_token", "forced_first", "forced_last"):
             if (fields.get(name) or 0) >= size:
                 fields[name] = None
         ends = fields.get("end_token")

@@ -169,10 +169,14 @@ def _written_tokens(path: Path) -> dict[str, Any]:
     """The tokens with which a text begins and ends, if generation_config.json tells them.
 
     The token for padding is not among them: that of config.json says which row is not trained.
+    Tokens that a text is forced to have are those of this file alone, as in transformers.
     """
-    told = files.read_object(path) if _there(path) else {}
+    if not _there(path):
+        return {}
+    told = files.read_object(path)
+    forced = dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
     ids = {name: value for name, value in told.items() if name.endswith("_token_id")}
-    return {n: v for n, v in ids.items() if v is not None and n != "pad_token_id"}
+    return forced | {n: v for n, v in ids.items() if v is not None and n != "pad_token_id"}
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
