@@ -39,7 +39,7 @@ FAMILIES = (
 
 def errors(name, ours, theirs):
     """The largest difference, in units of the tolerance: 1e-10, or where transformers has float32
-    (the norms of T5, tables of sinusoids) 1e-5 of the largest logit."""
+    (RMS norms, tables of sines and cosines) 1e-5 of the largest logit."""
     worst = 0.0
     with torch.no_grad():
         outputs = CASES[name].ours(ours), CASES[name].theirs(theirs)
@@ -51,7 +51,7 @@ def errors(name, ours, theirs):
 
 
 def dtype_of(name):
-    narrow = ("t5", "mt5", "marian", "pegasus")
+    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral")
     return torch.float32 if name.startswith(narrow) else torch.float64
 
 
@@ -149,11 +149,11 @@ def transposed(name):
 
 
 def exchanged_rows(name, a, b):
-    """Exchanges rows a and b of each head: queries, keys and values are rows 0, 1 and 2, and the
-    keys and values of cross-attention 0 and 1."""
+    """Exchanges vectors a and b of each key head: of queries, keys and values they are 0, 1 and 2,
+    or with two queries for a key 0 to 3, and of the keys and values of cross-attention 0 and 1."""
 
     def apply(model):
-        heads = model.config.heads, -1, model.config.head_size
+        heads = model.config.kv_heads or model.config.heads, -1, model.config.head_size
         rows = model.state_dict()[name].unflatten(0, heads)
         kept = rows[:, a].clone()
         rows[:, a] = rows[:, b]
@@ -251,6 +251,22 @@ MUTATIONS = {
     "pegasus": {
         "other sinusoids": configure(positions="sinusoidal"),
         "no last norm": edit(lambda s: s["decoder.norm.weight"].fill_(1)),
+    },
+    "llama": {
+        "norms exchanged": exchanged("decoder"),
+        "gate and up exchanged": exchanged("decoder", "mlp.gate", "mlp.up"),
+        "two queries of a key exchanged": exchanged_rows(
+            "decoder.blocks.0.attention.qkv_by_head.weight", 0, 1
+        ),
+        "k and v exchanged": exchanged_rows("decoder.blocks.0.attention.qkv_by_head.weight", 2, 3),
+        "another base": configure(rotary_base=9000.0),
+        "eps": configure(norm_eps=1e-2),
+        "scores not scaled": _UNSCALED,
+        "the other activation": configure(activation="gelu"),
+    },
+    "mistral": {
+        "no window": configure(window=None),
+        "a window without the token": configure(window=5),
     },
     "t5-flan": {"logits scaled": configure(logit_scale=24**-0.5)},
     "mt5": {"logits scaled": configure(logit_scale=24**-0.5)},
@@ -408,6 +424,15 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("mt5", {"feed_forward_proj": "mish"}),
         ("t5", {"dense_act_fn": "gelu"}),
         ("t5-v1.1", {"is_gated_act": False}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"hidden_act": "mish"}),
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}),
+        ("llama", {"rope_parameters": ["default"]}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("mistral", {"sliding_window": 0}),
     ],
 )
 def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
@@ -604,7 +629,7 @@ def test_weights_of_two_forms_in_one_file():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"norm": "rms_norm", "gated": True, "positions": "rotary", "kv_heads": 1, "bias": False},
+        {"norm": "rms_norm", "gated": True, "positions": "alibi", "window": 3, "kv_heads": 1},
         {"norm": "weight_norm", "vocab_multiple": 16},
         {"norm": "batch_norm", "tie_embeddings": False},
     ],
@@ -749,7 +774,7 @@ def index(directory, content):
     [
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
-        (lambda d: break_config(d, model_type="llama"), "model_type 'llama', expected one of"),
+        (lambda d: break_config(d, model_type="rwkv"), "model_type 'rwkv', expected one of"),
         (lambda d: break_config(d, architectures=["X"]), "architecture X of gpt2 is not one of"),
         (lambda d: break_config(d, activation_function="mish"), "'mish' is not one of relu"),
         (lambda d: break_config(d, add_cross_attention=True), "add_cross_attention = True is not"),

@@ -99,6 +99,36 @@ def test_greedy_is_that_of_transformers(models, name):
     assert torch.equal(torch.stack(results), expected)
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoders_with_rotary_positions_write_what_transformers_does(name, beams, tmp_path):
+    """Unequal prompts, shorter and longer than the window of Mistral, which the texts cross often.
+    Llama's files are those of transformers 4."""
+    config = CASES[name].config | {"max_position_embeddings": 64, "pad_token_id": 0}
+    theirs = replace(CASES[name], config=config).model(dtype=torch.float32)
+    theirs.save_pretrained(tmp_path)
+    if name == "llama":
+        path = tmp_path / "config.json"
+        told = json.loads(path.read_text())
+        del told["rope_parameters"]
+        path.write_text(json.dumps(told | {"rope_theta": 10000.0, "rope_scaling": None}))
+    ours = load(tmp_path)
+    rows = [torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+            for n in (9, 2, 5)]  # fmt: skip
+    tokens = torch.tensor([[*[0] * (9 - len(row)), *row] for row in rows])
+    mask = torch.tensor([[0] * (9 - len(row)) + [1] * len(row) for row in rows])
+    expected = theirs.generate(
+        tokens, attention_mask=mask, max_new_tokens=30, num_beams=beams, do_sample=False,
+        eos_token_id=None,
+    )[:, 9:]  # fmt: skip
+    if beams == 1:
+        texts = generate(ours, rows, 30, sampling=GREEDY, end_tokens=[])
+    else:
+        found = beam_search(ours, rows, 30, beams=beams, end_tokens=[])
+        texts = [row[0].tokens for row in found]
+    assert torch.equal(torch.stack(texts), expected)
+
+
 FORCED = {
     "bart": {"forced_bos_token_id": 9},
     "bart-early": {"force_bos_token_to_be_generated": True},

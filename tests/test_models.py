@@ -465,6 +465,8 @@ def test_config_errors():
         ({"heads": 5}, "dim must be a multiple of heads, got 24 and 5"),
         ({"kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"norm": "group_norm"}, "norm must be one of .*, got 'group_norm'"),
+        ({"window": 0}, "window must be positive, got 0"),
+        ({"window": 2, "architecture": "encoder"}, "window is for self-attention of a decoder"),
         ({"positions": "absolute"}, "positions must be one of"),
         ({"activation": "tanh"}, "activation must be one of relu, .*, silu, quick_gelu, got"),
         ({"head": "next"}, "head must be one of"),

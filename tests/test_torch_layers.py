@@ -131,6 +131,7 @@ def test_errors():
         ({"norm": "rms_norm"}, "layer norm, no gate and equal heads"),
         ({"gated": True}, "layer norm, no gate and equal heads"),
         ({"kv_heads": 1}, "layer norm, no gate and equal heads"),
+        ({"window": 3}, "no window"),
         ({"activation": "gelu_tanh"}, "this one has gelu_tanh"),
     ):
         model = Transformer(TransformerConfig(**small | {"activation": "gelu"} | changes))

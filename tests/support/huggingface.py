@@ -69,6 +69,16 @@ _MARIAN = _BART | {
 }
 _PEGASUS = _BART | {"activation_function": "relu", "scale_embedding": True}
 _V1_1 = _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_LLAMA = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+}
 _CLASSES = {"num_labels": 5}
 _PAD = {"pad_token_id": 7, "eos_token_id": 7}  # as GPT-2 is fine-tuned: all of them are trained
 _ENDED = _GPT | _PAD | _CLASSES
@@ -270,6 +280,26 @@ CASES = {
     "mt5-sequence": Case("MT5ForSequenceClassification", _T5 | _CLASSES, "ends", _logits),
     "mt5-token": Case("MT5ForTokenClassification", _T5 | _CLASSES, "tokens", _logits),
     "mt5-span": Case("MT5ForQuestionAnswering", _T5, "both", _span),
+    "llama": Case("LlamaForCausalLM", _LLAMA | {"pad_token_id": 3}, "tokens", _logits),
+    "llama-bare": Case("LlamaModel", _LLAMA | {"num_key_value_heads": 4}, "tokens", _hidden),
+    "llama-bias": Case(
+        "LlamaForCausalLM",
+        _LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        "tokens",
+        _logits,
+    ),
+    "llama-base": Case(
+        "LlamaForCausalLM",
+        _LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        "tokens",
+        _logits,
+    ),
+    "llama-sequence": Case(
+        "LlamaForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
+    ),
+    "llama-token": Case("LlamaForTokenClassification", _LLAMA | _CLASSES, "tokens", _logits),
+    "mistral": Case("MistralForCausalLM", _LLAMA | {"sliding_window": 4}, "tokens", _logits),
+    "mistral-bare": Case("MistralModel", _LLAMA | {"sliding_window": None}, "tokens", _hidden),
     "vit": Case("ViTForImageClassification", _VIT, "images", _logits),
     "vit-bare": Case("ViTModel", _VIT, "images", _hidden),
 }

@@ -76,13 +76,15 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
 
     Raises:
         ValueError: a block that torch's layers cannot express: other norms, gated MLPs, grouped
-            heads, a head size of its own, or tanh GELU.
+            heads, a head size of its own, a window, or tanh GELU.
     """
     attention, mlp = block.attention, block.mlp
     heads, dim = attention.heads, attention.out.out_features
     fits = attention.kv_heads == heads and attention.head_dim * heads == dim
     if not isinstance(block.norm1, nn.LayerNorm) or not hasattr(mlp, "fc1") or not fits:
         raise ValueError("torch's layers have layer norm, no gate and equal heads of dim / heads")
+    if attention.window is not None:
+        raise ValueError("torch's layers have no window")
     if attention.scale is not None or mlp.activation not in _FUNCTIONS.values():
         raise ValueError(
             f"torch's layers have scores divided by the root of the head size, and an activation "

@@ -47,6 +47,8 @@ class Attention(nn.Module):
         self.group = self.heads // self.kv_heads  # query heads of a key head
         self.head_dim, self.scale = config.head_size, config.attention_scale
         self.causal, self.cross, self.dropout = causal, cross, config.attention_dropout
+        windowed = causal and config.window is not None
+        self.window = (config.window - 1, None) if windowed and config.window else None
         q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         if cross:
             self.q = Linear(config.dim, q, config.bias)
@@ -76,8 +78,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, options["key_lengths"] = cache.append(k, v, options.get("query_lengths"))
         dropout_p = self.dropout if self.training else 0.0
-        causal, scale = self.causal, self.scale
-        o = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, **options)
+        o = attention(q, k, v, dropout_p=dropout_p, **self._options, **options)
         return self.out(o.transpose(1, 2).flatten(-2))
 
     def weights(
@@ -90,9 +91,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The weights (B, H, T, S) with which `forward` sums values, before dropout."""
         q, k, v = self._project(x, memory, rotation)
-        options |= {"causal": self.causal, "scale": self.scale}
+        options |= self._options
         _, lse = attention(q, k, v, return_lse=True, **options)
         return attention_weights(q, k, lse, **options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The arguments of `tfkern.attention` that are those of the layer."""
+        return {"causal": self.causal, "window": self.window, "scale": self.scale}
 
     @property
     def query_layer(self) -> nn.Module:

@@ -39,7 +39,7 @@ _SIZE = 2**31
 _RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it is below
     **dict.fromkeys(("dim", "head_dim", "kv_heads", "hidden_dim", "vocab_size"), (1, _SIZE)),
     **dict.fromkeys(("vocab_multiple", "image_size", "patch_size", "channels"), (1, _SIZE)),
-    **dict.fromkeys(("max_length", "classes"), (1, _SIZE)),
+    **dict.fromkeys(("max_length", "classes", "window"), (1, _SIZE)),
     **dict.fromkeys(("relative_buckets", "relative_distance"), (1, _SIZE)),
     **dict.fromkeys(("token_types", "position_offset"), (0, _SIZE)),
     **dict.fromkeys(("pad_token", "start_token", "end_token"), (0, _SIZE)),
@@ -107,6 +107,8 @@ class TransformerConfig:
         wide_output: whether the last layer of each MLP, and with it the residual stream, is float32
             in a model of float16. That of T5 is larger than float16 can hold.
         activation: one of `tfkern.mlp`.
+        window: tokens that self-attention of a decoder sees, the token itself among them; all that
+            come before it if None.
         attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
         bias: whether linear layers and layer norms have a bias.
         dropout: probability after the embedding and after each sublayer, in training mode.
@@ -170,6 +172,7 @@ class TransformerConfig:
     gated: bool = False
     wide_output: bool = False
     activation: str = "gelu_tanh"
+    window: int | None = None
     attention_scale: float | None = None
     bias: bool = True
     dropout: float = 0.0
@@ -197,6 +200,8 @@ class TransformerConfig:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
             )
+        if self.window is not None and self.architecture == "encoder":
+            raise ValueError("window is for self-attention of a decoder, and this is an encoder")
         if self.positions == "rotary" and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head size, got {self.head_size}")
         if self.positions.startswith("sinusoidal") and self.dim % 2:

@@ -64,6 +64,16 @@ _T5_V1_1 = replace(
     _T5, gated=True, activation="gelu_tanh", hidden_dim=2048, tie_embeddings=False, logit_scale=1.0
 )
 _MT5 = replace(_T5_V1_1, vocab_size=250112)
+_LLAMA = Config(
+    dim=4096, layers=32, heads=32, hidden_dim=11008, vocab_size=32000, max_length=4096,
+    start_token=1, end_token=2, positions="rotary", norm="rms_norm", gated=True, activation="silu",
+    bias=False, tie_embeddings=False, init="normal",
+)  # fmt: skip
+_LLAMA3 = replace(
+    _LLAMA, hidden_dim=14336, kv_heads=8, vocab_size=128256, max_length=8192, start_token=128000,
+    end_token=128001, rotary_base=500000.0,
+)  # fmt: skip
+_MISTRAL = replace(_LLAMA, hidden_dim=14336, kv_heads=8, max_length=32768, window=4096)
 _VIT = Config(
     architecture="encoder", dim=768, layers=12, heads=12, image_size=224, patch_size=16,
     norm_eps=1e-12, activation="gelu", head="classification", classes=1000, init="truncated",
@@ -143,6 +153,18 @@ _PRESETS: dict[str, Config] = {
             (24, 2048, 32, 5120), (24, 4096, 64, 10240)
         ),
     ),
+    **_named(
+        "llama-2-7b llama-2-13b", _sized(_LLAMA, (32, 4096, 32, 11008), (40, 5120, 40, 13824))
+    ),
+    "llama-2-70b": replace(_LLAMA, layers=80, dim=8192, heads=64, kv_heads=8, hidden_dim=28672),
+    **_named(
+        "llama-3-8b llama-3-70b", _sized(_LLAMA3, (32, 4096, 32, 14336), (80, 8192, 64, 28672))
+    ),
+    "tinyllama-1.1b": replace(
+        _LLAMA, layers=22, dim=2048, kv_heads=4, hidden_dim=5632, max_length=2048
+    ),
+    "mistral-7b-v0.1": _MISTRAL,
+    "mistral-7b-v0.3": replace(_MISTRAL, vocab_size=32768, rotary_base=1e6, window=None),
     **_named("vit-b16 vit-l16", _sized(_VIT, (12, 768, 12), (24, 1024, 16))),
     **_named(
         "vit-b32 vit-l32", _sized(replace(_VIT, patch_size=32), (12, 768, 12), (24, 1024, 16))
@@ -165,7 +187,9 @@ def preset(name: str, **changes: Any) -> Config:
     et al. 2019), MiniLM (Wang et al. 2020), RoBERTa (Liu et al. 2019), XLM-R (Conneau et al. 2020),
     DistilBERT (Sanh et al. 2019), BART (Lewis et al. 2020), mBART (Liu et al. 2020), Marian's
     OPUS-MT (Tiedemann, Thottingal 2020), Pegasus (Zhang et al. 2020), T5 and v1.1 (Raffel et al.
-    2020), mT5 (Xue et al. 2021), ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
+    2020), mT5 (Xue et al. 2021), Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024),
+    TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), ViT (Dosovitskiy et al. 2021; with
+    classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))
 

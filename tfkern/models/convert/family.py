@@ -85,17 +85,18 @@ _COMMON = {
 @dataclass(frozen=True)
 class Rule:
     """Tensors of ours and of theirs that hold the same rows: those of one side, stacked, are those
-    of the other. All of theirs have as many rows.
+    of the other. All of theirs have as many rows, but for grouped queries.
 
-    With `heads`, each of ours has the rows of one kind (such as queries), or of several, head by
-    head, where theirs have them kind by kind.
+    With `heads`, each of ours has the rows of one kind (such as keys), or of several, head by head,
+    where theirs have them kind by kind. Where a head of keys has more than three vectors, all but
+    the last two of them are queries.
     """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     transposed: bool = False  # theirs is (in, out), as the Conv1D of the GPTs
     shape: tuple[int, ...] = ()  # leading dimensions of 1 that theirs has besides
-    heads: tuple[int, int] | None = None  # their number and their size
+    heads: tuple[int, int] | None = None  # the number of key heads and the size of a head
     optional: bool = False  # theirs may be missing, and ours are 0 then
 
     def load(self, state: State, shapes: dict[str, torch.Size]) -> State:
@@ -105,7 +106,8 @@ class Rule:
         for name, x in zip(self.theirs, parts, strict=True):
             if x.dim() != dims or x.shape[: len(self.shape)] != self.shape:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {dims} dimensions")
-            if x.shape != parts[0].shape:
+            first = 1 if self.heads else 0  # rows of queries may be more than those of keys
+            if x.shape[first:] != parts[0].shape[first:]:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}, {self.theirs[0]} {tuple(parts[0].shape)}"
                 )
@@ -121,8 +123,17 @@ class Rule:
             )
         ours = whole.split(sizes)
         if self.heads:
+            number, size = self.heads
+            if len(parts) > 1:
+                kinds = [rows for x in ours for rows in self._rows_of_kinds(x)]
+                for name, part, rows in zip(self.theirs, parts, kinds, strict=False):
+                    if len(part) != rows:
+                        raise ValueError(f"{name} has {len(part)} rows, expected {rows}")
             ours = tuple(
-                x.unflatten(0, (-1, *self.heads)).transpose(0, 1).flatten(0, 2) for x in ours
+                torch.cat(
+                    [k.unflatten(0, (number, -1, size)) for k in x.split(self._rows_of_kinds(x))], 1
+                ).flatten(0, 2)
+                for x in ours
             )
         return dict(zip(self.ours, ours, strict=True))
 
@@ -131,14 +142,28 @@ class Rule:
         ours = [state[name] for name in self.ours]
         if self.heads:
             number, size = self.heads
-            ours = [x.unflatten(0, (number, -1, size)).transpose(0, 1).flatten(0, 2) for x in ours]
-        whole = torch.cat(ours)
+            kinds = []
+            for x in ours:
+                each = [rows // (number * size) for rows in self._rows_of_kinds(x)]
+                by_head = x.unflatten(0, (number, -1, size))
+                kinds += [k.flatten(0, 2) for k in by_head.split(each, 1)]
+            ours = kinds
+        if len(ours) == len(self.theirs):
+            parts: Sequence[torch.Tensor] = ours
+        else:
+            parts = torch.cat(ours).chunk(len(self.theirs))
         if self.shape:
-            whole = whole.reshape(self.shape + whole.shape)
-        parts = whole.chunk(len(self.theirs))
+            parts = [x.reshape(self.shape + x.shape) for x in parts]
         if self.transposed:
             parts = tuple(x.t() for x in parts)
         return dict(zip(self.theirs, parts, strict=True))
+
+    def _rows_of_kinds(self, x: torch.Tensor) -> list[int]:
+        """How many of the rows are of each kind: queries, keys and values, the last two, or one."""
+        assert self.heads is not None
+        unit = self.heads[0] * self.heads[1]
+        vectors = len(x) // unit
+        return [(vectors - 2) * unit, unit, unit] if vectors > 2 else [unit] * vectors
 
 
 def rule(ours: str | Sequence[str], theirs: str | Sequence[str], **options: Any) -> Rule:
@@ -164,8 +189,8 @@ def linear(
 
 
 def heads_of(config: TransformerConfig) -> tuple[int, int]:
-    """The number and the size of the heads, as rules take them."""
-    return config.heads, config.head_size
+    """The number of key heads and the size of a head, as rules take them."""
+    return config.kv_heads or config.heads, config.head_size
 
 
 @dataclass(frozen=True)
@@ -382,6 +407,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
+    "quick_gelu": "quick_gelu",
 }
 
 
