@@ -28,6 +28,7 @@ from tfkern.models import (  # noqa: E402
 )
 from tfkern.models.convert import FAMILIES as FAMILY  # noqa: E402
 from tfkern.models.convert import earlier  # noqa: E402
+from tfkern.nn import RotaryScaling  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,6 +164,7 @@ def exchanged_rows(name, a, b):
     return apply
 
 
+LLAMA3 = RotaryScaling(kind="llama3", factor=8.0, length=16, low=1.0, high=4.0)
 _UNSCALED = configure(attention_scale=1.0)
 MUTATIONS = {
     "gpt1": {
@@ -263,6 +265,10 @@ MUTATIONS = {
         "eps": configure(norm_eps=1e-2),
         "scores not scaled": _UNSCALED,
         "the other activation": configure(activation="gelu"),
+    },
+    "llama-3.1": {
+        "not scaled": configure(rotary_scaling=None),
+        "another limit": configure(rotary_scaling=replace(LLAMA3, high=5.0)),
     },
     "mistral": {
         "no window": configure(window=None),
@@ -428,10 +434,12 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("llama", {"hidden_act": "mish"}),
         ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2.0}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}),
         ("llama", {"rope_parameters": ["default"]}),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("mistral", {"sliding_window": 0}),
     ],
 )
@@ -440,6 +448,22 @@ def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
     break_config(tmp_path, **change)
     with pytest.raises(ValueError, match=next(iter(change))):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama-base", "llama-linear", "llama-3.1"])
+def test_rotary_positions_as_transformers_4_writes_them(name, tmp_path):
+    _, _, ours, _ = made(name, tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    scaling = told.pop("rope_parameters")
+    told["rope_theta"] = scaling.pop("rope_theta")
+    plain = scaling["rope_type"] == "default"
+    path.write_text(json.dumps(told | {"rope_scaling": None if plain else scaling}))
+    assert load(tmp_path).config == ours.config
+    if "factor" in scaling and scaling["rope_type"] == "linear":  # older still
+        scaling["type"] = scaling.pop("rope_type")
+        path.write_text(json.dumps(told | {"rope_scaling": scaling}))
+        assert load(tmp_path).config == ours.config
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-flan", "mt5", "t5-encoder", "t5-sequence"])
@@ -631,6 +655,7 @@ def test_weights_of_two_forms_in_one_file():
     [
         {"norm": "rms_norm", "gated": True, "positions": "alibi", "window": 3, "kv_heads": 1},
         {"norm": "weight_norm", "vocab_multiple": 16},
+        {"positions": "rotary", "rotary_scaling": RotaryScaling(kind="linear", factor=2.0)},
         {"norm": "batch_norm", "tie_embeddings": False},
     ],
 )

@@ -79,6 +79,14 @@ _LLAMA = {
     "intermediate_size": 40,
     "max_position_embeddings": 24,
 }
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 _CLASSES = {"num_labels": 5}
 _PAD = {"pad_token_id": 7, "eos_token_id": 7}  # as GPT-2 is fine-tuned: all of them are trained
 _ENDED = _GPT | _PAD | _CLASSES
@@ -294,6 +302,13 @@ CASES = {
         "tokens",
         _logits,
     ),
+    "llama-linear": Case(
+        "LlamaForCausalLM",
+        _LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+        "tokens",
+        _logits,
+    ),
+    "llama-3.1": Case("LlamaForCausalLM", _LLAMA | {"rope_parameters": _LLAMA3}, "tokens", _logits),
     "llama-sequence": Case(
         "LlamaForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
     ),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from tfkern import files
+from tfkern.nn import RotaryScaling
 from tfkern.ops.mlp import ACTIVATIONS
 
 _CHOICES = {
@@ -94,6 +95,7 @@ class TransformerConfig:
         skip_pad: whether only tokens other than pad_token have positions. All of pad_token then
             have the row before that of position 0, which is not trained, as in RoBERTa.
         rotary_base: base of the wave lengths of rotary positions.
+        rotary_scaling: a `tfkern.nn.RotaryScaling` of these lengths, for longer texts.
         relative_buckets, relative_distance: for relative positions, the number of kinds of distance
             and the distance from which on all are of the last kind.
 
@@ -164,6 +166,7 @@ class TransformerConfig:
     position_offset: int = 0
     skip_pad: bool = False
     rotary_base: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
     relative_buckets: int = 32
     relative_distance: int = 128
     norm: str = "layer_norm"
@@ -188,6 +191,8 @@ class TransformerConfig:
     init: str = "gpt2"
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_scaling, dict):  # as JSON has it
+            object.__setattr__(self, "rotary_scaling", _scaling(self.rotary_scaling))
         for field in fields(self):
             check_field(field.name, getattr(self, field.name))
         if isinstance(self.end_token, list):  # as JSON has it
@@ -274,6 +279,13 @@ class TransformerConfig:
         return self.hidden_dim or (-(-self.dim // 3) * 8 if self.gated else 4 * self.dim)
 
 
+def _scaling(told: dict[str, Any]) -> RotaryScaling:
+    try:
+        return RotaryScaling(**told)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rotary_scaling: {error}, in {files.shown(told)}") from None
+
+
 _TYPES: dict[str, Any] = {field.name: field.type for field in fields(TransformerConfig)}
 
 
@@ -300,7 +312,7 @@ def check_field(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be one of {', '.join(_CHOICES[name])}, got {files.shown(value)}"
         )
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, (bool, str, RotaryScaling)):
         return
     least, limit = _RANGES.get(name, (-math.inf, math.inf))
     if not abs(value) <= sys.float_info.max:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from tfkern.models.config import TransformerConfig as Config
+from tfkern.nn import RotaryScaling
 
 _VASWANI = Config(
     architecture="encoder_decoder", dim=512, layers=6, heads=8, vocab_size=37000,
@@ -72,6 +73,13 @@ _LLAMA = Config(
 _LLAMA3 = replace(
     _LLAMA, hidden_dim=14336, kv_heads=8, vocab_size=128256, max_length=8192, start_token=128000,
     end_token=128001, rotary_base=500000.0,
+)  # fmt: skip
+_LLAMA31 = replace(
+    _LLAMA3, max_length=131072, rotary_scaling=RotaryScaling(kind="llama3", factor=8, length=8192)
+)
+_LLAMA32 = replace(
+    _LLAMA31, tie_embeddings=True, hidden_dim=8192,
+    rotary_scaling=RotaryScaling(kind="llama3", factor=32, length=8192),
 )  # fmt: skip
 _MISTRAL = replace(_LLAMA, hidden_dim=14336, kv_heads=8, max_length=32768, window=4096)
 _VIT = Config(
@@ -160,6 +168,10 @@ _PRESETS: dict[str, Config] = {
     **_named(
         "llama-3-8b llama-3-70b", _sized(_LLAMA3, (32, 4096, 32, 14336), (80, 8192, 64, 28672))
     ),
+    "llama-3.1-8b": _LLAMA31,
+    "llama-3.1-70b": replace(_LLAMA31, layers=80, dim=8192, heads=64, hidden_dim=28672),
+    "llama-3.2-1b": replace(_LLAMA32, layers=16, dim=2048, head_dim=64),
+    "llama-3.2-3b": replace(_LLAMA32, layers=28, dim=3072, heads=24, head_dim=128),
     "tinyllama-1.1b": replace(
         _LLAMA, layers=22, dim=2048, kv_heads=4, hidden_dim=5632, max_length=2048
     ),

@@ -128,7 +128,9 @@ class Stack(nn.Module):
         if mask is not None and mask.dim() == 1:
             options["query_lengths"] = mask
         if config.positions == "rotary":
-            options["rotation"] = rotary_table(positions, config.head_size, config.rotary_base, x)
+            options["rotation"] = rotary_table(
+                positions, config.head_size, config.rotary_base, x, config.rotary_scaling
+            )
         elif config.positions == "alibi":
             options["alibi_slopes"] = alibi_slopes(config.heads, x.device)
         elif isinstance(self.positions, RelativeBias):

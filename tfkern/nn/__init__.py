@@ -8,6 +8,7 @@ from tfkern.nn.cross_entropy import CrossEntropyLoss
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm
 from tfkern.nn.linear import Linear
 from tfkern.nn.mlp import MLP, GatedMLP
+from tfkern.nn.rotary import RotaryScaling
 
 __all__ = [
     "MLP",
@@ -20,5 +21,6 @@ __all__ = [
     "MultiheadAttention",
     "NoNorm",
     "RMSNorm",
+    "RotaryScaling",
     "functional",
 ]

@@ -18,22 +18,44 @@ from tfkern.models.convert.family import (
     only,
     rule,
 )
+from tfkern.nn import RotaryScaling
+
+# What transformers calls the numbers of a scaling.
+_NUMBERS = {
+    "factor": "factor",
+    "length": "original_max_position_embeddings",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+}
+_NEEDED = {"linear": ["factor"], "llama3": list(_NUMBERS)}
 
 
-def _plain_rotary(name: str, value: Any) -> None:
-    """Transformers 5 writes the base into rope_parameters, and 4 wrote it into rope_theta, with
-    the scaling beside it in rope_scaling."""
+def _check_rotary(name: str, value: Any) -> None:
+    """Transformers 5 writes base and scaling into rope_parameters, and 4 wrote the base into
+    rope_theta and the scaling into rope_scaling."""
     if value is None:
         return
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object or null, got {shown(value)}")
-    kind = value.get("rope_type", value.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{name}: the scaling {shown(kind)} is not supported, only 'default'")
+    try:
+        _scaling(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     fraction = value.get("partial_rotary_factor", 1.0)
     if fraction != 1:
         raise ValueError(f"{name}: partial_rotary_factor = {shown(fraction)} is not supported")
     like("rotary_base").check(f"rope_theta of {name}", value.get("rope_theta", 10000.0))
+
+
+def _scaling(told: dict[str, Any]) -> RotaryScaling | None:
+    kind = told.get("rope_type", told.get("type", "default"))
+    if kind == "default":
+        return None
+    if not isinstance(kind, str) or kind not in _NEEDED:
+        known = ", ".join(["default", *_NEEDED])
+        raise ValueError(f"the scaling {shown(kind)} is not one of {known}")
+    numbers: dict[str, Any] = {ours: told.get(_NUMBERS[ours]) for ours in _NEEDED[kind]}
+    return RotaryScaling(kind=kind, **numbers)
 
 
 _FIELDS = {
@@ -49,8 +71,8 @@ _FIELDS = {
     "rms_norm_eps": like("norm_eps", 1e-6),
     "attention_dropout": like("attention_dropout", 0.0),
     "rope_theta": like("rotary_base", 10000.0),
-    "rope_scaling": Field(_plain_rotary, None),
-    "rope_parameters": Field(_plain_rotary, None),
+    "rope_scaling": Field(_check_rotary, None),
+    "rope_parameters": Field(_check_rotary, None),
     "partial_rotary_factor": only(1.0),
     "tie_word_embeddings": like("tie_embeddings", False),
     "pad_token_id": like("pad_token", None),
@@ -60,7 +82,7 @@ _FIELDS = {
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
-    scaling = theirs["rope_parameters"] or {}
+    rotary = theirs["rope_parameters"] or theirs["rope_scaling"] or {}
     return {
         "dim": theirs["hidden_size"],
         "layers": theirs["num_hidden_layers"],
@@ -71,7 +93,8 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": theirs["vocab_size"],
         "max_length": theirs["max_position_embeddings"],
         "positions": "rotary",
-        "rotary_base": scaling.get("rope_theta", theirs["rope_theta"]),
+        "rotary_base": rotary.get("rope_theta", theirs["rope_theta"]),
+        "rotary_scaling": _scaling(rotary),
         "norm": "rms_norm",
         "norm_eps": theirs["rms_norm_eps"],
         "gated": True,
@@ -87,6 +110,10 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: TransformerConfig) -> dict[str, Any]:
+    rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rotary_base}
+    if (scaling := config.rotary_scaling) is not None:
+        numbers = {_NUMBERS[n]: getattr(scaling, n) for n in _NEEDED[scaling.kind]}
+        rotary |= {"rope_type": scaling.kind, **numbers}
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.layers,
@@ -100,7 +127,8 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": config.attention_dropout,
         "rope_theta": config.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "rope_parameters": rotary,
+        **({"rope_scaling": rotary} if scaling is not None else {}),
         "tie_word_embeddings": config.tie_embeddings,
         "pad_token_id": config.pad_token,
         "bos_token_id": config.start_token,
