@@ -52,7 +52,7 @@ def errors(name, ours, theirs):
 
 
 def dtype_of(name):
-    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral")
+    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2")
     return torch.float32 if name.startswith(narrow) else torch.float64
 
 
@@ -270,6 +270,12 @@ MUTATIONS = {
         "not scaled": configure(rotary_scaling=None),
         "another limit": configure(rotary_scaling=replace(LLAMA3, high=5.0)),
     },
+    "qwen2": {
+        "no bias of k and v": zero("decoder.blocks.0.attention.qkv_by_head.bias"),
+        "two queries of a key exchanged": exchanged_rows(
+            "decoder.blocks.0.attention.qkv_by_head.bias", 0, 1
+        ),
+    },
     "mistral": {
         "no window": configure(window=None),
         "a window without the token": configure(window=5),
@@ -441,6 +447,7 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("llama", {"rope_parameters": ["default"]}),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("mistral", {"sliding_window": 0}),
+        ("qwen2", {"use_sliding_window": True}),
     ],
 )
 def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):

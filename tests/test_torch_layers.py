@@ -132,6 +132,7 @@ def test_errors():
         ({"gated": True}, "layer norm, no gate and equal heads"),
         ({"kv_heads": 1}, "layer norm, no gate and equal heads"),
         ({"window": 3}, "no window"),
+        ({"qkv_bias": False}, "biases everywhere or nowhere"),
         ({"activation": "gelu_tanh"}, "this one has gelu_tanh"),
     ):
         model = Transformer(TransformerConfig(**small | {"activation": "gelu"} | changes))

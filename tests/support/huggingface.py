@@ -313,6 +313,13 @@ CASES = {
         "LlamaForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
     ),
     "llama-token": Case("LlamaForTokenClassification", _LLAMA | _CLASSES, "tokens", _logits),
+    "qwen2": Case("Qwen2ForCausalLM", _LLAMA, "tokens", _logits),
+    "qwen2-tied": Case(
+        "Qwen2ForCausalLM", _LLAMA | {"tie_word_embeddings": True}, "tokens", _logits
+    ),
+    "qwen2-sequence": Case(
+        "Qwen2ForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
+    ),
     "mistral": Case("MistralForCausalLM", _LLAMA | {"sliding_window": 4}, "tokens", _logits),
     "mistral-bare": Case("MistralModel", _LLAMA | {"sliding_window": None}, "tokens", _hidden),
     "vit": Case("ViTForImageClassification", _VIT, "images", _logits),

@@ -85,6 +85,8 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
         raise ValueError("torch's layers have layer norm, no gate and equal heads of dim / heads")
     if attention.window is not None:
         raise ValueError("torch's layers have no window")
+    if (attention.query_layer.bias is None) != (mlp.fc1.bias is None):
+        raise ValueError("torch's layers have biases everywhere or nowhere")
     if attention.scale is not None or mlp.activation not in _FUNCTIONS.values():
         raise ValueError(
             f"torch's layers have scores divided by the root of the head size, and an activation "

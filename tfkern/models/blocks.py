@@ -51,10 +51,10 @@ class Attention(nn.Module):
         self.window = (config.window - 1, None) if windowed and config.window else None
         q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         if cross:
-            self.q = Linear(config.dim, q, config.bias)
-            self.kv_by_head = Linear(config.dim, kv, config.bias)
+            self.q = Linear(config.dim, q, config.qkv_biased)
+            self.kv_by_head = Linear(config.dim, kv, config.qkv_biased)
         else:
-            self.qkv_by_head = Linear(config.dim, q + kv, config.bias)
+            self.qkv_by_head = Linear(config.dim, q + kv, config.qkv_biased)
         self.out = Linear(q, config.dim, config.bias)
 
     def forward(

@@ -113,6 +113,7 @@ class TransformerConfig:
             come before it if None.
         attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
         bias: whether linear layers and layer norms have a bias.
+        qkv_bias: whether the layers that make queries, keys and values have one; bias if None.
         dropout: probability after the embedding and after each sublayer, in training mode.
         attention_dropout: probability for the weights of attention, in training mode.
 
@@ -178,6 +179,7 @@ class TransformerConfig:
     window: int | None = None
     attention_scale: float | None = None
     bias: bool = True
+    qkv_bias: bool | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
     head: str = "lm"
@@ -262,6 +264,10 @@ class TransformerConfig:
             raise ValueError(
                 "skip_pad needs an encoder with pad_token, learned positions and a position_offset"
             )
+
+    @property
+    def qkv_biased(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

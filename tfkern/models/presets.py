@@ -81,6 +81,11 @@ _LLAMA32 = replace(
     _LLAMA31, tie_embeddings=True, hidden_dim=8192,
     rotary_scaling=RotaryScaling(kind="llama3", factor=32, length=8192),
 )  # fmt: skip
+_QWEN = replace(
+    _LLAMA, vocab_size=152064, max_length=32768, norm_eps=1e-6, rotary_base=1e6, qkv_bias=True,
+    start_token=151643, end_token=151643,
+)  # fmt: skip
+_SMALL_QWEN = replace(_QWEN, vocab_size=151936, tie_embeddings=True)
 _MISTRAL = replace(_LLAMA, hidden_dim=14336, kv_heads=8, max_length=32768, window=4096)
 _VIT = Config(
     architecture="encoder", dim=768, layers=12, heads=12, image_size=224, patch_size=16,
@@ -175,6 +180,20 @@ _PRESETS: dict[str, Config] = {
     "tinyllama-1.1b": replace(
         _LLAMA, layers=22, dim=2048, kv_heads=4, hidden_dim=5632, max_length=2048
     ),
+    **{
+        f"qwen2.5-{name}": replace(
+            base, layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, hidden_dim=hidden
+        )
+        for name, base, layers, dim, heads, kv_heads, hidden in (
+            ("0.5b", _SMALL_QWEN, 24, 896, 14, 2, 4864),
+            ("1.5b", _SMALL_QWEN, 28, 1536, 12, 2, 8960),
+            ("3b", _SMALL_QWEN, 36, 2048, 16, 2, 11008),
+            ("7b", _QWEN, 28, 3584, 28, 4, 18944),
+            ("14b", replace(_QWEN, norm_eps=1e-5), 48, 5120, 40, 8, 13824),
+            ("32b", replace(_QWEN, norm_eps=1e-5), 64, 5120, 40, 8, 27648),
+            ("72b", replace(_QWEN, norm_eps=1e-5), 80, 8192, 64, 8, 29568),
+        )
+    },
     "mistral-7b-v0.1": _MISTRAL,
     "mistral-7b-v0.3": replace(_MISTRAL, vocab_size=32768, rotary_base=1e6, window=None),
     **_named("vit-b16 vit-l16", _sized(_VIT, (12, 768, 12), (24, 1024, 16))),
@@ -200,8 +219,8 @@ def preset(name: str, **changes: Any) -> Config:
     DistilBERT (Sanh et al. 2019), BART (Lewis et al. 2020), mBART (Liu et al. 2020), Marian's
     OPUS-MT (Tiedemann, Thottingal 2020), Pegasus (Zhang et al. 2020), T5 and v1.1 (Raffel et al.
     2020), mT5 (Xue et al. 2021), Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024),
-    TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), ViT (Dosovitskiy et al. 2021; with
-    classes of ImageNet).
+    TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), Qwen2.5 (Yang et al. 2024),
+    ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))
 

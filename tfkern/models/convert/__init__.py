@@ -23,7 +23,7 @@ from tfkern.models.convert.distilbert import DISTILBERT
 from tfkern.models.convert.earlier import today
 from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
-from tfkern.models.convert.llama import LLAMA, MISTRAL
+from tfkern.models.convert.llama import LLAMA, MISTRAL, QWEN2
 from tfkern.models.convert.roberta import ROBERTA, XLM_ROBERTA
 from tfkern.models.convert.store import FLOATING, State
 from tfkern.models.convert.t5 import MT5, T5
@@ -32,7 +32,7 @@ from tfkern.models.transformer import Transformer
 
 _ALL = (
     GPT1, GPT2, DISTILBERT, BERT, ROBERTA, XLM_ROBERTA, BART, MBART, MARIAN, PEGASUS, T5, MT5, VIT,
-    LLAMA, MISTRAL,
+    LLAMA, MISTRAL, QWEN2,
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ALL}
 _OWN = "tfkern"  # the model_type of tfkern's own directories

@@ -426,6 +426,7 @@ def _plain(config: TransformerConfig) -> TransformerConfig:
         config,
         head_dim=config.head_size,
         hidden_dim=config.hidden_size,
+        qkv_bias=config.qkv_biased,
         kv_heads=config.kv_heads or config.heads,
         encoder_layers=(config.encoder_layers or config.layers) if both else None,
         init="normal",

@@ -1,4 +1,4 @@
-"""Llama and Mistral: rotary positions, RMS norms, gated MLPs, queries that share keys."""
+"""Llama, Mistral and Qwen2: rotary positions, RMS norms, gated MLPs, queries that share keys."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -142,7 +142,8 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
     for i in range(config.layers):
         ours, theirs = f"decoder.blocks.{i}", f"model.layers.{i}"
         qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
-        yield from linear(f"{ours}.attention.qkv_by_head", qkv, config.bias, heads=heads_of(config))
+        heads, biased = heads_of(config), config.qkv_biased
+        yield from linear(f"{ours}.attention.qkv_by_head", qkv, biased, heads=heads)
         yield from linear(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", config.bias)
         for name in ("gate", "up", "down"):
             yield from linear(f"{ours}.mlp.{name}", f"{theirs}.mlp.{name}_proj", config.bias)
@@ -204,4 +205,11 @@ MISTRAL = _family(
     {"sliding_window": like("window", 4096, null=True)},
     lambda theirs: {"window": theirs["sliding_window"]},
     lambda config: {"sliding_window": config.window},
+)
+QWEN2 = _family(
+    "qwen2",
+    "Qwen2",
+    {"use_sliding_window": only(False), "bos_token_id": like("start_token", None)},
+    lambda theirs: {"qkv_bias": True},
+    lambda config: {"use_sliding_window": False},
 )
