@@ -143,7 +143,7 @@ def rows(
                 "predicted_bytes": variant.scratch if last else None,
             }
             if against is not None:
-                row |= _comparison(found.timings, other if time else None, time, pass_)
+                row |= comparison(found.timings, other if time else None, time, pass_)
             made.append({k: rounded(v) for k, v in row.items()})
     return made
 
@@ -168,7 +168,7 @@ def _speed(case: Case, pass_: str, time: Timing | None, ceiling: float) -> Row:
     }
 
 
-def _comparison(
+def comparison(
     timings: dict[str, Timing], other: str | None, time: Timing | None, pass_: str
 ) -> Row:
     """The columns that compare a variant with another one, None without one of them."""

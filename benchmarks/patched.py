@@ -193,19 +193,13 @@ def _disagreement(steps: dict[str, timing.Step]) -> str | None:
 
 def _row(timings: dict[str, timing.Timing], call: Call, other: str) -> Row:
     """The columns of tfkern's time, and of its ratio to another variant's."""
-    ours, theirs = timings[OURS], timings[other]
+    ours = timings[OURS]
     p20, p50, p80 = (1e3 * seconds for seconds in ours.quantiles(call.pass_))
-    r20, r50, r80 = timing.ratio(theirs, ours, call.pass_)
     row = {
         "pass": call.pass_,
         "p20_ms": p20,
         "p50_ms": p50,
         "p80_ms": p80,
-        "against": other,
-        "against_ms": 1e3 * theirs.quantiles(call.pass_)[1],
-        "pairs": min(len(ours.samples), len(theirs.samples)),
-        "ratio_p20": r20,
-        "ratio_p50": r50,
-        "ratio_p80": r80,
+        **measure.comparison(timings, other, ours, call.pass_),
     }
     return {name: measure.rounded(value) for name, value in row.items()}

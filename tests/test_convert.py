@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface import CASES, transformers
+from huggingface import CASES, V, transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weights import perturb
@@ -455,6 +455,22 @@ def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
     break_config(tmp_path, **change)
     with pytest.raises(ValueError, match=next(iter(change))):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bart-sequence", "t5-sequence"])
+def test_any_of_several_ends_is_what_a_classifier_reads(name, tmp_path):
+    _, theirs, ours, _ = made(name, tmp_path)
+    end = ours.config.end_token
+    for ends in ((end, V - 1), (V - 1, end)):
+        other = configure(end_token=ends)(ours)
+        source = torch.tensor([[4, 6, 8, end], [9, 7, 5, end]])
+        before = source.roll(1, 1)
+        with torch.no_grad():
+            expected = theirs(source, decoder_input_ids=before).logits
+            torch.testing.assert_close(other(before, source=source), expected)
+            changed = source.masked_fill(source == end, V - 1)
+            moved = other(before, source=changed)
+            assert torch.equal(moved, configure(end_token=V - 1)(ours)(before, source=changed))
 
 
 @pytest.mark.parametrize("name", ["llama-base", "llama-linear", "llama-3.1"])

@@ -467,7 +467,11 @@ def test_config_errors():
         ({"norm": "group_norm"}, "norm must be one of .*, got 'group_norm'"),
         ({"rotary_scaling": {"kind": "yarn", "factor": 2.0}}, "rotary_scaling: kind must be one"),
         ({"rotary_scaling": {"kind": "linear"}}, "rotary_scaling: .*factor"),
-        ({"rotary_scaling": {"kind": "linear", "factor": 0}}, "factor must be positive, got 0"),
+        (
+            {"rotary_scaling": {"kind": "linear", "factor": 0}},
+            "factor must be positive and finite",
+        ),
+        ({"rotary_scaling": {"kind": "linear", "factor": 10**400}}, "factor must be positive"),
         ({"rotary_scaling": {"kind": "llama3", "factor": 2}}, "length must be a positive integer"),
         ({"rotary_scaling": 2.0}, "rotary_scaling must be "),
         ({"window": 0}, "window must be positive, got 0"),

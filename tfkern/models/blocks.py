@@ -47,8 +47,8 @@ class Attention(nn.Module):
         self.group = self.heads // self.kv_heads  # query heads of a key head
         self.head_dim, self.scale = config.head_size, config.attention_scale
         self.causal, self.cross, self.dropout = causal, cross, config.attention_dropout
-        windowed = causal and config.window is not None
-        self.window = (config.window - 1, None) if windowed and config.window else None
+        window = config.window if causal else None
+        self.window = None if window is None else (window - 1, None)  # keys before the token
         q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         if cross:
             self.q = Linear(config.dim, q, config.qkv_biased)

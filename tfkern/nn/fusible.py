@@ -16,8 +16,8 @@ LINEAR = (
     nn.Linear,
     Linear,
     WideLinear,
-    NonDynamicallyQuantizableLinear,
-)  # the last one is out_proj in torch
+    NonDynamicallyQuantizableLinear,  # the type of out_proj in torch's attention
+)
 
 
 def fusible(

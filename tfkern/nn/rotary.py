@@ -1,6 +1,7 @@
 """Tables of angles for `tfkern.rotary`."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class RotaryScaling:
             raise ValueError(f"kind must be one of {', '.join(SCALINGS)}, got {self.kind!r}")
         for name in ("factor", "low", "high"):
             if not _positive(getattr(self, name), (int, float)):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
         if self.kind == "llama3" and not _positive(self.length, (int,)):
             raise ValueError(f"length must be a positive integer, got {self.length!r}")
         if self.low >= self.high:
@@ -56,7 +57,7 @@ class RotaryScaling:
 
 
 def _positive(x: Any, kinds: tuple[type, ...]) -> bool:
-    return type(x) in kinds and 0 < x < math.inf
+    return type(x) in kinds and 0 < x <= sys.float_info.max
 
 
 def rotary_table(

@@ -20,7 +20,7 @@ from tfkern.models.convert.family import (
 )
 from tfkern.nn import RotaryScaling
 
-# What transformers calls the numbers of a scaling.
+# These are the names that transformers has for the numbers of a scaling.
 _NUMBERS = {
     "factor": "factor",
     "length": "original_max_position_embeddings",
