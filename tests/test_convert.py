@@ -463,7 +463,7 @@ def test_any_of_several_ends_is_what_a_classifier_reads(name, tmp_path):
     end = ours.config.end_token
     for ends in ((end, V - 1), (V - 1, end)):
         other = configure(end_token=ends)(ours)
-        source = torch.tensor([[4, 6, 8, end], [9, 7, 5, end]])
+        source = torch.tensor([[4, 6, end, 8], [9, end, 7, 5]])
         before = source.roll(1, 1)
         with torch.no_grad():
             expected = theirs(source, decoder_input_ids=before).logits

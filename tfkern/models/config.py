@@ -230,12 +230,11 @@ class TransformerConfig:
                 f"relative_distance must exceed half of relative_buckets, {self.relative_buckets}, "
                 f"got {self.relative_distance}"
             )
-        size, names = (
-            self.vocab_size or 0,
-            ("pad_token", "start_token", "forced_first", "forced_last"),
-        )
-        told = [(name, getattr(self, name)) for name in names]
-        for name, token in (*told, *(("end_token", end) for end in self.end_tokens)):
+        size = self.vocab_size or 0
+        names = ("pad_token", "start_token", "forced_first", "forced_last")
+        tokens = [(name, getattr(self, name)) for name in names]
+        tokens += [("end_token", end) for end in self.end_tokens]
+        for name, token in tokens:
             if token is not None and not 0 <= token < size:
                 raise ValueError(f"{name} must lie in [0, vocab_size = {size}), got {token}")
 
@@ -267,6 +266,7 @@ class TransformerConfig:
 
     @property
     def qkv_biased(self) -> bool:
+        """Whether the layers that make queries, keys and values have a bias."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
