@@ -9,9 +9,7 @@ from typing import Any
 from tfkern_program import failed, say
 
 # Packages that only some installations have, and the extra that brings each.
-_EXTRAS = {
-    "typer": "cli", "rich": "cli", "matplotlib": "cli", "tokenizers": "cli", "sentencepiece": "text"
-}  # fmt: skip
+_EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "tokenizers": "cli"}
 
 
 def main(arguments: list[str] | None = None) -> int:
