@@ -240,6 +240,53 @@ def test_sessions_are_whole_texts(models, cache):
         torch.testing.assert_close(result, expected[torch.arange(3), 8 + lengths])
 
 
+@pytest.fixture(params=["rotary", "learned", "alibi", "relative", "none"])
+def windowed(request):
+    """A model of two blocks with a window of 5 tokens."""
+    config = TransformerConfig(
+        vocab_size=V, dim=16, layers=2, heads=4, kv_heads=2, window=5, max_length=64,
+        positions=request.param,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(config).double().eval()
+    for p in model.parameters():  # so that the text is no repetition of one token
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def test_a_window_bounds_the_cache(windowed):
+    """Prompts shorter and longer than the window, rows that end before others, several samples,
+    beams and drafts: the text without a cache, from keys of no more tokens than the window has."""
+    model, rows = windowed, [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3], [9, 8, 7, 6, 5], [5, 4]]
+    sizes = {cache.capacity for cache in Session(model, 2, 40)._caches}
+    assert sizes == ({40} if model.config.positions in ("alibi", "relative") else {5})
+    ends = {"stop": lambda row, token: row == 2 and token % 3 == 0}
+    options = {"max_tokens": 30, "end_tokens": [], "seeds": [1, 2, 3, 4, 5, 6, 7, 8], "samples": 2}
+    texts = [generate(model, rows, **options, **ends, cache=c) for c in ("static", "none")]
+    for a, b in zip(*texts, strict=True):
+        assert torch.equal(a, b)
+    assert len(set(torch.cat(texts[0]).tolist())) >= 20
+    found, expected = (
+        beam_search(model, rows, 20, beams=3, end_tokens=[], cache=cache)
+        for cache in ("static", "none")
+    )
+    assert [[b.tokens.tolist() for b in row] for row in found] == [
+        [b.tokens.tolist() for b in row] for row in expected
+    ]
+    torch.manual_seed(1)
+    draft = Transformer(model.config).double().eval()
+    greedy = generate(model, rows[:2], 25, sampling=GREEDY, end_tokens=[], cache="none")
+    for small in (model, draft):
+        for row, text in zip(rows[:2], greedy, strict=True):
+            new = speculative(model, small, [row], 25, sampling=GREEDY, end_tokens=[])
+            assert torch.equal(new[0], text)
+
+
+def test_a_short_text_needs_no_whole_window():
+    config = TransformerConfig(vocab_size=V, dim=16, layers=1, heads=2, window=50, max_length=64)
+    assert Session(Transformer(config), 2, 8)._caches[0].capacity == 8
+
+
 @pytest.mark.parametrize("cache", ["static", "growing"])
 def test_autocast_leaves_float64_alone(cache):
     config = TransformerConfig(vocab_size=V, dim=16, layers=2, heads=2, max_length=32)

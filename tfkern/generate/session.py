@@ -22,8 +22,10 @@ class Session:
         capacity: the most tokens of a text.
         sources: for each text, the tokens that the encoder reads, None for a decoder. The encoder
             runs once, and cross-attention computes its keys and values once.
-        cache: "static", "growing" (see `tfkern.nn.KVCache`), or "none", which reads everything
-            again at every step.
+        cache: "static", with room for capacity tokens, or in blocks with a window for those within
+            it; "growing", which keeps all tokens, also those that have left a window, and so is the
+            one that `crop` needs behind a window; or "none", which reads everything again at every
+            step. See `tfkern.nn.KVCache`.
 
     Raises:
         ValueError: another cache.
@@ -54,15 +56,20 @@ class Session:
             self._memory = [block.cross.keys_values(hidden) for block in blocks]
         self._caches: list[KVCache] | None = None
         if cache != "none":
-            size = capacity if cache == "static" else 64
-            heads = config.kv_heads or config.heads
-            self._caches = [
-                KVCache(
-                    batch, heads, config.head_size, size,
-                    kind=cache, dtype=checks.computed_dtype(weight), device=self.device,
+            dtype = checks.computed_dtype(weight)
+            # A ring gives keys in an order of its own, and these positions count from key to key.
+            counted = config.positions in ("relative", "alibi")
+            self._caches = []
+            for block in stack.blocks:
+                assert isinstance(block, Block)
+                window = block.attention.window
+                kind, rows = cache, capacity if cache == "static" else 64
+                if cache == "static" and window is not None and not counted:
+                    kind, rows = "ring", min(window[0] + 1, capacity)
+                heads, size = block.attention.kv_heads, block.attention.head_dim
+                self._caches.append(
+                    KVCache(batch, heads, size, rows, kind=kind, dtype=dtype, device=self.device)
                 )
-                for _ in stack.blocks
-            ]  # fmt: skip
 
     def feed(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Reads tokens (B, T), or of row b the first lengths[b]. Returns the logits (B, V) of the
