@@ -52,7 +52,7 @@ def errors(name, ours, theirs):
 
 
 def dtype_of(name):
-    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2")
+    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2", "neox")
     return torch.float32 if name.startswith(narrow) else torch.float64
 
 
@@ -280,6 +280,17 @@ MUTATIONS = {
         "no window": configure(window=None),
         "a window without the token": configure(window=5),
     },
+    "neox": {
+        "norms exchanged": exchanged("decoder"),
+        "the MLP behind attention": configure(parallel=False),
+        "whole heads turned": configure(rotary_fraction=1.0),
+        "fewer features turned": configure(rotary_fraction=0.25),
+        "another base": configure(rotary_base=9000.0),
+        "the other GELU": configure(activation="gelu_tanh"),
+        "q and k exchanged": exchanged_rows("decoder.blocks.0.attention.qkv_by_head.weight", 0, 1),
+        "no biases": no_biases("decoder"),
+        "eps": configure(norm_eps=1e-2),
+    },
     "t5-flan": {"logits scaled": configure(logit_scale=24**-0.5)},
     "mt5": {"logits scaled": configure(logit_scale=24**-0.5)},
     "vit": {
@@ -436,16 +447,21 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("mt5", {"feed_forward_proj": "mish"}),
         ("t5", {"dense_act_fn": "gelu"}),
         ("t5-v1.1", {"is_gated_act": False}),
-        ("llama", {"mlp_bias": True}),
         ("llama", {"hidden_act": "mish"}),
         ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0}}),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": "2"}}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": None}}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -2.0}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}),
         ("llama", {"rope_parameters": ["default"]}),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 0}}),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"type": "proportional", "factor": 2.0}}),
+        ("neox", {"rotary_pct": 0.0, "rope_parameters": None}),
+        ("neox", {"hidden_act": "mish"}),
         ("mistral", {"sliding_window": 0}),
         ("qwen2", {"use_sliding_window": True}),
     ],
@@ -455,6 +471,35 @@ def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
     break_config(tmp_path, **change)
     with pytest.raises(ValueError, match=next(iter(change))):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("gpt2", {"embd_pdrop": 0.3, "resid_pdrop": 0.2}, (0.2, 0.3)),
+        ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.2}, (0.2, None)),
+        ("gpt1", {"embd_pdrop": 0.0, "resid_pdrop": 0.2}, (0.2, 0.0)),
+        ("neox", {"hidden_dropout": 0.3}, (0.3, None)),
+    ],
+)
+def test_dropout_behind_the_embedding_is_that_of_transformers(name, change, expected, tmp_path):
+    """What goes into the first block has lost as much in either model."""
+    case = replace(CASES[name], config=CASES[name].config | change)
+    theirs = case.model(dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    assert (ours.config.dropout, ours.config.embedding_dropout) == expected
+    seen = []
+    for model in (ours, theirs):
+        (blocks, *_) = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        handle = blocks[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+        model.train()(torch.arange(3 * 16).view(3, 16))
+        handle.remove()
+    shares = [(x == 0).float().mean().item() for x in seen]
+    assert shares == pytest.approx([ours.config.embedding_drop] * 2, abs=0.06)
+    assert any(share == 0 for share in shares) == (ours.config.embedding_drop == 0)
+    save(ours, tmp_path / "ours")
+    assert load(tmp_path / "ours").config == ours.config
 
 
 @pytest.mark.parametrize("name", ["bart-sequence", "t5-sequence"])

@@ -437,6 +437,7 @@ def test_pretraining_head_adds_its_losses():
 
 def test_config_errors():
     images = {"patch_size": 4, "image_size": 12, "vocab_size": None, "architecture": "encoder"}
+    rotary = {"positions": "rotary"}
     for change, message in (
         ({"architecture": "both"}, "architecture must be one of"),
         ({"vocab_size": None}, "vocab_size .* or patch_size .* is needed"),
@@ -465,7 +466,35 @@ def test_config_errors():
         ({"heads": 5}, "dim must be a multiple of heads, got 24 and 5"),
         ({"kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"norm": "group_norm"}, "norm must be one of .*, got 'group_norm'"),
-        ({"rotary_scaling": {"kind": "yarn", "factor": 2.0}}, "rotary_scaling: kind must be one"),
+        ({"rotary_scaling": {"kind": "su", "factor": 2.0}}, "rotary_scaling: kind must be one"),
+        ({"rotary_scaling": {"kind": "x" * 10**6, "factor": 2.0}}, "kind must be one of .{,300}$"),
+        ({"rotary_scaling": {"kind": "longrope", "short": 5}}, "rotary_scaling: .*factor"),
+        ({"rotary_fraction": 0.5}, "rotary_fraction is for rotary positions, not learned"),
+        (rotary | {"rotary_fraction": 0.0}, "rotary_fraction must be positive"),
+        (rotary | {"rotary_fraction": 0.1}, "even number of features of a head of 8, got 0.1"),
+        (rotary | {"rotary_fraction": 0.4}, "even number of features of a head of 8, got 0.4"),
+        (rotary | {"rotary_fraction": 1.5}, "even number of features of a head of 8, got 1.5"),
+        (
+            rotary
+            | {"rotary_base": 1, "rotary_scaling": {"kind": "yarn", "factor": 2, "length": 9}},
+            "yarn needs a rotary_base above 1, got 1",
+        ),
+        (
+            rotary
+            | {
+                "rotary_scaling": {
+                    "kind": "longrope",
+                    "factor": 2,
+                    "length": 9,
+                    "short": [1],
+                    "long": [2],
+                }
+            },
+            "rotary_scaling must have 4 numbers short and long, got 1",
+        ),
+        ({"parallel": True, "post_norm": True}, "parallel is for a model with one stack"),
+        ({"parallel": True, "architecture": "encoder_decoder"}, "parallel is for a model with one"),
+        ({"embedding_dropout": 1.0}, "embedding_dropout must lie in"),
         ({"rotary_scaling": {"kind": "linear"}}, "rotary_scaling: .*factor"),
         (
             {"rotary_scaling": {"kind": "linear", "factor": 0}},

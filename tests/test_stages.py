@@ -21,6 +21,7 @@ CONFIGS = {
     "gpt2": {},
     "untied": {"tie_embeddings": False, "vocab_multiple": 8},
     "llama": {"norm": "rms_norm", "gated": True, "positions": "rotary", "kv_heads": 2},
+    "neox": {"positions": "rotary", "rotary_fraction": 0.5, "parallel": True},
     "relative": {"positions": "relative", "kv_heads": 1},
     "sinusoidal": {"positions": "sinusoidal", "post_norm": True, "scale_embedding": True},
     "alibi": {"positions": "alibi", "norm": "batch_norm"},

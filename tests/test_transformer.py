@@ -31,6 +31,9 @@ CONFIGS = {
     ),
     "untied": dataclasses.replace(SMALL, tie_embeddings=False, activation="gelu", kv_heads=1),
     "rotary": dataclasses.replace(SMALL, positions="rotary", rotary_base=50.0, activation="relu"),
+    "parallel": dataclasses.replace(
+        SMALL, positions="rotary", head_dim=8, rotary_fraction=0.5, parallel=True, out_bias=False
+    ),
     "gated": dataclasses.replace(SMALL, gated=True, hidden_dim=20, bias=False, layers=1),
     "rms": dataclasses.replace(SMALL, norm="rms_norm", norm_eps=1e-2, hidden_dim=30),
 }
@@ -88,7 +91,7 @@ def plain_loss(config, p, tokens, targets):
             return F.rms_norm(x, (config.dim,), weight, config.norm_eps)
         return F.layer_norm(x, (config.dim,), weight, bias, config.norm_eps)
 
-    D = config.dim // config.heads
+    D = config.head_size
     groups = config.heads // (config.kv_heads or config.heads)
     x = F.embedding(tokens, p["embedding.weight"])
     if config.positions == "learned":
@@ -104,11 +107,16 @@ def plain_loss(config, p, tokens, targets):
             each[2].append(heads[groups + 1])
         q, k, v = (torch.stack(heads, 1) for heads in each)
         if config.positions == "rotary":
-            q, k = (plain_rotary(y, config.rotary_base) for y in (q, k))
+            turned = int(D * config.rotary_fraction)
+            q, k = (
+                torch.cat([plain_rotary(y[..., :turned], config.rotary_base), y[..., turned:]], -1)
+                for y in (q, k)
+            )
         k, v = (y.repeat_interleave(groups, 1) for y in (k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + linear(f"{name}.attention.out", o.transpose(1, 2).reshape(x.shape))
-        y = norm(f"{name}.norm2", x)
+        read, o = x, o.transpose(1, 2).flatten(-2)
+        x = x + linear(f"{name}.attention.out", o)
+        y = norm(f"{name}.norm2", read if config.parallel else x)
         if config.gated:
             gate, up = linear(f"{name}.mlp.gate", y), linear(f"{name}.mlp.up", y)
             x = x + linear(f"{name}.mlp.down", act(gate) * up)

@@ -87,6 +87,15 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_NEOX = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 _CLASSES = {"num_labels": 5}
 _PAD = {"pad_token_id": 7, "eos_token_id": 7}  # as GPT-2 is fine-tuned: all of them are trained
 _ENDED = _GPT | _PAD | _CLASSES
@@ -296,6 +305,10 @@ CASES = {
         "tokens",
         _logits,
     ),
+    "llama-bias-of-attention": Case(
+        "LlamaForCausalLM", _LLAMA | {"attention_bias": True}, "tokens", _logits
+    ),
+    "llama-bias-of-mlp": Case("LlamaForCausalLM", _LLAMA | {"mlp_bias": True}, "tokens", _logits),
     "llama-base": Case(
         "LlamaForCausalLM",
         _LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
@@ -322,6 +335,37 @@ CASES = {
     ),
     "mistral": Case("MistralForCausalLM", _LLAMA | {"sliding_window": 4}, "tokens", _logits),
     "mistral-bare": Case("MistralModel", _LLAMA | {"sliding_window": None}, "tokens", _hidden),
+    "neox": Case("GPTNeoXForCausalLM", _NEOX | {"pad_token_id": 3}, "tokens", _logits),
+    "neox-bare": Case("GPTNeoXModel", _NEOX, "tokens", _hidden),
+    "neox-serial": Case(
+        "GPTNeoXForCausalLM",
+        _NEOX
+        | {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},
+        "tokens",
+        _logits,
+    ),
+    "neox-few-biases": Case(
+        "GPTNeoXForCausalLM", _NEOX | {"attention_bias": False}, "tokens", _logits
+    ),
+    "neox-whole": Case(
+        "GPTNeoXForCausalLM",
+        _NEOX
+        | {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 3.0,
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 1.0,
+            }
+        },
+        "tokens",
+        _logits,
+    ),
+    "neox-sequence": Case(
+        "GPTNeoXForSequenceClassification", _NEOX | _PAD | _CLASSES, "tokens", _logits
+    ),
+    "neox-token": Case("GPTNeoXForTokenClassification", _NEOX | _CLASSES, "tokens", _logits),
+    "neox-span": Case("GPTNeoXForQuestionAnswering", _NEOX, "tokens", _span),
     "vit": Case("ViTForImageClassification", _VIT, "images", _logits),
     "vit-bare": Case("ViTModel", _VIT, "images", _hidden),
 }

@@ -55,7 +55,7 @@ class Attention(nn.Module):
             self.kv_by_head = Linear(config.dim, kv, config.qkv_biased)
         else:
             self.qkv_by_head = Linear(config.dim, q + kv, config.qkv_biased)
-        self.out = Linear(q, config.dim, config.bias)
+        self.out = Linear(q, config.dim, config.out_biased)
 
     def forward(
         self,
@@ -152,7 +152,10 @@ class Block(nn.Module):
 
         x = norm(x + sublayer(x))
 
-    Both are written so that the addition and the norm are one kernel.
+    Both are written so that the addition and the norm are one kernel. In a parallel block, which is
+    pre-norm, attention and MLP read the same h:
+
+        h = h + x;  h, x = h + attention(norm1(h)), mlp(norm2(h))
     """
 
     def __init__(self, config: TransformerConfig, causal: bool = True, cross: bool = False) -> None:
@@ -162,7 +165,7 @@ class Block(nn.Module):
             self.norm_cross, self.cross = norm(config), Attention(config, False, cross=True)
         self.norm2, self.mlp = norm(config), _mlp(config)
         self.dropout, self.post_norm = config.dropout, config.post_norm
-        self.has_cross = cross
+        self.has_cross, self.parallel = cross, config.parallel
 
     def forward(
         self,
@@ -184,6 +187,10 @@ class Block(nn.Module):
         context = context or Context()
         options = context.self_options | ({} if cache is None else {"cache": cache})
         x, h = self._sublayer(self.norm1, self.attention, x, h, context, options)
+        if self.parallel:  # h is what attention has read, and x is added behind the MLP
+            assert h is not None
+            y, h = self._sublayer(self.norm2, self.mlp, h, None, context, {})
+            return y, drop_and_add(x, h, self.dropout, self.training)
         if self.has_cross:
             options = context.cross_options | {"memory": memory}
             x, h = self._sublayer(self.norm_cross, self.cross, x, h, context, options)

@@ -47,9 +47,9 @@ _RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it
     **dict.fromkeys(("forced_first", "forced_last"), (0, _SIZE)),
     **dict.fromkeys(("layers", "encoder_layers"), (1, 2**14)),
     "heads": (1, 2**20),
-    **dict.fromkeys(("dropout", "attention_dropout"), (0, 1)),
+    **dict.fromkeys(("dropout", "attention_dropout", "embedding_dropout"), (0, 1)),
     "norm_eps": (0, math.inf),
-    "rotary_base": (sys.float_info.min, math.inf),
+    **dict.fromkeys(("rotary_base", "rotary_fraction"), (sys.float_info.min, math.inf)),
 }
 
 
@@ -95,6 +95,7 @@ class TransformerConfig:
         skip_pad: whether only tokens other than pad_token have positions. All of pad_token then
             have the row before that of position 0, which is not trained, as in RoBERTa.
         rotary_base: base of the wave lengths of rotary positions.
+        rotary_fraction: share of the features of a head that is turned, the first of them.
         rotary_scaling: a `tfkern.nn.RotaryScaling` of these lengths, for longer texts.
         relative_buckets, relative_distance: for relative positions, the number of kinds of distance
             and the distance from which on all are of the last kind.
@@ -105,6 +106,8 @@ class TransformerConfig:
         norm_eps: added to the variance or the mean square.
         post_norm: the norm follows the residual addition (Vaswani et al. 2017), rather than stand
             before each sublayer and at the end (Xiong et al. 2020).
+        parallel: whether the MLP reads the same stream as attention, each through its own norm,
+            rather than what attention made of it (Wang, Komatsuzaki 2021).
         gated: whether the MLP is gated; "silu" is the usual activation then.
         wide_output: whether the last layer of each MLP, and with it the residual stream, is float32
             in a model of float16. That of T5 is larger than float16 can hold.
@@ -114,7 +117,9 @@ class TransformerConfig:
         attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
         bias: whether linear layers and layer norms have a bias.
         qkv_bias: whether the layers that make queries, keys and values have one; bias if None.
-        dropout: probability after the embedding and after each sublayer, in training mode.
+        out_bias: whether the layers behind attention have one; bias if None.
+        dropout: probability after each sublayer, in training mode.
+        embedding_dropout: probability after the embedding, in training mode; dropout if None.
         attention_dropout: probability for the weights of attention, in training mode.
 
     Output:
@@ -167,12 +172,14 @@ class TransformerConfig:
     position_offset: int = 0
     skip_pad: bool = False
     rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0
     rotary_scaling: RotaryScaling | None = None
     relative_buckets: int = 32
     relative_distance: int = 128
     norm: str = "layer_norm"
     norm_eps: float = 1e-5
     post_norm: bool = False
+    parallel: bool = False
     gated: bool = False
     wide_output: bool = False
     activation: str = "gelu_tanh"
@@ -180,7 +187,9 @@ class TransformerConfig:
     attention_scale: float | None = None
     bias: bool = True
     qkv_bias: bool | None = None
+    out_bias: bool | None = None
     dropout: float = 0.0
+    embedding_dropout: float | None = None
     attention_dropout: float = 0.0
     head: str = "lm"
     classes: int | None = None
@@ -209,8 +218,9 @@ class TransformerConfig:
             )
         if self.window is not None and self.architecture == "encoder":
             raise ValueError("window is for self-attention of a decoder, and this is an encoder")
-        if self.positions == "rotary" and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size, got {self.head_size}")
+        self._check_rotary()
+        if self.parallel and (self.post_norm or self.architecture == "encoder_decoder"):
+            raise ValueError("parallel is for a model with one stack, and without post_norm")
         if self.positions.startswith("sinusoidal") and self.dim % 2:
             raise ValueError(f"sinusoidal positions need an even dim, got {self.dim}")
         if self.head in ("classification", "token") and self.classes is None:
@@ -237,6 +247,29 @@ class TransformerConfig:
         for name, token in tokens:
             if token is not None and not 0 <= token < size:
                 raise ValueError(f"{name} must lie in [0, vocab_size = {size}), got {token}")
+
+    def _check_rotary(self) -> None:
+        if self.positions != "rotary":
+            if self.rotary_fraction != 1:
+                raise ValueError(f"rotary_fraction is for rotary positions, not {self.positions}")
+            return
+        if self.rotary_fraction == 1 and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head size, got {self.head_size}")
+        if self.rotary_fraction > 1 or self.rotary_size % 2 or not self.rotary_size:
+            raise ValueError(
+                "rotary_fraction must give an even number of features of a head of "
+                f"{self.head_size}, got {self.rotary_fraction}"
+            )
+        scaling = self.rotary_scaling
+        if scaling is None:
+            return
+        if scaling.short and 2 * len(scaling.short) != self.rotary_size:
+            raise ValueError(
+                f"rotary_scaling must have {self.rotary_size // 2} numbers short and long, got "
+                f"{len(scaling.short)}"
+            )
+        if scaling.kind == "yarn" and self.rotary_base <= 1:
+            raise ValueError(f"yarn needs a rotary_base above 1, got {self.rotary_base}")
 
     def _check_input(self) -> None:
         if self.patch_size is not None:
@@ -268,6 +301,21 @@ class TransformerConfig:
     def qkv_biased(self) -> bool:
         """Whether the layers that make queries, keys and values have a bias."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def out_biased(self) -> bool:
+        """Whether the layers behind attention have a bias."""
+        return self.bias if self.out_bias is None else self.out_bias
+
+    @property
+    def embedding_drop(self) -> float:
+        """The probability of dropout after the embedding."""
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
+
+    @property
+    def rotary_size(self) -> int:
+        """How many features of a head are turned."""
+        return int(self.head_size * self.rotary_fraction)
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

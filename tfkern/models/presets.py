@@ -87,6 +87,11 @@ _QWEN = replace(
 )  # fmt: skip
 _SMALL_QWEN = replace(_QWEN, vocab_size=151936, tie_embeddings=True)
 _MISTRAL = replace(_LLAMA, hidden_dim=14336, kv_heads=8, max_length=32768, window=4096)
+_NEOX = Config(
+    dim=768, layers=12, heads=12, vocab_size=50304, max_length=2048, start_token=0, end_token=0,
+    positions="rotary", rotary_fraction=0.25, parallel=True, activation="gelu",
+    tie_embeddings=False, init="normal",
+)  # fmt: skip
 _VIT = Config(
     architecture="encoder", dim=768, layers=12, heads=12, image_size=224, patch_size=16,
     norm_eps=1e-12, activation="gelu", head="classification", classes=1000, init="truncated",
@@ -196,6 +201,18 @@ _PRESETS: dict[str, Config] = {
     },
     "mistral-7b-v0.1": _MISTRAL,
     "mistral-7b-v0.3": replace(_MISTRAL, vocab_size=32768, rotary_base=1e6, window=None),
+    **_named(
+        "pythia-70m pythia-160m pythia-410m pythia-1b pythia-1.4b pythia-2.8b",
+        _sized(
+            _NEOX, (6, 512, 8), (12, 768, 12), (24, 1024, 16), (16, 2048, 8), (24, 2048, 16),
+            (32, 2560, 32)
+        ),
+    ),
+    "pythia-6.9b": replace(_NEOX, layers=32, dim=4096, heads=32, vocab_size=50432),
+    "pythia-12b": replace(_NEOX, layers=36, dim=5120, heads=40, vocab_size=50688),
+    "gpt-neox-20b": replace(
+        _NEOX, layers=44, dim=6144, heads=64, vocab_size=50432, activation="gelu_tanh"
+    ),
     **_named("vit-b16 vit-l16", _sized(_VIT, (12, 768, 12), (24, 1024, 16))),
     **_named(
         "vit-b32 vit-l32", _sized(replace(_VIT, patch_size=32), (12, 768, 12), (24, 1024, 16))
@@ -220,6 +237,7 @@ def preset(name: str, **changes: Any) -> Config:
     OPUS-MT (Tiedemann, Thottingal 2020), Pegasus (Zhang et al. 2020), T5 and v1.1 (Raffel et al.
     2020), mT5 (Xue et al. 2021), Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024),
     TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), Qwen2.5 (Yang et al. 2024),
+    GPT-NeoX (Black et al. 2022), Pythia (Biderman et al. 2023),
     ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))

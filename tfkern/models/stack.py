@@ -81,7 +81,7 @@ class Stack(nn.Module):
             x = self._add_positions(x, positions, token_types)
             if self.embedding_norm is not None:
                 x = self.embedding_norm(x, **context.norm_options)
-            x = F.dropout(x, dropout_p)
+            x = F.dropout(x, config.embedding_drop, self.training)
         h = None
         for i, block in enumerate(self.blocks):
             if block is None:
@@ -129,7 +129,7 @@ class Stack(nn.Module):
             options["query_lengths"] = mask
         if config.positions == "rotary":
             options["rotation"] = rotary_table(
-                positions, config.head_size, config.rotary_base, x, config.rotary_scaling
+                positions, config.rotary_size, config.rotary_base, x, config.rotary_scaling
             )
         elif config.positions == "alibi":
             options["alibi_slopes"] = alibi_slopes(config.heads, x.device)

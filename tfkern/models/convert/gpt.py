@@ -27,6 +27,7 @@ _FIELDS = {
     "n_positions": like("max_length"),
     "layer_norm_epsilon": like("norm_eps", 1e-5),
     "resid_pdrop": like("dropout", 0.1),
+    "embd_pdrop": like("dropout", 0.1),
     "attn_pdrop": like("attention_dropout", 0.1),
     "tie_word_embeddings": like("tie_embeddings", True),
     "pad_token_id": like("pad_token", None),
@@ -44,6 +45,7 @@ _FIELDS2 = _FIELDS | {
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
+    dropout, first = theirs["resid_pdrop"], theirs["embd_pdrop"]
     return {
         "dim": theirs["n_embd"],
         "layers": theirs["n_layer"],
@@ -51,7 +53,8 @@ def _read(theirs: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": theirs["vocab_size"],
         "max_length": theirs["n_positions"],
         "norm_eps": theirs["layer_norm_epsilon"],
-        "dropout": theirs["resid_pdrop"],
+        "dropout": dropout,
+        "embedding_dropout": None if first == dropout else first,
         "attention_dropout": theirs["attn_pdrop"],
         "tie_embeddings": theirs["tie_word_embeddings"],
         "pad_token": theirs["pad_token_id"],
@@ -70,7 +73,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
         "n_positions": config.max_length,
         "layer_norm_epsilon": config.norm_eps,
         "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
+        "embd_pdrop": config.embedding_drop,
         "attn_pdrop": config.attention_dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "pad_token_id": config.pad_token,
