@@ -165,6 +165,10 @@ def exchanged_rows(name, a, b):
 
 
 LLAMA3 = RotaryScaling(kind="llama3", factor=8.0, length=16, low=1.0, high=4.0)
+YARN = RotaryScaling(kind="yarn", factor=4.0, length=60, low=0.1, high=1.0)
+LONGROPE = RotaryScaling(
+    kind="longrope", factor=3.0, length=8, short=(1.0, 1.1, 1.3, 1.4), long=(1.0, 2.0, 4.0, 5.0)
+)
 _UNSCALED = configure(attention_scale=1.0)
 MUTATIONS = {
     "gpt1": {
@@ -269,6 +273,27 @@ MUTATIONS = {
     "llama-3.1": {
         "not scaled": configure(rotary_scaling=None),
         "another limit": configure(rotary_scaling=replace(LLAMA3, high=5.0)),
+    },
+    "llama-yarn": {
+        "not scaled": configure(rotary_scaling=None),
+        "other waves": configure(rotary_scaling=replace(YARN, high=32.0)),
+        "whole places": configure(rotary_scaling=replace(YARN, truncate=False)),
+        "another amplitude": configure(rotary_scaling=replace(YARN, amplitude=1.0)),
+    },
+    "llama-longrope": {
+        "the short numbers": configure(
+            rotary_scaling=replace(LONGROPE, short=LONGROPE.long, long=LONGROPE.short)
+        ),
+        "another amplitude": configure(rotary_scaling=replace(LONGROPE, amplitude=1.0)),
+        "a later limit": configure(
+            rotary_scaling=replace(LONGROPE, length=13, amplitude=LONGROPE.size)
+        ),
+    },
+    "llama-dynamic": {
+        "not scaled": configure(rotary_scaling=None),
+        "a later limit": configure(
+            rotary_scaling=RotaryScaling(kind="dynamic", factor=3.0, length=7)
+        ),
     },
     "qwen2": {
         "no bias of k and v": zero("decoder.blocks.0.attention.qkv_by_head.bias"),
@@ -518,7 +543,11 @@ def test_any_of_several_ends_is_what_a_classifier_reads(name, tmp_path):
             assert torch.equal(moved, configure(end_token=V - 1)(ours)(before, source=changed))
 
 
-@pytest.mark.parametrize("name", ["llama-base", "llama-linear", "llama-3.1"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-base", "llama-linear", "llama-3.1", "llama-yarn", "llama-longrope", "llama-dynamic",
+     "qwen2-yarn"],
+)  # fmt: skip
 def test_rotary_positions_as_transformers_4_writes_them(name, tmp_path):
     _, _, ours, _ = made(name, tmp_path)
     path = tmp_path / "config.json"
@@ -528,10 +557,31 @@ def test_rotary_positions_as_transformers_4_writes_them(name, tmp_path):
     plain = scaling["rope_type"] == "default"
     path.write_text(json.dumps(told | {"rope_scaling": None if plain else scaling}))
     assert load(tmp_path).config == ours.config
-    if "factor" in scaling and scaling["rope_type"] == "linear":  # older still
+    if scaling["rope_type"] in ("linear", "dynamic"):  # older still
         scaling["type"] = scaling.pop("rope_type")
         path.write_text(json.dumps(told | {"rope_scaling": scaling}))
         assert load(tmp_path).config == ours.config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": None}, "rope_theta": 40.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0, "beta_slow": None}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.6, "mscale_all_dim": 0}},
+        {"original_max_position_embeddings": 11},
+        {"rope_scaling": {}, "rope_theta": 40.0},
+        {"rope_scaling": None, "rope_theta": 40.0},
+    ],
+)
+def test_which_numbers_of_a_scaling_count(change, tmp_path):
+    """A config.json may have some of them in two places, and leave out others."""
+    made("llama-yarn", tmp_path)
+    break_config(tmp_path, **change)
+    kind = transformers.LlamaForCausalLM
+    theirs = kind.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert errors("llama-yarn", load(tmp_path), theirs) <= 1
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-flan", "mt5", "t5-encoder", "t5-sequence"])

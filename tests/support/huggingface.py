@@ -87,6 +87,24 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 60,
+    "beta_fast": 1.0,
+    "beta_slow": 0.1,
+}
+_MSCALE = _YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 50.0,
+    "factor": 3.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.4],
+    "long_factor": [1.0, 2.0, 4.0, 5.0],
+    "original_max_position_embeddings": 8,
+}
 _NEOX = {
     "vocab_size": V,
     "hidden_size": 24,
@@ -322,11 +340,24 @@ CASES = {
         _logits,
     ),
     "llama-3.1": Case("LlamaForCausalLM", _LLAMA | {"rope_parameters": _LLAMA3}, "tokens", _logits),
+    "llama-yarn": Case("LlamaForCausalLM", _LLAMA | {"rope_parameters": _YARN}, "tokens", _logits),
+    "llama-longrope": Case(
+        "LlamaForCausalLM", _LLAMA | {"rope_parameters": _LONGROPE}, "tokens", _logits
+    ),
+    "llama-dynamic": Case(
+        "LlamaForCausalLM",
+        _LLAMA | {"rope_parameters": _DYNAMIC, "max_position_embeddings": 6},
+        "tokens",
+        _logits,
+    ),
     "llama-sequence": Case(
         "LlamaForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
     ),
     "llama-token": Case("LlamaForTokenClassification", _LLAMA | _CLASSES, "tokens", _logits),
     "qwen2": Case("Qwen2ForCausalLM", _LLAMA, "tokens", _logits),
+    "qwen2-yarn": Case(
+        "Qwen2ForCausalLM", _LLAMA | {"rope_parameters": _MSCALE}, "tokens", _logits
+    ),
     "qwen2-tied": Case(
         "Qwen2ForCausalLM", _LLAMA | {"tie_word_embeddings": True}, "tokens", _logits
     ),
@@ -334,6 +365,12 @@ CASES = {
         "Qwen2ForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
     ),
     "mistral": Case("MistralForCausalLM", _LLAMA | {"sliding_window": 4}, "tokens", _logits),
+    "mistral-yarn": Case(
+        "MistralForCausalLM",
+        _LLAMA | {"rope_parameters": _YARN | {"attention_factor": 0.8}, "sliding_window": 4},
+        "tokens",
+        _logits,
+    ),
     "mistral-bare": Case("MistralModel", _LLAMA | {"sliding_window": None}, "tokens", _hidden),
     "neox": Case("GPTNeoXForCausalLM", _NEOX | {"pad_token_id": 3}, "tokens", _logits),
     "neox-bare": Case("GPTNeoXModel", _NEOX, "tokens", _hidden),
@@ -357,6 +394,16 @@ CASES = {
                 "rope_theta": 500.0,
                 "partial_rotary_factor": 1.0,
             }
+        },
+        "tokens",
+        _logits,
+    ),
+    "neox-dynamic": Case(
+        "GPTNeoXForCausalLM",
+        _NEOX
+        | {
+            "rope_parameters": _DYNAMIC | {"partial_rotary_factor": 0.5},
+            "max_position_embeddings": 6,
         },
         "tokens",
         _logits,
