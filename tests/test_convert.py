@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = (
     "gpt1", "gpt2", "bert", "roberta", "distilbert", "bart", "mbart", "marian", "pegasus", "t5",
-    "t5-v1.1", "mt5", "vit",
+    "t5-v1.1", "mt5", "vit", "llama", "phi3-long", "neox",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def errors(name, ours, theirs):
 
 
 def dtype_of(name):
-    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2", "neox")
+    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2", "neox", "phi3")
     return torch.float32 if name.startswith(narrow) else torch.float64
 
 
@@ -89,7 +89,7 @@ def test_round_trip_is_bit_equal(pair, tmp_path):
         assert x.dtype == after[key].dtype and torch.equal(x, after[key]), key
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     again = load(tmp_path)
-    assert again.config == ours.config
+    assert again.config == ours.config and again.family == theirs.config.model_type
     for key, x in ours.state_dict().items():
         assert torch.equal(x, again.state_dict()[key])
     # transformers reads it, every weight in its place
@@ -316,6 +316,33 @@ MUTATIONS = {
         "no biases": no_biases("decoder"),
         "eps": configure(norm_eps=1e-2),
     },
+    "phi3": {
+        "norms exchanged": exchanged("decoder"),
+        "gate and up exchanged": exchanged("decoder", "mlp.gate", "mlp.up"),
+        "two queries of a key exchanged": exchanged_rows(
+            "decoder.blocks.0.attention.qkv_by_head.weight", 0, 1
+        ),
+        "k and v exchanged": exchanged_rows("decoder.blocks.0.attention.qkv_by_head.weight", 3, 4),
+        "no window": configure(window=None),
+        "a window without the token": configure(window=5),
+    },
+    "phi3-long": {
+        "not scaled": configure(rotary_scaling=None),
+        "a later limit": configure(
+            rotary_scaling=replace(LONGROPE, length=13, amplitude=LONGROPE.size)
+        ),
+    },
+    "phi3-partial": {
+        "the last features turned": edit(
+            lambda s: s["decoder.blocks.0.attention.qkv_by_head.weight"].copy_(
+                s["decoder.blocks.0.attention.qkv_by_head.weight"]
+                .unflatten(0, (-1, 8))
+                .flip(1)
+                .flatten(0, 1)
+                .clone()
+            )
+        ),
+    },
     "t5-flan": {"logits scaled": configure(logit_scale=24**-0.5)},
     "mt5": {"logits scaled": configure(logit_scale=24**-0.5)},
     "vit": {
@@ -487,6 +514,8 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("llama", {"rope_scaling": {"type": "proportional", "factor": 2.0}}),
         ("neox", {"rotary_pct": 0.0, "rope_parameters": None}),
         ("neox", {"hidden_act": "mish"}),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4}}),
         ("mistral", {"sliding_window": 0}),
         ("qwen2", {"use_sliding_window": True}),
     ],
@@ -582,6 +611,42 @@ def test_which_numbers_of_a_scaling_count(change, tmp_path):
     kind = transformers.LlamaForCausalLM
     theirs = kind.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert errors("llama-yarn", load(tmp_path), theirs) <= 1
+
+
+def test_positions_of_phi3_as_earlier_versions_write_them(tmp_path):
+    """Three numbers under one of three names, beside the lengths; and so are they written."""
+    _, theirs, ours, _ = made("phi3-long", tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    scaling = told.pop("rope_parameters")
+    numbers = {name: scaling[name] for name in ("short_factor", "long_factor")}
+    for kind in ("longrope", "su", "yarn"):
+        old = {"rope_theta": 50.0, "rope_scaling": {"type": kind, **numbers}}
+        (tmp_path / "config.json").write_text(json.dumps(told | old))
+        again = load(tmp_path)
+        assert again.config == ours.config and errors("phi3-long", again, theirs) <= 1
+    save(ours, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["rope_scaling"] == {"type": "longrope", **numbers}
+    assert written["original_max_position_embeddings"] == 8
+
+
+def test_positions_of_neox_as_earlier_versions_write_them(tmp_path):
+    _, theirs, ours, _ = made("neox", tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    del told["rope_parameters"]
+    for change in ({"rotary_pct": 0.5}, {"rotary_pct": 0.5, "rotary_emb_base": 10000}):
+        (tmp_path / "config.json").write_text(json.dumps(told | change))
+        assert load(tmp_path).config == ours.config
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert load(tmp_path).config.rotary_fraction == 0.25
+    file = tmp_path / "model.safetensors"
+    state = safetensors.load_file(file)
+    assert "embed_out.weight" in state
+    state["lm_head.weight"] = state.pop("embed_out.weight")
+    extra = {f"gpt_neox.layers.0.attention.{x}": torch.ones(1) for x in ("bias", "masked_bias")}
+    safetensors.save_file(state | extra, file)
+    break_config(tmp_path, rotary_pct=0.5)
+    assert errors("neox", load(tmp_path), theirs) <= 1
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-flan", "mt5", "t5-encoder", "t5-sequence"])
@@ -773,7 +838,12 @@ def test_weights_of_two_forms_in_one_file():
     [
         {"norm": "rms_norm", "gated": True, "positions": "alibi", "window": 3, "kv_heads": 1},
         {"norm": "weight_norm", "vocab_multiple": 16},
-        {"positions": "rotary", "rotary_scaling": RotaryScaling(kind="linear", factor=2.0)},
+        {
+            "positions": "rotary",
+            "post_norm": True,
+            "rotary_fraction": 0.5,
+            "rotary_scaling": replace(LONGROPE, short=(1.0, 2.0), long=(2.0, 3.0)),
+        },
         {"norm": "batch_norm", "tie_embeddings": False},
     ],
 )
@@ -990,6 +1060,20 @@ def test_hostile_fields(name, tmp_path):
             (tmp_path / "config.json").write_text(json.dumps(good | {field: value}))
             loads_or_tells(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(good))
+    assert loads_or_tells(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3.1", "llama-yarn", "qwen2-yarn", "llama-dynamic", "phi3-partial"]
+)
+def test_hostile_numbers_of_a_scaling(name, tmp_path):
+    CASES[name].model().save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    for number in [*told, "type", "truncate", "mscale", "mscale_all_dim", "attention_factor"]:
+        for value in (*HOSTILE, 1e-320):
+            break_config(tmp_path, rope_parameters=told | {number: value})
+            loads_or_tells(tmp_path)
+    break_config(tmp_path, rope_parameters=told)
     assert loads_or_tells(tmp_path)
 
 

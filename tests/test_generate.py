@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from weights import perturb
 
 huggingface = pytest.importorskip("huggingface")
 from huggingface import CASES, V  # noqa: E402
@@ -27,7 +28,7 @@ from tfkern.generate import (  # noqa: E402
 )
 from tfkern.generate.session import Session  # noqa: E402
 from tfkern.models import Transformer, TransformerConfig, cross_entropy, load, save  # noqa: E402
-from tfkern.nn import KVCache  # noqa: E402
+from tfkern.nn import KVCache, RotaryScaling  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +101,7 @@ def test_greedy_is_that_of_transformers(models, name):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "neox"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "neox", "phi3"])
 def test_decoders_with_rotary_positions_write_what_transformers_does(name, beams, tmp_path):
     """Unequal prompts, shorter and longer than the window of Mistral, which the texts cross often.
     Llama's files are those of transformers 4."""
@@ -127,6 +128,82 @@ def test_decoders_with_rotary_positions_write_what_transformers_does(name, beams
         found = beam_search(ours, rows, 30, beams=beams, end_tokens=[])
         texts = [row[0].tokens for row in found]
     assert torch.equal(torch.stack(texts), expected)
+
+
+LONG = {
+    "llama-dynamic": {"max_position_embeddings": 12},
+    "llama-yarn": {"max_position_embeddings": 64},
+    "phi3-long": {"max_position_embeddings": 64, "original_max_position_embeddings": 20},
+    "phi3-partial": {"max_position_embeddings": 64, "original_max_position_embeddings": 20},
+}
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", LONG)
+def test_texts_outgrow_the_first_training_as_those_of_transformers(name, beams, tmp_path):
+    """The longest of them from the first prompt on or while they are written. With "dynamic" a
+    model of transformers remembers the longest text that it has seen, so that each is a new one."""
+    config = CASES[name].config | LONG[name] | {"pad_token_id": 0}
+    theirs = replace(CASES[name], config=config).model(dtype=torch.float32)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    for lengths in ((9, 2, 5), (30, 4)):
+        theirs = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")
+        longest = max(lengths)
+        rows = [torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+                for n in lengths]  # fmt: skip
+        tokens = torch.tensor([[*[0] * (longest - len(row)), *row] for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        expected = theirs.generate(
+            tokens, attention_mask=mask, max_new_tokens=30, num_beams=beams, do_sample=False,
+            eos_token_id=None,
+        )[:, longest:]  # fmt: skip
+        if beams == 1:
+            texts = generate(ours, rows, 30, sampling=GREEDY, end_tokens=[])
+        else:
+            found = beam_search(ours, rows, 30, beams=beams, end_tokens=[])
+            texts = [row[0].tokens for row in found]
+        assert torch.equal(torch.stack(texts), expected)
+
+
+def lengthy(**changes):
+    """A model whose positions differ much between its short and long numbers."""
+    torch.manual_seed(0)
+    scaling = RotaryScaling(kind="longrope", factor=4, length=10, short=(1.0, 1.0), long=(3.0, 9.0))
+    config = TransformerConfig(
+        dim=16, layers=2, heads=4, vocab_size=V, max_length=64, positions="rotary",
+        rotary_scaling=scaling, **changes,
+    )  # fmt: skip
+    return perturb(Transformer(config)).double().eval()
+
+
+@pytest.mark.parametrize("cache", ["static", "growing"])
+def test_caches_are_made_again_where_positions_change(cache):
+    """Also where the longest row of a batch ends as it outgrows the short numbers."""
+    model = lengthy()
+    rows = [list(range(3, 3 + n)) for n in (6, 3)]
+    options = {"max_tokens": 25, "seeds": [1, 2], "cache": cache}
+    for step in range(3, 8):
+        (probe, _) = generate(model, rows, cache="none", max_tokens=25, seeds=[1, 2], end_tokens=[])
+        ends = [int(probe[step])]
+        expected = generate(model, rows, **options | {"cache": "none"}, end_tokens=ends)
+        texts = generate(model, rows, **options, end_tokens=ends)
+        assert all(torch.equal(a, b) for a, b in zip(texts, expected, strict=True))
+        assert len(texts[0]) <= step + 1
+
+
+def test_drafts_where_positions_change():
+    """A small model may be such a one, and a large one for texts that are short enough."""
+    model = lengthy()
+    other = Transformer(replace(model.config, rotary_scaling=None)).double().eval()
+    other.load_state_dict(model.state_dict())
+    prompt = [[3, 4, 5, 6, 7]]
+    for large, small, n in ((other, model, 20), (model, other, 5)):
+        expected = generate(large, prompt, n, sampling=GREEDY, end_tokens=[])
+        texts = speculative(large, small, prompt, n, sampling=GREEDY, end_tokens=[])
+        assert torch.equal(texts[0], expected[0])
+    with pytest.raises(ValueError, match="depend on the length of texts of more than 10 tokens"):
+        speculative(model, other, prompt, 6, sampling=GREEDY)
 
 
 FORCED = {

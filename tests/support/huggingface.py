@@ -105,6 +105,14 @@ _LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 5.0],
     "original_max_position_embeddings": 8,
 }
+_PHI3 = _LLAMA | {"pad_token_id": 3, "eos_token_id": 5, "sliding_window": None}
+del _PHI3["head_dim"]
+_PHI3["num_attention_heads"] = 3
+_PHI3["num_key_value_heads"] = 1
+_LONG_PHI3 = {
+    "original_max_position_embeddings": 8,
+    "rope_parameters": {name: x for name, x in _LONGROPE.items() if name != "factor"},
+}
 _NEOX = {
     "vocab_size": V,
     "hidden_size": 24,
@@ -372,6 +380,43 @@ CASES = {
         _logits,
     ),
     "mistral-bare": Case("MistralModel", _LLAMA | {"sliding_window": None}, "tokens", _hidden),
+    "phi3": Case("Phi3ForCausalLM", _PHI3 | {"sliding_window": 4}, "tokens", _logits),
+    "phi3-bare": Case("Phi3Model", _PHI3, "tokens", _hidden),
+    "phi3-long": Case("Phi3ForCausalLM", _PHI3 | _LONG_PHI3, "tokens", _logits),
+    "phi3-short": Case(
+        "Phi3ForCausalLM",
+        _PHI3 | _LONG_PHI3 | {"original_max_position_embeddings": 16},
+        "tokens",
+        _logits,
+    ),
+    "phi3-between": Case(
+        "Phi3ForCausalLM",
+        _PHI3 | _LONG_PHI3 | {"original_max_position_embeddings": 11},
+        "tokens",
+        _logits,
+    ),
+    "phi3-partial": Case(
+        "Phi3ForCausalLM",
+        _PHI3
+        | {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": _LONGROPE
+            | {
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.2],
+                "long_factor": [1.5, 3.0],
+                "attention_factor": 1.3,
+                "factor": 7.0,
+            },
+        },
+        "tokens",
+        _logits,
+    ),
+    "phi3-sequence": Case(
+        "Phi3ForSequenceClassification", _PHI3 | _PAD | _CLASSES, "tokens", _logits
+    ),
+    "phi3-token": Case("Phi3ForTokenClassification", _PHI3 | _CLASSES, "tokens", _logits),
     "neox": Case("GPTNeoXForCausalLM", _NEOX | {"pad_token_id": 3}, "tokens", _logits),
     "neox-bare": Case("GPTNeoXModel", _NEOX, "tokens", _hidden),
     "neox-serial": Case(

@@ -50,7 +50,8 @@ def speculative(
         For each prompt the new tokens, 1-d int64.
 
     Raises:
-        ValueError: as `generate`, or models of different vocabularies or architectures.
+        ValueError: as `generate`, models of different vocabularies or architectures, or a model
+            whose rotary positions would depend on the length of the text.
     """
     if lookahead < 1:
         raise ValueError(f"lookahead must be positive, got {lookahead}")
@@ -61,6 +62,13 @@ def speculative(
         if a != b:
             raise ValueError(f"the draft must have the model's {name}, {a}, got {b}")
     check_context(draft, asked.capacity)
+    scaling = model.config.rotary_scaling
+    if scaling is not None and scaling.by_length and asked.capacity > (scaling.length or 0):
+        raise ValueError(
+            f"the rotary positions of the model depend on the length of texts of more than "
+            f"{scaling.length} tokens, which several tokens of a draft cannot have at once: take "
+            f"generate, or fewer than {asked.capacity} tokens"
+        )
     results = []
     for i, seed in enumerate(seeds_of(seeds, len(asked.prompts))):
         sources = None if asked.sources is None else [asked.sources[i]]

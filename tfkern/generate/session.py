@@ -16,6 +16,9 @@ _CACHES = ("static", "growing", "none")
 class Session:
     """The decoder of a model in the middle of a batch of texts.
 
+    Where rotary positions have short and long numbers ("longrope"), all texts are read again once
+    the longest outgrows the short ones, since the keys in the caches were turned by these.
+
     Args:
         model: a decoder or an encoder-decoder with head "lm".
         batch: how many texts.
@@ -54,6 +57,13 @@ class Session:
             hidden = model.encode(source, self._memory_mask)
             blocks = (b for b in stack.blocks if isinstance(b, Block))
             self._memory = [block.cross.keys_values(hidden) for block in blocks]
+        scaling = config.rotary_scaling
+        self._short = capacity  # up to this length of the longest text, caches may be kept
+        if scaling is not None and scaling.kind == "longrope":
+            assert scaling.length is not None
+            self._short = scaling.length
+        self._keeps_rows = cache == "none" or self._short < capacity
+        self._was_long = False
         self._caches: list[KVCache] | None = None
         if cache != "none":
             dtype = checks.computed_dtype(weight)
@@ -100,25 +110,33 @@ class Session:
 
     def _read(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """The hidden states (B, T, dim) of the tokens."""
+        if not self._keeps_rows:
+            return self._decode(tokens, lengths)
         T = tokens.shape[1]
-        if self._caches is not None:
-            return self.model.decode(
-                tokens, self._memory, lengths, self._memory_mask, caches=self._caches
-            )
+        longest = max(map(len, self._rows)) + T
         counts = [T] * len(tokens) if lengths is None else lengths.tolist()
         for row, new, n in zip(self._rows, tokens.tolist(), counts, strict=True):
             row += new[:n]
-        everything, total = pad(self._rows, self.device)
-        hidden = self.model.decode(everything, self._memory, total, self._memory_mask)
+        was_long, self._was_long = self._was_long, longest > self._short
+        if self._caches is not None and was_long == self._was_long:
+            return self._decode(tokens, lengths)
+        for cache in self._caches or ():
+            cache.reset()
+        everything, total = pad(self._rows, self.device, longest)
+        hidden = self._decode(everything, total)
         first = total - torch.tensor(counts, device=self.device)
         index = (first[:, None] + torch.arange(T, device=self.device)).clamp(
             max=hidden.shape[1] - 1
         )
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
+    def _decode(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        memory, mask = self._memory, self._memory_mask
+        return self.model.decode(tokens, memory, lengths, mask, caches=self._caches)
 
-def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows as (B, T) int64 with zeros on the right, and their lengths (B,)."""
+
+def pad(lists: Sequence[Sequence[int]], device: torch.device, T: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows as (B, at least T) int64 with zeros on the right, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in lists], device=device)
-    T = max(len(row) for row in lists)
+    T = max(T, *(len(row) for row in lists))
     return torch.tensor([[*row, *[0] * (T - len(row))] for row in lists], device=device), lengths

@@ -87,6 +87,10 @@ _QWEN = replace(
 )  # fmt: skip
 _SMALL_QWEN = replace(_QWEN, vocab_size=151936, tie_embeddings=True)
 _MISTRAL = replace(_LLAMA, hidden_dim=14336, kv_heads=8, max_length=32768, window=4096)
+_PHI3 = replace(
+    _LLAMA, dim=3072, hidden_dim=8192, vocab_size=32064, window=2047, pad_token=32000,
+    end_token=32000,
+)  # fmt: skip
 _NEOX = Config(
     dim=768, layers=12, heads=12, vocab_size=50304, max_length=2048, start_token=0, end_token=0,
     positions="rotary", rotary_fraction=0.25, parallel=True, activation="gelu",
@@ -201,6 +205,8 @@ _PRESETS: dict[str, Config] = {
     },
     "mistral-7b-v0.1": _MISTRAL,
     "mistral-7b-v0.3": replace(_MISTRAL, vocab_size=32768, rotary_base=1e6, window=None),
+    "phi3-mini": _PHI3,
+    "phi3-medium": replace(_PHI3, layers=40, dim=5120, heads=40, kv_heads=10, hidden_dim=17920),
     **_named(
         "pythia-70m pythia-160m pythia-410m pythia-1b pythia-1.4b pythia-2.8b",
         _sized(
@@ -237,7 +243,8 @@ def preset(name: str, **changes: Any) -> Config:
     OPUS-MT (Tiedemann, Thottingal 2020), Pegasus (Zhang et al. 2020), T5 and v1.1 (Raffel et al.
     2020), mT5 (Xue et al. 2021), Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024),
     TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), Qwen2.5 (Yang et al. 2024),
-    GPT-NeoX (Black et al. 2022), Pythia (Biderman et al. 2023),
+    GPT-NeoX (Black et al. 2022), Pythia (Biderman et al. 2023), Phi-3 (Abdin et al. 2024; that of
+    4096 tokens),
     ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))

@@ -42,7 +42,10 @@ class Transformer(nn.Module):
         recompute: whether a training step keeps only the inputs of the blocks, and computes what is
             inside them again in backward (Chen et al. 2016). Default False. If True, the running
             statistics of batch norms take in each batch twice.
+        family: the model_type of the files that the model was read from, if any. `save` keeps it.
     """
+
+    family: str | None = None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from tfkern.models.convert.distilbert import DISTILBERT
 from tfkern.models.convert.earlier import today
 from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
-from tfkern.models.convert.llama import LLAMA, MISTRAL, QWEN2
+from tfkern.models.convert.llama import LLAMA, MISTRAL, PHI3, QWEN2
 from tfkern.models.convert.neox import GPT_NEOX
 from tfkern.models.convert.roberta import ROBERTA, XLM_ROBERTA
 from tfkern.models.convert.store import FLOATING, State
@@ -33,7 +33,7 @@ from tfkern.models.transformer import Transformer
 
 _ALL = (
     GPT1, GPT2, DISTILBERT, BERT, ROBERTA, XLM_ROBERTA, BART, MBART, MARIAN, PEGASUS, T5, MT5, VIT,
-    LLAMA, MISTRAL, QWEN2, GPT_NEOX,
+    LLAMA, MISTRAL, QWEN2, PHI3, GPT_NEOX,
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ALL}
 _OWN = "tfkern"  # the model_type of tfkern's own directories
@@ -98,6 +98,7 @@ def load(
     state = ours(stored.read())
     kind = dtype or _dtype(stored)
     model = Transformer(changed).to(kind)
+    model.family = None if family is None else family.model_type
     _adopt(model.state_dict(), state, new)
     return model.to(device).eval()
 
@@ -112,8 +113,8 @@ def save(
 ) -> None:
     """Writes config.json and the weights into a directory, which is made if need be.
 
-    Of two model types that compute the same, config.json has the more common one: XLM-R is saved as
-    roberta, mT5 as t5, and both are read by either class of transformers.
+    Several model types may compute the same, such as roberta and xlm-roberta. Then config.json has
+    the one that the model was read with, or else the most common one.
 
     Whatever ends a save, `load` finds the whole model that was there or the whole new one, as it
     does while others save; of several that save at once, one waits for the other. A reader other
@@ -144,7 +145,7 @@ def save(
         for name in ("embedding.weight", "vocabulary.weight"):
             if name in state:
                 state[name] = state[name][: config.vocab_size]
-        family, description = _expressed(bare)
+        family, description = _expressed(bare, model.family)
         dtype = next(iter(state.values())).dtype
         description["torch_dtype"] = str(dtype).removeprefix("torch.")
         state = family.save(state, bare)
@@ -164,8 +165,9 @@ def _dtype(stored: store.Stored) -> torch.dtype:
     return max(numbers, key=lambda dtype: numbers[dtype])
 
 
-def _expressed(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
-    for family in FAMILIES.values():
+def _expressed(config: TransformerConfig, first: str | None) -> tuple[Family, dict[str, Any]]:
+    """A family that has this configuration, `first` if it does, and its config.json."""
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
         description = family.describe(config)
         if description is not None:
             return family, description

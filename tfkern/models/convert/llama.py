@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2: rotary positions, RMS norms, gated MLPs, queries that share keys."""
+"""Llama and its like: rotary positions, RMS norms, gated MLPs, queries that share keys."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,15 +40,17 @@ _FIELDS = {
 
 
 def _read(theirs: dict[str, Any]) -> dict[str, Any]:
+    dim, heads, size = (theirs[x] for x in ("hidden_size", "num_attention_heads", "head_dim"))
+    if size is not None and heads * size == dim:
+        size = None  # as in files that leave it out
     return {
-        "dim": theirs["hidden_size"],
+        "dim": dim,
         "layers": theirs["num_hidden_layers"],
-        "heads": theirs["num_attention_heads"],
+        "heads": heads,
         "kv_heads": theirs["num_key_value_heads"],
-        "head_dim": theirs["head_dim"],
+        "head_dim": size,
         "hidden_dim": theirs["intermediate_size"],
         "vocab_size": theirs["vocab_size"],
-        **rotary.read(theirs),
         "norm": "rms_norm",
         "norm_eps": theirs["rms_norm_eps"],
         "gated": True,
@@ -83,17 +85,20 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _rules(config: TransformerConfig) -> Iterator[Rule]:
+def _rules(config: TransformerConfig, joined: bool) -> Iterator[Rule]:
     yield rule("embedding.weight", "model.embed_tokens.weight")
     yield rule("decoder.norm.weight", "model.norm.weight")
     for i in range(config.layers):
         ours, theirs = f"decoder.blocks.{i}", f"model.layers.{i}"
-        qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
+        qkv = [f"{theirs}.self_attn.{x}_proj" for x in (("qkv",) if joined else "qkv")]
         heads, biased = heads_of(config), config.qkv_biased
         yield from linear(f"{ours}.attention.qkv_by_head", qkv, biased, heads=heads)
         yield from linear(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", config.out_biased)
-        for name in ("gate", "up", "down"):
+        for name in ("down",) if joined else ("gate", "up", "down"):
             yield from linear(f"{ours}.mlp.{name}", f"{theirs}.mlp.{name}_proj", config.bias)
+        if joined:
+            pair = [f"{ours}.mlp.{name}.weight" for name in ("gate", "up")]
+            yield rule(pair, f"{theirs}.mlp.gate_up_proj.weight")
         yield rule(f"{ours}.norm1.weight", f"{theirs}.input_layernorm.weight")
         yield rule(f"{ours}.norm2.weight", f"{theirs}.post_attention_layernorm.weight")
     if config.head == "lm" and not config.tie_embeddings:
@@ -113,7 +118,10 @@ def _family(
     fields: dict[str, Field],
     read: Callable[[dict[str, Any]], dict[str, Any]],
     write: Callable[[TransformerConfig], dict[str, Any]],
+    positions: Callable[[dict[str, Any]], dict[str, Any]] = rotary.read,
+    joined: bool = False,
 ) -> Family:
+    """With `joined`, files have queries, keys and values in one layer, and so gate and up."""
     heads: dict[str, dict[str, Any]] = {
         "ForCausalLM": {"head": "lm"},
         "Model": {"head": "none"},
@@ -125,9 +133,9 @@ def _family(
         "model",
         {f"{name}{kind}": meaning for kind, meaning in heads.items()},
         _FIELDS | fields,
-        lambda theirs: _read(theirs) | read(theirs),
+        lambda theirs: _read(theirs) | positions(theirs) | read(theirs),
         lambda config: _write(config) | write(config),
-        _rules,
+        lambda config: _rules(config, joined),
         _aliases,
         ignored=(".rotary_emb.inv_freq",),
     )
@@ -137,6 +145,28 @@ def _biased(theirs: dict[str, Any]) -> dict[str, Any]:
     bias = theirs["mlp_bias"]
     attention = None if theirs["attention_bias"] == bias else theirs["attention_bias"]
     return {"bias": bias, "qkv_bias": attention, "out_bias": attention}
+
+
+def _read_phi3(theirs: dict[str, Any]) -> dict[str, Any]:
+    dropout = theirs["resid_pdrop"]
+    return {
+        "dropout": dropout,
+        "embedding_dropout": 0.0 if dropout else None,  # no model applies embd_pdrop
+        "window": theirs["sliding_window"],
+    }
+
+
+def _write_phi3(config: TransformerConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"resid_pdrop": config.dropout, "sliding_window": config.window}
+    scaling = config.rotary_scaling
+    if scaling is None or scaling.length is None or config.max_length is None:
+        return fields
+    fields["original_max_position_embeddings"] = scaling.length
+    if scaling.amplitude is None and scaling.factor == config.max_length / scaling.length:
+        # transformers 4 takes no other numbers, and the factor follows from the lengths
+        numbers = {"short_factor": list(scaling.short), "long_factor": list(scaling.long)}
+        fields["rope_scaling"] = {"type": scaling.kind, **numbers}
+    return fields
 
 
 LLAMA = _family(
@@ -159,4 +189,22 @@ QWEN2 = _family(
     {"use_sliding_window": only(False), "bos_token_id": like("start_token", None)},
     lambda theirs: {"qkv_bias": True},
     lambda config: {"use_sliding_window": False},
+)
+_SU = {"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
+PHI3 = _family(
+    "phi3",
+    "Phi3",
+    {
+        "max_position_embeddings": like("max_length", 4096),
+        "original_max_position_embeddings": like("max_length", 4096),
+        "rms_norm_eps": like("norm_eps", 1e-5),
+        "resid_pdrop": like("dropout", 0.0),
+        "sliding_window": like("window", None),
+        "pad_token_id": like("pad_token", 32000, null=True),
+        "eos_token_id": like("end_token", 32000, null=True),
+    },
+    _read_phi3,
+    _write_phi3,
+    lambda theirs: rotary.read(theirs, partial=True, kinds=_SU),
+    joined=True,
 )

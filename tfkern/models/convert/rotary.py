@@ -35,6 +35,7 @@ _NUMBERS = {
         "long": "long_factor",
     },
 }
+_KINDS = {kind: kind for kind in ("default", *_NUMBERS)}
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
 
 
@@ -52,7 +53,9 @@ FIELDS = {
 }
 
 
-def read(theirs: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+def read(
+    theirs: dict[str, Any], partial: bool = False, kinds: dict[str, str] = _KINDS
+) -> dict[str, Any]:
     """The fields of a configuration, from those of `FIELDS` and max_position_embeddings.
 
     Transformers 5 writes everything into rope_parameters. Before, base and fraction were fields of
@@ -60,6 +63,7 @@ def read(theirs: dict[str, Any], partial: bool = False) -> dict[str, Any]:
 
     Args:
         partial: whether models of the family may turn a part of the features of a head.
+        kinds: of scaling, by the names that the family has for them.
     """
     name = "rope_scaling" if theirs["rope_scaling"] else "rope_parameters"
     told, length = theirs[name] or {}, theirs["max_position_embeddings"]
@@ -71,6 +75,9 @@ def read(theirs: dict[str, Any], partial: bool = False) -> dict[str, Any]:
         if fraction != 1 and not partial:
             raise ValueError(f"partial_rotary_factor = {fraction} is not supported, only 1")
         kind = told.get("rope_type", told.get("type", "default"))
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ValueError(f"the scaling {shown(kind)} is not one of {', '.join(kinds)}")
+        kind = kinds[kind]
         scaling = None if kind == "default" else _scaling(kind, told, length, theirs[_LENGTH])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -105,11 +112,8 @@ def write(config: TransformerConfig) -> dict[str, Any]:
     return fields
 
 
-def _scaling(kind: Any, told: dict[str, Any], longest: int, first: int | None) -> RotaryScaling:
+def _scaling(kind: str, told: dict[str, Any], longest: int, first: int | None) -> RotaryScaling:
     """For texts of up to `longest` tokens, behind a training with `first`, if that is known."""
-    if not isinstance(kind, str) or kind not in _NUMBERS:
-        known = ", ".join(["default", *_NUMBERS])
-        raise ValueError(f"the scaling {shown(kind)} is not one of {known}")
     names = _NUMBERS[kind]
     told = {name: x for name, x in told.items() if x is not None or name == "truncate"}
     told[_LENGTH] = told.get(_LENGTH, longest) if first is None else first
