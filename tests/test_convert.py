@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = (
     "gpt1", "gpt2", "bert", "roberta", "distilbert", "bart", "mbart", "marian", "pegasus", "t5",
-    "t5-v1.1", "mt5", "vit", "llama", "phi3-long", "neox",
+    "t5-v1.1", "mt5", "vit", "llama", "phi3-long", "neox", "opt-350m",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def errors(name, ours, theirs):
 
 
 def dtype_of(name):
-    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2", "neox", "phi3")
+    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2", "neox", "phi3", "opt")
     return torch.float32 if name.startswith(narrow) else torch.float64
 
 
@@ -343,6 +343,22 @@ MUTATIONS = {
             )
         ),
     },
+    "opt": {
+        "norms exchanged": exchanged("decoder"),
+        "no biases": no_biases("decoder"),
+        "GELU": configure(activation="gelu"),
+        "eps": configure(norm_eps=1e-2),
+        "q and k exchanged": exchanged_rows("decoder.blocks.0.attention.qkv_by_head.weight", 0, 1),
+        "positions from 0": configure(position_offset=0, max_length=26),
+        "no last norm": edit(lambda s: s["decoder.norm.weight"].fill_(1)),
+    },
+    "opt-350m": {
+        "norms exchanged": exchanged("decoder"),
+        "no narrow vectors": zero("embedding.widen.weight"),
+        "the reverse transposed": edit(
+            lambda s: s["narrow.weight"].copy_(s["embedding.widen.weight"].t())
+        ),
+    },
     "t5-flan": {"logits scaled": configure(logit_scale=24**-0.5)},
     "mt5": {"logits scaled": configure(logit_scale=24**-0.5)},
     "vit": {
@@ -514,6 +530,10 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("llama", {"rope_scaling": {"type": "proportional", "factor": 2.0}}),
         ("neox", {"rotary_pct": 0.0, "rope_parameters": None}),
         ("neox", {"hidden_act": "mish"}),
+        ("opt", {"enable_bias": False}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("opt", {"_remove_final_layer_norm": True}),
+        ("opt", {"layerdrop": 0.1}),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4}}),
         ("mistral", {"sliding_window": 0}),
@@ -534,6 +554,8 @@ def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
         ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.2}, (0.2, None)),
         ("gpt1", {"embd_pdrop": 0.0, "resid_pdrop": 0.2}, (0.2, 0.0)),
         ("neox", {"hidden_dropout": 0.3}, (0.3, None)),
+        ("phi3", {"resid_pdrop": 0.3, "embd_pdrop": 0.2}, (0.3, 0.0)),
+        ("opt", {"dropout": 0.3}, (0.3, 0.0)),
     ],
 )
 def test_dropout_behind_the_embedding_is_that_of_transformers(name, change, expected, tmp_path):

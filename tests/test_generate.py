@@ -101,7 +101,7 @@ def test_greedy_is_that_of_transformers(models, name):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "neox", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "neox", "phi3", "opt", "opt-350m"])
 def test_decoders_with_rotary_positions_write_what_transformers_does(name, beams, tmp_path):
     """Unequal prompts, shorter and longer than the window of Mistral, which the texts cross often.
     Llama's files are those of transformers 4."""

@@ -494,6 +494,9 @@ def test_config_errors():
         ),
         ({"parallel": True, "post_norm": True}, "parallel is for a model with one stack"),
         ({"parallel": True, "architecture": "encoder_decoder"}, "parallel is for a model with one"),
+        ({"embedding_dim": 0}, "embedding_dim must be positive"),
+        ({"embedding_dim": 8, "architecture": "encoder"}, "embedding_dim needs architecture 'dec"),
+        (images | {"head": "none", "embedding_dim": 8}, "embedding_dim is for tokens"),
         ({"embedding_dropout": 1.0}, "embedding_dropout must lie in"),
         ({"rotary_scaling": {"kind": "linear"}}, "rotary_scaling: .*factor"),
         (

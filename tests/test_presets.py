@@ -64,6 +64,13 @@ COUNTS = {
     "gpt-neox-20b": 20_554_567_680,
     "phi3-mini": 3_821_079_552,
     "phi3-medium": 13_960_238_080,
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
     "bart-base": 139_420_416,
     "bart-large": 406_291_456,
     "t5-small": 60_506_624,
@@ -120,7 +127,7 @@ def test_parameter_counts_by_formula(name):
     if not c.post_norm:
         expected += norm * (2 if both else 1)
     if c.positions == "learned":
-        expected += c.max_length * d
+        expected += (c.max_length + c.position_offset) * d
     if c.positions == "relative":
         expected += 2 * c.relative_buckets * c.heads
     assert count(name) == expected

@@ -22,6 +22,7 @@ CONFIGS = {
     "untied": {"tie_embeddings": False, "vocab_multiple": 8},
     "llama": {"norm": "rms_norm", "gated": True, "positions": "rotary", "kv_heads": 2},
     "neox": {"positions": "rotary", "rotary_fraction": 0.5, "parallel": True},
+    "opt": {"embedding_dim": 8, "post_norm": True},
     "relative": {"positions": "relative", "kv_heads": 1},
     "sinusoidal": {"positions": "sinusoidal", "post_norm": True, "scale_embedding": True},
     "alibi": {"positions": "alibi", "norm": "batch_norm"},
@@ -39,7 +40,7 @@ def cut(model, at):
     """Two stages, of the blocks before `at` and of the others, with the parameters of the model."""
     shared = {id(p): p for p in (*model.parameters(), *model.buffers())}
     first, last = (copy.deepcopy(model, dict(shared)) for _ in range(2))
-    first.vocabulary = first.pooler = first.classifier = last.embedding = None
+    first.vocabulary = first.pooler = first.classifier = first.narrow = last.embedding = None
     for stage, absent in ((first, range(at, 3)), (last, range(at))):
         stack = stage.encoder or stage.decoder
         for i in absent:

@@ -122,6 +122,15 @@ _NEOX = {
     "max_position_embeddings": 24,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
 }
+_OPT = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "ffn_dim": 40,
+    "max_position_embeddings": 24,
+}
+_OPT_350M = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
 _CLASSES = {"num_labels": 5}
 _PAD = {"pad_token_id": 7, "eos_token_id": 7}  # as GPT-2 is fine-tuned: all of them are trained
 _ENDED = _GPT | _PAD | _CLASSES
@@ -458,6 +467,20 @@ CASES = {
     ),
     "neox-token": Case("GPTNeoXForTokenClassification", _NEOX | _CLASSES, "tokens", _logits),
     "neox-span": Case("GPTNeoXForQuestionAnswering", _NEOX, "tokens", _span),
+    "opt": Case("OPTForCausalLM", _OPT, "tokens", _logits),
+    "opt-bare": Case("OPTModel", _OPT, "tokens", _hidden),
+    "opt-untied": Case("OPTForCausalLM", _OPT | {"tie_word_embeddings": False}, "tokens", _logits),
+    "opt-sequence": Case("OPTForSequenceClassification", _OPT | _CLASSES, "tokens", _logits),
+    "opt-span": Case("OPTForQuestionAnswering", _OPT, "tokens", _span),
+    "opt-350m": Case("OPTForCausalLM", _OPT | _OPT_350M, "tokens", _logits),
+    "opt-350m-bare": Case("OPTModel", _OPT | _OPT_350M, "tokens", _hidden),
+    "opt-350m-untied": Case(
+        "OPTForCausalLM", _OPT | _OPT_350M | {"tie_word_embeddings": False}, "tokens", _logits
+    ),
+    "opt-350m-sequence": Case(
+        "OPTForSequenceClassification", _OPT | _OPT_350M | _CLASSES, "tokens", _logits
+    ),
+    "opt-350m-span": Case("OPTForQuestionAnswering", _OPT | _OPT_350M, "tokens", _span),
     "vit": Case("ViTForImageClassification", _VIT, "images", _logits),
     "vit-bare": Case("ViTModel", _VIT, "images", _hidden),
 }

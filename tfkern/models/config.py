@@ -39,7 +39,9 @@ _CHOICES = {
 _SIZE = 2**31
 _RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it is below
     **dict.fromkeys(("dim", "head_dim", "kv_heads", "hidden_dim", "vocab_size"), (1, _SIZE)),
-    **dict.fromkeys(("vocab_multiple", "image_size", "patch_size", "channels"), (1, _SIZE)),
+    **dict.fromkeys(
+        ("embedding_dim", "vocab_multiple", "image_size", "patch_size", "channels"), (1, _SIZE)
+    ),
     **dict.fromkeys(("max_length", "classes", "window"), (1, _SIZE)),
     **dict.fromkeys(("relative_buckets", "relative_distance"), (1, _SIZE)),
     **dict.fromkeys(("token_types", "position_offset"), (0, _SIZE)),
@@ -72,6 +74,8 @@ class TransformerConfig:
         vocab_size: number of tokens.
         vocab_multiple: the embedding has rows for a multiple of this many tokens, which makes
             faster products. The added rows have no logits.
+        embedding_dim: size of the vectors of tokens. If it is not None, a layer makes vectors of
+            size dim of them, and one in front of the head the reverse, as in OPT.
         pad_token: the token that fills up short sequences.
         pad_trained: whether the embedding of pad_token is trained like all others, which it has to
             be where this token also has another use, as the first token of T5's decoder.
@@ -155,6 +159,7 @@ class TransformerConfig:
     hidden_dim: int | None = None
     vocab_size: int | None = None
     vocab_multiple: int = 1
+    embedding_dim: int | None = None
     pad_token: int | None = None
     pad_trained: bool = False
     start_token: int | None = None
@@ -280,6 +285,8 @@ class TransformerConfig:
                     f"image_size must be a multiple of patch_size, got {self.image_size} and "
                     f"{self.patch_size}"
                 )
+            if self.embedding_dim is not None:
+                raise ValueError("embedding_dim is for tokens, and this model has images")
             if self.positions != "learned":
                 raise ValueError(f"images have learned positions, not {self.positions!r}")
             if self.head in ("lm", "mlm", "pretraining", "next_sentence", "choice"):
@@ -287,6 +294,8 @@ class TransformerConfig:
             return
         if self.vocab_size is None:
             raise ValueError("vocab_size (for tokens) or patch_size (for images) is needed")
+        if self.embedding_dim is not None and self.architecture != "decoder":
+            raise ValueError(f"embedding_dim needs architecture 'decoder', not {self.architecture}")
         if self.positions == "learned" and self.max_length is None:
             raise ValueError("learned positions need max_length")
         learned = self.positions == "learned" and self.position_offset > 0
@@ -296,6 +305,11 @@ class TransformerConfig:
             raise ValueError(
                 "skip_pad needs an encoder with pad_token, learned positions and a position_offset"
             )
+
+    @property
+    def embedding_size(self) -> int:
+        """The size of the vectors of tokens, and of those that go into the head."""
+        return self.dim if self.embedding_dim is None else self.embedding_dim
 
     @property
     def qkv_biased(self) -> bool:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkern.models.config import TransformerConfig
+from tfkern.nn import Linear
 
 
 def rows(config: TransformerConfig) -> int:
@@ -18,7 +19,9 @@ class TokenEmbedding(nn.Embedding):
 
     def __init__(self, config: TransformerConfig) -> None:
         untrained = None if config.pad_trained else config.pad_token
-        super().__init__(rows(config), config.dim, untrained)
+        size = config.embedding_size
+        super().__init__(rows(config), size, untrained)
+        self.widen = None if config.embedding_dim is None else Linear(size, config.dim, False)
         self.max_length = config.max_length
         self.scale = config.dim**0.5 if config.scale_embedding else 1.0
 
@@ -28,6 +31,7 @@ class TokenEmbedding(nn.Embedding):
             limit = f" with a length up to {self.max_length}" if self.max_length else ""
             raise ValueError(f"tokens must be (batch, length){limit}, got {tuple(tokens.shape)}")
         x = super().forward(tokens)
+        x = x if self.widen is None else self.widen(x)
         return x if self.scale == 1 else x * self.scale
 
     def length(self, tokens: Tensor) -> int:

@@ -33,7 +33,7 @@ class VocabularyHead(nn.Module):
             self.register_buffer("bias", torch.zeros(config.vocab_size))
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
-            self.weight = nn.Parameter(torch.empty(rows(config), config.dim))
+            self.weight = nn.Parameter(torch.empty(rows(config), config.embedding_size))
 
     def forward(self, y: Tensor, *, table: Tensor | None) -> Tensor:
         """y (..., dim) and the table (rows, dim) to logits (..., vocab_size).
@@ -73,7 +73,7 @@ def classifier(config: TransformerConfig) -> nn.Linear | None:
     kinds |= dict.fromkeys(("classification", "token"), config.classes or 0)
     if config.head not in kinds:
         return None
-    return Linear(config.dim, kinds[config.head], config.classifier_bias)
+    return Linear(config.embedding_size, kinds[config.head], config.classifier_bias)
 
 
 def ends(

@@ -91,6 +91,10 @@ _PHI3 = replace(
     _LLAMA, dim=3072, hidden_dim=8192, vocab_size=32064, window=2047, pad_token=32000,
     end_token=32000,
 )  # fmt: skip
+_OPT = replace(
+    _GPT2, vocab_size=50272, max_length=2048, position_offset=2, pad_token=1, start_token=2,
+    end_token=2, activation="relu", embedding_dropout=0.0, attention_dropout=0.0, init="normal",
+)  # fmt: skip
 _NEOX = Config(
     dim=768, layers=12, heads=12, vocab_size=50304, max_length=2048, start_token=0, end_token=0,
     positions="rotary", rotary_fraction=0.25, parallel=True, activation="gelu",
@@ -219,6 +223,14 @@ _PRESETS: dict[str, Config] = {
     "gpt-neox-20b": replace(
         _NEOX, layers=44, dim=6144, heads=64, vocab_size=50432, activation="gelu_tanh"
     ),
+    **_named(
+        "opt-125m opt-1.3b opt-2.7b opt-6.7b opt-13b opt-30b opt-66b",
+        _sized(
+            _OPT, (12, 768, 12), (24, 2048, 32), (32, 2560, 32), (32, 4096, 32), (40, 5120, 40),
+            (48, 7168, 56), (64, 9216, 72)
+        ),
+    ),
+    "opt-350m": replace(_OPT, layers=24, dim=1024, heads=16, embedding_dim=512, post_norm=True),
     **_named("vit-b16 vit-l16", _sized(_VIT, (12, 768, 12), (24, 1024, 16))),
     **_named(
         "vit-b32 vit-l32", _sized(replace(_VIT, patch_size=32), (12, 768, 12), (24, 1024, 16))
@@ -244,7 +256,7 @@ def preset(name: str, **changes: Any) -> Config:
     2020), mT5 (Xue et al. 2021), Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024),
     TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), Qwen2.5 (Yang et al. 2024),
     GPT-NeoX (Black et al. 2022), Pythia (Biderman et al. 2023), Phi-3 (Abdin et al. 2024; that of
-    4096 tokens),
+    4096 tokens), OPT (Zhang et al. 2022),
     ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))

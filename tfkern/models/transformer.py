@@ -22,7 +22,7 @@ from tfkern.models.config import TransformerConfig
 from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
 from tfkern.models.initialise import initialise
 from tfkern.models.stack import Mask, Stack
-from tfkern.nn import KVCache
+from tfkern.nn import KVCache, Linear
 
 
 class Transformer(nn.Module):
@@ -33,10 +33,10 @@ class Transformer(nn.Module):
     padding on the right, which is then never read. Outputs at padding mean nothing.
 
     A stage of a pipeline is a model with one stack, in which modules that belong to other stages
-    are None. Only the first stage has the embedding, only the last one the norm, the vocabulary,
-    the pooler and the classifier, and each stage has some of the blocks. Other stages take the
-    residual stream in place of tokens, and return it in place of logits. With tied embeddings the
-    last stage has the table as `vocabulary.weight`.
+    are None. Only the first stage has the embedding, only the last one the norm, the layer
+    `narrow`, the vocabulary, the pooler and the classifier, and each stage has some of the blocks.
+    Other stages take the residual stream in place of tokens, and return it in place of logits. With
+    tied embeddings the last stage has the table as `vocabulary.weight`.
 
     Attributes:
         recompute: whether a training step keeps only the inputs of the blocks, and computes what is
@@ -60,7 +60,9 @@ class Transformer(nn.Module):
             self.encoder = Stack(config, layers or config.layers, causal=False)
         if config.architecture != "encoder":
             self.decoder = Stack(config, config.layers, causal=True, cross=both)
-        self.vocabulary = self.pooler = None
+        self.vocabulary = self.pooler = self.narrow = None
+        if config.embedding_dim is not None:
+            self.narrow = Linear(config.dim, config.embedding_dim, False)
         if config.head in ("lm", "mlm", "pretraining"):
             self.vocabulary = heads.VocabularyHead(config, masked=config.head != "lm")
         if config.pooler:
@@ -179,6 +181,8 @@ class Transformer(nn.Module):
     def project(self, y: Tensor, mask: Mask = None) -> Any:
         """Logits of hidden states, as `forward` returns them."""
         tokens = None
+        if self.narrow is not None:
+            y = self.narrow(y)
         if self.vocabulary is not None:
             table = None if self.embedding is None else self.embedding.weight
             tokens = self.vocabulary(y, table=table)

@@ -25,6 +25,7 @@ from tfkern.models.convert.family import Family
 from tfkern.models.convert.gpt import GPT1, GPT2
 from tfkern.models.convert.llama import LLAMA, MISTRAL, PHI3, QWEN2
 from tfkern.models.convert.neox import GPT_NEOX
+from tfkern.models.convert.opt import OPT
 from tfkern.models.convert.roberta import ROBERTA, XLM_ROBERTA
 from tfkern.models.convert.store import FLOATING, State
 from tfkern.models.convert.t5 import MT5, T5
@@ -33,7 +34,7 @@ from tfkern.models.transformer import Transformer
 
 _ALL = (
     GPT1, GPT2, DISTILBERT, BERT, ROBERTA, XLM_ROBERTA, BART, MBART, MARIAN, PEGASUS, T5, MT5, VIT,
-    LLAMA, MISTRAL, QWEN2, PHI3, GPT_NEOX,
+    LLAMA, MISTRAL, QWEN2, PHI3, GPT_NEOX, OPT,
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ALL}
 _OWN = "tfkern"  # the model_type of tfkern's own directories
