@@ -671,6 +671,17 @@ def test_positions_of_neox_as_earlier_versions_write_them(tmp_path):
     assert errors("neox", load(tmp_path), theirs) <= 1
 
 
+@pytest.mark.parametrize("name", ["neox", "phi3", "phi3-long", "llama-yarn", "opt-350m"])
+def test_attention_maps_are_those_of_transformers(name, tmp_path):
+    _, theirs, ours, _ = made(name, tmp_path)
+    tokens = torch.randint(8, V, (2, 13))
+    with torch.no_grad():
+        expected = theirs(tokens, output_attentions=True).attentions
+    for layer, weights_ in enumerate(expected):
+        maps = ours.attention_maps(layer, tokens)
+        torch.testing.assert_close(maps, weights_, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["t5", "t5-flan", "mt5", "t5-encoder", "t5-sequence"])
 def test_t5_in_float16(name, tmp_path):
     """Values of its MLPs are too large for float16, so that their last layer stays float32."""

@@ -291,3 +291,26 @@ def test_forward_errors():
         cross_entropy(torch.randn(2, 5, 7), torch.zeros(2, 5))
     with pytest.raises(ValueError, match="targets has shape"):
         cross_entropy(torch.zeros(1, 5, 11), torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.usefixtures("forced")
+def test_parallel_sublayers_drop_what_each_of_them_writes():
+    """Attention and MLP write 1 to every place of the stream, of which either may be lost."""
+    config = dataclasses.replace(
+        SMALL, layers=1, dropout=0.5, embedding_dropout=0.0, parallel=True, head="none"
+    )
+    model = Transformer(config)
+    (block,) = model.decoder.blocks
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for layer in block.residual_outputs():
+            layer.bias.fill_(1)
+    model.decoder.norm = torch.nn.Identity()
+    tokens = torch.zeros(16, 16, dtype=torch.int64)
+    for trained, values in ((False, [2]), (True, [0, 2, 4])):
+        stream = model.train(trained)(tokens)
+        found, counts = stream.unique(return_counts=True)
+        assert found.tolist() == values
+    shares = (counts / stream.numel()).tolist()
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
