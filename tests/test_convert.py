@@ -34,7 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = (
     "gpt1", "gpt2", "bert", "roberta", "distilbert", "bart", "mbart", "marian", "pegasus", "t5",
-    "t5-v1.1", "mt5", "vit", "llama", "phi3-long", "neox", "opt-350m",
+    "t5-v1.1", "mt5", "vit", "llama", "mistral", "qwen2-windows", "qwen3", "olmo2", "gemma",
+    "gemma2", "gemma3", "phi3-long", "neox", "opt-350m",
 )  # fmt: skip
 
 
@@ -52,7 +53,10 @@ def errors(name, ours, theirs):
 
 
 def dtype_of(name):
-    narrow = ("t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen2", "neox", "phi3", "opt")
+    narrow = (
+        "t5", "mt5", "marian", "pegasus", "llama", "mistral", "qwen", "olmo", "gemma", "neox",
+        "phi3", "opt",
+    )  # fmt: skip
     return torch.float32 if name.startswith(narrow) else torch.float64
 
 
@@ -162,6 +166,20 @@ def exchanged_rows(name, a, b):
         return model
 
     return apply
+
+
+def without_query_key_norm(model):
+    state = {n: x for n, x in model.state_dict().items() if not n.endswith("y_norm.weight")}
+    other = Transformer(replace(model.config, query_key_norm="none"))
+    other.load_state_dict(state)
+    return other.eval()
+
+
+def norms_before(model):
+    state = {n.replace("_out.weight", ".weight"): x for n, x in model.state_dict().items()}
+    other = Transformer(replace(model.config, norm_place="before"))
+    other.load_state_dict(state)
+    return other.eval()
 
 
 LLAMA3 = RotaryScaling(kind="llama3", factor=8.0, length=16, low=1.0, high=4.0)
@@ -301,6 +319,53 @@ MUTATIONS = {
             "decoder.blocks.0.attention.qkv_by_head.bias", 0, 1
         ),
     },
+    "qwen2-windows": {
+        "no window": configure(window=None, windowed=None),
+        "windows everywhere": configure(windowed=None),
+        "other blocks": configure(windowed=(False, True, False)),
+        "a window without the token": configure(window=5),
+    },
+    "qwen2-last-windows": {"the first block": configure(windowed=(True, False))},
+    "qwen3": {
+        "norms of q and k exchanged": exchanged(
+            "decoder", "attention.query_norm", "attention.key_norm"
+        ),
+        "no norms of q and k": without_query_key_norm,
+        "eps": configure(norm_eps=1e-2),
+    },
+    "olmo2": {
+        "norms exchanged": exchanged("decoder", "norm1_out", "norm2_out"),
+        "heads of the norm exchanged": edit(
+            lambda s: s["decoder.blocks.0.attention.query_norm.weight"].copy_(
+                s["decoder.blocks.0.attention.query_norm.weight"].roll(8).clone()
+            )
+        ),
+        "norms before sublayers": norms_before,
+    },
+    "gemma": {
+        "weights that are whole": configure(norm="rms_norm"),
+        "embeddings not scaled": configure(scale_embedding=False),
+        "the other GELU": configure(activation="gelu"),
+    },
+    "gemma2": {
+        "norms exchanged": exchanged("decoder", "norm1", "norm1_out"),
+        "norms of the MLP exchanged": exchanged("decoder", "norm2", "norm2_out"),
+        "scores not capped": configure(attention_softcap=None),
+        "logits not capped": configure(logit_softcap=None),
+        "another scale": configure(attention_scale=None),
+        "windows everywhere": configure(windowed=None),
+        "other blocks": configure(windowed=(False, True)),
+    },
+    "gemma3": {
+        "one base": configure(window_rotary_base=None),
+        "bases exchanged": configure(window_rotary_base=500.0, rotary_base=50.0),
+        "not scaled": configure(rotary_scaling=None),
+        "norms of q and k exchanged": exchanged(
+            "decoder", "attention.query_norm", "attention.key_norm"
+        ),
+        "other blocks": configure(windowed=(False, True, False)),
+    },
+    "gemma3-capped": {"logits not capped": configure(logit_softcap=None)},
     "mistral": {
         "no window": configure(window=None),
         "a window without the token": configure(window=5),
@@ -537,7 +602,35 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4}}),
         ("mistral", {"sliding_window": 0}),
-        ("qwen2", {"use_sliding_window": True}),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}),
+        ("gemma2", {"rope_parameters": {"sliding_attention": {"rope_type": "default"}}}),
+        ("mistral", {"sliding_window": True}),
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("qwen2", {"layer_types": ["chunked_attention", "full_attention"]}),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}),
+        ("qwen2", {"layer_types": "full_attention"}),
+        ("qwen2", {"max_window_layers": -1}),
+        ("qwen2-windows", {"sliding_window": 0}),
+        ("qwen3", {"attention_bias": True}),
+        ("qwen3", {"head_dim": None}),
+        ("olmo2", {"attention_bias": True}),
+        ("gemma", {"hidden_activation": "gelu"}),
+        ("gemma", {"use_bidirectional_attention": True}),
+        ("gemma", {"attention_bias": True}),
+        ("gemma2", {"hidden_activation": "mish"}),
+        ("gemma2", {"sliding_window": None}),
+        ("gemma2", {"query_pre_attn_scalar": 0}),
+        ("gemma2", {"attn_logit_softcapping": 0.0}),
+        ("gemma2", {"final_logit_softcapping": -30.0}),
+        ("gemma2", {"use_bidirectional_attention": True}),
+        ("gemma3", {"use_bidirectional_attention": True}),
+        ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        ),
+        ("gemma3", {"rope_local_base_freq": 0.0}),
     ],
 )
 def test_fields_that_change_the_computation_are_refused(name, change, tmp_path):
@@ -680,6 +773,92 @@ def test_attention_maps_are_those_of_transformers(name, tmp_path):
     for layer, weights_ in enumerate(expected):
         maps = ours.attention_maps(layer, tokens)
         torch.testing.assert_close(maps, weights_, rtol=0, atol=1e-5)
+
+
+OLDER = {  # fields of transformers 5, and what transformers 4 wrote for the same
+    "qwen2-last-windows": ["layer_types"],
+    "gemma2": ["layer_types"],
+    "gemma3": ["rope_parameters"],
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_windows_as_transformers_4_writes_them(name, tmp_path):
+    _, theirs, ours, _ = made(name, tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    told = {key: value for key, value in told.items() if key not in OLDER[name]}
+    if name == "gemma3":
+        scaling = {"rope_type": "linear", "factor": 3.0}
+        told |= {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "rope_scaling": scaling}
+    path.write_text(json.dumps(told))
+    assert load(tmp_path).config == ours.config
+    again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert errors(name, load(tmp_path), again) <= 1
+
+
+@pytest.mark.parametrize("pattern", [None, 2, 3])
+def test_the_pattern_of_windows_in_earlier_files(pattern, tmp_path):
+    """Every sixth block of Gemma 3 has none, if config.json does not say otherwise."""
+    config = CASES["gemma3"].config | {
+        "num_hidden_layers": 7, "layer_types": None,
+        **({} if pattern is None else {"sliding_window_pattern": pattern}),
+    }  # fmt: skip
+    theirs = replace(CASES["gemma3"], config=config).model(dtype=torch.float32)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    expected = tuple(kind == "sliding_attention" for kind in told.pop("layer_types"))
+    path.write_text(json.dumps(told))
+    ours = load(tmp_path)
+    assert expected == tuple((i + 1) % (pattern or 6) != 0 for i in range(7))
+    assert ours.config.windowed == expected
+
+
+def test_windows_that_no_block_has(tmp_path):
+    """Files of Qwen tell a window beside the word that it is not used."""
+    _, theirs, ours, _ = made("qwen2", tmp_path)
+    break_config(tmp_path, sliding_window=4, max_window_layers=0, layer_types=None)
+    assert load(tmp_path).config == ours.config and ours.config.window is None
+    assert errors("qwen2", load(tmp_path), theirs) <= 1
+    break_config(tmp_path, use_sliding_window=True, max_window_layers=5)
+    assert load(tmp_path).config == ours.config
+
+
+def test_gelu_means_tanh_gelu_in_gemma_1(tmp_path):
+    _, theirs, ours, _ = made("gemma", tmp_path)
+    break_config(tmp_path, hidden_act="gelu", hidden_activation=None)
+    assert load(tmp_path).config == ours.config and ours.config.activation == "gelu_tanh"
+    assert errors("gemma", load(tmp_path), theirs) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_embeddings_of_gemma_are_scaled_as_in_its_training(name, dtype, tmp_path):
+    _, theirs, _, _ = made(name, tmp_path)
+    ours, tokens = load(tmp_path, dtype=dtype), torch.arange(V)[:, None]
+    expected = theirs.to(dtype).model.embed_tokens(tokens)
+    assert expected.dtype == dtype and torch.equal(ours.embedding(tokens), expected)
+
+
+def test_the_same_configuration_in_other_words(tmp_path):
+    """A pattern of windows and its repetition, a scale and its default are one configuration."""
+    _, _, ours, _ = made("gemma2", tmp_path)
+    for change in (
+        {"windowed": (True, False)},
+        {"windowed": (True, False, True, False, False)},
+        {"attention_scale": None},
+        {"attention_scale": 8**-0.5},
+    ):
+        save(configure(**change)(ours), tmp_path)
+        again = load(tmp_path).config
+        assert again.windows == (4, None, 4)
+        assert again.score_scale == (8**-0.5 if "attention_scale" in change else 5**-0.5)
+    save(configure(window=None, windowed=None)(ours), tmp_path)
+    assert load(tmp_path).config.windows == (None,) * 3
+    for change in ({"attention_scale": 0.3}, {"attention_scale": 0.0}, {"attention_scale": 1e-200}):
+        with pytest.raises(ValueError, match="none of openai-gpt"):
+            save(configure(**change)(ours), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["t5", "t5-flan", "mt5", "t5-encoder", "t5-sequence"])
@@ -878,6 +1057,17 @@ def test_weights_of_two_forms_in_one_file():
             "rotary_scaling": replace(LONGROPE, short=(1.0, 2.0), long=(2.0, 3.0)),
         },
         {"norm": "batch_norm", "tie_embeddings": False},
+        {
+            "norm": "zero_centered_rms_norm",
+            "norm_place": "both",
+            "query_key_norm": "all",
+            "positions": "rotary",
+            "window": 3,
+            "windowed": (True, False),
+            "window_rotary_base": 50.0,
+            "attention_softcap": 2.0,
+            "logit_softcap": 3.0,
+        },
     ],
 )
 def test_own_directories(changes, tmp_path):

@@ -101,9 +101,28 @@ def test_greedy_is_that_of_transformers(models, name):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "neox", "phi3", "opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2-windows",
+        "qwen3",
+        "qwen3-windows",
+        "olmo2",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3-capped",
+        "neox",
+        "phi3",
+        "opt",
+        "opt-350m",
+    ],
+)
 def test_decoders_with_rotary_positions_write_what_transformers_does(name, beams, tmp_path):
-    """Unequal prompts, shorter and longer than the window of Mistral, which the texts cross often.
+    """Unequal prompts, shorter and longer than the windows, which the texts cross often.
     Llama's files are those of transformers 4."""
     config = CASES[name].config | {"max_position_embeddings": 64, "pad_token_id": 0}
     theirs = replace(CASES[name], config=config).model(dtype=torch.float32)
@@ -204,6 +223,23 @@ def test_drafts_where_positions_change():
         assert torch.equal(texts[0], expected[0])
     with pytest.raises(ValueError, match="depend on the length of texts of more than 10 tokens"):
         speculative(model, other, prompt, 6, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("name", ["qwen2-windows", "olmo2", "gemma2", "gemma3"])
+def test_windows_and_norms_with_every_cache(name, tmp_path):
+    """The texts are those that are written without a cache, or with the help of a draft."""
+    CASES[name].model(dtype=torch.float32).save_pretrained(tmp_path)
+    ours = load(tmp_path, max_length=64).double()
+    options = {"max_tokens": 25, "sampling": GREEDY, "end_tokens": []}
+    rows = [[5, 6, 7, 8, 9, 10], [11]]
+    expected = generate(ours, rows, cache="none", **options)
+    draft = Transformer(replace(ours.config, layers=1)).double().eval()
+    for texts in (
+        *(generate(ours, rows, cache=cache, **options) for cache in ("static", "growing")),
+        speculative(ours, draft, rows, **options),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(texts, expected, strict=True))
+    assert len(set(torch.cat(expected).tolist())) > 3
 
 
 FORCED = {

@@ -225,12 +225,16 @@ def test_compiles_with_a_mask_for_lengths_that_vary():
     torch.testing.assert_close(compiled(tokens, mask=mask), model(tokens, mask=mask))
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "batch_norm", "weight_norm", "none"])
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_every_norm_trains(norm, post_norm):
+@pytest.mark.parametrize(
+    "norm",
+    ["layer_norm", "rms_norm", "zero_centered_rms_norm", "batch_norm", "weight_norm", "none"],
+)
+@pytest.mark.parametrize("place", ["before", "both", "post"])
+def test_every_norm_trains(norm, place):
     """To less than half of what the last token alone leaves open: which of three comes next."""
     torch.manual_seed(1)
-    model = Transformer(replace(DECODER, norm=norm, post_norm=post_norm, max_length=40))
+    where = {"post_norm": True} if place == "post" else {"norm_place": place}
+    model = Transformer(replace(DECODER, norm=norm, max_length=40, **where))
     tokens = (torch.arange(41)[None] * torch.tensor([[1], [2], [3]])) % V
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -243,10 +247,10 @@ def test_every_norm_trains(norm, post_norm):
     assert min(losses) < math.log(3) / 2  # without norms some later steps lead up again
 
 
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_norms_of_others_in_the_place_of_ours(post_norm):
+@pytest.mark.parametrize("where", [{}, {"post_norm": True}, {"norm_place": "both"}], ids=str)
+def test_norms_of_others_in_the_place_of_ours(where):
     """They take the sum alone, and the model is the same, dropout included."""
-    ours = make(DECODER, post_norm=post_norm, dropout=0.5)
+    ours = make(DECODER, dropout=0.5, **where)
     theirs = copy.deepcopy(ours)
     for module in list(theirs.modules()):
         for name, child in list(module.named_children()):
@@ -265,10 +269,10 @@ def test_norms_of_others_in_the_place_of_ours(post_norm):
     assert not torch.allclose(theirs(tokens), theirs(tokens))
 
 
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_report_of_layers(post_norm):
+@pytest.mark.parametrize("where", [{}, {"post_norm": True}, {"norm_place": "after"}], ids=str)
+def test_report_of_layers(where):
     """The size of the stream behind each block, and of the gradients in it."""
-    model = make(DECODER, post_norm=post_norm)
+    model = make(DECODER, **where)
     tokens = torch.randint(V, (2, 6))
     reports = report_layers(model, lambda: cross_entropy(model(tokens), tokens))
     assert [r.name for r in reports] == ["decoder.blocks.0", "decoder.blocks.1"]
@@ -342,6 +346,44 @@ def test_weight_norm():
     before = linear.weight.clone()
     torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
     torch.testing.assert_close(linear.weight, before)
+
+
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+def test_places_of_norms(place):
+    """What a block adds to the stream, sublayer by sublayer."""
+    block = make(BOTH, norm_place=place).decoder.blocks[0]
+    x, memory = (torch.randn(2, n, C, dtype=torch.float64) for n in (5, 7))
+    h = x
+    for name, sublayer, more in (
+        ("norm1", block.attention, ()), ("norm_cross", block.cross, (memory,)),
+        ("norm2", block.mlp, ()),
+    ):  # fmt: skip
+        y = h if place == "after" else getattr(block, name)(h)
+        y = sublayer(y, *more)
+        h = h + (y if place == "before" else getattr(block, f"{name}_out")(y))
+    last, stream = block(x, memory=memory)
+    torch.testing.assert_close(stream + last, h, rtol=0, atol=1e-12)
+    block.dropout = 1 - 1e-9  # which spares only the stream, so that the next block reads x
+    block.train()
+    last, stream = block(x, memory=memory)
+    torch.testing.assert_close(stream, x)
+
+
+@pytest.mark.parametrize("heads", ["none", "head", "all"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_norms_of_queries_and_keys(heads, cross):
+    """They take away the length of all that they are a norm of, and of no less."""
+    model = make(BOTH, norm="rms_norm", norm_eps=0.0, query_key_norm=heads, bias=False)
+    block = model.decoder.blocks[0]
+    x, memory = (torch.randn(2, n, C, dtype=torch.float64) for n in (5, 7))
+    layer, inputs = (block.cross, (x, memory)) if cross else (block.attention, (x,))
+    expected = layer(*inputs)
+    with torch.no_grad():
+        queries = layer.query_rows(layer.query_layer.weight)
+        for of, same in ((slice(None), heads != "none"), (slice(1), heads == "head")):
+            queries.view(H, -1)[of] *= 7
+            assert torch.allclose(layer(*inputs), expected, rtol=0, atol=1e-12) == same
+            queries.view(H, -1)[of] /= 7
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
@@ -508,6 +550,21 @@ def test_config_errors():
         ({"rotary_scaling": 2.0}, "rotary_scaling must be "),
         ({"window": 0}, "window must be positive, got 0"),
         ({"window": 2, "architecture": "encoder"}, "window is for self-attention of a decoder"),
+        ({"windowed": (True, False)}, "windowed needs a window"),
+        ({"window": 2, "windowed": ()}, "windowed must have one entry at least"),
+        ({"window": 2, "windowed": (1, 0)}, r"windowed must be tuple\[bool, ...\] .*, got 1"),
+        ({"window": 2, "windowed": [None]}, "windowed must be .*, got None"),
+        ({"window": 2, "windowed": True}, "windowed must be .*, got True"),
+        ({"window_rotary_base": 5.0, "positions": "rotary"}, "window_rotary_base needs a window"),
+        ({"window_rotary_base": 5.0, "window": 2}, "needs rotary positions, not 'learned'"),
+        ({"window_rotary_base": 0.0}, "window_rotary_base must be positive"),
+        ({"attention_softcap": 0.0}, "attention_softcap must be positive"),
+        ({"logit_softcap": -1.0}, "logit_softcap must be positive"),
+        ({"norm_place": "behind"}, "norm_place must be one of before, after, both"),
+        ({"norm_place": "after", "post_norm": True}, "post_norm has no norm_place, got 'after'"),
+        ({"norm_place": "after", "wide_output": True}, "wide_output needs a norm before"),
+        ({"query_key_norm": "keys"}, "query_key_norm must be one of none, head, all"),
+        ({"query_key_norm": "head"}, "query_key_norm needs norm 'rms_norm', got 'layer_norm'"),
         ({"positions": "absolute"}, "positions must be one of"),
         ({"activation": "tanh"}, "activation must be one of relu, .*, silu, quick_gelu, got"),
         ({"head": "next"}, "head must be one of"),

@@ -133,6 +133,31 @@ class TestNorm:
         assert torch.equal(h, x + residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_with_weights_stored_less_1(dtype):
+    """It is the plain norm at first, and multiplies by a sum that has no rounding to bfloat16."""
+    ours = nn.ZeroCenteredRMSNorm(7, eps=1e-6).to(dtype)
+    x = torch.randn(3, 5, 7).to(dtype).requires_grad_()
+    assert not ours.weight.any()
+    assert torch.equal(ours(x), nn.RMSNorm(7, eps=1e-6).to(dtype)(x))
+    torch.nn.init.normal_(ours.weight, std=0.01)
+    wide, weight = (t.detach().double().requires_grad_() for t in (x, ours.weight))
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight)
+    result, dy = ours(x), torch.randn(3, 5, 7).to(dtype)
+    assert result.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    once = max(0.505 * eps, 4 * torch.finfo(torch.float32).eps)  # rounded once, at the end
+    torch.testing.assert_close(result.double(), expected, rtol=once, atol=0)
+    grads = torch.autograd.grad(result, (x, ours.weight), dy)
+    for g, e in zip(grads, torch.autograd.grad(expected, (wide, weight), dy.double()), strict=True):
+        assert g.dtype == dtype
+        torch.testing.assert_close(g.double(), e, rtol=8 * eps, atol=8 * eps)
+    plain = nn.ZeroCenteredRMSNorm(7, elementwise_affine=False)
+    assert not list(plain.parameters()) and torch.equal(
+        plain(x.float()), nn.RMSNorm(7, elementwise_affine=False)(x.float())
+    )
+
+
 def test_norm_errors():
     norm = nn.LayerNorm((3, 4))
     with pytest.raises(ValueError, match="input has shape .* expected its last axes to be"):

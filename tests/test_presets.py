@@ -1,5 +1,6 @@
 """Presets have the published sizes, and fresh models the published deviations."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -51,6 +52,23 @@ COUNTS = {
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "olmo2-13b": 13_716_198_400,
+    "olmo2-32b": 32_234_279_936,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
     "pythia-70m": 70_426_624,
@@ -197,3 +215,35 @@ def test_fresh_models():
     biases = {n: x for n, x in state.items() if n.endswith("bias")}
     assert len(norms) == 17 and all(torch.equal(x, torch.ones(96)) for x in norms.values())
     assert len(biases) == 17 + 8 * 5 and not any(x.any() for x in biases.values())
+
+
+def test_fresh_norms_that_are_stored_less_1():
+    """All of them, those of queries and keys too, change nothing at first."""
+    small = {"layers": 1, "dim": 16, "heads": 2, "head_dim": 8, "vocab_size": 11, "hidden_dim": 8}
+    for name, kept in (("gemma3-1b", 0.0), ("olmo2-1b", 1.0)):
+        config = preset(name, kv_heads=1, pad_token=0, start_token=None, end_token=None, **small)
+        state = Transformer(config).state_dict()
+        norms = {n: x for n, x in state.items() if "norm" in n}
+        assert len(norms) == (7 if kept == 0 else 5)
+        assert all(torch.equal(x, torch.full_like(x, kept)) for x in norms.values())
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b", "olmo2-32b", "gemma-2b", "gemma2-27b", "gemma3-1b"])
+def test_presets_of_decoders_are_those_of_transformers(name, tmp_path):
+    """What is written of a preset, transformers builds with as many parameters, names and sizes."""
+    pytest.importorskip("huggingface")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tfkern.models.convert import FAMILIES
+
+    config = preset(name)
+    told = [theirs for f in FAMILIES.values() if (theirs := f.describe(config)) is not None]
+    assert len(told) == 1
+    (tmp_path / "config.json").write_text(json.dumps(told[0]))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert sum(p.numel() for p in theirs.parameters()) == COUNTS[name]
+    kinds = getattr(theirs.config, "layer_types", None) or ["full_attention"] * config.layers
+    assert [kind == "sliding_attention" for kind in kinds] == [
+        w is not None for w in config.windows
+    ]

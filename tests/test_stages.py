@@ -23,6 +23,27 @@ CONFIGS = {
     "llama": {"norm": "rms_norm", "gated": True, "positions": "rotary", "kv_heads": 2},
     "neox": {"positions": "rotary", "rotary_fraction": 0.5, "parallel": True},
     "opt": {"embedding_dim": 8, "post_norm": True},
+    "gemma": {
+        "norm": "zero_centered_rms_norm",
+        "norm_place": "both",
+        "query_key_norm": "head",
+        "gated": True,
+        "positions": "rotary",
+        "window_rotary_base": 50.0,
+        "window": 2,
+        "windowed": (True, False),
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "scale_embedding": True,
+        "kv_heads": 2,
+    },
+    "olmo": {
+        "norm": "rms_norm",
+        "norm_place": "after",
+        "query_key_norm": "all",
+        "positions": "rotary",
+    },
+    "batch norm behind": {"norm": "batch_norm", "norm_place": "after"},
     "relative": {"positions": "relative", "kv_heads": 1},
     "sinusoidal": {"positions": "sinusoidal", "post_norm": True, "scale_embedding": True},
     "alibi": {"positions": "alibi", "norm": "batch_norm"},
@@ -148,7 +169,8 @@ def test_equal_parts_of_rows_are_whole_heads(kv_heads):
     """Two devices, each with half of the rows of the layers that read the stream, and half of the
     columns of those that write to it, have terms of the sum."""
     model = make("gpt2", kv_heads=kv_heads, gated=True, bias=False, architecture="encoder_decoder",
-                 positions="none")  # fmt: skip
+                 positions="none", norm="rms_norm", query_key_norm="head",
+                 attention_softcap=1.0)  # fmt: skip
     block = model.decoder.blocks[0]
     x, memory = (torch.randn(B, n, 16, dtype=torch.float64) for n in (T, 5))
     cases = (block.attention, (x,)), (block.cross, (x, memory)), (block.mlp, (x,))
@@ -157,6 +179,8 @@ def test_equal_parts_of_rows_are_whole_heads(kv_heads):
         for rank in range(2):
             part = copy.deepcopy(module)
             for name, layer in part.named_children():
+                if name.endswith("_norm"):  # one for all heads
+                    continue
                 axis = 1 if name in ("out", "down") else 0
                 layer.weight = nn.Parameter(layer.weight.chunk(2, axis)[rank])
             total = total + part(*inputs)

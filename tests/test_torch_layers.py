@@ -132,6 +132,9 @@ def test_errors():
         ({"gated": True}, "layer norm, no gate and equal heads"),
         ({"kv_heads": 1}, "layer norm, no gate and equal heads"),
         ({"window": 3}, "no window"),
+        ({"attention_softcap": 3.0}, "no softcap"),
+        ({"norm_place": "both"}, "no norm after a sublayer"),
+        ({"norm_place": "after"}, "layer norm, no gate and equal heads"),
         ({"qkv_bias": False}, "biases everywhere or nowhere"),
         ({"activation": "gelu_tanh"}, "this one has gelu_tanh"),
     ):

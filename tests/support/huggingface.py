@@ -131,6 +131,30 @@ _OPT = {
     "max_position_embeddings": 24,
 }
 _OPT_350M = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+_WINDOWS = {  # every second block has a window
+    "num_hidden_layers": 3,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_QWEN_WINDOWS = _LLAMA | _WINDOWS | {"use_sliding_window": True}
+_GEMMA2 = _LLAMA | {
+    "num_hidden_layers": 3,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+_GEMMA3 = (
+    _LLAMA
+    | _WINDOWS
+    | {
+        "query_pre_attn_scalar": 5,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    }
+)
 _CLASSES = {"num_labels": 5}
 _PAD = {"pad_token_id": 7, "eos_token_id": 7}  # as GPT-2 is fine-tuned: all of them are trained
 _ENDED = _GPT | _PAD | _CLASSES
@@ -259,6 +283,19 @@ def _span(out):
     return torch.stack([out.start_logits, out.end_logits], 1)
 
 
+def _decoders(name: str, family: str, config: dict[str, Any], *heads: str) -> dict[str, Case]:
+    """The heads of a family of decoders: for the next token, none, and those that are named."""
+    classes = config | _PAD | _CLASSES
+    known = {
+        "": Case(f"{family}ForCausalLM", config, "tokens", _logits),
+        "-bare": Case(f"{family}Model", config, "tokens", _hidden),
+        "-sequence": Case(f"{family}ForSequenceClassification", classes, "tokens", _logits),
+        "-token": Case(f"{family}ForTokenClassification", config | _CLASSES, "tokens", _logits),
+        "-span": Case(f"{family}ForQuestionAnswering", config, "tokens", _span),
+    }
+    return {f"{name}{head}": known[head] for head in ("", "-bare", *heads)}
+
+
 def _of_each_kind(name: str, family: str, config: dict[str, Any]) -> dict[str, Case]:
     """The heads of a family of encoders."""
     classes = config | _CLASSES
@@ -371,15 +408,60 @@ CASES = {
         "LlamaForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
     ),
     "llama-token": Case("LlamaForTokenClassification", _LLAMA | _CLASSES, "tokens", _logits),
-    "qwen2": Case("Qwen2ForCausalLM", _LLAMA, "tokens", _logits),
     "qwen2-yarn": Case(
         "Qwen2ForCausalLM", _LLAMA | {"rope_parameters": _MSCALE}, "tokens", _logits
     ),
+    "llama-span": Case("LlamaForQuestionAnswering", _LLAMA, "tokens", _span),
+    **_decoders("qwen2", "Qwen2", _LLAMA, "-sequence", "-token", "-span"),
     "qwen2-tied": Case(
         "Qwen2ForCausalLM", _LLAMA | {"tie_word_embeddings": True}, "tokens", _logits
     ),
-    "qwen2-sequence": Case(
-        "Qwen2ForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
+    "qwen2-windows": Case("Qwen2ForCausalLM", _QWEN_WINDOWS, "tokens", _logits),
+    "qwen2-last-windows": Case(
+        "Qwen2ForCausalLM",
+        _LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        "tokens",
+        _logits,
+    ),
+    **_decoders("qwen3", "Qwen3", _LLAMA, "-sequence", "-token", "-span"),
+    "qwen3-tied": Case(
+        "Qwen3ForCausalLM",
+        _LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True, "pad_token_id": 3},
+        "tokens",
+        _logits,
+    ),
+    "qwen3-windows": Case("Qwen3ForCausalLM", _QWEN_WINDOWS, "tokens", _logits),
+    **_decoders("olmo2", "Olmo2", _LLAMA, "-sequence"),
+    "olmo2-plain": Case(
+        "Olmo2ForCausalLM",
+        _LLAMA | {"num_key_value_heads": 4, "rope_parameters": _LLAMA3, "pad_token_id": None},
+        "tokens",
+        _logits,
+    ),
+    **_decoders("gemma", "Gemma", _LLAMA, "-sequence", "-token"),
+    **_decoders("gemma2", "Gemma2", _GEMMA2, "-sequence", "-token"),
+    "gemma2-uncapped": Case(
+        "Gemma2ForCausalLM",
+        _GEMMA2
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention"] * 3,
+        },
+        "tokens",
+        _logits,
+    ),
+    "gemma3": Case("Gemma3ForCausalLM", _GEMMA3, "tokens", _logits),
+    "gemma3-bare": Case("Gemma3TextModel", _GEMMA3, "tokens", _hidden),
+    "gemma3-sequence": Case(
+        "Gemma3TextForSequenceClassification", _GEMMA3 | _PAD | _CLASSES, "tokens", _logits
+    ),
+    "gemma3-capped": Case(
+        "Gemma3ForCausalLM",
+        _GEMMA3 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        "tokens",
+        _logits,
     ),
     "mistral": Case("MistralForCausalLM", _LLAMA | {"sliding_window": 4}, "tokens", _logits),
     "mistral-yarn": Case(
@@ -481,6 +563,11 @@ CASES = {
         "OPTForSequenceClassification", _OPT | _OPT_350M | _CLASSES, "tokens", _logits
     ),
     "opt-350m-span": Case("OPTForQuestionAnswering", _OPT | _OPT_350M, "tokens", _span),
+    "mistral-span": Case("MistralForQuestionAnswering", _LLAMA, "tokens", _span),
+    "mistral-token": Case("MistralForTokenClassification", _LLAMA | _CLASSES, "tokens", _logits),
+    "mistral-sequence": Case(
+        "MistralForSequenceClassification", _LLAMA | _PAD | _CLASSES, "tokens", _logits
+    ),
     "vit": Case("ViTForImageClassification", _VIT, "images", _logits),
     "vit-bare": Case("ViTModel", _VIT, "images", _hidden),
 }

@@ -38,8 +38,8 @@ def command(
 
     The files of its tokenizer and generation_config.json are copied, if it has them.
     It knows GPT-1, GPT-2, BERT, RoBERTa, XLM-R, DistilBERT, BART, mBART, Marian, Pegasus, T5, mT5,
-    Llama, Mistral, Qwen2, Phi-3, OPT, GPT-NeoX and ViT, and reads and writes local directories
-    only.
+    Llama, Mistral, Qwen2, Qwen3, OLMo 2, Gemma 1 to 3, Phi-3, OPT, GPT-NeoX and ViT, and reads and
+    writes local directories only.
     """
     from tfkern import files, models
 

@@ -76,15 +76,15 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
 
     Raises:
         ValueError: a block that torch's layers cannot express: other norms, gated MLPs, grouped
-            heads, a head size of its own, a window, or tanh GELU.
+            heads, a head size of its own, a window, a softcap, norms after sublayers, or tanh GELU.
     """
     attention, mlp = block.attention, block.mlp
     heads, dim = attention.heads, attention.out.out_features
     fits = attention.kv_heads == heads and attention.head_dim * heads == dim
     if not isinstance(block.norm1, nn.LayerNorm) or not hasattr(mlp, "fc1") or not fits:
         raise ValueError("torch's layers have layer norm, no gate and equal heads of dim / heads")
-    if attention.window is not None:
-        raise ValueError("torch's layers have no window")
+    if attention.window is not None or attention.softcap or block.norm2_out is not None:
+        raise ValueError("torch's layers have no window, no softcap and no norm after a sublayer")
     if (attention.query_layer.bias is None) != (mlp.fc1.bias is None):
         raise ValueError("torch's layers have biases everywhere or nowhere")
     if attention.scale is not None or mlp.activation not in _FUNCTIONS.values():

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from tfkern.models.config import TransformerConfig
-from tfkern.nn import MLP, BatchNorm, GatedMLP, KVCache, LayerNorm, Linear, NoNorm, RMSNorm
+from tfkern.nn import (
+    MLP,
+    BatchNorm,
+    GatedMLP,
+    KVCache,
+    LayerNorm,
+    Linear,
+    NoNorm,
+    RMSNorm,
+    ZeroCenteredRMSNorm,
+)
 from tfkern.nn.batch_norm import drop_and_add
 from tfkern.nn.linear import WideLinear
 from tfkern.ops import attention, attention_weights, rotary
@@ -24,11 +34,13 @@ class Context:
 
     Attributes:
         self_options: arguments of self-attention, see `Attention.forward`.
+        window_options: those that are others in blocks with a window.
         cross_options: arguments of cross-attention.
         norm_options: arguments of the norms: batch norm takes a mask of the tokens that count.
     """
 
     self_options: dict[str, Any] = field(default_factory=dict)
+    window_options: dict[str, Any] = field(default_factory=dict)
     cross_options: dict[str, Any] = field(default_factory=dict)
     norm_options: dict[str, Any] = field(default_factory=dict)
 
@@ -38,16 +50,27 @@ class Attention(nn.Module):
 
     The rows of qkv_by_head are grouped by key head: first its queries, then its key and its value.
     So they can be cut into equal parts that hold whole heads. With `cross`, q has the rows of the
-    queries, and kv_by_head those of keys and values, grouped in the same way.
+    queries, and kv_by_head those of keys and values, grouped in the same way. query_norm and
+    key_norm follow these layers, if the configuration has such norms; those of all heads together
+    need all of them at one place.
+
+    Args:
+        window: how many tokens a token sees, itself among them; all that causal leaves if None.
     """
 
-    def __init__(self, config: TransformerConfig, causal: bool, cross: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        causal: bool,
+        cross: bool = False,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.group = self.heads // self.kv_heads  # query heads of a key head
         self.head_dim, self.scale = config.head_size, config.attention_scale
         self.causal, self.cross, self.dropout = causal, cross, config.attention_dropout
-        window = config.window if causal else None
+        self.softcap = config.attention_softcap or 0.0
         self.window = None if window is None else (window - 1, None)  # keys before the token
         q, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         if cross:
@@ -55,6 +78,11 @@ class Attention(nn.Module):
             self.kv_by_head = Linear(config.dim, kv, config.qkv_biased)
         else:
             self.qkv_by_head = Linear(config.dim, q + kv, config.qkv_biased)
+        self.query_norm = self.key_norm = None
+        self.normed_axes = 1 if config.query_key_norm == "head" else 2  # of (heads, head_dim)
+        if config.query_key_norm != "none":
+            sizes = (q, kv // 2) if self.normed_axes == 2 else (self.head_dim,) * 2
+            self.query_norm, self.key_norm = (norm(config, size) for size in sizes)
         self.out = Linear(q, config.dim, config.out_biased)
 
     def forward(
@@ -98,7 +126,10 @@ class Attention(nn.Module):
     @property
     def _options(self) -> dict[str, Any]:
         """The arguments of `tfkern.attention` that are those of the layer."""
-        return {"causal": self.causal, "window": self.window, "scale": self.scale}
+        return {
+            "causal": self.causal, "window": self.window, "scale": self.scale,
+            "softcap": self.softcap,
+        }  # fmt: skip
 
     @property
     def query_layer(self) -> nn.Module:
@@ -111,8 +142,8 @@ class Attention(nn.Module):
 
     def keys_values(self, memory: Tensor) -> KeysValues:
         """Keys and values (B, Hk, S, D) of an encoder's output, for all steps of a decoder."""
-        k, v = self._by_head(self.kv_by_head(memory), -1).transpose(1, 2).unbind(3)
-        return k, v
+        k, v = self._by_head(self.kv_by_head(memory), -1).unbind(3)
+        return self._normed(self.key_norm, k).transpose(1, 2), v.transpose(1, 2)
 
     def _project(
         self,
@@ -122,7 +153,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.cross:
             assert memory is not None
-            q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            q = self._normed(self.query_norm, self.q(x).unflatten(-1, (-1, self.head_dim)))
+            q = q.transpose(1, 2)
             k, v = self.keys_values(memory) if isinstance(memory, Tensor) else memory
         else:
             heads = self._by_head(self.qkv_by_head(x), -1)  # (B, T, Hk, G + 2, D)
@@ -130,10 +162,15 @@ class Attention(nn.Module):
                 q, k, v = heads.unbind(3)
             else:  # flatten copies q, which costs less than separate products for k and v
                 q, k, v = (x.flatten(2, 3) for x in heads.split((self.group, 1, 1), 3))
+            q, k = self._normed(self.query_norm, q), self._normed(self.key_norm, k)
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotation is not None:
             q, k = rotary(q, k, *rotation)
         return q, k, v
+
+    def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        """Queries or keys (B, T, heads, D) behind their norm."""
+        return x if norm is None else norm(x.flatten(-self.normed_axes)).view(x.shape)
 
     def _by_head(self, rows: Tensor, axis: int) -> Tensor:
         """Splits an axis of rows into key heads, the vectors of a head, and their elements."""
@@ -146,9 +183,9 @@ class Block(nn.Module):
 
     Pre-norm, where x is the output of the sublayer before and h the residual stream without it:
 
-        h = h + x;  x = sublayer(norm(h))
+        h = h + x;  x = norm_out(sublayer(norm(h)))
 
-    Post-norm, which has no h:
+    One of these two norms may be absent, and `norm_out` mostly is. Post-norm, which has no h:
 
         x = norm(x + sublayer(x))
 
@@ -158,12 +195,22 @@ class Block(nn.Module):
         h = h + x;  h, x = h + attention(norm1(h)), mlp(norm2(h))
     """
 
-    def __init__(self, config: TransformerConfig, causal: bool = True, cross: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        causal: bool = True,
+        cross: bool = False,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1, self.attention = norm(config), Attention(config, causal)
+        self.norm1, self.norm1_out = _norms(config)
+        self.attention = Attention(config, causal, window=window)
         if cross:
-            self.norm_cross, self.cross = norm(config), Attention(config, False, cross=True)
-        self.norm2, self.mlp = norm(config), _mlp(config)
+            self.norm_cross, self.norm_cross_out = _norms(config)
+            self.cross = Attention(config, False, cross=True)
+        self.norm2, self.norm2_out = _norms(config)
+        self.mlp = _mlp(config)
+        self.windowed = window is not None
         self.dropout, self.post_norm = config.dropout, config.post_norm
         self.has_cross, self.parallel = cross, config.parallel
 
@@ -186,15 +233,20 @@ class Block(nn.Module):
         """
         context = context or Context()
         options = context.self_options | ({} if cache is None else {"cache": cache})
-        x, h = self._sublayer(self.norm1, self.attention, x, h, context, options)
+        if self.windowed:
+            options |= context.window_options
+        norms = self.norm1, self.norm1_out
+        x, h = self._sublayer(norms, self.attention, x, h, context, options)
         if self.parallel:  # h is what attention has read, and x is added behind the MLP
             assert h is not None
-            y, h = self._sublayer(self.norm2, self.mlp, h, None, context, {})
+            norms = self.norm2, self.norm2_out
+            y, h = self._sublayer(norms, self.mlp, h, None, context, {})
             return y, drop_and_add(x, h, self.dropout, self.training)
         if self.has_cross:
             options = context.cross_options | {"memory": memory}
-            x, h = self._sublayer(self.norm_cross, self.cross, x, h, context, options)
-        return self._sublayer(self.norm2, self.mlp, x, h, context, {})
+            norms = self.norm_cross, self.norm_cross_out
+            x, h = self._sublayer(norms, self.cross, x, h, context, options)
+        return self._sublayer((self.norm2, self.norm2_out), self.mlp, x, h, context, {})
 
     def residual_outputs(self) -> Iterator[nn.Module]:
         """The linear layers that write to the residual stream."""
@@ -205,7 +257,7 @@ class Block(nn.Module):
 
     def _sublayer(
         self,
-        norm: nn.Module,
+        norms: tuple[nn.Module, nn.Module | None],
         apply: nn.Module,
         x: Tensor,
         h: Tensor | None,
@@ -213,12 +265,14 @@ class Block(nn.Module):
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         dropout_p, counted = self.dropout if self.training else 0.0, context.norm_options
+        norm, norm_out = norms
         if self.post_norm:
             return add_and_norm(norm, apply(x, **options), x, dropout_p, **counted), None
         if h is None:  # x is the stream: dropout is for outputs of sublayers
             dropout_p = 0.0
         y, h = add_and_norm(norm, x, h, dropout_p, return_residual=True, **counted)
-        return apply(y, **options), h
+        x = apply(y, **options)
+        return (x if norm_out is None else add_and_norm(norm_out, x, None, 0.0, **counted)), h
 
 
 def add_and_norm(
@@ -242,13 +296,25 @@ def add_and_norm(
     return (y, h) if return_residual else y
 
 
-def norm(config: TransformerConfig) -> nn.Module:
-    """The norm layer of a configuration. "weight_norm" needs none: see `normalise_weights`."""
+def norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
+    """The norm layer of a configuration, of vectors of a size, or of the stream if it is None.
+
+    "weight_norm" needs none: see `normalise_weights`.
+    """
+    size = config.dim if size is None else size
     if config.norm == "layer_norm":
-        return LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+        return LayerNorm(size, config.norm_eps, bias=config.bias)
     if config.norm == "rms_norm":
-        return RMSNorm(config.dim, config.norm_eps)
-    return BatchNorm(config.dim, config.norm_eps) if config.norm == "batch_norm" else NoNorm()
+        return RMSNorm(size, config.norm_eps)
+    if config.norm == "zero_centered_rms_norm":
+        return ZeroCenteredRMSNorm(size, config.norm_eps)
+    return BatchNorm(size, config.norm_eps) if config.norm == "batch_norm" else NoNorm()
+
+
+def _norms(config: TransformerConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The norms before and after a sublayer; the former also adds the output of the one before."""
+    before = NoNorm() if config.norm_place == "after" else norm(config)
+    return before, None if config.norm_place == "before" else norm(config)
 
 
 def normalise_weights(block: nn.Module) -> None:

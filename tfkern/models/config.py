@@ -3,7 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from tfkern import files
 from tfkern.nn import RotaryScaling
@@ -11,7 +11,16 @@ from tfkern.ops.mlp import ACTIVATIONS
 
 _CHOICES = {
     "architecture": ("decoder", "encoder", "encoder_decoder"),
-    "norm": ("layer_norm", "rms_norm", "batch_norm", "weight_norm", "none"),
+    "norm": (
+        "layer_norm",
+        "rms_norm",
+        "zero_centered_rms_norm",
+        "batch_norm",
+        "weight_norm",
+        "none",
+    ),
+    "norm_place": ("before", "after", "both"),
+    "query_key_norm": ("none", "head", "all"),
     "activation": ACTIVATIONS,
     "positions": (
         "learned",
@@ -51,7 +60,9 @@ _RANGES: dict[str, tuple[float, float]] = {  # what a number may be, and what it
     "heads": (1, 2**20),
     **dict.fromkeys(("dropout", "attention_dropout", "embedding_dropout"), (0, 1)),
     "norm_eps": (0, math.inf),
-    **dict.fromkeys(("rotary_base", "rotary_fraction"), (sys.float_info.min, math.inf)),
+    **dict.fromkeys(("rotary_base", "window_rotary_base"), (sys.float_info.min, math.inf)),
+    "rotary_fraction": (sys.float_info.min, math.inf),
+    **dict.fromkeys(("attention_softcap", "logit_softcap"), (1e-30, math.inf)),
 }
 
 
@@ -84,7 +95,8 @@ class TransformerConfig:
         forced_first, forced_last: tokens that a generated text begins with, behind a prompt of one
             token, and that it ends with if it becomes as long as it may.
         token_types: number of segments told apart, as in BERT.
-        scale_embedding: whether embeddings are multiplied by sqrt(dim) (Vaswani et al. 2017).
+        scale_embedding: whether embeddings are multiplied by sqrt(dim), rounded to their dtype
+            (Vaswani et al. 2017).
         embedding_norm: whether a norm follows the embedding.
         image_size, patch_size, channels: instead of vocab_size, squares of pixels that are cut into
             square patches (Dosovitskiy et al. 2021).
@@ -101,23 +113,34 @@ class TransformerConfig:
         rotary_base: base of the wave lengths of rotary positions.
         rotary_fraction: share of the features of a head that is turned, the first of them.
         rotary_scaling: a `tfkern.nn.RotaryScaling` of these lengths, for longer texts.
+        window_rotary_base: base in the blocks that have the window, without scaling; if None as in
+            the others.
         relative_buckets, relative_distance: for relative positions, the number of kinds of distance
             and the distance from which on all are of the last kind.
 
     Blocks:
-        norm: "layer_norm", "rms_norm", "batch_norm" over the tokens, "weight_norm" of the linear
-            layers (Salimans, Kingma 2016) in place of norms, or "none".
+        norm: "layer_norm", "rms_norm", "zero_centered_rms_norm" whose weights are stored less 1 as
+            in Gemma, "batch_norm" over the tokens, "weight_norm" of the linear layers (Salimans,
+            Kingma 2016) in place of norms, or "none".
         norm_eps: added to the variance or the mean square.
         post_norm: the norm follows the residual addition (Vaswani et al. 2017), rather than stand
             before each sublayer and at the end (Xiong et al. 2020).
         parallel: whether the MLP reads the same stream as attention, each through its own norm,
             rather than what attention made of it (Wang, Komatsuzaki 2021).
+        norm_place: without post_norm, whether a norm stands "before" each sublayer, "after" it and
+            in front of the addition as in OLMo 2, or "both" as in Gemma 2.
+        query_key_norm: an RMS norm of queries and keys, in front of their rotation: of each "head"
+            as in Qwen3, of "all" heads together as in OLMo 2, or "none".
         gated: whether the MLP is gated; "silu" is the usual activation then.
         wide_output: whether the last layer of each MLP, and with it the residual stream, is float32
             in a model of float16. That of T5 is larger than float16 can hold.
         activation: one of `tfkern.mlp`.
         window: tokens that self-attention of a decoder sees, the token itself among them; all that
             come before it if None.
+        windowed: whether a block has the window, for one block after the other. The last is
+            followed by the first again, so that (True, False) means every second one. All have it
+            if None.
+        attention_softcap: bound c of the scores: a score s becomes c tanh(s / c) (Gemma Team 2024).
         attention_scale: factor of the scores; head_dim^-0.5 if None, 1 in T5.
         bias: whether linear layers and layer norms have a bias.
         qkv_bias: whether the layers that make queries, keys and values have one; bias if None.
@@ -137,6 +160,7 @@ class TransformerConfig:
         classifier_bias: whether the layer that chooses among classes has a bias.
         tie_embeddings: whether the head is the token embedding (Press, Wolf 2017).
         logit_scale: factor of the logits; dim^-0.5 in T5.
+        logit_softcap: bound of the logits of tokens, as attention_softcap is of scores.
         logit_bias: whether an lm head has a constant bias, as in BART's files.
 
     Initialisation:
@@ -179,16 +203,21 @@ class TransformerConfig:
     rotary_base: float = 10000.0
     rotary_fraction: float = 1.0
     rotary_scaling: RotaryScaling | None = None
+    window_rotary_base: float | None = None
     relative_buckets: int = 32
     relative_distance: int = 128
     norm: str = "layer_norm"
     norm_eps: float = 1e-5
     post_norm: bool = False
     parallel: bool = False
+    norm_place: str = "before"
+    query_key_norm: str = "none"
     gated: bool = False
     wide_output: bool = False
     activation: str = "gelu_tanh"
     window: int | None = None
+    windowed: tuple[bool, ...] | None = None
+    attention_softcap: float | None = None
     attention_scale: float | None = None
     bias: bool = True
     qkv_bias: bool | None = None
@@ -203,6 +232,7 @@ class TransformerConfig:
     classifier_bias: bool = True
     tie_embeddings: bool = True
     logit_scale: float = 1.0
+    logit_softcap: float | None = None
     logit_bias: bool = False
     init: str = "gpt2"
 
@@ -211,8 +241,9 @@ class TransformerConfig:
             object.__setattr__(self, "rotary_scaling", _scaling(self.rotary_scaling))
         for field in fields(self):
             check_field(field.name, getattr(self, field.name))
-        if isinstance(self.end_token, list):  # as JSON has it
-            object.__setattr__(self, "end_token", tuple(self.end_token))
+        for name in ("end_token", "windowed"):
+            if isinstance(value := getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
         self._check_numbers()
         self._check_input()
         if self.head_dim is None and self.dim % self.heads:
@@ -221,8 +252,8 @@ class TransformerConfig:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
             )
-        if self.window is not None and self.architecture == "encoder":
-            raise ValueError("window is for self-attention of a decoder, and this is an encoder")
+        self._check_norms()
+        self._check_windows()
         self._check_rotary()
         if self.parallel and (self.post_norm or self.architecture == "encoder_decoder"):
             raise ValueError("parallel is for a model with one stack, and without post_norm")
@@ -275,6 +306,25 @@ class TransformerConfig:
             )
         if scaling.kind == "yarn" and self.rotary_base <= 1:
             raise ValueError(f"yarn needs a rotary_base above 1, got {self.rotary_base}")
+
+    def _check_norms(self) -> None:
+        if self.post_norm and self.norm_place != "before":
+            raise ValueError(f"post_norm has no norm_place, got {self.norm_place!r}")
+        if self.wide_output and self.norm_place == "after":
+            raise ValueError("wide_output needs a norm before each sublayer, which narrows again")
+        if self.query_key_norm != "none" and not self.norm.endswith("rms_norm"):
+            raise ValueError(f"query_key_norm needs norm 'rms_norm', got {self.norm!r}")
+
+    def _check_windows(self) -> None:
+        if self.window is not None and self.architecture == "encoder":
+            raise ValueError("window is for self-attention of a decoder, and this is an encoder")
+        for name in ("windowed", "window_rotary_base"):
+            if getattr(self, name) is not None and self.window is None:
+                raise ValueError(f"{name} needs a window")
+        if self.windowed == ():
+            raise ValueError("windowed must have one entry at least")
+        if self.window_rotary_base is not None and self.positions != "rotary":
+            raise ValueError(f"window_rotary_base needs rotary positions, not {self.positions!r}")
 
     def _check_input(self) -> None:
         if self.patch_size is not None:
@@ -339,8 +389,20 @@ class TransformerConfig:
         return (self.end_token,) if isinstance(self.end_token, int) else self.end_token
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each block of a decoder."""
+        windowed = self.windowed or (True,)
+        return tuple(self.window if windowed[i % len(windowed)] else None
+                     for i in range(self.layers))  # fmt: skip
+
+    @property
     def head_size(self) -> int:
         return self.head_dim or self.dim // self.heads
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the scores."""
+        return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def hidden_size(self) -> int:
@@ -364,14 +426,17 @@ def check_field(name: str, value: Any) -> None:
         ValueError: `TransformerConfig` cannot have it.
     """
     kind = _TYPES[name]
-    kinds = get_args(kind) or (kind,)
-    if isinstance(value, (list, tuple)) and tuple[int, ...] in kinds:
-        if any(item is None or isinstance(item, (list, tuple)) for item in value):
-            raise ValueError(f"{name} must be {kind}, got {files.shown(value)}")
+    _check(name, value, get_args(kind) or (kind,))
+
+
+def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    kind = _TYPES[name]
+    several = [get_args(k)[:1] for k in kinds if get_origin(k) is tuple]
+    if isinstance(value, (list, tuple)) and several:
         for item in value:
-            check_field(name, item)
+            _check(name, item, several[0])
         return
-    kinds = tuple(k for k in kinds if k != tuple[int, ...])
+    kinds = tuple(k for k in kinds if get_origin(k) is not tuple)
     kinds = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         named = kind.__name__ if isinstance(kind, type) else kind

@@ -15,7 +15,11 @@ def rows(config: TransformerConfig) -> int:
 
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token. The head may use the same table."""
+    """A vector for each token. The head may use the same table.
+
+    A scale is rounded to the dtype of the vectors: Gemma was trained in bfloat16 with 55.5 in place
+    of sqrt(3072) = 55.43.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         untrained = None if config.pad_trained else config.pad_token
@@ -32,7 +36,7 @@ class TokenEmbedding(nn.Embedding):
             raise ValueError(f"tokens must be (batch, length){limit}, got {tuple(tokens.shape)}")
         x = super().forward(tokens)
         x = x if self.widen is None else self.widen(x)
-        return x if self.scale == 1 else x * self.scale
+        return x if self.scale == 1 else x * x.new_full((), self.scale)
 
     def length(self, tokens: Tensor) -> int:
         """The length of the sequences."""

@@ -12,16 +12,18 @@ from tfkern.ops.activation import FUNCTIONS
 
 
 class VocabularyHead(nn.Module):
-    """Logits of tokens: `scale * norm(act(dense(y))) @ table^T + bias`.
+    """Logits of tokens: `cap(scale * norm(act(dense(y))) @ table^T + bias)`.
 
     Only masked language models have the dense layer, its norm and a trained bias. The table is
-    `weight`, or with tied embeddings the weight of the token embedding.
+    `weight`, or with tied embeddings the weight of the token embedding. The cap c, of which most
+    models have none, makes c tanh(x / c) of x.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
         super().__init__()
         assert config.vocab_size is not None
         self.vocab_size, self.scale = config.vocab_size, config.logit_scale
+        self.softcap = config.logit_softcap
         self.act = FUNCTIONS[config.activation]
         self.dense = Linear(config.dim, config.dim) if masked else None
         self.norm = norm(config) if masked else None
@@ -48,7 +50,8 @@ class VocabularyHead(nn.Module):
             raise ValueError("a tied vocabulary head needs the table of a token embedding")
         logits = linear(y, table)
         logits = logits[..., : self.vocab_size]  # without the rows that pad the table
-        return logits if self.bias is None else logits + self.bias
+        logits = logits if self.bias is None else logits + self.bias
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
 
 _POOLER = {"tanh": torch.tanh, "relu": torch.relu}

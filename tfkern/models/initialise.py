@@ -12,6 +12,7 @@ from tfkern.models.config import TransformerConfig
 from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
 from tfkern.models.heads import VocabularyHead
 from tfkern.models.stack import Stack
+from tfkern.nn import ZeroCenteredRMSNorm
 
 _STD = 0.02
 _DRAWN = (nn.Linear, nn.Embedding, nn.Conv2d, VocabularyHead)
@@ -20,7 +21,7 @@ _DRAWN = (nn.Linear, nn.Embedding, nn.Conv2d, VocabularyHead)
 @torch.no_grad()
 def initialise(model: nn.Module, config: TransformerConfig) -> None:
     """Draws all weights by the scheme `config.init` (see `TransformerConfig`); biases become 0, and
-    weights of norms 1."""
+    weights of norms 1, or 0 if they stand for 1 + weight."""
     draw = _SCHEMES[config.init](model, config)
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -39,7 +40,7 @@ def initialise(model: nn.Module, config: TransformerConfig) -> None:
             else:
                 weight.copy_(drawn)
         elif isinstance(weight, Tensor):  # the module is a norm
-            nn.init.ones_(weight)
+            nn.init.constant_(weight, 0 if isinstance(module, ZeroCenteredRMSNorm) else 1)
 
 
 # A scheme takes a model, and returns the function that draws the weight of one of its modules.

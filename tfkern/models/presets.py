@@ -86,6 +86,29 @@ _QWEN = replace(
     start_token=151643, end_token=151643,
 )  # fmt: skip
 _SMALL_QWEN = replace(_QWEN, vocab_size=151936, tie_embeddings=True)
+_QWEN3 = replace(
+    _LLAMA, head_dim=128, kv_heads=8, vocab_size=151936, max_length=40960, norm_eps=1e-6,
+    rotary_base=1e6, query_key_norm="head", start_token=151643, end_token=151645,
+)  # fmt: skip
+_SMALL_QWEN3 = replace(_QWEN3, tie_embeddings=True)
+_OLMO2 = replace(
+    _LLAMA, vocab_size=100352, norm_eps=1e-6, norm_place="after", query_key_norm="all",
+    rotary_base=500000.0, pad_token=100277, start_token=None, end_token=100257,
+)  # fmt: skip
+_GEMMA = replace(
+    _LLAMA, head_dim=256, vocab_size=256000, max_length=8192, pad_token=0, start_token=2,
+    end_token=1, scale_embedding=True, norm="zero_centered_rms_norm", norm_eps=1e-6,
+    activation="gelu_tanh", tie_embeddings=True,
+)  # fmt: skip
+_GEMMA2 = replace(
+    _GEMMA, norm_place="both", window=4096, windowed=(True, False), attention_softcap=50.0,
+    logit_softcap=30.0,
+)  # fmt: skip
+_GEMMA3 = replace(
+    _GEMMA, heads=4, kv_heads=1, vocab_size=262144, max_length=32768, norm_place="both",
+    query_key_norm="head", window=512, windowed=(True,) * 5 + (False,), rotary_base=1e6,
+    window_rotary_base=1e4,
+)  # fmt: skip
 _MISTRAL = replace(_LLAMA, hidden_dim=14336, kv_heads=8, max_length=32768, window=4096)
 _PHI3 = replace(
     _LLAMA, dim=3072, hidden_dim=8192, vocab_size=32064, window=2047, pad_token=32000,
@@ -111,6 +134,14 @@ def _sized(base: Config, *shapes: tuple) -> list[Config]:
     return [
         replace(base, layers=n, dim=dim, heads=heads, hidden_dim=hidden[0] if hidden else None)
         for n, dim, heads, *hidden in shapes
+    ]
+
+
+def _grouped(*shapes: tuple) -> list[Config]:
+    """A base in other sizes: layers, dim, heads, key heads, hidden_dim."""
+    return [
+        replace(base, layers=n, dim=dim, heads=heads, kv_heads=kv_heads, hidden_dim=hidden)
+        for base, n, dim, heads, kv_heads, hidden in shapes
     ]
 
 
@@ -193,20 +224,50 @@ _PRESETS: dict[str, Config] = {
     "tinyllama-1.1b": replace(
         _LLAMA, layers=22, dim=2048, kv_heads=4, hidden_dim=5632, max_length=2048
     ),
-    **{
-        f"qwen2.5-{name}": replace(
-            base, layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, hidden_dim=hidden
-        )
-        for name, base, layers, dim, heads, kv_heads, hidden in (
-            ("0.5b", _SMALL_QWEN, 24, 896, 14, 2, 4864),
-            ("1.5b", _SMALL_QWEN, 28, 1536, 12, 2, 8960),
-            ("3b", _SMALL_QWEN, 36, 2048, 16, 2, 11008),
-            ("7b", _QWEN, 28, 3584, 28, 4, 18944),
-            ("14b", replace(_QWEN, norm_eps=1e-5), 48, 5120, 40, 8, 13824),
-            ("32b", replace(_QWEN, norm_eps=1e-5), 64, 5120, 40, 8, 27648),
-            ("72b", replace(_QWEN, norm_eps=1e-5), 80, 8192, 64, 8, 29568),
-        )
-    },
+    **_named(
+        "qwen2.5-0.5b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b",
+        _grouped(
+            (_SMALL_QWEN, 24, 896, 14, 2, 4864),
+            (_SMALL_QWEN, 28, 1536, 12, 2, 8960),
+            (_SMALL_QWEN, 36, 2048, 16, 2, 11008),
+            (_QWEN, 28, 3584, 28, 4, 18944),
+            (replace(_QWEN, norm_eps=1e-5), 48, 5120, 40, 8, 13824),
+            (replace(_QWEN, norm_eps=1e-5), 64, 5120, 40, 8, 27648),
+            (replace(_QWEN, norm_eps=1e-5), 80, 8192, 64, 8, 29568),
+        ),
+    ),
+    **_named(
+        "qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b",
+        _grouped(
+            (_SMALL_QWEN3, 28, 1024, 16, 8, 3072),
+            (_SMALL_QWEN3, 28, 2048, 16, 8, 6144),
+            (_SMALL_QWEN3, 36, 2560, 32, 8, 9728),
+            (_QWEN3, 36, 4096, 32, 8, 12288),
+            (_QWEN3, 40, 5120, 40, 8, 17408),
+            (_QWEN3, 64, 5120, 64, 8, 25600),
+        ),
+    ),
+    **_named(
+        "olmo2-1b olmo2-7b olmo2-13b olmo2-32b",
+        _grouped(
+            (_OLMO2, 16, 2048, 16, 16, 8192),
+            (_OLMO2, 32, 4096, 32, 32, 11008),
+            (_OLMO2, 40, 5120, 40, 40, 13824),
+            (_OLMO2, 64, 5120, 40, 8, 27648),
+        ),
+    ),
+    **_named(
+        "gemma-2b gemma-7b gemma2-2b gemma2-9b gemma2-27b gemma3-270m gemma3-1b",
+        _grouped(
+            (_GEMMA, 18, 2048, 8, 1, 16384),
+            (_GEMMA, 28, 3072, 16, 16, 24576),
+            (_GEMMA2, 26, 2304, 8, 4, 9216),
+            (_GEMMA2, 42, 3584, 16, 8, 14336),
+            (replace(_GEMMA2, head_dim=128, attention_scale=144**-0.5), 46, 4608, 32, 16, 36864),
+            (_GEMMA3, 18, 640, 4, 1, 2048),
+            (_GEMMA3, 26, 1152, 4, 1, 6912),
+        ),
+    ),
     "mistral-7b-v0.1": _MISTRAL,
     "mistral-7b-v0.3": replace(_MISTRAL, vocab_size=32768, rotary_base=1e6, window=None),
     "phi3-mini": _PHI3,
@@ -254,10 +315,10 @@ def preset(name: str, **changes: Any) -> Config:
     DistilBERT (Sanh et al. 2019), BART (Lewis et al. 2020), mBART (Liu et al. 2020), Marian's
     OPUS-MT (Tiedemann, Thottingal 2020), Pegasus (Zhang et al. 2020), T5 and v1.1 (Raffel et al.
     2020), mT5 (Xue et al. 2021), Llama 2 (Touvron et al. 2023) and 3 (Grattafiori et al. 2024),
-    TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), Qwen2.5 (Yang et al. 2024),
-    GPT-NeoX (Black et al. 2022), Pythia (Biderman et al. 2023), Phi-3 (Abdin et al. 2024; that of
-    4096 tokens), OPT (Zhang et al. 2022),
-    ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
+    TinyLlama (Zhang et al. 2024), Mistral (Jiang et al. 2023), Qwen2.5 (Yang et al. 2024) and 3
+    (Yang et al. 2025), OLMo 2 (Team OLMo 2025), Gemma 1, 2 and 3 (Gemma Team 2024, 2025), GPT-NeoX
+    (Black et al. 2022), Pythia (Biderman et al. 2023), Phi-3 (Abdin et al. 2024; that of 4096
+    tokens), OPT (Zhang et al. 2022), ViT (Dosovitskiy et al. 2021; with classes of ImageNet).
 
         model = Transformer(preset("bert-base-uncased", head="classification", classes=3))
 

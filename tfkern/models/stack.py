@@ -43,7 +43,8 @@ class Stack(nn.Module):
             nn.Embedding(config.token_types, config.dim) if config.token_types else None
         )
         self.embedding_norm = norm(config) if config.embedding_norm else None
-        self.blocks = nn.ModuleList(Block(config, causal, cross) for _ in range(layers))
+        windows = config.windows if causal else (None,) * layers
+        self.blocks = nn.ModuleList(Block(config, causal, cross, window) for window in windows)
         self.norm = None if config.post_norm else norm(config)
 
     def forward(
@@ -127,10 +128,13 @@ class Stack(nn.Module):
         options: dict[str, Any] = _visible(mask)
         if mask is not None and mask.dim() == 1:
             options["query_lengths"] = mask
+        window_options: dict[str, Any] = {}
         if config.positions == "rotary":
             options["rotation"] = rotary_table(
                 positions, config.rotary_size, config.rotary_base, x, config.rotary_scaling
             )
+            if (base := config.window_rotary_base) is not None:
+                window_options["rotation"] = rotary_table(positions, config.head_size, base, x)
         elif config.positions == "alibi":
             options["alibi_slopes"] = alibi_slopes(config.heads, x.device)
         elif isinstance(self.positions, RelativeBias):
@@ -142,7 +146,7 @@ class Stack(nn.Module):
         norm_options = {}
         if config.norm == "batch_norm" and mask is not None:
             norm_options["mask"] = mask if mask.dim() == 2 else steps < mask[:, None]
-        return Context(options, _visible(memory_mask), norm_options)
+        return Context(options, window_options, _visible(memory_mask), norm_options)
 
 
 def _visible(mask: Mask) -> dict[str, Any]:

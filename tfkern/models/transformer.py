@@ -7,7 +7,8 @@
         x = x + mlp(norm2(x))
     logits = head(norm(x))
 
-With post_norm each norm stands behind its addition, and there is none at the end.
+With post_norm each norm stands behind its addition, and there is none at the end. With norm_place
+there are norms behind the sublayers, too, or there alone.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ from tfkern.nn.attention import MultiheadAttention
 from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
 from tfkern.nn.cross_entropy import CrossEntropyLoss
-from tfkern.nn.layer_norm import LayerNorm, RMSNorm
+from tfkern.nn.layer_norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from tfkern.nn.linear import Linear
 from tfkern.nn.mlp import MLP, GatedMLP
 from tfkern.nn.rotary import RotaryScaling
@@ -22,5 +22,6 @@ __all__ = [
     "NoNorm",
     "RMSNorm",
     "RotaryScaling",
+    "ZeroCenteredRMSNorm",
     "functional",
 ]

@@ -92,8 +92,9 @@ class NoNorm(nn.Module):
         residual: Tensor | None = None,
         dropout_p: float = 0.0,
         return_residual: bool = False,
+        mask: Tensor | None = None,
     ) -> Any:
-        """`h = residual + dropout(input)`, or (h, h)."""
+        """`h = residual + dropout(input)`, or (h, h). It takes the mask of `BatchNorm`, unused."""
         h = drop_and_add(input, residual, dropout_p, self.training)
         return (h.to(input.dtype), h) if return_residual else h.to(input.dtype)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tfkern.ops import checks, layer_norm, rms_norm
@@ -71,13 +72,34 @@ class RMSNorm(nn.RMSNorm):
         _check(self.normalized_shape, x)
         return rms_norm(
             x,
-            self.weight,
+            self.factor,
             residual=residual,
             dropout_p=dropout_p if self.training else 0.0,
             eps=self.eps,
             axes=len(self.normalized_shape),
             return_residual=return_residual,
         )
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What the normalised vector is multiplied by."""
+        return self.weight
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """An `RMSNorm` that multiplies by 1 + weight, so that decay of the weights draws it towards the
+    plain norm. As in Gemma (Gemma Team 2024), the sum is float32 or wider.
+    """
+
+    def reset_parameters(self) -> None:
+        if self.elementwise_affine:
+            nn.init.zeros_(self.weight)
+
+    @property
+    def factor(self) -> Tensor | None:
+        if self.weight is None:
+            return None
+        return 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 def _check(normalized_shape, x):

@@ -22,8 +22,9 @@ from tfkern.models.convert.bert import BERT
 from tfkern.models.convert.distilbert import DISTILBERT
 from tfkern.models.convert.earlier import today
 from tfkern.models.convert.family import Family
+from tfkern.models.convert.gemma import GEMMA, GEMMA2, GEMMA3
 from tfkern.models.convert.gpt import GPT1, GPT2
-from tfkern.models.convert.llama import LLAMA, MISTRAL, PHI3, QWEN2
+from tfkern.models.convert.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from tfkern.models.convert.neox import GPT_NEOX
 from tfkern.models.convert.opt import OPT
 from tfkern.models.convert.roberta import ROBERTA, XLM_ROBERTA
@@ -34,7 +35,7 @@ from tfkern.models.transformer import Transformer
 
 _ALL = (
     GPT1, GPT2, DISTILBERT, BERT, ROBERTA, XLM_ROBERTA, BART, MBART, MARIAN, PEGASUS, T5, MT5, VIT,
-    LLAMA, MISTRAL, QWEN2, PHI3, GPT_NEOX, OPT,
+    LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GEMMA2, GEMMA3, PHI3, GPT_NEOX, OPT,
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ALL}
 _OWN = "tfkern"  # the model_type of tfkern's own directories

@@ -42,12 +42,12 @@ def like(ours: str, default: Any = NEEDED, null: bool = False) -> Field:
     return Field(check, default)
 
 
-def among(names: Iterable[str], default: Any = NEEDED) -> Field:
-    """A field that holds one of these names."""
+def among(names: Iterable[str], default: Any = NEEDED, null: bool = False) -> Field:
+    """A field that holds one of these names, or null if told."""
     names = tuple(names)
 
     def check(name: str, value: Any) -> None:
-        if value not in names:
+        if value not in names and not (null and value is None):
             raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(names)}")
 
     return Field(check, default)
@@ -314,7 +314,7 @@ class Family:
                     told = replace(told, tie_embeddings=config.tie_embeddings)
                 if _plain(told) == _plain(config):
                     return theirs
-            except (KeyError, ValueError):
+            except (KeyError, ValueError, ArithmeticError):
                 continue
         return None
 
@@ -422,9 +422,16 @@ def _plain(config: TransformerConfig) -> TransformerConfig:
 
     This is what all models of a family have in common: the weights that they begin with, the rows
     that are trained and the layers that are never float16."""
-    both = config.architecture == "encoder_decoder"
+    both, windowed = config.architecture == "encoder_decoder", any(config.windows)
+    local = config.window_rotary_base
+    if local == config.rotary_base and config.rotary_scaling is None:
+        local = None
     return replace(
         config,
+        window=config.window if windowed else None,
+        windowed=tuple(window is not None for window in config.windows) if windowed else None,
+        window_rotary_base=local if windowed else None,
+        attention_scale=config.score_scale,
         head_dim=config.head_size,
         hidden_dim=config.hidden_size,
         qkv_bias=config.qkv_biased,

@@ -1,8 +1,10 @@
 """Llama and its like: rotary positions, RMS norms, gated MLPs, queries that share keys."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+from tfkern.files import shown
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import rotary
 from tfkern.models.convert.family import (
@@ -18,6 +20,52 @@ from tfkern.models.convert.family import (
     only,
     rule,
 )
+
+
+def _check_types(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list or null, got {shown(value)}")
+    for kind in value:
+        if kind not in _TYPES:
+            raise ValueError(f"{name}: {shown(kind)} is not one of {', '.join(_TYPES)}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} must be an integer that is not negative, got {shown(value)}")
+
+
+_TYPES = ("full_attention", "sliding_attention")  # names of blocks without and with the window
+LAYER_TYPES = Field(_check_types, None)
+
+
+def windows(
+    theirs: dict[str, Any], window: int | None, windowed: Callable[[int], bool]
+) -> dict[str, Any]:
+    """The fields of a configuration for blocks of which some have a window.
+
+    Args:
+        windowed: of a block, from its index; asked where config.json has no layer_types.
+    """
+    layers, types = theirs["num_hidden_layers"], theirs["layer_types"]
+    if types is None:
+        types = [_TYPES[windowed(i)] for i in range(layers)]
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers is {layers}")
+    if _TYPES[1] not in types:
+        return {}
+    if window is None:
+        raise ValueError(f"layer_types has {_TYPES[1]}, and there is no sliding_window")
+    some = _TYPES[0] in types
+    return {"window": window, "windowed": tuple(x == _TYPES[1] for x in types) if some else None}
+
+
+def layer_types(config: TransformerConfig) -> list[str]:
+    """The names of the blocks in config.json."""
+    return [_TYPES[window is not None] for window in config.windows]
+
 
 _FIELDS = {
     "hidden_size": like("dim"),
@@ -85,11 +133,24 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _rules(config: TransformerConfig, joined: bool) -> Iterator[Rule]:
-    yield rule("embedding.weight", "model.embed_tokens.weight")
-    yield rule("decoder.norm.weight", "model.norm.weight")
+_NORMS = {
+    "before": {"norm1": "input", "norm2": "post_attention"},
+    "after": {"norm1_out": "post_attention", "norm2_out": "post_feedforward"},
+    "both": {
+        "norm1": "input",
+        "norm1_out": "post_attention",
+        "norm2": "pre_feedforward",
+        "norm2_out": "post_feedforward",
+    },
+}
+
+
+def _rules(answers: str, joined: bool, config: TransformerConfig) -> Iterator[Rule]:
+    base = answers if config.head == "span" else "model"
+    yield rule("embedding.weight", f"{base}.embed_tokens.weight")
+    yield rule("decoder.norm.weight", f"{base}.norm.weight")
     for i in range(config.layers):
-        ours, theirs = f"decoder.blocks.{i}", f"model.layers.{i}"
+        ours, theirs = f"decoder.blocks.{i}", f"{base}.layers.{i}"
         qkv = [f"{theirs}.self_attn.{x}_proj" for x in (("qkv",) if joined else "qkv")]
         heads, biased = heads_of(config), config.qkv_biased
         yield from linear(f"{ours}.attention.qkv_by_head", qkv, biased, heads=heads)
@@ -99,12 +160,18 @@ def _rules(config: TransformerConfig, joined: bool) -> Iterator[Rule]:
         if joined:
             pair = [f"{ours}.mlp.{name}.weight" for name in ("gate", "up")]
             yield rule(pair, f"{theirs}.mlp.gate_up_proj.weight")
-        yield rule(f"{ours}.norm1.weight", f"{theirs}.input_layernorm.weight")
-        yield rule(f"{ours}.norm2.weight", f"{theirs}.post_attention_layernorm.weight")
+        for name, place in _NORMS[config.norm_place].items():
+            yield rule(f"{ours}.{name}.weight", f"{theirs}.{place}_layernorm.weight")
+        if config.query_key_norm != "none":
+            for name in ("query", "key"):
+                norm = f"{theirs}.self_attn.{name[0]}_norm.weight"
+                yield rule(f"{ours}.attention.{name}_norm.weight", norm)
     if config.head == "lm" and not config.tie_embeddings:
         yield rule("vocabulary.weight", "lm_head.weight")
     elif config.head in ("classification", "token"):
         yield from linear("classifier", "score", bias=config.head == "token")
+    elif config.head == "span":
+        yield from linear("classifier", "qa_outputs")
 
 
 def _aliases(config: TransformerConfig) -> dict[str, str]:
@@ -112,30 +179,46 @@ def _aliases(config: TransformerConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
 
-def _family(
+_HEADS: dict[str, dict[str, Any]] = {
+    "ForCausalLM": {"head": "lm"},
+    "Model": {"head": "none"},
+    "ForSequenceClassification": {"head": "classification", "classifier_bias": False},
+    "ForTokenClassification": {"head": "token"},
+    "ForQuestionAnswering": {"head": "span"},
+}
+
+
+def heads(name: str, *kinds: str) -> dict[str, dict[str, Any]]:
+    """The classes of transformers whose names begin with this one, and what they mean."""
+    return {f"{name}{kind}": _HEADS[kind] for kind in kinds or _HEADS}
+
+
+def family(
     model_type: str,
-    name: str,
+    heads: dict[str, dict[str, Any]],
     fields: dict[str, Field],
     read: Callable[[dict[str, Any]], dict[str, Any]],
     write: Callable[[TransformerConfig], dict[str, Any]],
     positions: Callable[[dict[str, Any]], dict[str, Any]] = rotary.read,
+    answers: str = "transformer",
     joined: bool = False,
 ) -> Family:
-    """With `joined`, files have queries, keys and values in one layer, and so gate and up."""
-    heads: dict[str, dict[str, Any]] = {
-        "ForCausalLM": {"head": "lm"},
-        "Model": {"head": "none"},
-        "ForSequenceClassification": {"head": "classification", "classifier_bias": False},
-        "ForTokenClassification": {"head": "token"},
-    }
+    """A family that differs from Llama in some fields.
+
+    Args:
+        fields, read, write: as in `Family`, in place of Llama's or besides.
+        positions: reads the fields of rotary positions.
+        answers: prefix of the names of weights in a model that finds answers.
+        joined: whether files have queries, keys and values in one layer, and so gate and up.
+    """
     return Family(
         model_type,
         "model",
-        {f"{name}{kind}": meaning for kind, meaning in heads.items()},
+        heads,
         _FIELDS | fields,
         lambda theirs: _read(theirs) | positions(theirs) | read(theirs),
         lambda config: _write(config) | write(config),
-        lambda config: _rules(config, joined),
+        partial(_rules, answers, joined),
         _aliases,
         ignored=(".rotary_emb.inv_freq",),
     )
@@ -169,31 +252,84 @@ def _write_phi3(config: TransformerConfig) -> dict[str, Any]:
     return fields
 
 
-LLAMA = _family(
+_QWEN_FIELDS = {
+    "use_sliding_window": like("bias", False),
+    "sliding_window": like("window", 4096, null=True),
+    "max_window_layers": Field(_check_count, 28),
+    "layer_types": LAYER_TYPES,
+    "num_key_value_heads": like("kv_heads", 32, null=True),
+    "max_position_embeddings": like("max_length", 32768),
+    "bos_token_id": like("start_token", None),
+    "eos_token_id": like("end_token", None),
+}
+
+
+def _read_qwen(theirs: dict[str, Any]) -> dict[str, Any]:
+    window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
+    first = theirs["max_window_layers"]
+    return windows(theirs, window, lambda i: window is not None and i >= first)
+
+
+def _write_qwen(config: TransformerConfig) -> dict[str, Any]:
+    types = layer_types(config)
+    return {
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "max_window_layers": types.index(_TYPES[1]) if _TYPES[1] in types else config.layers,
+        "layer_types": types,
+    }
+
+
+LLAMA = family(
     "llama",
-    "Llama",
+    heads("Llama"),
     {"attention_bias": like("bias", False), "mlp_bias": like("bias", False)},
     _biased,
     lambda config: {"attention_bias": config.qkv_biased, "mlp_bias": config.bias},
 )
-MISTRAL = _family(
+MISTRAL = family(
     "mistral",
-    "Mistral",
-    {"sliding_window": like("window", 4096, null=True)},
+    heads("Mistral"),
+    {
+        "sliding_window": like("window", 4096, null=True),
+        "num_key_value_heads": like("kv_heads", 8, null=True),
+        "max_position_embeddings": like("max_length", 131072),
+    },
     lambda theirs: {"window": theirs["sliding_window"]},
     lambda config: {"sliding_window": config.window},
+    answers="model",
 )
-QWEN2 = _family(
+QWEN2 = family(
     "qwen2",
-    "Qwen2",
-    {"use_sliding_window": only(False), "bos_token_id": like("start_token", None)},
-    lambda theirs: {"qkv_bias": True},
-    lambda config: {"use_sliding_window": False},
+    heads("Qwen2"),
+    _QWEN_FIELDS,
+    lambda theirs: _read_qwen(theirs) | {"qkv_bias": True},
+    _write_qwen,
+)
+QWEN3 = family(
+    "qwen3",
+    heads("Qwen3"),
+    _QWEN_FIELDS | {"head_dim": like("head_dim", 128), "attention_bias": only(False)},
+    lambda theirs: _read_qwen(theirs) | {"query_key_norm": "head"},
+    _write_qwen,
+)
+OLMO2 = family(
+    "olmo2",
+    heads("Olmo2", "ForCausalLM", "Model", "ForSequenceClassification"),
+    {
+        "rms_norm_eps": like("norm_eps", 1e-5),
+        "attention_bias": only(False),
+        "pad_token_id": like("pad_token", 1, null=True),
+        "bos_token_id": like("start_token", None),
+        "eos_token_id": like("end_token", 50279, null=True),
+    },
+    lambda theirs: {"norm_place": "after", "query_key_norm": "all"},
+    lambda config: {},
 )
 _SU = {"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
-PHI3 = _family(
+PHI3 = family(
     "phi3",
-    "Phi3",
+    heads("Phi3", "ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification"),
     {
         "max_position_embeddings": like("max_length", 4096),
         "original_max_position_embeddings": like("max_length", 4096),

@@ -42,6 +42,9 @@ _NEEDED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "lon
 def _object(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name} must be an object or null, got {shown(value)}")
+    for kind, told in (value or {}).items():
+        if isinstance(told, dict):
+            raise ValueError(f"{name}: an object of its own for {shown(kind)} is not supported")
 
 
 FIELDS = {
