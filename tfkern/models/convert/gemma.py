@@ -19,8 +19,8 @@ from tfkern.models.convert.llama import (
     windows,
 )
 
-# In Gemma 1 "gelu" means its tanh form.
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS, "gelu": "gelu_tanh"}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}  # the usual name comes first
+_ACTIVATIONS1 = _ACTIVATIONS | {"gelu": "gelu_tanh"}  # it means the tanh form in Gemma 1
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
@@ -71,7 +71,7 @@ _FIELDS = {
 }
 _FIELDS1 = _FIELDS | {
     "num_key_value_heads": like("kv_heads", 16),
-    "hidden_act": among(_ACTIVATIONS, "gelu_pytorch_tanh"),
+    "hidden_act": among(_ACTIVATIONS1, "gelu_pytorch_tanh"),
     "hidden_activation": among(ACTIVATIONS, None, null=True),
 }
 _FIELDS2 = _FIELDS | {
@@ -93,16 +93,20 @@ _FIELDS3 = _FIELDS2 | {
 }
 
 
+def _write_activation(config: TransformerConfig, names: dict[str, str]) -> dict[str, Any]:
+    name = activation_name(config.activation, names)
+    return {"hidden_act": name, "hidden_activation": name}
+
+
 def _read1(theirs: dict[str, Any]) -> dict[str, Any]:
-    activation, other = _ACTIVATIONS[theirs["hidden_act"]], theirs["hidden_activation"]
+    activation, other = _ACTIVATIONS1[theirs["hidden_act"]], theirs["hidden_activation"]
     if other is not None and ACTIVATIONS[other] != activation:  # transformers 4 takes the other
         raise ValueError(f"hidden_activation = {other!r} is another than that of hidden_act")
     return _COMMON | {"activation": activation}
 
 
 def _write1(config: TransformerConfig) -> dict[str, Any]:
-    name = activation_name(config.activation, _ACTIVATIONS)
-    return {"hidden_act": name, "hidden_activation": name}
+    return _write_activation(config, _ACTIVATIONS1)
 
 
 def _read2(theirs: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _read2(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _write2(config: TransformerConfig) -> dict[str, Any]:
     return {
-        "hidden_activation": activation_name(config.activation),
+        **_write_activation(config, _ACTIVATIONS),
         "query_pre_attn_scalar": round(config.score_scale**-2),
         "sliding_window": config.window,
         "layer_types": layer_types(config),
