@@ -625,7 +625,7 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("gemma2", {"use_bidirectional_attention": True}),
         ("gemma3", {"use_bidirectional_attention": True}),
         ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "mrope", "factor": 2.0}}}),
         (
             "gemma3",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},

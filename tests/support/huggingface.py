@@ -453,6 +453,18 @@ CASES = {
         _logits,
     ),
     "gemma3": Case("Gemma3ForCausalLM", _GEMMA3, "tokens", _logits),
+    "gemma3-yarn": Case(
+        "Gemma3ForCausalLM",
+        _GEMMA3
+        | {
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+        "tokens",
+        _logits,
+    ),
     "gemma3-bare": Case("Gemma3TextModel", _GEMMA3, "tokens", _hidden),
     "gemma3-sequence": Case(
         "Gemma3TextForSequenceClassification", _GEMMA3 | _PAD | _CLASSES, "tokens", _logits
