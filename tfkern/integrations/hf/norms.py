@@ -1,0 +1,194 @@
+"""Norms, recognised by what their forward computes from random inputs."""
+
+import copy
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tfkern.integrations.hf.plain import ours, own_attributes
+from tfkern.nn.fusible import _strange, unadorned
+from tfkern.ops import layer_norm, rms_norm
+
+_SIMPLE = (int, float, str, bool, type(None), tuple, torch.dtype)
+
+
+class Form(NamedTuple):
+    """A norm over the last axis, with names of the module's attributes or None for absent ones."""
+
+    rms: bool
+    plus_one: bool  # the factor is 1 + weight
+    eps: str
+    weight: str | None
+    bias: str | None
+
+    def __call__(self, module: nn.Module, x: Tensor, **options: Any) -> Any:
+        own = module._parameters
+        w = own[self.weight] if self.weight else None
+        options["eps"] = getattr(module, self.eps)
+        if self.plus_one:
+            assert w is not None
+            w = 1 + (w if w.dtype == torch.float64 else w.float())
+        if self.rms:
+            return rms_norm(x, w, **options)
+        return layer_norm(x, w, own[self.bias] if self.bias else None, **options)
+
+
+def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a patched norm."""
+    if len(args) == 1 and not kwargs:
+        found = form(module, args[0])
+        if found is not None:
+            return found(module, args[0])
+    return type(module).forward(module, *args, **kwargs)
+
+
+def form(module: Any, x: Any) -> Form | None:
+    """The form of a norm for this input, None where its own code decides: on inputs of another
+    dtype than the weights', say."""
+    found = known(module)
+    if found is None or not isinstance(x, Tensor) or x.dim() == 0:
+        return None
+    own = module._parameters
+    for name in (found.weight, found.bias):
+        if name is not None:
+            p = own[name]
+            if p.dtype != x.dtype or p.shape[0] != x.shape[-1] or _strange(p):
+                return None
+    return found
+
+
+def plain(module: Any, x: Any) -> Form | None:
+    """`form` of a norm that another module's code may compute without a call: no hooks."""
+    if not isinstance(module, nn.Module) or not unadorned(module, ours(module)):
+        return None
+    return form(module, x)
+
+
+_READ: dict[type, tuple[str, ...]] = {}  # names of attributes that the forward of a class reads
+_FORMS: dict[Any, Form | None] = {}  # by class, names of parameters, and values of these attributes
+
+
+def known(module: Any) -> Form | None:
+    """The form of a norm, None for all other modules."""
+    own, kind = module._parameters, type(module)
+    if module._modules or module._buffers or len(own) > 2:
+        return None
+    names = tuple([n for n, p in own.items() if p is not None])
+    if kind not in _READ:
+        _probe(module, names)
+    attributes = vars(module)
+    key = kind, names, tuple([attributes.get(name) for name in _READ[kind]])
+    try:
+        found = _FORMS[key]
+    except KeyError:
+        _probe(module, names)
+        return known(module)
+    except TypeError:  # an attribute without a hash
+        return None
+    # None is an eps of torch's RMS norm only.
+    if found is not None and attributes[found.eps] is None and kind is not nn.RMSNorm:
+        return None
+    return found
+
+
+@torch.compiler.disable
+def _probe(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Enters the module's form."""
+    kind, read = type(module), set(_READ.get(type(module), ()))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        found = _recognised(module, names, read)
+    values = vars(module)
+    eps = {found.eps} if found else set()
+    read -= eps
+    if not all(isinstance(values.get(name), _SIMPLE) for name in read):
+        found, read = None, set()  # what the forward does may change where we cannot see it
+    _READ[kind] = tuple(sorted(set(_READ.get(kind, ())) | read))
+    _FORMS[kind, names, tuple([values.get(name) for name in _READ[kind]])] = found
+
+
+def _recognised(module: nn.Module, names: tuple[str, ...], read: set[str]) -> Form | None:
+    parameters = [module._parameters[name] for name in names]
+    if any(p is None or p.dim() != 1 or p.is_complex() for p in parameters):
+        return None
+    attributes = own_attributes(module)
+    shape = getattr(module, "normalized_shape", (8,))
+    if parameters:
+        size = len(parameters[0])  # type: ignore[arg-type]
+    else:
+        size = shape[-1] if isinstance(shape, tuple) and shape else 8
+    for eps, value in attributes.items():
+        if isinstance(value, float) or (value is None and "eps" in eps):
+            for order in permutations(names):
+                weight, bias = (*order, None, None)[:2]
+                for rms, plus_one in ((True, False), (True, True), (False, False)):
+                    if (rms and bias) or (plus_one and not weight):
+                        continue
+                    candidate = Form(rms, plus_one, eps, weight, bias)
+                    if _same(module, candidate, size, read):
+                        return candidate
+    return None
+
+
+def _same(module: nn.Module, candidate: Form, size: int, read: set[str]) -> bool:
+    """Whether the module's own forward gives values and gradients of the candidate, with other
+    weights and other eps than the module's, in evaluation and training."""
+    other = _double(module, read)
+    try:
+        for dtype, tolerance in (
+            (torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)
+        ):  # fmt: skip
+            for *outer, scale, eps in ((5, 1e-3, 1e-6), (2, 3, 1.0, 0.03), (2, 2, 3, 30.0, 1e-6)):
+                shape = [int(n) for n in outer] + [size]
+                x = (scale * (torch.randn(shape, dtype=torch.float64) + 0.5)).to(dtype)
+                x.requires_grad_()
+                for name in (candidate.weight, candidate.bias):
+                    if name is not None:
+                        w = torch.randn(size, dtype=dtype)
+                        other._parameters[name] = nn.Parameter(w)
+                setattr(other, candidate.eps, eps)
+                for other.training in (False, True):
+                    if not _equal(other, candidate, x, tolerance):
+                        return False
+    except Exception:  # a module of another form
+        return False
+    return True
+
+
+def _equal(module: Any, candidate: Form, x: Tensor, tolerance: float) -> bool:
+    inputs = [x, *module._parameters.values()]
+    inputs = [t for t in inputs if t is not None]
+    results = []
+    with torch.enable_grad():
+        for function in (type(module).forward, candidate):
+            y = function(module, x)
+            if type(y) is not Tensor or y.dtype != x.dtype or y.shape != x.shape:
+                return False
+            dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+            results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    for a, b in zip(*results, strict=True):
+        limit = tolerance * b.abs().max().item()
+        if not torch.allclose(a, b, rtol=tolerance, atol=limit):
+            return False
+    return True
+
+
+def _double(module: nn.Module, read: set[str]) -> Any:
+    """A copy with parameters of its own, which enters into `read` the attributes that it is asked
+    for."""
+    kind = type(module)
+    names = own_attributes(module).keys()
+
+    def spying(self: Any, name: str) -> Any:
+        if name in names:
+            read.add(name)
+        return super(spied, self).__getattribute__(name)
+
+    spied: Any = type(kind.__name__, (kind,), {"__getattribute__": spying})
+    double = object.__new__(spied)
+    double.__dict__.update(copy.copy(vars(module)))
+    double.__dict__.pop("forward", None)
+    double.__dict__["_parameters"] = dict(module._parameters)
+    return double

@@ -1,0 +1,110 @@
+"""What a child of a module computes, if it is of a plain kind and nothing is hung on it.
+
+All of this may change between two calls, so the patched modules ask at every call.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfkern.nn.fusible import LINEAR, fusible, unadorned
+from tfkern.ops.activation import FUNCTIONS
+
+_PACKAGE = __name__.rpartition(".")[0]
+_STANDARD = frozenset(vars(nn.Module()))  # what every module has
+_ACTIVATIONS: dict[Any, str | None] = {}
+
+
+def ours(module: nn.Module) -> Any:
+    """The forward that `patch` gave the module, or None."""
+    forward = vars(module).get("forward")
+    return forward if is_ours(forward) else None
+
+
+def is_ours(function: Any) -> bool:
+    return isinstance(function, partial) and function.func.__module__.startswith(_PACKAGE)
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes that the module's class gave it, by name, without what every module has."""
+    return {k: v for k, v in vars(module).items() if k not in _STANDARD and k != "forward"}
+
+
+def is_linear(kind: type) -> bool:
+    return kind in LINEAR or _turned(kind)
+
+
+def _turned(kind: type) -> bool:
+    """Whether this is Conv1D of transformers, a linear layer with weights (in, out)."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (out, in) and bias of a plain linear layer, None for all else."""
+    kind = type(module)
+    turned = _turned(kind)
+    if not fusible(module, (kind,) if turned else LINEAR):
+        return None
+    own = module._parameters
+    return own["weight"].t() if turned else own["weight"], own["bias"]
+
+
+def idle(dropout: Any) -> bool:
+    """Whether a call of this dropout returns its input, and no more happens."""
+    return (
+        type(dropout) is nn.Dropout
+        and not (dropout.training and dropout.p)
+        and unadorned(dropout)
+    )
+
+
+def activation(module: Any) -> str | None:
+    """tfkern's name for an activation, None if it has none or if hooks are hung on the module."""
+    if not isinstance(module, nn.Module) or not unadorned(module):
+        return None
+    return named_activation(module)
+
+
+def named_activation(module: nn.Module) -> str | None:
+    """`activation` for a module as its class made it, whatever is hung on it."""
+    if module._parameters or module._buffers or module._modules:
+        return None
+    values = own_attributes(module).values()
+    # A method of the module itself is equal for all modules of the class.
+    key = type(module), *(getattr(v, "__func__", v) for v in values)
+    try:
+        return _ACTIVATIONS[key]
+    except KeyError:
+        return _ACTIVATIONS.setdefault(key, _compared(module))
+    except TypeError:  # an attribute without a hash
+        return None
+
+
+@torch.compiler.disable
+def _compared(module: nn.Module) -> str | None:
+    """The name of the function with the module's values and slopes, in training and evaluation."""
+    x = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-3e3, -100.0, 100.0, 3e3])])
+    x = x.double().requires_grad_()  # 0 is a kink of relu, where slopes are a matter of taste
+    module = copy.copy(module)
+    for name, function in FUNCTIONS.items():
+        with torch.enable_grad(), torch.random.fork_rng(devices=()):
+            y = function(x)
+            expected = y, *torch.autograd.grad(y.sum(), x)
+            try:
+                for module.training in (False, True):
+                    y = type(module).forward(module, x.clone())
+                    got = y, *torch.autograd.grad(y.sum(), x)
+                    if not all(map(_near, got, expected)):
+                        break
+                else:
+                    return name
+            except Exception:  # a module of another form
+                return None
+    return None
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-6, atol=1e-7)
