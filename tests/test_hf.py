@@ -10,6 +10,7 @@ from huggingface import CASES, V, transformers
 from weights import perturb
 
 from tfkern.integrations import hf
+from tfkern.integrations.hf import norms, rotation, wholes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,9 +167,9 @@ def test_paged_caches_raise():
         hf.attention_forward(torch.nn.Module(), q, q, q, None, cache=object())
 
 
-COUNTS = {  # norms, MLPs and rotary attention of two blocks, and norms beside them
-    "gpt1": 2 * 3, "gpt2": 2 * 3 + 1, "bert": 2 * 3 + 2, "bart": 2 * 3 + 3 * 4 + 2,
-    "t5": 2 * 3 + 3 * 4 + 2, "t5-v1.1": 2 * 3 + 3 * 4 + 2, "vit": 2 * 3 + 1, "llama": 2 * 4 + 1,
+COUNTS = {  # norms, MLPs, sums before norms and rotary attention of two blocks, and those beside
+    "gpt1": 2 * 4, "gpt2": 2 * 4 + 1, "bert": 2 * 5 + 3, "bart": 2 * 3 + 3 * 4 + 4,
+    "t5": 2 * 3 + 3 * 4 + 2, "t5-v1.1": 2 * 3 + 3 * 4 + 2, "vit": 2 * 4 + 1, "llama": 2 * 5 + 1,
 }  # fmt: skip
 
 
@@ -197,15 +198,15 @@ SMALL = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 1, "intermedia
 @pytest.mark.parametrize(
     ("kind", "config", "count"),
     [
-        ("GPTNeoModel", {"attention_types": [[["global"], 1]], "num_layers": 1, "num_heads": 3}, 4),
-        ("GPTBigCodeModel", {"n_layer": 1, "n_head": 3, "n_embd": 24}, 4),
-        ("CohereModel", {"num_attention_heads": 3}, 2),  # a layer norm of its own stays
-        ("Mamba2Model", {"num_heads": 4, "head_dim": 12, "n_groups": 1, "state_size": 8}, 2),
+        ("GPTNeoModel", {"attention_types": [[["global"], 1]], "num_layers": 1, "num_heads": 3}, 5),
+        ("GPTBigCodeModel", {"n_layer": 1, "n_head": 3, "n_embd": 24}, 5),
+        ("CohereModel", {"num_attention_heads": 3}, 4),
+        ("Mamba2Model", {"num_heads": 4, "head_dim": 12, "n_groups": 1, "state_size": 8}, 3),
         ("MobileBertModel", {"normalization_type": "layer_norm"}, None),
     ],
 )
-def test_patch_leaves_alone_what_it_does_not_know(kind, config, count):
-    """Linear layers in the place of Conv1D, norms that subtract a mean, norms and outputs with
+def test_patch_of_other_forms(kind, config, count):
+    """Linear layers in the place of Conv1D, a layer norm of the model's own, norms and outputs with
     further inputs."""
     kind = getattr(transformers, kind)
     names = SMALL if "n_embd" not in config else {"vocab_size": V}
@@ -237,8 +238,8 @@ HEADS = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
 def test_patch_of_rotary_positions(monkeypatch, kind, config, interleaved):
     """None: the model's function is of another form, and stays."""
     kind, calls = getattr(transformers, kind), []
-    original = hf.rotary
-    monkeypatch.setattr(hf, "rotary", lambda *a, **k: calls.append(k) or original(*a, **k))
+    original = rotation.rotary
+    monkeypatch.setattr(rotation, "rotary", lambda *a, **k: calls.append(k) or original(*a, **k))
     model = perturb(kind(kind.config_class(vocab_size=V, **config))).double().eval()
     other = copy.deepcopy(model)
     tokens = torch.randint(3, V, (2, 9))
@@ -418,10 +419,10 @@ def test_patch_really_computes(monkeypatch):
     """Each norm and MLP goes through tfkern's functions."""
     model = CASES["bert"].model()
     calls = []
-    for function in ("layer_norm", "mlp"):
-        original = getattr(hf, function)
+    for file, function in ((norms, "layer_norm"), (wholes, "mlp")):
+        original = getattr(file, function)
         monkeypatch.setattr(
-            hf, function, lambda *a, f=original, n=function, **k: calls.append(n) or f(*a, **k)
+            file, function, lambda *a, f=original, n=function, **k: calls.append(n) or f(*a, **k)
         )
     with hf.patch(model), torch.no_grad():
         outputs("bert", model)

@@ -7,12 +7,14 @@ they did. The rest of the code stays as it is, globals of its file included.
 """
 
 import __future__
+
 import ast
 import inspect
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +39,8 @@ def rewritten(module: nn.Module) -> Callable[..., Any] | None:
     Children of this module tell which statements to look at."""
     kind = type(module)
     if kind not in _FORWARDS:
+        if torch.compiler.is_compiling():  # Dynamo cannot trace a compiler, which `patch` has run
+            return None
         try:
             _FORWARDS[kind] = _compiled(kind, _roles(module))
         except (OSError, TypeError, SyntaxError):  # there is no source, or it is not a function's
@@ -86,9 +90,7 @@ def _compiled(kind: type, roles: dict[str, str]) -> Callable[..., Any] | None:
     outer = ast.parse(f"def make({', '.join(names)}):\n    return {function.__name__}")
     outer.body[0].body.insert(0, tree.body[0])  # type: ignore[attr-defined]
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
-    code = compile(
-        ast.fix_missing_locations(outer), inspect.getfile(function), "exec", flags, True
-    )
+    code = compile(ast.fix_missing_locations(outer), inspect.getfile(function), "exec", flags, True)
     made: dict[str, Any] = {}
     exec(code, function.__globals__, made)
     return made["make"](**names)

@@ -77,12 +77,16 @@ def known(module: Any) -> Form | None:
         return None
     names = tuple([n for n, p in own.items() if p is not None])
     if kind not in _READ:
+        if torch.compiler.is_compiling():  # Dynamo cannot trace a probe, which `patch` has made
+            return None
         _probe(module, names)
     attributes = vars(module)
     key = kind, names, tuple([attributes.get(name) for name in _READ[kind]])
     try:
         found = _FORMS[key]
     except KeyError:
+        if torch.compiler.is_compiling():
+            return None
         _probe(module, names)
         return known(module)
     except TypeError:  # an attribute without a hash
@@ -93,7 +97,6 @@ def known(module: Any) -> Form | None:
     return found
 
 
-@torch.compiler.disable
 def _probe(module: nn.Module, names: tuple[str, ...]) -> None:
     """Enters the module's form."""
     kind, read = type(module), set(_READ.get(type(module), ()))

@@ -55,9 +55,7 @@ def linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
 def idle(dropout: Any) -> bool:
     """Whether a call of this dropout returns its input, and no more happens."""
     return (
-        type(dropout) is nn.Dropout
-        and not (dropout.training and dropout.p)
-        and unadorned(dropout)
+        type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and unadorned(dropout)
     )
 
 
@@ -78,12 +76,13 @@ def named_activation(module: nn.Module) -> str | None:
     try:
         return _ACTIVATIONS[key]
     except KeyError:
+        if torch.compiler.is_compiling():  # Dynamo cannot trace a probe, which `patch` has made
+            return None
         return _ACTIVATIONS.setdefault(key, _compared(module))
     except TypeError:  # an attribute without a hash
         return None
 
 
-@torch.compiler.disable
 def _compared(module: nn.Module) -> str | None:
     """The name of the function with the module's values and slopes, in training and evaluation."""
     x = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-3e3, -100.0, 100.0, 3e3])])

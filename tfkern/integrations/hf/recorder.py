@@ -18,6 +18,7 @@ from torch.overrides import resolve_name
 
 from tfkern.integrations.hf import norms
 from tfkern.integrations.hf.plain import is_linear, is_ours, named_activation
+from tfkern.nn.fusible import LINEAR
 
 Path = tuple[str, ...]
 
@@ -83,12 +84,28 @@ def record(
         is_whole: tells whether a child is patched as a whole. A method that calls one is not
             followed, so that no module is patched twice.
     """
-    tape = _Tape(module, is_whole)
-    try:
-        with torch.no_grad():
-            return tape.run(getattr(type(module), method)), tuple(tape.guards)
-    except Exception:  # the method may raise whatever it likes on our stand-ins
-        return None, tuple(tape.guards)
+    guards: tuple[Guard, ...] = ()
+    for width in dict.fromkeys(_widths(module)):
+        tape = _Tape(module, is_whole)
+        try:
+            with torch.no_grad():
+                recording = tape.run(getattr(type(module), method), width)
+            return recording, tuple(tape.guards)
+        except Exception:  # the method may raise whatever it likes on our stand-ins
+            guards = tuple(dict.fromkeys((*guards, *tape.guards)))
+    return None, guards
+
+
+def _widths(root: nn.Module) -> list[int]:
+    """Sizes that the last axis of an input may have."""
+    layers = [m for m in root.modules() if is_linear(type(m))]
+    return [_shape(m)[1] for m in layers if m._parameters.get("weight") is not None]
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """Sizes of the output and the input of a linear layer."""
+    rows, columns = layer._parameters["weight"].shape
+    return (rows, columns) if type(layer) in LINEAR else (columns, rows)
 
 
 class _Tape:
@@ -99,7 +116,7 @@ class _Tape:
         self.steps: list[Step] = []
         self.values = 0
 
-    def run(self, method: Any) -> Recording:
+    def run(self, method: Any, width: int) -> Recording:
         required = [
             p
             for p in list(inspect.signature(method).parameters.values())[1:]
@@ -107,9 +124,7 @@ class _Tape:
         ]
         if not required or any(p.kind is p.KEYWORD_ONLY for p in required):
             raise UnknownError("no inputs that a call gives by position")
-        if not any(is_linear(type(m)) for m in self.root.modules()):
-            raise UnknownError("no linear layer")
-        inputs = [self.new(torch.empty(2, 3, 16, device="meta")) for _ in required]
+        inputs = [self.new(torch.empty(2, 3, width, device="meta")) for _ in required]
         result = method(_StandIn(self, self.root, ()), *inputs)
         if type(result) is not _Marked:
             raise UnknownError("the result is no tensor that the steps give")
@@ -215,8 +230,9 @@ class _StandIn:
             raise UnknownError("a layer with other arguments than one tensor")
         like = _plain(args[0])
         if kind == "linear":
-            weight: Any = module._parameters["weight"]
-            rows = weight.shape[0 if type(module).__name__ != "Conv1D" else 1]
+            rows, columns = _shape(module)
+            if columns != like.shape[-1]:
+                raise UnknownError("an input of another size")
             like = like.new_empty(*like.shape[:-1], rows)
         return tape.step(kind, path, args, torch.empty_like(like))
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tfkern.integrations.hf import norms
@@ -10,9 +9,10 @@ from tfkern.integrations.hf import norms
 
 def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
     """norm(a + b) and a + b."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
-        found = norms.plain(norm, b)
-        if found is not None and a.device == b.device:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        like = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        found = norms.plain(norm, b) if like else None
+        if found is not None:
             return found(norm, b, residual=a, return_residual=True)
-    h = torch.add(a, b) if isinstance(a, Tensor) else a + b
+    h = a + b
     return norm(h), h

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkern import dispatch
-from tfkern.integrations.hf.plain import activation, idle, linear
+from tfkern.integrations.hf.plain import activation, idle, linear, ours
 from tfkern.integrations.hf.recorder import Guard, Path, Recording, Ref, Step, at, record
 from tfkern.integrations.hf.residual import add_norm
 from tfkern.nn.fusible import unadorned
@@ -72,10 +72,10 @@ def plan(module: nn.Module, method: str) -> Plan | None:
     for guards, found in _PLANS.get((type(module), method), ()):
         if all([guard.holds(module) for guard in guards]):
             return found
-    return _recorded(module, method)
+    # Dynamo cannot trace a recording; `patch` has made those that a model needs.
+    return None if torch.compiler.is_compiling() else _recorded(module, method)
 
 
-@torch.compiler.disable
 def _recorded(module: nn.Module, method: str) -> Plan | None:
     with _LOCK:
         plans = _PLANS.setdefault((type(module), method), [])
@@ -155,8 +155,12 @@ def _match(last: Step, steps: dict[Any, Step], uses: dict[Any, int]) -> Any:
             act, up = step(b, *activations), a
     if act is None:
         return None
-    common = {"act": act.call if act.kind == "activation" else act.kind,
-              "dropouts": tuple(dropouts), "last": last.call, "gated": product is not None}  # fmt: skip
+    common = {
+        "act": act.call if act.kind == "activation" else act.kind,
+        "dropouts": tuple(dropouts),
+        "last": last.call,
+        "gated": product is not None,
+    }
     gate = act.args[0]
     if half := step(gate, "half"):
         other = step(up, "half")
@@ -200,14 +204,16 @@ def _with_norms(steps: list[Step], uses: dict[Any, int]) -> list[Step]:
 def _ready(module: nn.Module, found: Plan, args: tuple[Any, ...]) -> Any:
     """Weights and activation of the MLP, None if a call has to run the module's own code."""
     for path in found.inlined:
-        if not unadorned(at(module, path)):
+        inner = at(module, path)
+        if not unadorned(inner, ours(inner)):
             return None
     for a in args:
         if not isinstance(a, Tensor) or a.dim() == 0:
             return None
     step = next(s for s in found.steps if s.kind == "mlp")
     layers: Mlp = step.call
-    act: str | None = layers.act if isinstance(layers.act, str) else activation(at(module, layers.act))
+    act = layers.act
+    act = act if isinstance(act, str) else activation(at(module, act))
     if act is None:
         return None
     for path in layers.dropouts:
@@ -253,4 +259,3 @@ def _computed(module: nn.Module, found: Plan, ready: Any, args: tuple[Any, ...])
             y = call(*given)
         values[out] = y
     return values[found.result]
-
