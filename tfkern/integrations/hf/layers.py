@@ -9,6 +9,7 @@ they did. The rest of the code stays as it is, globals of its file included.
 import __future__
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -187,37 +188,31 @@ class _Change(ast.NodeTransformer):
             return None
         for length in (2, 1):
             after = block[2 : 2 + length]
-            found = self._sum([block[0], *after])
+            found = self._sum(copy.deepcopy([block[0], *after]))
             if found is not None and found[1] == 1 + length:
-                again = ast.parse(ast.unparse(ast.Module(found[0], []))).body
-                plain = ast.parse(ast.unparse(ast.Module([block[0], *block[1].body], []))).body
-                rest = ast.parse(ast.unparse(ast.Module(block[2 : 2 + length], []))).body
-                return [ast.If(test, [*plain, *rest], again)], 2 + length
+                taken = [block[0], *block[1].body, *after]
+                return [ast.If(test, copy.deepcopy(taken), found[0])], 2 + length
         return None
 
     def _mlp(self, block: list[Any]) -> tuple[list[Any], int] | None:
         """x = act(fc1(e)); x = dropout(x); x = fc2(x), also with less in a statement."""
-        x, statements, chain = _target(block[0]), 0, []
-        if x is None:
-            return None
-        while statements < len(block) and len(chain) < 4:
-            if _target(block[statements]) != x:
+        x, start = _target(block[0]), None
+        chain: list[tuple[str, Any]] = []
+        for i, statement in enumerate(block[:4]):
+            if x is None or _target(statement) != x:
                 break
-            inner = self._chain(block[statements].value)
-            if statements and not _named(inner[-1], x):
+            *inner, argument = self._chain(statement.value)
+            if not inner or (i and not _named(argument, x)):
                 break
-            chain += inner[-2::-1]
-            start = inner[-1] if not statements else start
-            statements += 1
+            start = start or argument
+            chain += inner[::-1]
             kinds = [kind for kind, _ in chain]
             if kinds in (["linear", "activation", "linear"],
                          ["linear", "activation", "dropout", "linear"]):  # fmt: skip
                 first, act, *drop, last = [node for _, node in chain]
                 head = _parsed(f"{x} = {_MLP}(e)")
                 head.value.args = [start, first, act, last, *(drop[0] if drop else ())]
-                return [head], statements
-            if not inner[:-1]:
-                break
+                return [head], i + 1
         return None
 
     def _chain(self, node: Any) -> list[Any]:

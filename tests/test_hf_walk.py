@@ -1,0 +1,88 @@
+"""Every class of modules of the installed transformers: patched and equal, or left alone."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import walk
+from torch import nn
+
+from tfkern.integrations import hf
+from tfkern.integrations.hf import norms, wholes
+from tfkern.integrations.hf.recorder import _widths
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ("bert", "bloom", "clip", "falcon_h1", "gemma3n", "gpt2", "janus", "llama", "phi3", "t5gemma")
+LARGEST = 3e7  # parameters of a module that is tried
+
+
+def compared(module):
+    """Whether a module is patched; then asserts that results and gradients are equal."""
+    plain = walk.filled(module)
+    ours = copy.deepcopy(plain)
+    found = norms.known(plain) is not None, wholes.methods(plain)
+    if not any(found):
+        return False
+    hf.patch(ours)
+    for method in ["forward"] if found[0] else found[1]:
+        assert method in vars(ours)
+        for training in (False, True):
+            results = []
+            for m in (plain, ours):
+                m.train(training)
+                results.append(_results(m, method, found[0]))
+            for a, b in zip(*results, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    limit = 1e-5 * a.abs().max().item() + 1e-12
+                    torch.testing.assert_close(b, a, rtol=1e-5, atol=limit)
+    return True
+
+
+def _results(module, method, is_norm):
+    """The method's result on random inputs, and gradients of all inputs and parameters."""
+    if is_norm:
+        own = [len(p) for p in module.parameters()]
+        widths, count = (own or list(getattr(module, "normalized_shape", (8,))))[:1], 1
+    else:
+        widths = list(dict.fromkeys(_widths(module)))
+        plans = [p for key, _ in [((type(module), method), 0)] for _, p in wholes._PLANS[key] if p]
+        count = plans[0].inputs
+    for width in widths:
+        generator = torch.Generator().manual_seed(1)
+        inputs = [
+            torch.randn(2, 5, width, dtype=torch.float64, generator=generator).requires_grad_()
+            for _ in range(count)
+        ]
+        torch.manual_seed(2)
+        try:
+            y = getattr(module, method)(*inputs)
+        except RuntimeError:
+            if width == widths[-1]:
+                raise
+            continue
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return y, *torch.autograd.grad(y.sin().sum(), inputs + parameters, allow_unused=True)
+    raise AssertionError("no input has a size that fits")
+
+
+def walked(files):
+    patched, alone, large, missed = set(), set(), set(), set()
+    for file in files:
+        found = walk.modules(file)
+        for kind, module in found.items():
+            if kind in patched | alone:
+                continue
+            if sum(p.numel() for p in module.parameters()) > LARGEST:
+                if walk.NAMED.search(kind.__name__):
+                    large.add(kind)
+                continue
+            try:
+                done = compared(module)
+            except Exception as error:
+                raise AssertionError(f"{kind.__module__}.{kind.__qualname__}") from error
+            (patched if done else alone).add(kind)
+        missed |= {c for c in walk.classes(file) - found.keys() if walk.NAMED.search(c.__name__)}
+    return patched, alone, large - patched - alone, missed
