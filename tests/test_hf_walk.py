@@ -1,12 +1,10 @@
 """Every class of modules of the installed transformers: patched and equal, or left alone."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 import walk
-from torch import nn
 
 from tfkern.integrations import hf
 from tfkern.integrations.hf import norms, wholes
@@ -48,7 +46,7 @@ def _results(module, method, is_norm):
         widths, count = (own or list(getattr(module, "normalized_shape", (8,))))[:1], 1
     else:
         widths = list(dict.fromkeys(_widths(module)))
-        plans = [p for key, _ in [((type(module), method), 0)] for _, p in wholes._PLANS[key] if p]
+        plans = [p for _, p in wholes._PLANS[getattr(type(module), method)] if p]
         count = plans[0].inputs
     for width in widths:
         generator = torch.Generator().manual_seed(1)

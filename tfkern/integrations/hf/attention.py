@@ -1,16 +1,12 @@
 """tfkern's attention in the form that models of transformers call."""
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tfkern.ops import attention, attention_weights
-
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # transformers of before version 5, whose models pass output_attentions on
-    _active_collector = None
 
 NAMES: set[str] = set()  # names that `register` was given
 
@@ -98,5 +94,8 @@ def attention_forward(
 def _collected() -> bool:
     """Whether the model will return attention weights. Some attention modules, such as GPT-2's,
     take output_attentions as an argument of their own and do not pass it on."""
-    collector = None if _active_collector is None else _active_collector.get()
-    return bool(collector) and any("attentions" in key for key in collector)
+    # Before version 5 transformers has no such file, and passes output_attentions on.
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    variable: Any = getattr(capturing, "_active_collector", None)
+    collected: Any = None if variable is None else variable.get()
+    return bool(collected) and any("attentions" in key for key in collected)

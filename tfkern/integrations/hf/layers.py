@@ -13,40 +13,48 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkern import dispatch
 from tfkern.integrations.hf import norms
-from tfkern.integrations.hf.plain import activation, idle, is_linear, linear, named_activation
+from tfkern.integrations.hf.plain import (
+    activation,
+    alike,
+    idle,
+    is_linear,
+    linear,
+    named_activation,
+)
 from tfkern.integrations.hf.residual import add_norm
 from tfkern.integrations.hf.rotation import NAME, rotation
 from tfkern.ops import mlp
 
-_FORWARDS: dict[type, Callable[..., Any] | None] = {}
+# By the forward of the class, which other libraries replace.
+_FORWARDS: dict[Callable[..., Any], Callable[..., Any] | None] = {}
 
 
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a patched layer."""
-    kind = type(module)
-    return (_FORWARDS.get(kind) or rewritten(module) or kind.forward)(module, *args, **kwargs)
+    own = type(module).forward
+    return (_FORWARDS.get(own) or rewritten(module) or own)(module, *args, **kwargs)
 
 
 def rewritten(module: nn.Module) -> Callable[..., Any] | None:
     """The forward of the module's class with tfkern's calls, None if it has no place for one.
     Children of this module tell which statements to look at."""
-    kind = type(module)
-    if kind not in _FORWARDS:
+    own: Any = type(module).forward
+    if own not in _FORWARDS:
         if torch.compiler.is_compiling():  # Dynamo cannot trace a compiler, which `patch` has run
             return None
         try:
-            _FORWARDS[kind] = _compiled(kind, _roles(module))
-        except (OSError, TypeError, SyntaxError):  # there is no source, or it is not a function's
-            _FORWARDS[kind] = None
-    return _FORWARDS[kind]
+            _FORWARDS[own] = _compiled(own, _roles(module))
+        except Exception:  # there is no source, or it needs more than the names of its file
+            _FORWARDS[own] = None
+    return _FORWARDS[own]
 
 
 def _roles(module: nn.Module) -> dict[str, str]:
@@ -65,22 +73,28 @@ def _roles(module: nn.Module) -> dict[str, str]:
     return roles
 
 
-def _compiled(kind: type, roles: dict[str, str]) -> Callable[..., Any] | None:
-    function: Any = inspect.unwrap(kind.forward)
+def _compiled(own: Any, roles: dict[str, str]) -> Callable[..., Any] | None:
+    function = inspect.unwrap(own)
     turn = None
     if NAME in function.__code__.co_names and NAME in function.__globals__:
         turn = rotation(function.__globals__[NAME])
     if turn is None and not {"norm", "linear"} & set(roles.values()):
         return None
-    closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if set(closure) - {"__class__"}:
+    names = {_ADD_NORM: add_norm, _MLP: _mlp}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        names[name] = cell.cell_contents  # __class__, for super()
+    lines, start = inspect.getsourcelines(function)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    definition: Any = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef):
         return None
-    names = {_ADD_NORM: add_norm, _MLP: _mlp, "__class__": kind}
-    if "__class__" in closure:
-        names["__class__"] = closure["__class__"].cell_contents
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    if not isinstance(tree.body[0], ast.FunctionDef):
+    definition.decorator_list = []
+    # Names that begin with two underscores mean something else outside of their class.
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    used |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    if any(name.startswith("__") and not name.endswith("__") for name in used):
         return None
+    ast.increment_lineno(tree, start - 1)  # for tracebacks
     change = _Change(roles)
     change.visit(tree)
     if turn is None and not change.changes:
@@ -89,12 +103,29 @@ def _compiled(kind: type, roles: dict[str, str]) -> Callable[..., Any] | None:
         names[NAME] = turn
     # A function around theirs holds our names, so that none is entered into their file.
     outer = ast.parse(f"def make({', '.join(names)}):\n    return {function.__name__}")
-    outer.body[0].body.insert(0, tree.body[0])  # type: ignore[attr-defined]
+    outer.body[0].body.insert(0, definition)  # type: ignore[attr-defined]
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
     code = compile(ast.fix_missing_locations(outer), inspect.getfile(function), "exec", flags, True)
     made: dict[str, Any] = {}
     exec(code, function.__globals__, made)
-    return made["make"](**names)
+    return _around(own, function, made["make"](**names))
+
+
+def _around(outer: Any, inner: Any, new: Any) -> Any:
+    """What stands around the inner function, decorators and gradient checkpointing, around the new
+    one. They hold the inner function in their closures."""
+    if outer is inner:
+        return new
+    held = outer.__wrapped__
+    changed = CellType(_around(held, inner, new))
+    closure = tuple(changed if c.cell_contents is held else c for c in outer.__closure__)
+    if changed not in closure:
+        raise TypeError("a wrapper that does not hold what it wraps")
+    copied = FunctionType(
+        outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, closure
+    )
+    copied.__kwdefaults__ = outer.__kwdefaults__
+    return copied
 
 
 _ADD_NORM, _MLP = "tfkern_add_norm", "tfkern_mlp"
@@ -143,7 +174,7 @@ class _Change(ast.NodeTransformer):
             and not node.keywords
         )
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def visit_Call(self, node: Any) -> ast.AST:
         """self.norm(a + b)."""
         super().generic_visit(node)
         if not self._call(node, "norm") or not _is_sum(node.args[0]):
@@ -164,7 +195,8 @@ class _Change(ast.NodeTransformer):
             kept, rest = rest[:1], rest[1:]
         if not rest or not isinstance(rest[0], ast.Assign | ast.Return | ast.Expr):
             return None
-        calls = [n for n in ast.walk(rest[0]) if self._call(n, "norm") and _named(n.args[0], x)]
+        nodes: list[Any] = list(ast.walk(rest[0]))
+        calls = [n for n in nodes if self._call(n, "norm") and _named(n.args[0], x)]
         if len(calls) != 1 or any(isinstance(n, _CONDITIONAL) for n in ast.walk(rest[0])):
             return None
         norm, y = calls[0].func, "tfkern_normed"
@@ -270,11 +302,10 @@ def _mlp(x: Any, fc1: Any, act: Any, fc2: Any, *drop: Any) -> Any:
     """fc2(dropout(act(fc1(x)))), where `drop` is empty, a module, or probability and training."""
     idles = not drop or (idle(drop[0]) if len(drop) == 1 else not (drop[0] and drop[1]))
     name = activation(act) if idles else None
-    first, last = (linear(fc1), linear(fc2)) if name else (None, None)
-    if first and last and isinstance(x, Tensor) and x.dim() > 0:
-        weights = [*first, *last]
-        if dispatch.autocasts(x.device) or all(w is None or w.dtype == x.dtype for w in weights):
-            return mlp(x, *weights, activation=name)
+    if name is not None and isinstance(x, Tensor) and x.dim() > 0:
+        first, last = linear(fc1), linear(fc2)
+        if first is not None and last is not None and alike(x, *first, *last):
+            return mlp(x, *first, *last, activation=name)
     h = act(fc1(x))
     if drop:
         h = drop[0](h) if len(drop) == 1 else F.dropout(h, p=drop[0], training=drop[1])

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tfkern.integrations.hf.plain import ours, own_attributes
+from tfkern import dispatch
+from tfkern.integrations.hf.plain import STANDARD, ours, own_attributes
 from tfkern.nn.fusible import _strange, unadorned
 from tfkern.ops import layer_norm, rms_norm
 
@@ -25,7 +26,7 @@ class Form(NamedTuple):
 
     def __call__(self, module: nn.Module, x: Tensor, **options: Any) -> Any:
         own = module._parameters
-        w = own[self.weight] if self.weight else None
+        w: Tensor | None = own[self.weight] if self.weight else None
         options["eps"] = getattr(module, self.eps)
         if self.plus_one:
             assert w is not None
@@ -56,6 +57,8 @@ def form(module: Any, x: Any) -> Form | None:
             p = own[name]
             if p.dtype != x.dtype or p.shape[0] != x.shape[-1] or _strange(p):
                 return None
+    if x.dtype not in (torch.float32, torch.float64) and dispatch.autocasts(x.device):
+        return None
     return found
 
 
@@ -66,13 +69,14 @@ def plain(module: Any, x: Any) -> Form | None:
     return form(module, x)
 
 
-_READ: dict[type, tuple[str, ...]] = {}  # names of attributes that the forward of a class reads
+# A class is entered with its forward, which other libraries replace.
+_READ: dict[Any, tuple[str, ...]] = {}  # names of attributes that the forward of a class reads
 _FORMS: dict[Any, Form | None] = {}  # by class, names of parameters, and values of these attributes
 
 
 def known(module: Any) -> Form | None:
     """The form of a norm, None for all other modules."""
-    own, kind = module._parameters, type(module)
+    own, kind = module._parameters, (type(module), type(module).forward)
     if module._modules or module._buffers or len(own) > 2:
         return None
     names = tuple([n for n, p in own.items() if p is not None])
@@ -92,15 +96,21 @@ def known(module: Any) -> Form | None:
     except TypeError:  # an attribute without a hash
         return None
     # None is an eps of torch's RMS norm only.
-    if found is not None and attributes[found.eps] is None and kind is not nn.RMSNorm:
+    if found is not None and attributes[found.eps] is None and kind[0] is not nn.RMSNorm:
         return None
     return found
 
 
 def _probe(module: nn.Module, names: tuple[str, ...]) -> None:
     """Enters the module's form."""
-    kind, read = type(module), set(_READ.get(type(module), ()))
-    with torch.random.fork_rng(devices=()):
+    kind = type(module), type(module).forward
+    read = set(_READ.get(kind, ()))
+    # The caller may be in any mode; what is found must not depend on it.
+    with (
+        torch.random.fork_rng(devices=()),
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+    ):
         torch.manual_seed(0)
         found = _recognised(module, names, read)
     values = vars(module)
@@ -135,24 +145,34 @@ def _recognised(module: nn.Module, names: tuple[str, ...], read: set[str]) -> Fo
     return None
 
 
+# Shapes but for the last axis, scales of the input, eps, and scales of the weights.
+_DRAWN = (
+    ((5,), 1e-3, 1e-6, 1.0),
+    ((2, 3), 1.0, 0.03, 1.0),
+    ((), 1.0, 1e-5, 30.0),
+    ((2, 2, 3), 100.0, 1e-6, 1.0),
+)
+
+
 def _same(module: nn.Module, candidate: Form, size: int, read: set[str]) -> bool:
     """Whether the module's own forward gives values and gradients of the candidate, with other
     weights and other eps than the module's, in evaluation and training."""
     other = _double(module, read)
     try:
         for dtype, tolerance in (
-            (torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)
+            (torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 3e-2),
+            (torch.float16, 1e-2),
         ):  # fmt: skip
-            for *outer, scale, eps in ((5, 1e-3, 1e-6), (2, 3, 1.0, 0.03), (2, 2, 3, 30.0, 1e-6)):
-                shape = [int(n) for n in outer] + [size]
-                x = (scale * (torch.randn(shape, dtype=torch.float64) + 0.5)).to(dtype)
-                x.requires_grad_()
+            for shape, scale, eps, factor in _DRAWN:
+                x = torch.randn(*shape, size, dtype=torch.float64, device="cpu") + 0.5
+                x = (scale * x).to(dtype).requires_grad_()
                 for name in (candidate.weight, candidate.bias):
                     if name is not None:
-                        w = torch.randn(size, dtype=dtype)
-                        other._parameters[name] = nn.Parameter(w)
-                setattr(other, candidate.eps, eps)
-                for other.training in (False, True):
+                        w = factor * torch.randn(size, dtype=torch.float64, device="cpu")
+                        other._parameters[name] = nn.Parameter(w.to(dtype))
+                other.__dict__[candidate.eps] = eps
+                for training in (False, True):
+                    other.__dict__["training"] = training
                     if not _equal(other, candidate, x, tolerance):
                         return False
     except Exception:  # a module of another form
@@ -170,6 +190,9 @@ def _equal(module: Any, candidate: Form, x: Tensor, tolerance: float) -> bool:
             if type(y) is not Tensor or y.dtype != x.dtype or y.shape != x.shape:
                 return False
             dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+            with torch.no_grad():
+                if not torch.equal(function(module, x), y):
+                    return False
             results.append((y, *torch.autograd.grad(y, inputs, dy)))
     for a, b in zip(*results, strict=True):
         limit = tolerance * b.abs().max().item()
@@ -182,14 +205,18 @@ def _double(module: nn.Module, read: set[str]) -> Any:
     """A copy with parameters of its own, which enters into `read` the attributes that it is asked
     for."""
     kind = type(module)
-    names = own_attributes(module).keys()
+    usual = {*STANDARD, *module._parameters}
 
     def spying(self: Any, name: str) -> Any:
-        if name in names:
+        if name not in usual and not name.startswith("__"):
             read.add(name)
         return super(spied, self).__getattribute__(name)
 
-    spied: Any = type(kind.__name__, (kind,), {"__getattribute__": spying})
+    def refusing(self: Any, name: str, value: Any) -> None:
+        raise AttributeError("a norm that keeps something")
+
+    methods = {"__getattribute__": spying, "__setattr__": refusing}
+    spied: Any = type(kind.__name__, (kind,), methods)
     double = object.__new__(spied)
     double.__dict__.update(copy.copy(vars(module)))
     double.__dict__.pop("forward", None)

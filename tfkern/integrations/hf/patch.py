@@ -49,7 +49,7 @@ class Patch:
         if norms.known(module) is not None:
             self._replace(module, "forward", norms.forward)
             return True
-        methods = wholes.methods(module)
+        methods = [m for m in wholes.methods(module) if m not in vars(module)]
         for method in methods:
             self._replace(module, method, wholes.FORWARDS[method])
         if "forward" not in methods and layers.rewritten(module) is not None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfkern import dispatch
 from tfkern.nn.fusible import LINEAR, fusible, unadorned
 from tfkern.ops.activation import FUNCTIONS
 
 _PACKAGE = __name__.rpartition(".")[0]
-_STANDARD = frozenset(vars(nn.Module()))  # what every module has
+STANDARD = frozenset(vars(nn.Module()))  # what every module has
 _ACTIVATIONS: dict[Any, str | None] = {}
 
 
@@ -30,7 +31,7 @@ def is_ours(function: Any) -> bool:
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that the module's class gave it, by name, without what every module has."""
-    return {k: v for k, v in vars(module).items() if k not in _STANDARD and k != "forward"}
+    return {k: v for k, v in vars(module).items() if k not in STANDARD and k != "forward"}
 
 
 def is_linear(kind: type) -> bool:
@@ -50,6 +51,11 @@ def linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
         return None
     own = module._parameters
     return own["weight"].t() if turned else own["weight"], own["bias"]
+
+
+def alike(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether all have the dtype of x, or autocast makes it so."""
+    return dispatch.autocasts(x.device) or all([w is None or w.dtype == x.dtype for w in weights])
 
 
 def idle(dropout: Any) -> bool:
@@ -72,7 +78,7 @@ def named_activation(module: nn.Module) -> str | None:
         return None
     values = own_attributes(module).values()
     # A method of the module itself is equal for all modules of the class.
-    key = type(module), *(getattr(v, "__func__", v) for v in values)
+    key = type(module), type(module).forward, *(getattr(v, "__func__", v) for v in values)
     try:
         return _ACTIVATIONS[key]
     except KeyError:
@@ -85,17 +91,21 @@ def named_activation(module: nn.Module) -> str | None:
 
 def _compared(module: nn.Module) -> str | None:
     """The name of the function with the module's values and slopes, in training and evaluation."""
-    x = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-3e3, -100.0, 100.0, 3e3])])
-    x = x.double().requires_grad_()  # 0 is a kink of relu, where slopes are a matter of taste
     module = copy.copy(module)
-    for name, function in FUNCTIONS.items():
-        with torch.enable_grad(), torch.random.fork_rng(devices=()):
-            y = function(x)
-            expected = y, *torch.autograd.grad(y.sum(), x)
+    # The caller may be in any mode; what is found must not depend on it.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=()),
+    ):
+        x = torch.linspace(-12, 12, 480, dtype=torch.float64, device="cpu")  # without 0, a kink
+        x = torch.cat([1e3 * x, x, 1e-3 * x]).requires_grad_()
+        for name, function in FUNCTIONS.items():
+            expected = _with_slopes(function, x)
             try:
                 for module.training in (False, True):
-                    y = type(module).forward(module, x.clone())
-                    got = y, *torch.autograd.grad(y.sum(), x)
+                    got = _with_slopes(partial(type(module).forward, module), x)
                     if not all(map(_near, got, expected)):
                         break
                 else:
@@ -103,6 +113,11 @@ def _compared(module: nn.Module) -> str | None:
             except Exception:  # a module of another form
                 return None
     return None
+
+
+def _with_slopes(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = function(x.clone())
+    return y, torch.autograd.grad(y.sum(), x)[0]
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

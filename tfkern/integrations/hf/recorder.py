@@ -40,6 +40,9 @@ class Step(NamedTuple):
     out: Ref
 
 
+_METHOD = object()  # the value of a method that the module has from its class
+
+
 class Guard(NamedTuple):
     """What the recording rests on: an attribute with this value, or if name is None a module of
     this type with children of these names."""
@@ -53,7 +56,10 @@ class Guard(NamedTuple):
         if module is None:
             return False
         if self.name is None:
-            return (type(module), *module._modules) == self.value
+            return (type(module), type(module).forward, *module._modules) == self.value
+        if self.value is _METHOD:
+            own = vars(module).get(self.name)
+            return own is None or is_ours(own)
         value = getattr(module, self.name, UnknownError)
         return value is self.value or (type(value) is type(self.value) and value == self.value)
 
@@ -86,13 +92,17 @@ def record(
     """
     guards: tuple[Guard, ...] = ()
     for width in dict.fromkeys(_widths(module)):
-        tape = _Tape(module, is_whole)
-        try:
-            with torch.no_grad():
-                recording = tape.run(getattr(type(module), method), width)
-            return recording, tuple(tape.guards)
-        except Exception:  # the method may raise whatever it likes on our stand-ins
+        recordings: list[Recording | None] = []
+        for grad in (False, True):
+            tape = _Tape(module, is_whole)
+            try:
+                with torch.set_grad_enabled(grad):
+                    recordings.append(tape.run(getattr(type(module), method), width))
+            except Exception:  # the method may raise whatever it likes on our stand-ins
+                recordings.append(None)
             guards = tuple(dict.fromkeys((*guards, *tape.guards)))
+        if recordings[0] is not None and recordings[0] == recordings[1]:
+            return recordings[0], guards
     return None, guards
 
 
@@ -125,6 +135,8 @@ class _Tape:
         if not required or any(p.kind is p.KEYWORD_ONLY for p in required):
             raise UnknownError("no inputs that a call gives by position")
         inputs = [self.new(torch.empty(2, 3, width, device="meta")) for _ in required]
+        if hasattr(method, "__wrapped__"):
+            raise UnknownError("a method with something around it, such as checkpointing")
         result = method(_StandIn(self, self.root, ()), *inputs)
         if type(result) is not _Marked:
             raise UnknownError("the result is no tensor that the steps give")
@@ -170,8 +182,8 @@ class _StandIn:
     """Stands in for a module. It also says that it is of the module's class."""
 
     def __init__(self, tape: _Tape, module: nn.Module, path: Path) -> None:
-        self._tape, self._module, self._path = tape, module, path
-        tape.guard(path, None, (type(module), *module._modules))
+        vars(self).update(_tape=tape, _module=module, _path=path)
+        tape.guard(path, None, (type(module), type(module).forward, *module._modules))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -183,7 +195,6 @@ class _StandIn:
             return self._child(name)
         if name in module._parameters:
             p = module._parameters[name]
-            tape.guard(path, None, (type(module), *module._modules))
             if p is None:
                 raise UnknownError("a parameter that is absent")
             return torch.empty_like(p, dtype=torch.float32, device="meta", requires_grad=False)
@@ -198,8 +209,12 @@ class _StandIn:
             raise UnknownError(f"the attribute {name}")
         value = inspect.getattr_static(type(module), name, None)
         if isinstance(value, FunctionType) and name not in vars(nn.Module):
+            tape.guard(path, name, _METHOD)
             return MethodType(value, self)
         raise UnknownError(f"the attribute {name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnknownError("a module that keeps something")
 
     def _child(self, name: str) -> Any:
         child = self._module._modules[name]
@@ -224,6 +239,8 @@ class _StandIn:
         if kind is None:
             if tape.is_whole(module):
                 raise UnknownError("a module that is patched on its own")
+            if hasattr(type(module).forward, "__wrapped__"):
+                raise UnknownError("a forward with something around it, such as checkpointing")
             tape.inlined[path] = None
             return type(module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
         if len(args) != 1 or kwargs or type(args[0]) is not _Marked:

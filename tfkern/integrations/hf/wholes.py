@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkern import dispatch
-from tfkern.integrations.hf.plain import activation, idle, linear, ours
+from tfkern.integrations.hf.plain import activation, alike, idle, linear, ours
 from tfkern.integrations.hf.recorder import Guard, Path, Recording, Ref, Step, at, record
 from tfkern.integrations.hf.residual import add_norm
 from tfkern.nn.fusible import unadorned
@@ -63,13 +62,13 @@ def ff_chunk(module: Any, *args: Any) -> Any:
 
 
 FORWARDS = {"forward": forward, "feed_forward_chunk": feed_forward_chunk, "ff_chunk": ff_chunk}
-_PLANS: dict[tuple[type, str], list[tuple[tuple[Guard, ...], Plan | None]]] = {}
+_PLANS: dict[Any, list[tuple[tuple[Guard, ...], Plan | None]]] = {}
 _LOCK = threading.RLock()
 
 
 def plan(module: nn.Module, method: str) -> Plan | None:
     """What to do in place of the method in the module's present state, None to call it."""
-    for guards, found in _PLANS.get((type(module), method), ()):
+    for guards, found in _PLANS.get(getattr(type(module), method), ()):
         if all([guard.holds(module) for guard in guards]):
             return found
     # Dynamo cannot trace a recording; `patch` has made those that a model needs.
@@ -78,10 +77,11 @@ def plan(module: nn.Module, method: str) -> Plan | None:
 
 def _recorded(module: nn.Module, method: str) -> Plan | None:
     with _LOCK:
-        plans = _PLANS.setdefault((type(module), method), [])
+        plans = _PLANS.setdefault(getattr(type(module), method), [])
         if len(plans) == _MOST:  # an attribute that has ever other values
             return None
-        recording, guards = record(module, method, is_whole)
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            recording, guards = record(module, method, is_whole)
         found = None if recording is None else _plan(recording)
         plans.append((guards, found))
         return found
@@ -212,8 +212,8 @@ def _ready(module: nn.Module, found: Plan, args: tuple[Any, ...]) -> Any:
             return None
     step = next(s for s in found.steps if s.kind == "mlp")
     layers: Mlp = step.call
-    act = layers.act
-    act = act if isinstance(act, str) else activation(at(module, act))
+    by_name = isinstance(layers.act, str)
+    act = layers.act if by_name else activation(at(module, layers.act))  # type: ignore[arg-type]
     if act is None:
         return None
     for path in layers.dropouts:
@@ -225,11 +225,8 @@ def _ready(module: nn.Module, found: Plan, args: tuple[Any, ...]) -> Any:
         if pair is None:
             return None
         weights += pair
-    x = args[0]
-    if not dispatch.autocasts(x.device):
-        for w in weights:
-            if w is not None and w.dtype != x.dtype:
-                return None
+    if not alike(args[0], *weights):
+        return None
     if layers.gated and len(layers.first) == 1:
         w, b, *last = weights
         halves = w.chunk(2)  # type: ignore[union-attr]
