@@ -57,7 +57,37 @@ def modules(file):
         model = _built(kind)
         for module in () if model is None else model.modules():
             found.setdefault(type(module), module)
+    for kind in wanted - found.keys():
+        if NAMED.search(kind.__name__):
+            module = _alone(kind, {c.config_class for c in whole if c.config_class})
+            if module is not None:
+                found[kind] = module
     return found
+
+
+def _alone(kind, configurations):
+    """A module that no model has by default, from the arguments that such classes take."""
+    for configuration in sorted(configurations, key=lambda c: c.__name__):
+        try:
+            config = configuration()
+            _shrink(config, _SIZES | _COUNTS)
+        except Exception:
+            continue
+        for text in (config, getattr(config, "text_config", config)):
+            for args in _arguments(text):
+                try:
+                    with warnings.catch_warnings(), torch.device("meta"):
+                        warnings.simplefilter("ignore")
+                        return kind(*args)
+                except Exception:
+                    continue
+    return None
+
+
+def _arguments(config):
+    return (
+        (config,), (config, 48), (config, 32, 48), (config, 0), (32,), (32, 48), (32, 48, 32),
+    )  # fmt: skip
 
 
 def _built(kind):
@@ -92,7 +122,7 @@ def filled(module, seed=0):
     for tensor in (*module.parameters(), *module.buffers()):
         tensor = tensor.data
         if tensor.is_floating_point():
-            scale = 0.5 if tensor.dim() < 2 else tensor[0].numel() ** -0.5
+            scale = 0.5 if tensor.dim() < 2 else max(1, tensor[:1].numel()) ** -0.5
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.copy_(drawn * scale + (0.5 if tensor.dim() < 2 else 0))
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tfkern import dispatch
-from tfkern.integrations.hf.plain import STANDARD, ours, own_attributes
+from tfkern.integrations.hf.plain import STANDARD, neutral, ours, own_attributes
 from tfkern.nn.fusible import _strange, unadorned
 from tfkern.ops import layer_norm, rms_norm
 
@@ -105,13 +105,7 @@ def _probe(module: nn.Module, names: tuple[str, ...]) -> None:
     """Enters the module's form."""
     kind = type(module), type(module).forward
     read = set(_READ.get(kind, ()))
-    # The caller may be in any mode; what is found must not depend on it.
-    with (
-        torch.random.fork_rng(devices=()),
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-    ):
-        torch.manual_seed(0)
+    with neutral():
         found = _recognised(module, names, read)
     values = vars(module)
     eps = {found.eps} if found else set()
@@ -184,16 +178,15 @@ def _equal(module: Any, candidate: Form, x: Tensor, tolerance: float) -> bool:
     inputs = [x, *module._parameters.values()]
     inputs = [t for t in inputs if t is not None]
     results = []
-    with torch.enable_grad():
-        for function in (type(module).forward, candidate):
-            y = function(module, x)
-            if type(y) is not Tensor or y.dtype != x.dtype or y.shape != x.shape:
+    for function in (type(module).forward, candidate):
+        y = function(module, x)
+        if type(y) is not Tensor or y.dtype != x.dtype or y.shape != x.shape:
+            return False
+        with torch.no_grad():
+            if not torch.equal(function(module, x), y):
                 return False
-            dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
-            with torch.no_grad():
-                if not torch.equal(function(module, x), y):
-                    return False
-            results.append((y, *torch.autograd.grad(y, inputs, dy)))
+        dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device="cpu").view_as(y)
+        results.append((y, *torch.autograd.grad(y, inputs, dy)))
     for a, b in zip(*results, strict=True):
         limit = tolerance * b.abs().max().item()
         if not torch.allclose(a, b, rtol=tolerance, atol=limit):

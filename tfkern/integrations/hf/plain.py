@@ -3,7 +3,10 @@
 All of this may change between two calls, so the patched modules ask at every call.
 """
 
+import contextlib
 import copy
+import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +19,7 @@ from tfkern.ops.activation import FUNCTIONS
 
 _PACKAGE = __name__.rpartition(".")[0]
 STANDARD = frozenset(vars(nn.Module()))  # what every module has
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS: dict[Any, str | None] = {}
 
 
@@ -35,27 +39,86 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def is_linear(kind: type) -> bool:
-    return kind in LINEAR or _turned(kind)
-
-
-def _turned(kind: type) -> bool:
-    """Whether this is Conv1D of transformers, a linear layer with weights (in, out)."""
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return kind in LINEAR or _layout(kind) is not None
 
 
 def linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight (out, in) and bias of a plain linear layer, None for all else."""
     kind = type(module)
-    turned = _turned(kind)
-    if not fusible(module, (kind,) if turned else LINEAR):
+    layout = "out, in" if kind in LINEAR else _layout(kind)
+    if layout is None or not fusible(module, (kind,)):
         return None
     own = module._parameters
-    return own["weight"].t() if turned else own["weight"], own["bias"]
+    return own["weight"].t() if layout == "in, out" else own["weight"], own["bias"]
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Sizes of the output and the input of a linear layer."""
+    rows, columns = layer._parameters["weight"].shape
+    return (columns, rows) if _layout(type(layer)) == "in, out" else (rows, columns)
+
+
+_LAYOUTS: dict[Any, str | None] = {}
+
+
+def _layout(kind: Any) -> str | None:
+    """How the weight of a class of linear layers lies in memory, None for other classes."""
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return "in, out"
+    if not issubclass(kind, nn.Linear):
+        return None
+    key = kind, kind.forward
+    if key not in _LAYOUTS:
+        if torch.compiler.is_compiling():  # Dynamo cannot trace a probe, which `patch` has made
+            return None
+        _LAYOUTS[key] = "out, in" if _multiplies(kind) else None
+    return _LAYOUTS[key]
+
+
+def _multiplies(kind: Any) -> bool:
+    """Whether the forward of a subclass of nn.Linear computes what nn.Linear does, and asks for
+    nothing that nn.Linear does not have. Such layers may do more: adapters, quantised layers."""
+    layer = object.__new__(kind)
+    nn.Linear.__init__(layer, 3, 5, dtype=torch.float64, device="cpu")
+    usual = {*dir(layer)} & {*dir(nn.Linear(3, 5, device="meta"))}
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None or any(name in {*dir(kind)} - usual for name in code.co_names):
+        return False
+    with neutral():
+        for outer in ((4,), (2, 3)):
+            x = torch.randn(*outer, 3, dtype=torch.float64, device="cpu")
+            for bias in (layer.bias, None):
+                layer.bias = bias
+                expected = nn.functional.linear(x, layer.weight, bias)
+                try:
+                    for layer.training in (False, True):
+                        if not torch.allclose(kind.forward(layer, x), expected):
+                            return False
+                except Exception:  # the class needs more than it got
+                    return False
+            layer.bias = nn.Parameter(torch.ones(5, dtype=torch.float64, device="cpu"))
+    return True
+
+
+@contextlib.contextmanager
+def neutral() -> Iterator[None]:
+    """The modes of a probe, whatever those of the caller are, and random numbers of its own."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=()),
+    ):
+        torch.manual_seed(0)
+        yield
 
 
 def alike(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether all have the dtype of x, or autocast makes it so."""
-    return dispatch.autocasts(x.device) or all([w is None or w.dtype == x.dtype for w in weights])
+    dtypes = [w.dtype for w in weights if w is not None]
+    if dispatch.autocasts(x.device):
+        return all([dtype in _FLOATING for dtype in dtypes])
+    return all([dtype == x.dtype for dtype in dtypes])
 
 
 def idle(dropout: Any) -> bool:
@@ -92,13 +155,7 @@ def named_activation(module: nn.Module) -> str | None:
 def _compared(module: nn.Module) -> str | None:
     """The name of the function with the module's values and slopes, in training and evaluation."""
     module = copy.copy(module)
-    # The caller may be in any mode; what is found must not depend on it.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=()),
-    ):
+    with neutral():
         x = torch.linspace(-12, 12, 480, dtype=torch.float64, device="cpu")  # without 0, a kink
         x = torch.cat([1e3 * x, x, 1e-3 * x]).requires_grad_()
         for name, function in FUNCTIONS.items():

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import resolve_name
 
 from tfkern.integrations.hf import norms
-from tfkern.integrations.hf.plain import is_linear, is_ours, named_activation
-from tfkern.nn.fusible import LINEAR
+from tfkern.integrations.hf.plain import is_linear, is_ours, named_activation, sizes
 
 Path = tuple[str, ...]
 
@@ -109,13 +108,7 @@ def record(
 def _widths(root: nn.Module) -> list[int]:
     """Sizes that the last axis of an input may have."""
     layers = [m for m in root.modules() if is_linear(type(m))]
-    return [_shape(m)[1] for m in layers if m._parameters.get("weight") is not None]
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    """Sizes of the output and the input of a linear layer."""
-    rows, columns = layer._parameters["weight"].shape
-    return (rows, columns) if type(layer) in LINEAR else (columns, rows)
+    return [sizes(m)[1] for m in layers if m._parameters.get("weight") is not None]
 
 
 class _Tape:
@@ -247,7 +240,7 @@ class _StandIn:
             raise UnknownError("a layer with other arguments than one tensor")
         like = _plain(args[0])
         if kind == "linear":
-            rows, columns = _shape(module)
+            rows, columns = sizes(module)
             if columns != like.shape[-1]:
                 raise UnknownError("an input of another size")
             like = like.new_empty(*like.shape[:-1], rows)

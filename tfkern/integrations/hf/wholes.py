@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkern.integrations.hf.plain import activation, alike, idle, linear, ours
+from tfkern.integrations.hf.plain import activation, alike, idle, linear, neutral, ours
 from tfkern.integrations.hf.recorder import Guard, Path, Recording, Ref, Step, at, record
 from tfkern.integrations.hf.residual import add_norm
 from tfkern.nn.fusible import unadorned
@@ -80,7 +80,7 @@ def _recorded(module: nn.Module, method: str) -> Plan | None:
         plans = _PLANS.setdefault(getattr(type(module), method), [])
         if len(plans) == _MOST:  # an attribute that has ever other values
             return None
-        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        with neutral():
             recording, guards = record(module, method, is_whole)
         found = None if recording is None else _plan(recording)
         plans.append((guards, found))
