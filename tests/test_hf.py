@@ -12,7 +12,7 @@ from weights import perturb
 from tfkern.integrations import hf
 from tfkern.integrations.hf import norms, rotation, wholes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_size")
 
 MODELS = ("gpt1", "gpt2", "bert", "bart", "t5", "t5-v1.1", "vit")
 hf.register()

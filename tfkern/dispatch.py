@@ -134,6 +134,11 @@ def _order(args: tuple, backend: str | None) -> tuple[str, ...]:
     return (forced,) if forced else _ORDER.get(args[0].device.type, ("reference",))
 
 
+def is_forced() -> bool:
+    """Whether `use_backend` or TFKERN_BACKEND has named the backend of all calls."""
+    return _forced is not None
+
+
 def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
     """Which backend serves the call: the forced one or none, else the first one that can."""
     reasons: dict[str, str] = {}

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tfkern.integrations.hf import worth
 from tfkern.ops import attention, attention_weights
 
 NAMES: set[str] = set()  # names that `register` was given
@@ -15,7 +17,8 @@ def register(name: str = "tfkern") -> None:
     """Makes tfkern's attention an `attn_implementation` of transformers.
 
     It takes what transformers' "sdpa" takes, and also position biases with a gradient (T5), soft
-    caps, sinks and grouped key heads, without writing out a matrix of scores for any of them.
+    caps, sinks and grouped key heads, without writing out a matrix of scores for any of them. Few
+    scores in float32 on a CPU, as one token's, go to torch's function, which is called sooner.
     `output_attentions=True` in a call also computes the weights, from before dropout.
 
     Args:
@@ -73,6 +76,12 @@ def attention_forward(
     if causal and key.shape[2] > T:  # a static cache has room behind the first T tokens
         key, value = key[:, :, :T], value[:, :, :T]
         position_bias = None if position_bias is None else position_bias[..., :T]
+    collected = kwargs.get("output_attentions") or _collected()
+    plain = attention_mask is None and position_bias is None and s_aux is None and not softcap
+    plain = plain and not (dropout or collected or (causal and key.shape[2] < T))
+    if plain and not worth.attention(query, key):
+        o = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling)
+        return o.transpose(1, 2).contiguous(), None
     mask, bias = attention_mask, position_bias
     if mask is not None and mask.dtype != torch.bool:
         bias = mask if bias is None else bias + mask
@@ -86,7 +95,7 @@ def attention_forward(
     }
     o, lse = attention(query, key, value, sink=s_aux, dropout_p=dropout, return_lse=True, **options)
     weights = None
-    if kwargs.get("output_attentions") or _collected():
+    if collected:
         weights = attention_weights(query, key, lse, **options).to(query.dtype)
     return o.transpose(1, 2).contiguous(), weights
 

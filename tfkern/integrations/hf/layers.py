@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkern.integrations.hf import norms
+from tfkern.integrations.hf import norms, worth
 from tfkern.integrations.hf.plain import (
     activation,
     alike,
@@ -301,11 +301,11 @@ def _is_sum(node: Any) -> bool:
 def _mlp(x: Any, fc1: Any, act: Any, fc2: Any, *drop: Any) -> Any:
     """fc2(dropout(act(fc1(x)))), where `drop` is empty, a module, or probability and training."""
     idles = not drop or (idle(drop[0]) if len(drop) == 1 else not (drop[0] and drop[1]))
-    name = activation(act) if idles else None
-    if name is not None and isinstance(x, Tensor) and x.dim() > 0:
+    known = activation(act) if idles and isinstance(x, Tensor) and worth.mlp(x) else None
+    if known is not None and x.dim() > 0 and worth.mlp(x, known.operators - 1):
         first, last = linear(fc1), linear(fc2)
         if first is not None and last is not None and alike(x, *first, *last):
-            return mlp(x, *first, *last, activation=name)
+            return mlp(x, *first, *last, activation=known.name)
     h = act(fc1(x))
     if drop:
         h = drop[0](h) if len(drop) == 1 else F.dropout(h, p=drop[0], training=drop[1])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tfkern import dispatch
+from tfkern.integrations.hf import worth
 from tfkern.integrations.hf.plain import STANDARD, neutral, ours, own_attributes
 from tfkern.nn.fusible import _strange, unadorned
 from tfkern.ops import layer_norm, rms_norm
@@ -38,11 +39,15 @@ class Form(NamedTuple):
 
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a patched norm."""
-    if len(args) == 1 and not kwargs:
+    if len(args) == 1 and not kwargs and _is_worth(module, args[0]):
         found = form(module, args[0])
         if found is not None:
             return found(module, args[0])
     return type(module).forward(module, *args, **kwargs)
+
+
+def _is_worth(module: nn.Module, x: Any) -> bool:
+    return isinstance(x, Tensor) and worth.norm(module, x)
 
 
 def form(module: Any, x: Any) -> Form | None:

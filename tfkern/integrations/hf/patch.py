@@ -76,8 +76,10 @@ def patch(model: nn.Module) -> Patch:
 
     A patched module looks at its children in every call. It runs its own code where one of them
     has hooks or another forward, or has been replaced by an adapter, a quantised or a parametrised
-    layer, where dropout acts between the layers of an MLP, and where dtypes are mixed. Other models
-    of the same class are not changed. Copies and pickled models are patched like the original.
+    layer, where dropout acts between the layers of an MLP, and where dtypes are mixed. On a CPU it
+    also does so where an input is so small, or torch's own op so good, that tfkern's would take
+    longer (`use_backend` lifts this). Other models of the same class are not changed. Copies and
+    pickled models are patched like the original.
 
     If the model has asked for tfkern's attention but its attention modules compute their own, a
     warning tells so, once for each class.

@@ -8,10 +8,11 @@ import copy
 import inspect
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfkern import dispatch
 from tfkern.nn.fusible import LINEAR, fusible, unadorned
@@ -20,7 +21,14 @@ from tfkern.ops.activation import FUNCTIONS
 _PACKAGE = __name__.rpartition(".")[0]
 STANDARD = frozenset(vars(nn.Module()))  # what every module has
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS: dict[Any, str | None] = {}
+
+
+class Activation(NamedTuple):
+    name: str  # what tfkern calls the function
+    operators: int = 1  # how many of torch's the module calls for it
+
+
+_ACTIVATIONS: dict[Any, Activation | None] = {}
 
 
 def ours(module: nn.Module) -> Any:
@@ -128,14 +136,14 @@ def idle(dropout: Any) -> bool:
     )
 
 
-def activation(module: Any) -> str | None:
-    """tfkern's name for an activation, None if it has none or if hooks are hung on the module."""
+def activation(module: Any) -> Activation | None:
+    """The function of an activation, None if tfkern has none or if hooks are hung on the module."""
     if not isinstance(module, nn.Module) or not unadorned(module):
         return None
     return named_activation(module)
 
 
-def named_activation(module: nn.Module) -> str | None:
+def named_activation(module: nn.Module) -> Activation | None:
     """`activation` for a module as its class made it, whatever is hung on it."""
     if module._parameters or module._buffers or module._modules:
         return None
@@ -152,8 +160,8 @@ def named_activation(module: nn.Module) -> str | None:
         return None
 
 
-def _compared(module: nn.Module) -> str | None:
-    """The name of the function with the module's values and slopes, in training and evaluation."""
+def _compared(module: nn.Module) -> Activation | None:
+    """The function with the module's values and slopes, in training and evaluation."""
     module = copy.copy(module)
     with neutral():
         x = torch.linspace(-12, 12, 480, dtype=torch.float64, device="cpu")  # without 0, a kink
@@ -166,10 +174,23 @@ def _compared(module: nn.Module) -> str | None:
                     if not all(map(_near, got, expected)):
                         break
                 else:
-                    return name
+                    counted = _Counter()
+                    with counted, torch.no_grad():
+                        type(module).forward(module, x)
+                    return Activation(name, counted.operators)
             except Exception:  # a module of another form
                 return None
     return None
+
+
+class _Counter(TorchDispatchMode):
+    """Counts calls of torch's operators."""
+
+    operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.operators += 1
+        return function(*args, **(kwargs or {}))
 
 
 def _with_slopes(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:

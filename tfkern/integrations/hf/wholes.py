@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkern.integrations.hf.plain import activation, alike, idle, linear, neutral, ours
+from tfkern.integrations.hf import worth
+from tfkern.integrations.hf.plain import Activation, activation, alike, idle, linear, neutral, ours
 from tfkern.integrations.hf.recorder import Guard, Path, Recording, Ref, Step, at, record
 from tfkern.integrations.hf.residual import add_norm
 from tfkern.nn.fusible import unadorned
@@ -41,7 +42,9 @@ class Plan(NamedTuple):
 
 def run(module: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     """A patched method of the module."""
-    found = None if kwargs else plan(module, method)
+    found = None
+    if args and not kwargs and isinstance(args[0], Tensor) and worth.mlp(args[0]):
+        found = plan(module, method)
     if found is not None and found.inputs == len(args):
         ready = _ready(module, found, args)
         if ready is not None:
@@ -213,8 +216,11 @@ def _ready(module: nn.Module, found: Plan, args: tuple[Any, ...]) -> Any:
     step = next(s for s in found.steps if s.kind == "mlp")
     layers: Mlp = step.call
     by_name = isinstance(layers.act, str)
-    act = layers.act if by_name else activation(at(module, layers.act))  # type: ignore[arg-type]
-    if act is None:
+    act = Activation(layers.act) if by_name else activation(at(module, layers.act))  # type: ignore
+    # Two weights save one more pass, the product with the gate. Where one weight gives gate and up,
+    # its gradient is put together instead.
+    separate = len(layers.first) - 1
+    if act is None or not worth.mlp(args[0], act.operators - 1 + separate):
         return None
     for path in layers.dropouts:
         if not idle(at(module, path)):
@@ -234,7 +240,7 @@ def _ready(module: nn.Module, found: Plan, args: tuple[Any, ...]) -> Any:
         if layers.swapped:
             halves, biases = halves[::-1], biases[::-1]
         weights = [halves[0], biases[0], halves[1], biases[1], *last]
-    return weights, act
+    return weights, act.name
 
 
 def _computed(module: nn.Module, found: Plan, ready: Any, args: tuple[Any, ...]) -> Any:
