@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tfkern.integrations import hf
-from tfkern.integrations.hf import layers, norms, wholes
+from tfkern.integrations.hf import layers, norms, rotation, wholes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "every_size")
 hf.register()
@@ -368,6 +368,61 @@ def test_norms(kind):
     module.kind = plain.kind = "rms"
     half, other = x.bfloat16(), module(x.bfloat16())
     assert other.dtype == plain(half).dtype == torch.bfloat16
+
+
+def test_norms_with_a_constant_eps_or_without_weight():
+    olmo = transformers.models.olmo.modeling_olmo.OlmoLayerNorm(D)
+    nemotron = transformers.models.nemotron.modeling_nemotron.NemotronLayerNorm1P(D)
+    for module in (olmo, nemotron):
+        plain = copy.deepcopy(module)
+        assert hf.patch(module).names == [""]
+        for scale in (1e-3, 1.0, 100.0):
+            x = scale * torch.randn(2, 3, D)
+            close(values(module, x), values(plain, x))
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+        x = torch.randn(2, D)
+        assert norms.form(nemotron, x) is None  # its code has a rule of its own
+        assert norms.form(olmo, x) is not None
+
+
+def _turned_at_the_end(q, k, cos, sin):
+    """As GLM-like functions do, but the last features of a head are turned."""
+    rest = q.shape[-1] - cos.shape[-1]
+    llama = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    turned = llama(q[..., rest:], k[..., rest:], cos, sin)
+    return tuple(torch.cat([x[..., :rest], y], -1) for x, y in zip((q, k), turned, strict=True))
+
+
+def _wrong_sign(tensor, sin, cos):
+    return transformers.models.gptj.modeling_gptj.apply_rotary_pos_emb(tensor, -sin, cos)
+
+
+def test_rotations():
+    """Of heads as a whole or in part, where theirs has both."""
+    models = transformers.models
+    q, k, cos, sin = drawn(2, 3, 5, 8), drawn(2, 1, 5, 8), drawn(2, 5, 8), drawn(2, 5, 8)
+    for theirs, sizes in (
+        (models.llama.modeling_llama.apply_rotary_pos_emb, (8,)),
+        (models.cohere.modeling_cohere.apply_rotary_pos_emb, (8,)),
+        (models.gpt_neox.modeling_gpt_neox.apply_rotary_pos_emb, (8, 4)),
+        (models.glm.modeling_glm.apply_rotary_pos_emb, (8, 4)),
+        (_turned_at_the_end, (8, 4)),
+    ):
+        ours = rotation.rotation(theirs)
+        for size in sizes:
+            tables = cos[..., :size], sin[..., :size]
+            close(*(values(lambda q, k, f=f, t=tables: sum(map(torch.sum, f(q, k, *t))), q, k)
+                    for f in (ours, theirs)))  # fmt: skip
+            close(ours(q, k, *tables), theirs(q, k, *tables))
+
+
+def test_rotations_of_one_tensor():
+    theirs = transformers.models.gptj.modeling_gptj.apply_rotary_pos_emb
+    ours, x, tables = rotation.rotation(theirs), drawn(2, 5, 3, 8), drawn(2, 2, 5, 4)
+    close(*(values(lambda x, f=f: f(x, *tables), x) for f in (ours, theirs)))
+    one = tables[:, :, :1]  # one row for all tokens is not what ours takes
+    close([ours(x, *one)], [theirs(x, *one)])
+    assert rotation.rotation(_wrong_sign) is None
 
 
 @pytest.mark.parametrize("mode", ["inference", "autocast", "meta", "float64"])

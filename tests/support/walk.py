@@ -26,9 +26,12 @@ _COUNTS = {
 }  # fmt: skip
 
 
-def files():
-    """All modules of transformers with models in them that can be imported here."""
+def files(families=None):
+    """Modules of transformers with models in them that can be imported here, of all families or of
+    those named."""
     for family in pkgutil.iter_modules(transformers.models.__path__):
+        if families and family.name not in families:
+            continue
         folder = importlib.import_module(f"transformers.models.{family.name}")
         for file in pkgutil.iter_modules(getattr(folder, "__path__", [])):
             if file.name.startswith("modeling_"):

@@ -1,7 +1,8 @@
 """Norms, recognised by what their forward computes from random inputs."""
 
 import copy
-from itertools import permutations
+import inspect
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +22,15 @@ class Form(NamedTuple):
 
     rms: bool
     plus_one: bool  # the factor is 1 + weight
-    eps: str
+    eps: str | float  # an attribute, or a number in the code
     weight: str | None
     bias: str | None
+    casts: bool  # the code has a rule of its own for autocast
 
     def __call__(self, module: nn.Module, x: Tensor, **options: Any) -> Any:
         own = module._parameters
         w: Tensor | None = own[self.weight] if self.weight else None
-        options["eps"] = getattr(module, self.eps)
+        options["eps"] = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         if self.plus_one:
             assert w is not None
             w = 1 + (w if w.dtype == torch.float64 else w.float())
@@ -62,7 +64,8 @@ def form(module: Any, x: Any) -> Form | None:
             p = own[name]
             if p.dtype != x.dtype or p.shape[0] != x.shape[-1] or _strange(p):
                 return None
-    if x.dtype not in (torch.float32, torch.float64) and dispatch.autocasts(x.device):
+    wide = x.dtype in (torch.float32, torch.float64)
+    if dispatch.autocasts(x.device) and (found.casts or not wide):
         return None
     return found
 
@@ -101,8 +104,8 @@ def known(module: Any) -> Form | None:
     except TypeError:  # an attribute without a hash
         return None
     # None is an eps of torch's RMS norm only.
-    if found is not None and attributes[found.eps] is None and kind[0] is not nn.RMSNorm:
-        return None
+    if found is not None and isinstance(found.eps, str) and attributes[found.eps] is None:
+        return found if kind[0] is nn.RMSNorm else None
     return found
 
 
@@ -125,22 +128,27 @@ def _recognised(module: nn.Module, names: tuple[str, ...], read: set[str]) -> Fo
     parameters = [module._parameters[name] for name in names]
     if any(p is None or p.dim() != 1 or p.is_complex() for p in parameters):
         return None
-    attributes = own_attributes(module)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None:
+        return None
+    casts = any("autocast" in name for name in code.co_names)
+    eps: list[str | float] = [
+        k for k, v in own_attributes(module).items() if isinstance(v, float) or v is None
+    ]
+    eps += [v for v in code.co_consts if isinstance(v, float)]
     shape = getattr(module, "normalized_shape", (8,))
     if parameters:
         size = len(parameters[0])  # type: ignore[arg-type]
     else:
         size = shape[-1] if isinstance(shape, tuple) and shape else 8
-    for eps, value in attributes.items():
-        if isinstance(value, float) or (value is None and "eps" in eps):
-            for order in permutations(names):
-                weight, bias = (*order, None, None)[:2]
-                for rms, plus_one in ((True, False), (True, True), (False, False)):
-                    if (rms and bias) or (plus_one and not weight):
-                        continue
-                    candidate = Form(rms, plus_one, eps, weight, bias)
-                    if _same(module, candidate, size, read):
-                        return candidate
+    for number, order in product(eps, permutations(names)):
+        weight, bias = (*order, None, None)[:2]
+        for rms, plus_one in product((True, False), repeat=2):
+            if (rms and bias) or (plus_one and not weight):
+                continue
+            candidate = Form(rms, plus_one, number, weight, bias, casts)
+            if _same(module, candidate, size, read):
+                return candidate
     return None
 
 
@@ -169,7 +177,8 @@ def _same(module: nn.Module, candidate: Form, size: int, read: set[str]) -> bool
                     if name is not None:
                         w = factor * torch.randn(size, dtype=torch.float64, device="cpu")
                         other._parameters[name] = nn.Parameter(w.to(dtype))
-                other.__dict__[candidate.eps] = eps
+                if isinstance(candidate.eps, str):
+                    other.__dict__[candidate.eps] = eps
                 for training in (False, True):
                     other.__dict__["training"] = training
                     if not _equal(other, candidate, x, tolerance):
