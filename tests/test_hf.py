@@ -231,12 +231,11 @@ HEADS = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
         ("Qwen3Model", HEADS | {"num_key_value_heads": 2, "head_dim": 8}, False),
         ("GPTNeoXModel", HEADS | {"rotary_pct": 0.5}, False),
         ("CohereModel", HEADS | {"num_key_value_heads": 2}, True),
-        ("GPTJModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, None),
-        ("GlmModel", HEADS | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}, None),
+        ("GPTJModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, True),
+        ("GlmModel", HEADS | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}, True),
     ],
 )
 def test_patch_of_rotary_positions(monkeypatch, kind, config, interleaved):
-    """None: the model's function is of another form, and stays."""
     kind, calls = getattr(transformers, kind), []
     original = rotation.rotary
     monkeypatch.setattr(rotation, "rotary", lambda *a, **k: calls.append(k) or original(*a, **k))
@@ -248,9 +247,8 @@ def test_patch_of_rotary_positions(monkeypatch, kind, config, interleaved):
     with hf.patch(model):
         calls.clear()
         result = model(tokens)[0]
-        assert [k["interleaved"] for k in calls] == (
-            [] if interleaved is None else [interleaved] * 2
-        )
+        ours_each = 2 if kind is transformers.GPTJModel else 1  # queries and keys one by one
+        assert [k.get("interleaved", False) for k in calls] == [interleaved] * 2 * ours_each
         ours = torch.autograd.grad(result.sin().sum(), list(model.parameters()))
         patched = len(calls)
         other(tokens)
