@@ -521,6 +521,31 @@ def test_families(family):
             assert (got[name] - gradient).abs().max().item() < 1e-3 * largest, name
 
 
+@pytest.mark.parametrize(
+    "family",
+    [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in families.FAMILIES],
+)
+def test_families_in_bfloat16(family):
+    """No farther from the model with these weights in float32 than transformers' own code is,
+    whose dtypes differ from step to step. Several inputs share the limit, since each alone may be
+    lucky."""
+    plain = families.model(family).bfloat16()
+    exact, ours = copy.deepcopy(plain).float(), copy.deepcopy(plain)
+    hf.patch(ours)
+    errors = []
+    for seed in range(4):
+        outputs = []
+        for model in (exact, plain, ours):
+            with torch.no_grad():
+                out = model(**families.inputs(model, seed))[0]
+            outputs.append(out.float())
+        expected, theirs, got = outputs
+        assert got.isfinite().all()
+        errors.append([(x - expected).square().sum().item() for x in (theirs, got)])
+    theirs, got = (sum(e) ** 0.5 for e in zip(*errors, strict=True))
+    assert got <= 1.5 * theirs + 1e-2 * expected.norm().item()
+
+
 @pytest.mark.parametrize("family", ["GPT-2", "OPT", "StableLM", "Llama", "BERT", "T5"])
 def test_attention_weights_that_a_model_returns(family):
     plain = families.model(family)

@@ -149,3 +149,13 @@ def test_operators_of_activations_are_counted():
     kinds = transformers.activations.ACT2FN
     for name, count in (("gelu", 1), ("silu", 1), ("relu", 1), ("quick_gelu", 3), ("gelu_new", 8)):
         assert plain.named_activation(kinds[name]).operators == count, name
+
+
+def test_compiled():
+    """Sizes are asked while Dynamo traces, without a break of the graph."""
+    module = nn.Sequential(nn.RMSNorm(64), llama(64))
+    expected = {rows: module(torch.ones(rows, 64)) for rows in (1, 2 * worth.MLP // 64)}
+    hf.patch(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for rows, y in expected.items():
+        torch.testing.assert_close(compiled(torch.ones(rows, 64)), y)

@@ -142,12 +142,13 @@ def model(family, seed=0):
     return perturb(kind(config)).eval()
 
 
-def inputs(module):
+def inputs(module, seed=1):
     """Two prompts of unequal length, padded on the left; or images."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     if module.main_input_name == "pixel_values":
         size = getattr(module.config, "image_size", 64)
-        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+        images = torch.randn(2, 3, size, size, generator=generator)
+        return {"pixel_values": images.to(next(module.parameters()).dtype)}
     tokens = torch.randint(3, 61, (2, 9), generator=generator)
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0

@@ -17,7 +17,7 @@ from tfkern.ops import checks
 NORM = 1 << 15  # numbers in the input, where the module's own code goes over them several times
 LAYER_NORM = 1 << 19  # the same for torch's own op, whose backward is never slower
 MLP = 1 << 18  # numbers in the input, times the passes over the hidden layer that are saved
-ATTENTION = 1 << 15  # scores in float32; torch is slower at 16-bit numbers
+ATTENTION = 1 << 16  # scores in float32; torch is slower at 16-bit numbers
 MOST_PASSES = 8  # no activation has more
 
 
