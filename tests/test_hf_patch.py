@@ -270,6 +270,43 @@ def test_children(kind, adornment, order):
     close(*results)
 
 
+def _hook(module, args, y):
+    return y * 1.3 if isinstance(y, torch.Tensor) and y.is_floating_point() else None
+
+
+def _replaced(module):
+    inner = module.forward
+
+    def forward(*args, **kwargs):
+        y = inner(*args, **kwargs)
+        changed = _hook(module, args, y)
+        return y if changed is None else changed
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("family", ["Llama", "OPT", "BERT", "Phi-3", "GPT-2", "GPT-J"])
+def test_each_module_of_a_model_may_be_changed(family, order):
+    """By a hook or a forward of the instance, the inner modules of a fused step included."""
+    plain = families.model(family)
+    names = [n for n, _ in plain.named_modules() if n and "1" not in n.split(".")]
+    given = families.inputs(plain)
+    for name in names:
+        for change in (lambda m: m.register_forward_hook(_hook), _replaced):
+            outputs = []
+            for patched in (False, True):
+                model = copy.deepcopy(plain)
+                if patched and order == "after":
+                    hf.patch(model)
+                change(model.get_submodule(name))
+                if patched and order == "before":
+                    hf.patch(model)
+                with torch.no_grad():
+                    outputs.append(model(**given)[0])
+            assert families.difference(outputs[1], outputs[0]) < 1e-4, name
+
+
 def test_dynamic_quantisation():
     module = Gated().float().eval()
     hf.patch(module)

@@ -199,13 +199,11 @@ class _Change(ast.NodeTransformer):
         calls = [n for n in nodes if self._call(n, "norm") and _named(n.args[0], x)]
         if len(calls) != 1 or any(isinstance(n, _CONDITIONAL) for n in ast.walk(rest[0])):
             return None
-        norm, y = calls[0].func, "tfkern_normed"
-        add = block[0].value
+        norm, y, add = calls[0].func, "tfkern_normed", block[0].value
         head = _parsed(f"{y}, {x} = {_ADD_NORM}(norm, a, b)")
         head.value.args = [norm, add.left, add.right]
-        return [head, *kept, _Exchange(calls[0], ast.Name(y, ast.Load())).visit(rest[0])], 2 + len(
-            kept
-        )
+        last = _Exchange(calls[0], ast.Name(y, ast.Load())).visit(rest[0])
+        return [head, *kept, last], 2 + len(kept)
 
     def _branch(self, block: list[Any]) -> tuple[list[Any], int] | None:
         """x = a + b; if c is not None: ...; r = x; x = norm(x), where the branch is seldom taken:
