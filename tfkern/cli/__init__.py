@@ -9,7 +9,12 @@ from typing import Any
 from tfkern_program import failed, say
 
 # Packages that only some installations have, and the extra that brings each.
-_EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "tokenizers": "cli"}
+_EXTRAS = {
+    **dict.fromkeys(("typer", "rich", "matplotlib", "tokenizers"), "cli"),
+    **dict.fromkeys(("datatrove", "ftfy", "mwparserfromhell", "orjson", "py3langid"), "data"),
+    **dict.fromkeys(("regex", "xxhash", "yaml", "zstandard"), "data"),
+    "ray": "ray",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +52,17 @@ def _app():
     import matplotlib  # noqa: F401  fails now rather than when a long run draws its chart
     import typer
 
-    from tfkern.cli import attention_map, bench, convert, doctor, patched, sample, suite, validate
+    from tfkern.cli import (
+        attention_map,
+        bench,
+        convert,
+        doctor,
+        patched,
+        prepare,
+        sample,
+        suite,
+        validate,
+    )
 
     app = typer.Typer(
         no_args_is_help=True,
@@ -63,4 +78,5 @@ def _app():
     app.command("sample")(sample.command)
     app.command("attention-map")(attention_map.command)
     app.command("convert")(convert.command)
+    app.command("prepare")(prepare.command)
     return app

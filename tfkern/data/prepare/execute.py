@@ -1,0 +1,136 @@
+"""Where the ranks of a stage run: processes of this machine, tasks of Ray, or jobs of Slurm."""
+
+import copy
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor
+
+from tfkern.data.prepare.recipe import Plan
+from tfkern.data.prepare.stage import Stage
+
+EXECUTORS = ("local", "ray", "slurm")
+Progress = Callable[[str, int, int], None]
+_NOWHERE = open(os.devnull, "w")
+
+
+def started(executor: str, planned: Plan, workers: int | None) -> Callable[[Stage, Progress], None]:
+    """What runs a stage, and tells after each rank how many are done."""
+    if executor == "slurm":
+        return _Slurm(planned, workers)
+    if executor == "ray":
+        return _Ray(planned, workers)
+    if workers is None:  # a worker starts in a second, and reads some megabytes in it
+        workers = min(os.cpu_count() or 1, planned.files, 1 + (planned.size >> 23))
+    return _Local(planned, workers)
+
+
+class _Ranks(LocalPipelineExecutor):
+    """The ranks of a stage. Its `run` waits for ever for a worker that is killed."""
+
+    def __init__(self, stage: Stage, folder: Path) -> None:
+        log = str(folder / "logs" / stage.name.replace(" ", "_"))
+        super().__init__(stage.steps, stage.ranks, logging_dir=log)
+
+    def run_rank(self, rank: int) -> int:
+        # datatrove shows its bars and its traces on stderr; the latter are in `logs`, too.
+        with redirect_stderr(_NOWHERE):
+            copy.deepcopy(self)._run_for_rank(rank, local_rank=1)  # steps count one rank only
+        return rank
+
+    def missing(self) -> list[int]:
+        return self.get_incomplete_ranks(skip_completed=True)
+
+
+class _Local:
+    """Processes of this machine."""
+
+    def __init__(self, planned: Plan, workers: int) -> None:
+        self.folder, self.workers = planned.folder, workers
+
+    def __call__(self, stage: Stage, progress: Progress) -> None:
+        ranks = _Ranks(stage, self.folder)
+        missing = ranks.missing()
+        progress(stage.name, stage.ranks - len(missing), stage.ranks)
+        if self.workers == 1 or len(missing) < 2:
+            for rank in missing:
+                ranks.run_rank(rank)
+                progress(stage.name, rank + 1, stage.ranks)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tfkern.data.prepare"])
+        with ProcessPoolExecutor(min(self.workers, len(missing)), context) as pool:
+            try:
+                jobs = [pool.submit(ranks.run_rank, rank) for rank in missing]
+                for i, job in enumerate(as_completed(jobs)):
+                    job.result()
+                    progress(stage.name, stage.ranks - len(missing) + i + 1, stage.ranks)
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    f"stage {stage.name!r}: a worker was killed, perhaps for want of memory; the "
+                    "same call goes on where it was"
+                ) from None
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Ray:
+    """Tasks of a Ray cluster, which are tried again when their process or machine dies."""
+
+    def __init__(self, planned: Plan, workers: int | None) -> None:
+        import ray
+
+        self.ray, self.folder = ray, planned.folder.absolute()
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        self.workers = workers or int(ray.cluster_resources().get("CPU", 1))
+
+    def __call__(self, stage: Stage, progress: Progress) -> None:
+        ranks = _Ranks(stage, self.folder)
+        waiting = ranks.missing()
+        done = stage.ranks - len(waiting)
+        progress(stage.name, done, stage.ranks)
+        task = self.ray.remote(_Ranks.run_rank).options(num_cpus=1, max_retries=3)
+        shared, running = self.ray.put(ranks), list[Any]()
+        while waiting or running:
+            while waiting and len(running) < self.workers:
+                running.append(task.remote(shared, waiting.pop(0)))
+            ready, running = self.ray.wait(running)
+            self.ray.get(ready)
+            done += len(ready)
+            progress(stage.name, done, stage.ranks)
+
+
+class _Slurm:
+    """Arrays of jobs. Each stage waits for the one before it."""
+
+    def __init__(self, planned: Plan, workers: int | None) -> None:
+        options = planned.recipe.slurm or {}
+        for name in ("time", "partition"):
+            if name not in options:
+                raise ValueError(f"slurm needs {name}, as in slurm: {{time: 2:00:00, ...}}")
+        self.folder, self.options = planned.folder.absolute(), options
+        self.workers, self.before = workers, None
+
+    def __call__(self, stage: Stage, progress: Progress) -> None:
+        from datatrove.executor import SlurmPipelineExecutor
+
+        name = stage.name.replace(" ", "_")
+        job = SlurmPipelineExecutor(
+            stage.steps,
+            stage.ranks,
+            job_name=f"tfkern-{name}",
+            logging_dir=str(self.folder / "logs" / name),
+            workers=self.workers or -1,
+            depends=self.before,
+            **self.options,
+        )
+        job.launch_job()
+        self.before = job
+        progress(stage.name, stage.ranks, stage.ranks)

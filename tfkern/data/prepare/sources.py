@@ -1,0 +1,188 @@
+"""Documents from files that others wrote: plain text, JSON lines, dumps of MediaWiki.
+
+Each reader yields documents, and in place of one that is left out the reason.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from xml.etree import ElementTree
+
+import orjson
+import zstandard
+from datatrove.data import Document
+
+FORMATS = ("text", "json", "wiki")
+SPLITS = ("file", "line", "paragraph")
+LONGEST = 1 << 20  # characters of a line; longer ones are cut, so that memory is bounded
+_PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_ENDINGS = {
+    ".txt": "text", ".md": "text", ".text": "text", "": "text",
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".xml": "wiki",
+}  # fmt: skip
+
+
+def format_of(path: Path) -> str | None:
+    """What the ending of a file tells, that of a compression left out."""
+    name = path.with_suffix("") if path.suffix in (*_PACKED, ".zst") else path
+    return _ENDINGS.get(name.suffix.lower())
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file's content, decompressed."""
+    if path.suffix == ".zst":
+        stream = zstandard.ZstdDecompressor().stream_reader(
+            open(path, "rb"), read_across_frames=True, closefd=True
+        )
+        return io.BufferedReader(stream)  # type: ignore[arg-type]
+    return _PACKED.get(path.suffix, open)(path, "rb")  # type: ignore[return-value, operator]
+
+
+def documents(path: Path, name: str, form: str, split: str) -> Iterator[Document | str]:
+    """The documents of a file, with ids that begin with the name, or why one is left out.
+
+    Raises:
+        ValueError: the file is not in the format, or not in UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        with opened(path) as file:
+            if form == "json":
+                yield from _json_lines(file, name)
+            elif form == "wiki":
+                yield from _pages(file, name)
+            else:
+                yield from _texts(file, name, split)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path}: no dump of MediaWiki: {error}") from None
+    except (EOFError, zstandard.ZstdError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: cannot be decompressed: {error}") from None
+
+
+def _texts(file: IO[bytes], name: str, split: str) -> Iterator[Document | str]:
+    if split == "file":
+        parts = iter([file.read().decode("utf-8-sig")])
+    else:
+        parts = _lines(file) if split == "line" else _paragraphs(_lines(file))
+    for i, part in enumerate(parts):
+        text = part.strip("\r\n") if split != "file" else part
+        yield Document(text=text, id=f"{name}/{i}") if text.strip() else "empty"
+
+
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    """Lines with their ends. Those that are too long are cut behind a blank, or anywhere."""
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    rest = ""
+    while True:
+        line = rest + text.readline(LONGEST - len(rest))
+        if not line:
+            return
+        rest = ""
+        if len(line) == LONGEST and not line.endswith("\n"):
+            cut = line.rfind(" ", LONGEST // 2) + 1
+            line, rest = (line[:cut], line[cut:]) if cut else (line, "")
+        yield line.replace("\r\n", "\n")
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    """Lines up to an empty one, joined."""
+    found: list[str] = []
+    size = 0
+    for line in lines:
+        if line.strip() and size < LONGEST:
+            found.append(line)
+            size += len(line)
+            continue
+        if found:
+            yield "".join(found)
+        found = [line] if line.strip() else []
+        size = len(line)
+    if found:
+        yield "".join(found)
+
+
+def _json_lines(file: IO[bytes], name: str) -> Iterator[Document | str]:
+    """A line that is no object with a text costs that line only."""
+    for i, line in enumerate(file):
+        line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            yield "not_json"
+            continue
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            yield "no_text"
+        elif not text.strip():
+            yield "empty"
+        else:
+            own = row.get("id")
+            own = own if isinstance(own, str | int) and str(own) else i
+            yield Document(text=text, id=f"{name}/{own}")
+
+
+def _pages(file: IO[bytes], name: str) -> Iterator[Document | str]:
+    """Articles with their markup; redirects and pages of other namespaces are left out."""
+    page: dict[str, Any] = {}
+    parents: list[ElementTree.Element] = []
+    for event, element in ElementTree.iterparse(file, ("start", "end")):
+        if event == "start":
+            parents.append(element)
+            continue
+        parents.pop()
+        tag = element.tag.rpartition("}")[2]
+        if tag in ("title", "ns", "text"):
+            page[tag] = element.text or ""
+        elif tag == "id":
+            page.setdefault("id", element.text)
+        elif tag == "redirect":
+            page["redirect"] = True
+        elif tag == "page":
+            text = page.get("text", "")
+            if page.get("redirect") or re.match(r"(?i)\s*#redirect", text):
+                yield "redirect"
+            elif page.get("ns", "0") != "0":
+                yield "namespace"
+            elif not text.strip():
+                yield "empty"
+            else:
+                metadata = {"title": page.get("title", ""), "markup": "wiki"}
+                yield Document(text=text, id=f"{name}/{page.get('id')}", metadata=metadata)
+            page = {}
+            if parents:
+                parents[-1].remove(element)  # else the tree would grow with the file
+
+
+def found(path: Path) -> list[Path]:
+    """The files of a folder and of the folders in it, by name, or the file itself.
+
+    Raises:
+        ValueError: there is nothing to read.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    paths = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p, path))
+    if not paths:
+        raise ValueError(f"{path}: the folder has no files")
+    return paths
+
+
+def hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def readable(path: Path) -> None:
+    """Raises OSError if the file cannot be opened."""
+    os.close(os.open(path, os.O_RDONLY))

@@ -1,0 +1,28 @@
+"""Stages: what runs on every file before the next stage begins on any."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datatrove.utils.stats import Stats
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that run as so many ranks.
+
+    Attributes:
+        name: what it does, in two words.
+        steps: steps of datatrove; each takes the documents of the one before it.
+        ranks: how many there are. They know nothing of each other.
+    """
+
+    name: str
+    steps: list[Any] = field(repr=False)
+    ranks: int
+
+
+def named(step: Any, name: str) -> Any:
+    """The step with another name, under which its counts appear in reports."""
+    step.name = name
+    step.stats = Stats(str(step))
+    return step
