@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -131,6 +132,10 @@ class _Slurm:
             depends=self.before,
             **self.options,
         )
-        job.launch_job()
+        try:
+            with redirect_stderr(_NOWHERE):
+                job.launch_job()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(f"stage {stage.name!r}: sbatch failed: {error}") from None
         self.before = job
         progress(stage.name, stage.ranks, stage.ranks)

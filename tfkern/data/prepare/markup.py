@@ -35,6 +35,8 @@ def _walk(code: Any, parts: list[str]) -> None:
         elif isinstance(node, nodes.ExternalLink):
             if node.title is not None:
                 _walk(node.title, parts)
+            elif not node.brackets:
+                parts.append(str(node.url))
         elif isinstance(node, nodes.Tag):
             if str(node.tag).lower() not in _HIDDEN and node.contents is not None:
                 _walk(node.contents, parts)

@@ -30,7 +30,7 @@ class Recipe:
         format: "text", "json" (JSON lines with a string "text") or "wiki" (a dump of MediaWiki); by
             the ending of each file if None.
         split: what a document of a text is: the whole "file", a "line" or a "paragraph", up to an
-            empty line. Lines and paragraphs of more than 2^20 characters are cut.
+            empty line. Lines and paragraphs of more than 2^18 characters are cut.
         clean: steps in their order, by name or as {name: options}: "unicode", "private",
             "language", "length", "word_list", "gopher_repetition", "gopher_quality", "c4",
             "fineweb", or "web" for all but two of them. See `tfkern.data.prepare.clean`.

@@ -1,8 +1,11 @@
 """Runs a recipe, stage by stage."""
 
+import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ from tfkern.data.prepare.stage import Stage
 from tfkern.data.prepare.storage import Read, Write, Writer, file_of
 
 MANIFEST = "manifest.json"
-_OURS = {"work", "logs", "tokenizer", MANIFEST, "report.png", *tokens.PARTS}
+_LOCK = "lock"
+_OURS = {"work", "logs", "tokenizer", MANIFEST, "report.png", _LOCK, *tokens.PARTS}
+_SHARD = re.compile(r"\d{5}\.ds(\.index|\.metadata|\.new)?|tokens\.json")
 _BLOCK = (1 << 16, 1 << 26)  # bytes of text that go to one file before the next has its turn
 
 
@@ -60,13 +65,34 @@ def prepare(
     if (folder / MANIFEST).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted({p.name for p in folder.iterdir()} - _OURS)
-    if foreign:
-        raise ValueError(f"{folder}: holds {foreign[0]}, which is not of this recipe")
+    _check_foreign(folder)
     run = started(executor, planned, workers)
-    for stage in stages(planned):
-        run(stage, progress or (lambda *_: None))
+    with _alone(folder):
+        for stage in stages(planned):
+            run(stage, progress or (lambda *_: None))
     return folder
+
+
+def _check_foreign(folder: Path) -> None:
+    """Raises ValueError if there are files that would be taken for ours, or lost."""
+    names = {p.name for p in folder.iterdir()} - _OURS
+    for part in tokens.PARTS:
+        if (folder / part).is_dir():
+            shards = (p.name for p in (folder / part).iterdir())
+            names |= {f"{part}/{name}" for name in shards if not _SHARD.fullmatch(name)}
+    if names:
+        raise ValueError(f"{folder}: holds {min(names)}, which is not of this recipe")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuses a second run in the same folder while one is at work in it."""
+    with open(folder / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work in this folder") from None
+        yield
 
 
 def stages(planned: Plan) -> list[Stage]:

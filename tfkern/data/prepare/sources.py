@@ -20,7 +20,7 @@ from datatrove.data import Document
 
 FORMATS = ("text", "json", "wiki")
 SPLITS = ("file", "line", "paragraph")
-LONGEST = 1 << 20  # characters of a line; longer ones are cut, so that memory is bounded
+LONGEST = 1 << 18  # characters of a line; longer ones are cut, so that memory is bounded
 _PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _ENDINGS = {
     ".txt": "text", ".md": "text", ".text": "text", "": "text",
@@ -97,7 +97,7 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
     found: list[str] = []
     size = 0
     for line in lines:
-        if line.strip() and size < LONGEST:
+        if line.strip() and size + len(line) <= LONGEST:
             found.append(line)
             size += len(line)
             continue

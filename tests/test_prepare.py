@@ -1,0 +1,678 @@
+"""Preparation of data, from files to shards, each step against a plain computation of the same."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+pytest.importorskip("datatrove")
+
+import killing  # noqa: E402
+
+from tfkern import tokenize  # noqa: E402
+from tfkern.cli import main  # noqa: E402
+from tfkern.data.prepare import Recipe, draw, execute, prepare, recipe, steps  # noqa: E402
+from tfkern.data.prepare.clean import steps as clean_steps  # noqa: E402
+from tfkern.data.prepare.duplicates import rows_of  # noqa: E402
+from tfkern.data.prepare.markup import plain_text  # noqa: E402
+from tfkern.data.prepare.private import mask  # noqa: E402
+from tfkern.data.prepare.sources import LONGEST, documents  # noqa: E402
+from tfkern.data.prepare.stage import Stage  # noqa: E402
+from tfkern.data.prepare.words import Whitespace, Words  # noqa: E402
+
+WORDS = """time year people way day man thing woman life child world school state family student
+group country problem hand part place case week company system program question work government
+number night point home water room mother area money story fact month lot right study book eye job
+word business issue side kind head house service friend father power hour game line end member law
+car city community name president team minute idea kid body information back parent face others
+level office door health person art war history party result change morning reason research girl
+guy moment air teacher force education""".split()
+
+
+def sentences(seed, count=8):
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        words = rng.sample(WORDS, rng.randint(6, 12)) + rng.sample(["the", "of", "and", "to"], 2)
+        found.append("The " + " ".join(rng.sample(words, len(words))) + ".")
+    return " ".join(found)
+
+
+def parts(folder, name="train"):
+    """The documents of all shards, as lists of tokens without the last one, and these last ones."""
+    rows, ends = [], []
+    for path in sorted((folder / name).glob("*.ds")):
+        size = int(path.with_name(path.name + ".metadata").read_text().split("\n")[0].split("|")[1])
+        tokens = np.fromfile(path, f"<u{size}").tolist()
+        first = 0
+        for end in np.fromfile(path.with_name(path.name + ".index"), "<u8").tolist():
+            rows.append(tokens[first : end - 1])
+            ends.append(tokens[end - 1])
+            first = end
+        assert first == len(tokens)
+    return rows, ends
+
+
+def texts(folder, name="train"):
+    tokenizer = tokenize.load(folder / "tokenizer")
+    return [tokenizer.decode(row) for row in parts(folder, name)[0]]
+
+
+def shards(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.ds*"))}
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(tmp_path, rows, **options):
+    """The texts that are left of texts by id."""
+    source = lines(tmp_path / "in.jsonl", [{"id": k, "text": v} for k, v in rows.items()])
+    options = {"tokenizer": "characters", "validation": 0, "files": 3} | options
+    done = prepare(Recipe(input=source, output=tmp_path / "out", **options), workers=1)
+    return done, texts(done)
+
+
+def dropped(folder):
+    """How many documents were dropped, by step and reason."""
+    return {
+        (row["step"], reason): n for row in steps(folder) for reason, n in row["dropped"].items()
+    }
+
+
+def test_paragraphs_of_a_text_become_documents(tmp_path):
+    rows = [f"Part {i}:\nline of {i}" for i in range(300)]
+    (tmp_path / "a.txt").write_text("\n\n".join(rows) + "\n")
+    told = Recipe(input=tmp_path / "a.txt", output=tmp_path / "out", tokenizer="characters")
+    done = prepare(told)
+    train, validation = texts(done), texts(done, "validation")
+    assert sorted(train + validation) == sorted(rows) and 3 <= len(validation) <= 33
+    assert train == [row for row in rows if row in set(train)]  # in the order of the text
+    end = json.loads((done / "train" / "tokens.json").read_text())["end_token"]
+    assert {*parts(done)[1], *parts(done, "validation")[1]} == {end}
+    assert not any(end in row for row in parts(done)[0])
+    manifest = json.loads((done / "manifest.json").read_text())
+    counted = sum(s["documents"] for s in manifest["shards"].values())
+    size = sum(s["tokens"] for s in manifest["shards"].values())
+    assert counted == 300 and size == sum(map(len, rows)) + 300
+    assert not (done / "work").exists()
+    again = prepare(told, progress=lambda *_: pytest.fail("it was done"))
+    assert again == done
+
+
+def test_neither_workers_nor_interruptions_change_the_shards(tmp_path):
+    rows = {str(i): sentences(i % 40) for i in range(60)}
+    source = lines(tmp_path / "in.jsonl", [{"id": k, "text": v} for k, v in rows.items()])
+    options = {
+        "input": source, "tokenizer": "bpe:300", "near_duplicates": 0.8, "clean": ["gopher_quality"]
+    }  # fmt: skip
+    one = prepare(Recipe(output=tmp_path / "one", **options), workers=1)
+    two = prepare(Recipe(output=tmp_path / "two", **options), workers=2)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(stage, done, total):
+        if done and (stage, done) not in seen:
+            seen.append((stage, done))
+            if len(seen) % 4 == 0:
+                raise Stop
+
+    seen, stops, three = [], 0, None
+    while three is None:
+        try:
+            told = Recipe(output=tmp_path / "three", **options)
+            three = prepare(told, workers=1, progress=stopping)
+        except Stop:
+            stops += 1
+    assert stops > 6
+    assert shards(one) == shards(two) == shards(three) and one.name == two.name == three.name
+    counts = [[{**row, "seconds": 0} for row in steps(d)] for d in (one, two, three)]
+    assert counts[0] == counts[1] == counts[2]
+    assert len(texts(one)) + len(texts(one, "validation")) == 40
+
+
+def test_a_worker_that_is_killed_is_an_error_in_seconds(tmp_path):
+    ranks = execute._Local.__new__(execute._Local)
+    ranks.folder, ranks.workers = tmp_path, 2
+    with pytest.raises(RuntimeError, match="'deadly': a worker was killed, perhaps for want of"):
+        ranks(Stage("deadly", [killing.Killed()], 3), lambda *_: None)
+
+
+def test_what_a_key_depends_on(tmp_path):
+    def key(**options):
+        told = {"input": str(tmp_path / "a.txt"), "output": str(tmp_path / "o"), **options}
+        return recipe.plan(Recipe(**told)).key
+
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "list").write_text("bad\n")
+    listed = [{"word_list": {"file": str(tmp_path / "list")}}]
+    keys = [
+        key(), key(split="line"), key(clean=["unicode"]), key(clean=listed), key(files=9),
+        key(tokenizer="characters"), key(near_duplicates=0.7), key(validation=0.1),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0] == key(output=str(tmp_path / "p"), slurm={"time": 1})
+    (tmp_path / "list").write_text("worse\n")
+    assert key(clean=listed) not in keys
+    (tmp_path / "a.txt").write_text("two")
+    assert key() not in keys
+
+
+def test_foreign_files_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    told = Recipe(input=tmp_path / "a.txt", output=tmp_path / "out")
+    folder = recipe.plan(told).folder
+    (folder / "train").mkdir(parents=True)
+    for name in ("notes.txt", "train/more.ds"):
+        (folder / name).touch()
+        with pytest.raises(ValueError, match=f"{folder}: holds {name}, which is not"):
+            prepare(told)
+        (folder / name).unlink()
+    assert sorted(texts(prepare(told)) + texts(folder, "validation")) == ["one", "two"]
+
+
+def test_two_runs_in_one_folder_at_a_time_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    told = Recipe(input=tmp_path / "a.txt", output=tmp_path / "out", validation=0)
+
+    def second(stage, done, total):
+        with pytest.raises(ValueError, match="another run is at work in this folder"):
+            prepare(told)
+
+    assert texts(prepare(told, progress=second)) == ["one"]
+
+
+def test_texts_in_every_division_and_compression(tmp_path):
+    text = "\ufeffFirst line\r\nsecond\r\n\r\n  \r\nthird\r\n"
+    made = {
+        "a.txt": bytes, "a.txt.gz": gzip.compress, "a.txt.bz2": bz2.compress,
+        "a.txt.xz": lzma.compress, "a.txt.zst": zstandard.ZstdCompressor().compress,
+    }  # fmt: skip
+    for name, pack in made.items():
+        (tmp_path / name).write_bytes(pack(text.encode()))
+        found = {
+            split: [d if isinstance(d, str) else (d.id, d.text) for d in
+                    documents(tmp_path / name, "n", "text", split)]
+            for split in ("file", "line", "paragraph")
+        }  # fmt: skip
+        assert found["file"] == [("n/0", text[1:])]
+        assert found["line"] == [
+            ("n/0", "First line"), ("n/1", "second"), "empty", "empty", ("n/4", "third")
+        ]  # fmt: skip
+        assert found["paragraph"] == [("n/0", "First line\nsecond"), ("n/1", "third")]
+
+
+def test_lines_without_end_are_cut(tmp_path):
+    rng = random.Random(0)
+    text = " ".join("".join(rng.choices("abcde", k=9)) for _ in range(62_500))
+    (tmp_path / "a.txt").write_text(text)
+    for split in ("line", "paragraph"):
+        found = [d.text for d in documents(tmp_path / "a.txt", "n", "text", split)]
+        assert "".join(found) == text and len(found) == 3
+        assert max(map(len, found)) <= LONGEST and all(p.endswith(" ") for p in found[:-1])
+
+
+def test_a_bad_line_costs_that_line(tmp_path):
+    good = [
+        b'{"text": "one", "id": 7}',
+        b'\xef\xbb\xbf{"text": "two"}',
+        b'{"id": "x", "text": "3"}',
+    ]
+    bad = {
+        b'{"text": "caf\xe9"}': "not_json", b'{"text": ': "not_json", b'[1]': "no_text",
+        b'{"text": 5}': "no_text", b'{"txt": "a"}': "no_text", b'{"text": " "}': "empty",
+    }  # fmt: skip
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join([good[0], *bad, b"", *good[1:]]))
+    done = prepare(Recipe(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0))
+    assert texts(done) == ["one", "two", "3"]
+    assert dropped(done) == {
+        ("input", "not_json"): 2,
+        ("input", "no_text"): 3,
+        ("input", "empty"): 1,
+    }
+    ids = [
+        d.id for d in documents(tmp_path / "in.jsonl", "n", "json", "") if not isinstance(d, str)
+    ]
+    assert ids == ["n/7", "n/8", "n/x"]
+
+
+DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
+<siteinfo><sitename>W</sitename></siteinfo>
+<page><title>A</title><ns>0</ns><id>1</id><revision><id>10</id><text>'''A''' is [[b|the b]].</text>
+</revision></page>
+<page><title>B</title><ns>0</ns><id>2</id><redirect title="A"/><revision><id>11</id>
+<text>#REDIRECT [[A]]</text></revision></page>
+<page><title>Talk:A</title><ns>1</ns><id>3</id><revision><id>12</id><text>hm</text></revision></page>
+<page><title>C</title><ns>0</ns><id>4</id><revision><id>13</id><text>{{only|a template}}</text>
+</revision></page>
+<page><title>D</title><ns>0</ns><id>5</id><revision><id>14</id><text></text></revision></page>
+</mediawiki>"""
+
+
+def test_dumps_of_mediawiki(tmp_path):
+    (tmp_path / "dump.xml.bz2").write_bytes(bz2.compress(DUMP.encode()))
+    done = prepare(Recipe(input=tmp_path / "dump.xml.bz2", output=tmp_path / "out", validation=0))
+    assert texts(done) == ["A is the b."]
+    assert dropped(done) == {
+        ("input", "redirect"): 1, ("input", "namespace"): 1, ("input", "empty"): 1,
+        ("plain text", "empty"): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wikitext, text",
+    [
+        ("a '''bold''' and ''italic'' word", "a bold and italic word"),
+        ("[[page]] [[page|shown]] [[File:x.jpg|thumb|a [[link]]]] [[Category:C]] [[fr:page]]",
+         "page shown"),
+        ("[http://a.b shown] http://a.b [http://a.b]", "shown http://a.b"),
+        ("x<ref>no</ref> y<ref name=a/> <!-- no --> {{cite|a={{b}}}} z", "x y   z"),
+        ("== Head ==\ntext\n{| class=a\n| cell\n|}\nafter", "Head \ntext\n\nafter"),
+        ("a &amp; b &nbsp;c &#65; <nowiki>[[x]]</nowiki>", "a & b \xa0c A x"),
+        ("* item\n# second\n: third", "item\n second\n third"),
+        ("<math>x^2</math> <b>b</b> <gallery>File:a</gallery>", "b"),
+        ("unclosed [[link and {{template and '''''", "unclosed link and template and"),
+    ],
+)  # fmt: skip
+def test_markup_is_removed(wikitext, text):
+    words = [line.split() for line in plain_text(wikitext).splitlines()]
+    assert [w for w in words if w] == [w for w in map(str.split, text.splitlines()) if w]
+
+
+@pytest.mark.parametrize(
+    "text, masked",
+    [
+        ("mail a.b+c@mail.example.org, now", "mail <email>, now"),
+        ("user@localhost @name a@b", "user@localhost @name a@b"),
+        ("from 8.8.8.8 or 192.168.0.1.", "from <ip> or 192.168.0.1."),
+        ("version 8.8.8.8, v9.9.9.9 and 1.2.3.4.5", "version 8.8.8.8, v9.9.9.9 and 1.2.3.4.5"),
+        ("at 2001:4860:4860::8888 not ::1 or 12:30:45", "at <ip> not ::1 or 12:30:45"),
+        ("call +44 20 7946 0958 or (212) 555-0123!", "call <phone> or <phone>!"),
+        ("in 1999 2000 2001, 12345678901, 3.14159265358979", None),
+        ("IBAN GB82 WEST 1234 5698 7654 32 PLEASE", "IBAN <iban> PLEASE"),
+        ("DE89370400440532013000 and DE88370400440532013000",
+         "<iban> and DE88370400440532013000"),
+    ],
+)  # fmt: skip
+def test_what_points_to_a_person_is_masked(text, masked):
+    assert mask(text) == (text if masked is None else masked)
+    assert mask(mask(text)) == mask(text)
+    assert mask(text, ()) == text
+
+
+def test_steps_of_cleaning_and_their_counts(tmp_path):
+    (tmp_path / "bad").write_text("evil thing\nfoul\n")
+    good = sentences(1, 12)
+    rows = {
+        "good": good,
+        "short": "Only a few words of it.",
+        "german": "Dies ist ein deutscher Text, der von nichts als sich selbst handelt. " * 9,
+        "repeated": "the same line of it and that\n" * 60,
+        "listed": good.replace("The", "The evil  Thing", 1),
+        "broken": good.replace("The", "schÃ¶n The", 1),
+        "mail": good.replace("The", "a@b.com", 1),
+    }
+    told = [
+        "unicode", {"length": {"least": 30}}, {"language": {"languages": ["en"]}},
+        {"word_list": {"file": str(tmp_path / "bad")}}, "gopher_repetition", "private",
+        {"gopher_quality": {"min_doc_words": 20}},
+    ]  # fmt: skip
+    done, left = run(tmp_path, rows, clean=told)
+    assert left == [good, good.replace("The", "schön The", 1), good.replace("The", "<email>", 1)]
+    counts = dropped(done)
+    assert (
+        counts.pop(("gopher repetition", next(r for s, r in counts if s.startswith("goph")))) == 1
+    )
+    assert counts == {("length", "short"): 1, ("language", "de"): 1, ("word list", "listed"): 1}
+    draw(done, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_words_are_those_between_blanks():
+    text = "It's one—two, 3.5 (four)!"
+    assert Whitespace().word_tokenize(text) == text.split()
+    assert Words().word_tokenize(text) == ["It's", "one", "—", "two", ",", "3.5", "(", "four", ")!"]
+    text = "One. Two?  Three!\nFour"
+    assert Words().sent_tokenize(text) == ["One.", "Two?", "Three!", "Four"]
+    assert [text[a:b].strip() for a, b in Words().span_tokenize(text)] == Words().sent_tokenize(
+        text
+    )
+
+
+def grams(text, n=5):
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def similarity(a, b):
+    a, b = grams(a), grams(b)
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
+def changed(text, share, seed):
+    """The text with about this share of its words replaced by others."""
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) if rng.random() < share else w for w in text.split())
+
+
+def corpus():
+    """Documents of which some are alike, in chains, too."""
+    rows = {f"a{i}": sentences(i, 15) for i in range(40)}
+    for i in range(20):
+        rows[f"b{i}"] = changed(rows[f"a{i}"], 0.02, i)
+        rows[f"c{i}"] = changed(rows[f"b{i}"], 0.03, 100 + i)
+        rows[f"d{i}"] = changed(rows[f"a{i}"], 0.3, 200 + i)
+    return rows
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_near_duplicates(tmp_path, threshold):
+    """Against all pairs: no two that stay are alike, and whatever went is like one that stays.
+    Which ones stay depends neither on the order nor on the number of files."""
+    rows = corpus()
+    _, left = run(tmp_path, rows, near_duplicates=threshold)
+    gone = set(rows.values()) - set(left)
+    assert 15 <= len(gone) <= 45
+    pairs = [(a, b) for i, a in enumerate(left) for b in left[:i]]
+    alike = [pair for pair in pairs if similarity(*pair) >= threshold]
+    assert len(alike) <= 0.05 * len(gone)  # MinHash finds 19 of 20 at the threshold itself
+    assert all(max(similarity(a, b) for b in left) >= threshold for a in gone)
+    for seed in (1, 2):
+        order = random.Random(seed).sample(list(rows), len(rows))
+        (tmp_path / str(seed)).mkdir()
+        again = run(tmp_path / str(seed), {k: rows[k] for k in order}, near_duplicates=threshold,
+                    files=2 * seed - 1)[1]  # fmt: skip
+        assert set(again) == set(left)
+
+
+def test_bands_find_most_pairs_at_the_threshold():
+    for threshold in np.linspace(0.1, 1, 19):
+        rows = rows_of(threshold)
+        assert 128 % rows == 0 and (rows == 1 or 1 - (1 - threshold**rows) ** (128 // rows) >= 0.95)
+    assert [rows_of(t) for t in (0.5, 0.7, 0.85, 0.95)] == [2, 4, 8, 16]
+
+
+def test_exact_duplicates(tmp_path):
+    rows = {
+        "1": "a b",
+        "2": "A  b",
+        "3": "a b c",
+        "4": "a  b\nc",
+        "5": "a b!",
+        "6": "x 1",
+        "7": "x 2",
+    }
+    done, left = run(tmp_path, rows, exact_duplicates=True)
+    assert sorted(" ".join(t.lower().split()) for t in left) == [
+        "a b",
+        "a b c",
+        "a b!",
+        "x 1",
+        "x 2",
+    ]
+    assert dropped(done) == {("exact duplicates", "duplicate"): 2}
+    (tmp_path / "b").mkdir()
+    order = run(tmp_path / "b", dict(reversed(rows.items())), exact_duplicates=True, files=1)[1]
+    assert sorted(order) == sorted(left)
+
+
+def test_decontamination(tmp_path):
+    rows = {str(i): sentences(i) for i in range(10)}
+    hidden = sentences(77).split()
+    rows["13"] = "Some words " + " ".join(hidden[3:16]) + " and more"
+    rows["12"] = "Some words " + " ".join(hidden[3:15]) + " and more"
+    (tmp_path / "test.txt").write_text(f"{sentences(5)}\n{' '.join(hidden)}\n")
+    done, left = run(tmp_path, rows, decontaminate=str(tmp_path / "test.txt"))
+    assert set(rows.values()) - set(left) == {rows["5"], rows["13"]}
+    assert dropped(done) == {("decontaminate", "contaminated"): 2}
+
+
+def test_tokens_are_those_of_the_text(tmp_path):
+    """Control tokens that a text spells out, truncation and padding of a file, 4 bytes a token."""
+    tokenizer = tokenize.train("bpe", ["some text to learn from " * 9], 300)
+    tokenizer.backend.enable_truncation(4)
+    tokenizer.backend.enable_padding(length=8)
+    wide = [f"<{i}>" for i in range(70_000)]
+    tokenizer.backend.add_tokens(wide)
+    tokenize.save(tokenizer, tmp_path / "tokenizer")
+    rows = {"a": "Hello<|endoftext|> world, and more", "b": "some text to learn from"}
+    done, left = run(tmp_path, rows, tokenizer=str(tmp_path / "tokenizer"))
+    assert left == list(rows.values())
+    found, ends = parts(done)
+    assert set(ends) == {tokenizer.id("<|endoftext|>")} and not set(ends) & {*found[0], *found[1]}
+    plain = tokenize.load(tmp_path / "tokenizer")
+    assert found == [plain.encode(text, template=False) for text in rows.values()]
+    assert (done / "train" / "00000.ds").stat().st_size == 4 * sum(len(row) + 1 for row in found)
+
+
+@pytest.mark.parametrize("spec", ["words:60", "wordpiece:120", "unigram:60", "bpe:280"])
+def test_tokenizers_that_are_trained(tmp_path, spec):
+    rows = {str(i): sentences(i) for i in range(30)}
+    done, left = run(tmp_path, rows, tokenizer=spec)
+    told = json.loads((done / "tokenizer" / "tokens.json").read_text())
+    assert told["vocab_size"] <= int(spec.split(":")[1]) and set(parts(done)[1]) == {
+        told["end_token"]
+    }
+    assert len(left) == 30 and not any(told["end_token"] in row for row in parts(done)[0])
+
+
+def bad(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.bin").write_text("text")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 999)[:-9])
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "page.xml").write_text("<a><b></a>")
+    (tmp_path / "empty").mkdir()
+    tokenize.save(tokenize.characters(["a"]), tmp_path / "mute")
+    return [
+        ({"input": "nowhere"}, "nowhere: no such file"),
+        ({"input": "empty"}, "the folder has no files"),
+        ({"input": "a.bin"}, "no format is known for this ending: set format"),
+        ({"input": "latin.txt"}, "latin.txt: not UTF-8"),
+        ({"input": "cut.txt.gz"}, "cut.txt.gz: cannot be decompressed"),
+        ({"input": "blank.txt"}, "input: no documents in"),
+        ({"input": "page.xml"}, "page.xml: no dump of MediaWiki"),
+        ({"input": []}, "input must be a path or a list of paths, got none"),
+        ({"input": ["a.txt", "a.txt"]}, "two files have the name a.txt"),
+        ({"split": "word"}, "split must be one of file, line, paragraph, got 'word'"),
+        ({"format": "csv"}, "format must be one of text, json, wiki"),
+        ({"words": "spacy"}, "words must be one of whitespace, words"),
+        ({"clean": ["gopher"]}, "clean: 'gopher' is not one of web, unicode"),
+        ({"clean": [{"c4": {"min_sentences": 2}}]}, "c4: option 'min_sentences' is not one of"),
+        ({"clean": [{"length": 3}]}, "length: options must be an object, got 3"),
+        ({"clean": [{"language": {"languages": ["xx"]}}]}, "language: 'xx' is not one of"),
+        ({"clean": [{"word_list": {"file": "none"}}]}, "word_list: .*No such file"),
+        ({"clean": [{"private": {"kinds": ["name"]}}]}, "private: 'name' is not one of email"),
+        ({"clean": 3}, "clean must be a list of steps, got 3"),
+        ({"clean": [{"length": {"least": 99}}]}, "no document is left"),
+        ({"near_duplicates": 1.5}, r"near_duplicates must lie in \[0.1, 1\], got 1.5"),
+        ({"near_duplicates": True}, "near_duplicates must be a number"),
+        ({"validation": 0.9}, r"validation must lie in \[0, 0.5\]"),
+        ({"files": 0}, "files must lie in"),
+        ({"files": 2.5}, "files must be an integer"),
+        ({"decontaminate": "a.txt"}, "decontaminate: no text has 13 words"),
+        ({"tokenizer": "bpe"}, "tokenizer: 'bpe' needs the size of a vocabulary"),
+        ({"tokenizer": "bpe:x"}, "tokenizer: 'bpe:x' is not of the form kind:size"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"tokenizer": "mute"}, "no token has the role 'eos'"),
+        ({"tokenizer": "mute", "end_token": "</s>"}, "'</s>' is no token"),
+        ({"end_token": 5}, "end_token must be a string, got 5"),
+    ]  # fmt: skip
+
+
+def test_what_is_wrong_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    cases = bad(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for options, message in cases:
+        with pytest.raises((ValueError, OSError), match=message) as raised:
+            prepare(Recipe(**{"input": "a.txt", "output": "out", **options}))
+        assert "\n" not in str(raised.value)
+    a = Recipe(input="a.txt", output="out")
+    with pytest.raises(ValueError, match="executor must be one of local, ray, slurm, got 'dask'"):
+        prepare(a, executor="dask")
+    with pytest.raises(ValueError, match="workers must be positive, got 0"):
+        prepare(a, workers=0)
+    with pytest.raises(ValueError, match="slurm needs time, as in"):
+        prepare(a, executor="slurm")
+    with pytest.raises(ValueError, match="no folder of prepared data"):
+        steps(tmp_path)
+    for options, _ in cases[:4]:
+        assert main(["prepare", "out", "--input", options["input"]]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("tfkern: ") and error.count("\n") == 1, error
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("\n\n".join(sentences(i) for i in range(20)))
+    Path("recipe.yaml").write_text(
+        "input: a.txt\noutput: out\nclean: [unicode]\ntokenizer: bpe:300\n"
+    )
+    assert main(["prepare", "recipe.yaml", "validation=0", "clean=[{length: {most: 550}}]"]) == 0
+    shown = capsys.readouterr().out
+    folder = Path(shown.split()[-1])
+    assert folder.parent == Path("out") and (folder / "report.png").exists()
+    left = [sentences(i) for i in range(20) if len(sentences(i)) <= 550]
+    assert texts(folder) == left and f"train: {len(left)} documents" in shown
+    assert f"{20 - len(left)} long" in shown
+    assert main(["prepare", "--report", str(folder)]) == 0
+    assert capsys.readouterr().out == shown
+    for call, message in [
+        (["prepare"], "a recipe (.yaml) or a folder to write to is needed"),
+        (["prepare", "out", "inputs=a.txt"], "'inputs' is not one of input, output"),
+        (["prepare", "out", "files"], "expected name=value, got 'files'"),
+        (["prepare", "out"], "a recipe needs input"),
+        (["prepare", "out", "clean=[a"], "clean: while parsing"),
+        (["prepare", "none.yaml"], "none.yaml: No such file"),
+        (["prepare", "--report", "."], ".: no folder of prepared data"),
+    ]:
+        assert main(call) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_a_default_run_looks_nothing_up(tmp_path):
+    """In a process that forbids every look-up of a name."""
+    (tmp_path / "a.txt").write_text("\n\n".join(sentences(i) for i in range(20)))
+    code = """
+import sys
+def audit(event, args):
+    if event.startswith("socket.getaddrinfo") or event == "socket.connect":
+        raise RuntimeError(f"{event} {args}")
+sys.addaudithook(audit)
+from tfkern.data.prepare import Recipe, prepare
+prepare(Recipe(input="a.txt", output="o", clean="web", near_duplicates=0.8), workers=1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    rng = random.Random(0)
+    noise = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz \n", k=400_000))
+    (tmp_path / "a.txt").write_text(noise)
+    code = """
+import resource, signal, sys
+from tfkern.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main(["prepare", "out", "files=1", "--input", "a.txt"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 or done.returncode == 1, done.stderr
+    assert "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """160 MB of text, one line of 60 MB among it, in 700 MB beyond what the imports take."""
+    with open(tmp_path / "a.txt", "w") as file:
+        for i in range(100):
+            file.write("\n\n".join(sentences(i * 100 + j, 10) for j in range(100)) * 10 + "\n\n")
+        file.write("word " * 12_000_000)
+    code = """
+import resource, sys
+from tfkern.data.prepare import Recipe, prepare
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 700_000_000,) * 2)
+prepare(Recipe(input="a.txt", output="o", tokenizer="characters", clean=[{"length": {"least": 2}}],
+               exact_duplicates=True), workers=1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_slurm_runs_the_same(tmp_path):
+    """With an sbatch that runs each job at once."""
+    (tmp_path / "a.txt").write_text("\n\n".join(sentences(i) for i in range(20)))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    sbatch = programs / "sbatch"
+    sbatch.write_text(
+        "#!/bin/bash\nscript=${@: -1}\n"
+        "last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $script)\n"
+        "for i in $(seq 0 ${last:-0}); do\n"
+        "  SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here SLURM_JOB_ID=7 RUN_OFFSET=0 bash $script "
+        ">> $0.log 2>&1 || exit 1\ndone\necho Submitted batch job 7\n"
+    )
+    (programs / "srun").write_text(
+        '#!/bin/bash\nwhile [[ $1 == -* || $1 == 1 ]]; do shift; done\n"$@"\n'
+    )
+    (programs / "scontrol").write_text("#!/bin/bash\necho here\n")
+    for name in ("sbatch", "srun", "scontrol"):
+        (programs / name).chmod(0o755)
+    bins = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    told = {
+        "input": str(tmp_path / "a.txt"),
+        "files": 2,
+        "tokenizer": "bpe:300",
+        "clean": ["unicode"],
+    }
+    code = f"""
+from tfkern.data.prepare import Recipe, prepare
+told = Recipe(output="slurm", slurm={{"time": "1:00:00", "partition": "cpu"}}, **{told!r})
+print(prepare(told, executor="slurm"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PATH": bins},
+    )  # fmt: skip
+    log = Path(f"{sbatch}.log")
+    assert done.returncode == 0, done.stderr[-2000:] + log.read_text()[-2000:]
+    local = prepare(Recipe(output=str(tmp_path / "local"), **told), workers=1)
+    assert shards(tmp_path / done.stdout.split()[-1]) == shards(local)
+
+
+@pytest.mark.slow
+def test_ray_runs_the_same(tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "a.txt").write_text("\n\n".join(sentences(i) for i in range(40)))
+    told = {"input": str(tmp_path / "a.txt"), "near_duplicates": 0.7, "tokenizer": "bpe:300"}
+    local = prepare(Recipe(output=str(tmp_path / "local"), **told), workers=1)
+    ray = prepare(Recipe(output=str(tmp_path / "ray"), **told), workers=2, executor="ray")
+    assert shards(ray) == shards(local)
+
+
+def test_filters_of_a_step_are_made_with_the_words_of_the_recipe():
+    made = clean_steps(["gopher_quality"], "words")[0]
+    assert made.language == Words() and made.language != Whitespace()
