@@ -263,8 +263,9 @@ DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
 
 
 def test_dumps_of_mediawiki(tmp_path):
-    (tmp_path / "dump.xml.bz2").write_bytes(bz2.compress(DUMP.encode()))
-    done = prepare(Recipe(input=tmp_path / "dump.xml.bz2", output=tmp_path / "out", validation=0))
+    path = tmp_path / "dump.xml-p1p5.bz2"
+    path.write_bytes(bz2.compress(DUMP.encode()))
+    done = prepare(Recipe(input=path, output=tmp_path / "out", validation=0))
     assert texts(done) == ["A is the b."]
     assert dropped(done) == {
         ("input", "redirect"): 1, ("input", "namespace"): 1, ("input", "empty"): 1,

@@ -31,7 +31,8 @@ _ENDINGS = {
 def format_of(path: Path) -> str | None:
     """What the ending of a file tells, that of a compression left out."""
     name = path.with_suffix("") if path.suffix in (*_PACKED, ".zst") else path
-    return _ENDINGS.get(name.suffix.lower())
+    ending = re.sub(r"-.*", "", name.suffix.lower())  # a part of a dump ends with .xml-p10p3000
+    return _ENDINGS.get(ending)
 
 
 def opened(path: Path) -> IO[bytes]:
