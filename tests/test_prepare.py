@@ -677,6 +677,16 @@ def test_ray_runs_the_same(tmp_path):
     assert shards(ray) == shards(local)
 
 
+def test_the_recipe_of_the_docs(tmp_path):
+    """Its steps are those of "web", and exist."""
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    (tmp_path / "web.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    told = recipe.load(tmp_path / "web.yaml", files=64)
+    assert told.files == 64 and told.near_duplicates == 0.7 and len(told.input) == 2
+    named = [step.name for step in clean_steps(told.clean, told.words)]
+    assert named == [step.name for step in clean_steps(["web"], told.words)] and len(named) == 7
+
+
 def test_filters_of_a_step_are_made_with_the_words_of_the_recipe():
     made = clean_steps(["gopher_quality"], "words")[0]
     assert made.language == Words() and made.language != Whitespace()
