@@ -105,6 +105,7 @@ ARGUMENTS = {
     "sample": ["/nowhere", "text"],
     "attention-map": ["/nowhere", "text"],
     "convert": ["/nowhere", "/nowhere/else"],
+    "prepare": ["out", "input=/nowhere"],
 }
 ABSURD = ["", " ", "x", "-1", "0.5", "nan", "inf", "-inf", "1e999", "9" * 19, "9" * 30, "9" * 5000]
 ABSURD += ["\u0662", "1_0", "1,,2", "-", "/", "../..", "/dev/full/x", "a\nb", "\x1b[31mred", "\0"]
@@ -124,6 +125,7 @@ def idle(monkeypatch, tmp_path):
     """Every command does nothing but check its options."""
     from tfkern.benchmarks import patched, suite, sweep
     from tfkern.cli import attention_map, sample, validate
+    from tfkern.data import prepare
     from tfkern.models import convert
 
     def work(*args, **kwargs):
@@ -131,7 +133,7 @@ def idle(monkeypatch, tmp_path):
 
     for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (validate, "run"),
                          (patched, "run"), (sample, "load"), (attention_map, "load"),
-                         (convert, "load")):  # fmt: skip
+                         (convert, "load"), (prepare, "prepare")):  # fmt: skip
         monkeypatch.setattr(module, name, work)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -1,6 +1,7 @@
 """What each step of a run kept and dropped, as numbers, as a table and as a picture."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def steps(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: the folder is not one of `prepare`.
     """
     logs = Path(folder) / "logs"
-    if not logs.is_dir():
+    if not os.path.isdir(logs):  # False for names that are too long, too
         raise ValueError(f"{folder}: no folder of prepared data: it has no logs")
     found: list[dict[str, Any]] = []
     characters = 0.0

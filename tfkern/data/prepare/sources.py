@@ -170,7 +170,7 @@ def found(path: Path) -> list[Path]:
     Raises:
         ValueError: there is nothing to read.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # False for names that are too long, too
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
@@ -182,8 +182,3 @@ def found(path: Path) -> list[Path]:
 
 def hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def readable(path: Path) -> None:
-    """Raises OSError if the file cannot be opened."""
-    os.close(os.open(path, os.O_RDONLY))
