@@ -23,6 +23,7 @@ RANKS = {
     "tfkern.models": 4,
     "tfkern.tokenize": 4,
     "tfkern.classic": 5,
+    "tfkern.data": 5,
     "tfkern.generate": 5,
     "tfkern.integrations": 5,
     "tfkern.validation": 3,

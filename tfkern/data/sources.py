@@ -1,0 +1,142 @@
+"""Items of one length, made of token shards: what a training step batches.
+
+An item is a dict of int64 arrays. All its keys are arguments of `tfkern.models.Transformer`, except
+"targets" and "documents". The target of a token is the token that follows it, and `IGNORED` where
+there is none.
+"""
+
+from collections.abc import Sized
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfkern.data.shards import Shards
+
+IGNORED = -100  # target that the losses leave out
+Item = dict[str, np.ndarray]
+
+
+class Windows:
+    """The whole stream, cut into windows wherever they end: no padding, and every token is used.
+
+    Each window has `length` tokens, and the first one of the next window as its last target. So
+    every token of the stream but the first is a target once. What does not fill a last window, less
+    than `length` tokens, is left out.
+
+    Args:
+        shards: the stream.
+        length: tokens of a window.
+        separate: whether documents are kept apart, as Llama 3 does. If False, as for GPT-3, a token
+            sees the documents before its own, and the end token is asked for the first token of the
+            next document. If True, the target of each end token is ignored, and items have
+            "documents", the number of each token's document within the window: `cu_seqlens` and
+            `positions` are made of them.
+
+    Raises:
+        ValueError: the stream is too short for one window.
+    """
+
+    def __init__(self, shards: Shards, length: int, *, separate: bool = False) -> None:
+        self.shards, self.length, self.separate = shards, positive(length), separate
+        if shards.tokens <= length:
+            raise ValueError(
+                f"{shards.folder} has {shards.tokens} tokens: a window of {length} needs "
+                f"{length + 1}"
+            )
+
+    def __len__(self) -> int:
+        return (self.shards.tokens - 1) // self.length
+
+    def __getitem__(self, i: int) -> Item:
+        start = within(i, self) * self.length
+        stream = self.shards.read(start, start + self.length + 1)
+        item = {"tokens": stream[:-1], "targets": stream[1:]}
+        if self.separate:
+            numbers = self.shards.numbers(start, start + self.length + 1)
+            item["targets"] = np.where(numbers[1:] == numbers[:-1], stream[1:], IGNORED)
+            item["documents"] = numbers[:-1] - numbers[0]
+        return item
+
+
+class Documents:
+    """One document a row, cut after `length` tokens, or padded on the right.
+
+    "mask" is the number of tokens that there are. The end token has no target. The last token of a
+    document that was cut has: the first token that was cut off.
+
+    Args:
+        shards: the stream.
+        length: tokens of a row.
+        pad: token at padding, which a model with the mask never reads.
+    """
+
+    def __init__(self, shards: Shards, length: int, pad: int = 0) -> None:
+        self.shards, self.length, self.pad = shards, positive(length), pad
+
+    def __len__(self) -> int:
+        return self.shards.documents
+
+    def __getitem__(self, i: int) -> Item:
+        start, end = self.shards.span(within(i, self))
+        tokens = self.shards.read(start, min(end, start + self.length + 1))
+        return {
+            "tokens": padded(tokens[: self.length], self.length, self.pad),
+            "targets": padded(tokens[1:], self.length, IGNORED),
+            "mask": np.array(min(end - start, self.length)),
+        }
+
+
+def padded(row: np.ndarray, length: int, value: int) -> np.ndarray:
+    """A row with a value on its right, up to a length.
+
+    Raises:
+        ValueError: the row is longer.
+    """
+    if len(row) > length:
+        raise ValueError(f"a row of {len(row)} does not fit into {length}")
+    return np.pad(row, (0, length - len(row)), constant_values=value)
+
+
+def cu_seqlens(documents: Tensor) -> Tensor:
+    """Where each document of a batch begins, for `tfkern.attention_varlen` over all its rows.
+
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B, T, H, D) to (B * T, H, D)
+        ends = cu_seqlens(batch["documents"])
+        o = tfkern.attention_varlen(q, k, v, ends, ends, causal=True)
+
+    Args:
+        documents: (B, T), "documents" of a batch. Rows share no document. Padding is a document.
+
+    Returns:
+        (n + 1,) int32, from 0 to B * T.
+    """
+    starts = torch.nn.functional.pad(_starts(documents).flatten(), (0, 1), value=True)
+    return starts.nonzero().squeeze(1).int()
+
+
+def positions(documents: Tensor) -> Tensor:
+    """The position (B, T) int64 of each token in its document, or in its part in the row."""
+    steps = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    return steps - (steps * _starts(documents)).cummax(1).values
+
+
+def _starts(documents: Tensor) -> Tensor:
+    """(B, T) bool: True at the first token of each document in its row."""
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return starts
+
+
+def positive(length: int) -> int:
+    """`length`, if it is one."""
+    if length < 1:
+        raise ValueError(f"length must be positive, got {length}")
+    return length
+
+
+def within(i: int, source: Sized) -> int:
+    """`i`, if the source has such an item. The IndexError also ends a `for` over the source."""
+    if not 0 <= i < len(source):
+        raise IndexError(f"item {i} of {len(source)}")
+    return int(i)
