@@ -1,7 +1,28 @@
-"""From text to batches (`pip install tfkern[data]`)."""
+"""From text to batches (`pip install tfkern[data]`).
 
+`Shards` are tokens on disk. `Windows`, `Documents` and `Packed` make items of one length of them,
+and `order` makes batches of items. The other functions corrupt rows for objectives of training.
+
+    shards = Shards("shards")
+    batches = order([Windows(shards, 64)], 8, seed=7)
+    batch = batches[step]
+    loss = cross_entropy(model(batch["tokens"]), batch["targets"])
+"""
+
+from tfkern.data.corrupt import (
+    corrupt_spans,
+    delete_tokens,
+    infill,
+    mask_tokens,
+    permute_sentences,
+    prefix,
+    rotate,
+    span_lengths,
+    span_window,
+)
 from tfkern.data.order import order
 from tfkern.data.packed import Packed
+from tfkern.data.pairs import Pair, next_sentence, sentence_order
 from tfkern.data.shards import Shards
 from tfkern.data.sources import IGNORED, Documents, Windows, cu_seqlens, padded, positions
 
@@ -9,10 +30,22 @@ __all__ = [
     "Documents",
     "IGNORED",
     "Packed",
+    "Pair",
     "Shards",
     "Windows",
+    "corrupt_spans",
     "cu_seqlens",
+    "delete_tokens",
+    "infill",
+    "mask_tokens",
+    "next_sentence",
     "order",
     "padded",
+    "permute_sentences",
     "positions",
+    "prefix",
+    "rotate",
+    "sentence_order",
+    "span_lengths",
+    "span_window",
 ]
