@@ -9,6 +9,7 @@ and `order` makes batches of items. The other functions corrupt rows for objecti
     loss = cross_entropy(model(batch["tokens"]), batch["targets"])
 """
 
+from tfkern.data.chat import Chat
 from tfkern.data.corrupt import (
     corrupt_spans,
     delete_tokens,
@@ -25,13 +26,16 @@ from tfkern.data.packed import Packed
 from tfkern.data.pairs import Pair, next_sentence, sentence_order
 from tfkern.data.shards import Shards
 from tfkern.data.sources import IGNORED, Documents, Windows, cu_seqlens, padded, positions
+from tfkern.data.template import Template, read_template
 
 __all__ = [
+    "Chat",
     "Documents",
     "IGNORED",
     "Packed",
     "Pair",
     "Shards",
+    "Template",
     "Windows",
     "corrupt_spans",
     "cu_seqlens",
@@ -44,6 +48,7 @@ __all__ = [
     "permute_sentences",
     "positions",
     "prefix",
+    "read_template",
     "rotate",
     "sentence_order",
     "span_lengths",

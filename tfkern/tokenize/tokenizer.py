@@ -1,5 +1,7 @@
 """A tokenizer with special tokens by role, padded batches, and decoding as a stream."""
 
+import bisect
+import itertools
 import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -129,6 +131,39 @@ class Tokenizer:
         return self._encode([text], [pair] if pair is not None else None, template, allow_special)[
             0
         ].ids
+
+    def encode_pieces(self, pieces: Sequence[str | int]) -> tuple[list[int], list[range]]:
+        """The ids of one text that is given in pieces, some of which are tokens.
+
+            ids, made_of = tokenizer.encode_pieces(["user: ", text, tokenizer.special_id("eos")])
+
+        Args:
+            pieces: strings, in which no control token is spelled, and ids of tokens that stand in
+                the vocabulary as added tokens, such as control tokens.
+
+        Returns:
+            the ids, without the template of the model, and for each the pieces that it is made of:
+            strings that follow each other are one text, so that a token may be made of several.
+
+        Raises:
+            ValueError: an integer that is no added token, or what `encode` refuses.
+        """
+        backend = self._without(frozenset())
+        added = self.backend.get_added_tokens_decoder()
+        texts: list[str] = []
+        for p in pieces:
+            if not isinstance(p, str) and (not isinstance(p, int) or p not in added):
+                raise ValueError(f"{files.shown(p)} is neither text nor an added token")
+            # the copy has names for control tokens that no text has
+            texts.append(p if isinstance(p, str) else str(backend.id_to_token(p)))
+        starts = list(itertools.accumulate(map(len, texts), initial=0))
+        with refusing("the text cannot be encoded"):
+            found = backend.encode("".join(texts), add_special_tokens=False)
+
+        def piece(place: int) -> int:
+            return min(bisect.bisect_right(starts, place), len(texts)) - 1
+
+        return found.ids, [range(piece(a), piece(max(a, b - 1)) + 1) for a, b in found.offsets]
 
     def batch(
         self,
