@@ -6,6 +6,7 @@ from pathlib import Path
 import feature_table
 import pytest
 import speed_table
+import token_shards
 import torch
 
 import tfkern
@@ -27,7 +28,7 @@ def test_layer_in_a_users_model():
 
 def test_check_of_a_kernel(capsys):
     names = {}
-    exec(BLOCKS[5], names)
+    exec(BLOCKS[6], names)
     assert "NaN" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="outside the error limits"):
         names["report"].check()
@@ -145,6 +146,17 @@ def test_integrations(tmp_path):
     exec(BLOCKS[4], names)
     assert names["model"].config._attn_implementation == "tfkern"
     assert isinstance(names["block"], torch.nn.Module)
+
+
+def test_data(tmp_path):
+    pytest.importorskip("grain")
+    from tfkern.models import Transformer, TransformerConfig, cross_entropy
+
+    token_shards.write(tmp_path / "shards", [[[*range(1, 20), token_shards.END]] * 30])
+    small = TransformerConfig(dim=24, heads=2, layers=1, vocab_size=20, max_length=64)
+    names = {"model": Transformer(small), "cross_entropy": cross_entropy}
+    exec(BLOCKS[5].replace("path/of", str(tmp_path)), names)
+    assert names["batch"]["tokens"].shape == (8, 64) and names["loss"] > 0
 
 
 def test_files_that_it_names_exist():

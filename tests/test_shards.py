@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from token_shards import END, write
 from torch.utils.data import DataLoader
 
 import tfkern
@@ -25,25 +26,6 @@ from tfkern.data import (
 )
 from tfkern.data.packed import best_fit
 from tfkern.models import Transformer, TransformerConfig, cross_entropy
-
-END = 0
-
-
-def write(folder, shards, dtype="<u2", tokenizer="some.json", told=True):
-    """Shards of lists of documents, byte for byte as datatrove writes them."""
-    folder.mkdir(exist_ok=True)
-    for i, documents in enumerate(shards):
-        path = folder / f"{i:05d}_unshuffled.ds"
-        flat = [token for document in documents for token in document]
-        path.write_bytes(np.array(flat, dtype).tobytes())
-        ends = np.cumsum([len(d) for d in documents]).astype("<u8")
-        (folder / f"{path.name}.index").write_bytes(ends.tobytes())
-        size = np.dtype(dtype).itemsize
-        (folder / f"{path.name}.metadata").write_text(f"{tokenizer}|{size}\n{len(flat)}\n1 KT")
-    if told:
-        facts = {"vocab_size": 100_000, "end_token": END, "tokenizer": tokenizer}
-        (folder / "tokens.json").write_text(json.dumps(facts))
-    return folder
 
 
 def corpus(seed=0, shards=4, documents=9, longest=40, high=500):
@@ -199,8 +181,9 @@ def test_windows_need_tokens(shards):
     with pytest.raises(ValueError, match=f"has {len(STREAM)} tokens: a window of {len(STREAM)}"):
         Windows(shards, len(STREAM))
     for make in (Windows, Documents, Packed):
-        with pytest.raises(ValueError, match="length must be positive"):
-            make(shards, 0)
+        for length in (0, -3, 8.0, "8", None, True):
+            with pytest.raises(ValueError, match="length must be a positive integer"):
+                make(shards, length)
         with pytest.raises(IndexError):
             make(shards, 8)[len(make(shards, 8))]
         with pytest.raises(IndexError):
@@ -463,6 +446,18 @@ def test_wrong_arguments_of_order(case):
     with pytest.raises(ValueError, match=message):
         order(**({"sources": [Numbers(3)], "batch": 2, "seed": 1} | given))
     order([Numbers(3)], 2, 2**32 - 1)
+
+
+def test_example_of_the_package(tmp_path, monkeypatch):
+    write(tmp_path / "shards", corpus())
+    folder = tmp_path / "shards" / "tokens.json"
+    folder.write_text(json.dumps({"vocab_size": 500, "end_token": END}))
+    monkeypatch.chdir(tmp_path)
+    lines = tfkern.data.__doc__.splitlines()
+    code = "\n".join(line[4:] for line in lines if line.startswith("    ") or not line)
+    names = {}
+    exec(code, names)
+    assert 4 < names["loss"] < 9 and names["batches"][0]["tokens"].shape == (8, 64)
 
 
 def test_imports_say_nothing_and_are_late():

@@ -1,12 +1,21 @@
 """From text to batches (`pip install tfkern[data]`).
 
 `Shards` are tokens on disk. `Windows`, `Documents` and `Packed` make items of one length of them,
-and `order` makes batches of items. The other functions corrupt rows for objectives of training.
+and `order` makes batches of items. Other functions corrupt rows for objectives of training, and
+`Chat` makes items of conversations.
+
+    from tfkern.data import Shards, Windows, order
+    from tfkern.models import Transformer, TransformerConfig, cross_entropy
 
     shards = Shards("shards")
-    batches = order([Windows(shards, 64)], 8, seed=7)
-    batch = batches[step]
-    loss = cross_entropy(model(batch["tokens"]), batch["targets"])
+    config = TransformerConfig(
+        vocab_size=shards.vocab_size, max_length=64, dim=32, layers=1, heads=2,
+        architecture="decoder",
+    )
+    model = Transformer(config)
+    batches = order([Windows(shards, 64)], batch=8, seed=7)
+    for step in range(3):
+        loss = cross_entropy(model(batches[step]["tokens"]), batches[step]["targets"])
 """
 
 from tfkern.data.chat import Chat

@@ -129,10 +129,14 @@ def _starts(documents: Tensor) -> Tensor:
 
 
 def positive(length: int) -> int:
-    """`length`, if it is one."""
-    if length < 1:
-        raise ValueError(f"length must be positive, got {length}")
-    return length
+    """`length`, if it is a positive integer.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 1:
+        raise ValueError(f"length must be a positive integer, got {length!r}")
+    return int(length)
 
 
 def within(i: int, source: Sized) -> int:
