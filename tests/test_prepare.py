@@ -20,6 +20,7 @@ import killing  # noqa: E402
 
 from tfkern import tokenize  # noqa: E402
 from tfkern.cli import main  # noqa: E402
+from tfkern.data import Shards  # noqa: E402
 from tfkern.data.prepare import Recipe, draw, execute, prepare, recipe, steps  # noqa: E402
 from tfkern.data.prepare.clean import steps as clean_steps  # noqa: E402
 from tfkern.data.prepare.duplicates import rows_of  # noqa: E402
@@ -107,6 +108,9 @@ def test_paragraphs_of_a_text_become_documents(tmp_path):
     size = sum(s["tokens"] for s in manifest["shards"].values())
     assert counted == 300 and size == sum(map(len, rows)) + 300
     assert not (done / "work").exists()
+    read = Shards(done / "train")
+    assert [read.document(i).tolist()[:-1] for i in range(read.documents)] == parts(done)[0]
+    assert (read.end_token, read.tokens) == (end, sum(len(row) + 1 for row in parts(done)[0]))
     again = prepare(told, progress=lambda *_: pytest.fail("it was done"))
     assert again == done
 
@@ -577,6 +581,7 @@ def audit(event, args):
     if event.startswith("socket.getaddrinfo") or event == "socket.connect":
         raise RuntimeError(f"{event} {args}")
 sys.addaudithook(audit)
+from tfkern.data import Shards  # noqa: E402
 from tfkern.data.prepare import Recipe, prepare
 prepare(Recipe(input="a.txt", output="o", clean="web", near_duplicates=0.8), workers=1)
 """
@@ -613,6 +618,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         file.write("word " * 12_000_000)
     code = """
 import resource, sys
+from tfkern.data import Shards  # noqa: E402
 from tfkern.data.prepare import Recipe, prepare
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 700_000_000,) * 2)
@@ -653,6 +659,7 @@ def test_slurm_runs_the_same(tmp_path):
         "clean": ["unicode"],
     }
     code = f"""
+from tfkern.data import Shards  # noqa: E402
 from tfkern.data.prepare import Recipe, prepare
 told = Recipe(output="slurm", slurm={{"time": "1:00:00", "partition": "cpu"}}, **{told!r})
 print(prepare(told, executor="slurm"))
