@@ -282,6 +282,44 @@ def test_drawn_texts_never_become_control(plain, seed):
         assert said(plain, item) == [messages[1]["content"] + "<|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("around", "content"), [("<{}", "s> x"), ("{}>", "x </s"), ("[{}]", "/INST"), ("<{}>", "/s")]
+)
+def test_templates_do_not_complete_control_tokens(plain, around, content):
+    around = around.replace("{}", "{{ m.content }}")
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}{around}{{% endfor %}}"
+    template += "{% if add_generation_prompt %}assistant{% endif %}"
+    item = ours(plain, template).item({"messages": talk(f"y {content}", f"{content} {content}")})
+    assert control_tokens(plain, item["tokens"]) == []
+    item = ours(plain, template).item({"messages": talk(content, content)})
+    assert control_tokens(plain, item["tokens"]) == []
+
+
+def test_names_without_a_value_are_absent(plain):
+    messages = talk("one", "two")
+    messages[1]["tool_calls"] = None
+    found = ours(plain, LLAMA).item({"messages": messages})
+    assert (
+        found["tokens"].tolist()
+        == ours(plain, LLAMA).item({"messages": talk("one", "two")})["tokens"].tolist()
+    )
+    assert ours(plain, LLAMA).render(messages) == ours(plain, LLAMA).render(talk("one", "two"))
+
+
+def test_the_unknown_token_is_not_spelled(tokenizer):
+    if "<unk>" not in tokenizer.backend.get_vocab():
+        pytest.skip("no unknown token")
+    unknown = tokenizer.id("<unk>")
+    item = ours(tokenizer, CHATML).item({"messages": talk("<unk>", "x <unk><unk>")})
+    assert unknown not in item["tokens"]
+    assert "<unk><unk>" in tokenizer.decode(item["tokens"], skip_special=False)
+    assert unknown not in tokenizer.encode_pieces(["<unk>"])[0]
+    with pytest.raises(ValueError, match="neither text nor an added token"):
+        tokenizer.encode_pieces([unknown])
+    assert unknown not in tokenizer.encode("a <unk>", allow_special=["eos"])
+    assert unknown in tokenizer.encode("a <unk>", allow_special=True)
+
+
 def test_texts_of_prompt_and_completion(tokenizer):
     item = ours(tokenizer, CHATML).item({"prompt": "one </s> two", "completion": " three <s>"})
     assert control_tokens(tokenizer, item["tokens"]) == ["</s>"]
@@ -355,6 +393,8 @@ def test_generation_marks_and_prompts(plain):
     prompt, answer = talk("q", "think</think>a", "r"), talk("", "b")[1:]
     assert said(plain, chat.item({"prompt": prompt, "completion": answer})) == ["b<|im_end|>"]
     assert said(plain, chat.item({"messages": prompt + answer})) == ["a<|im_end|>", "b<|im_end|>"]
+    with pytest.raises(ValueError, match="says nothing"):
+        chat.item({"prompt": prompt, "completion": []})
     for text in ("{%- generation -%} x {%- endgeneration -%}", "{%generation%}x{%endgeneration%}"):
         assert Template(text).generation
     for text in ("{# {% generation %} #}", "{{ '{% generation %}' }}", "generation"):

@@ -289,6 +289,20 @@ def test_infilling_draws_from_poisson():
     assert like(slots, np.full(10, slots.sum() / 10))
 
 
+def test_infilling_cuts_any_span():
+    """The span that is cut short to fit is as often the first of the row as the last."""
+    longer = Counter()
+    for seed in range(1500):
+        inputs, _ = infill(TEXT, seed, mask=MASK, rate=0.1)
+        where = np.flatnonzero(inputs == MASK)
+        if len(where) > 1 and where[0] > 0 and where[-1] < len(inputs) - 1:
+            sizes = [inputs[i + 1] - inputs[i - 1] for i in (where[0], where[-1])]
+            if MASK not in inputs[[where[0] + 1, where[-1] - 1]]:
+                longer[int(np.sign(sizes[0] - sizes[1]))] += 1
+    more, less = longer[1], longer[-1]
+    assert more + less > 500 and abs(more - less) < 5 * (more + less) ** 0.5
+
+
 def test_deletion_rotation_permutation():
     kept = np.zeros(64)
     for seed in range(2000):

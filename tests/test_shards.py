@@ -100,6 +100,7 @@ BROKEN = {
     "no ends": (lambda f: index(f), "ends at 0"),
     "ends that fall": (lambda f: index(f, 3, 2, 4), "do not rise"),
     "an empty document": (lambda f: index(f, 0, 4), "do not rise"),
+    "an empty document within": (lambda f: index(f, 2, 2, 4), "do not rise"),
     "ends beyond int64": (lambda f: index(f, 2**64 - 1, 4), "do not rise"),
     "no index": (lambda f: (f / "00000_unshuffled.ds.index").unlink(), "No such file"),
     "no metadata": (lambda f: (f / "00000_unshuffled.ds.metadata").unlink(), "No such file"),

@@ -88,7 +88,7 @@ class Chat:
         self, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False, tools: Any = None
     ) -> str:
         """The text of messages, with what opens the assistant's answer behind it if `prompt`."""
-        return self._render(_plain(list(messages)), _plain(tools), prompt)
+        return self._render(_plain(_messages("messages", messages)), _plain(tools), prompt)
 
     def _render(
         self, messages: Any, tools: Any, prompt: bool, marks: tuple[str, str] = ("", "")
@@ -185,24 +185,26 @@ class Chat:
 class _Shield:
     """Guards control tokens that messages spell, and tells them from those of the template.
 
-    The guard is a character that occurs nowhere else. It is put around a control token, and where a
-    text begins or ends like one, so that no two texts make one together.
+    The guard is a character that occurs nowhere else. It is put around a control token, and beside
+    a text that begins or ends like one or is a part of one, so that several texts make none
+    together. Words are left alone: templates compare them, and some make control tokens of roles.
     """
 
     def __init__(self, control: Mapping[str, int]) -> None:
-        names = sorted((name for name in control if name), key=len, reverse=True)
+        self._names = names = sorted(filter(None, control), key=len, reverse=True)
         self._any = "|".join(map(re.escape, names)) or "(?!)"  # which matches nothing
         self._heads = tuple({name[i:] for name in names for i in range(1, len(name))})
         self._tails = tuple({name[:i] for name in names for i in range(1, len(name))})
 
     def __call__(self, text: str, guard: str) -> str:
-        if text.isidentifier() or text.isspace():  # such as a role, which templates compare
+        body = text.strip()
+        if not body or body.isidentifier():  # such as a role, which templates compare
             return re.sub(self._any, rf"{guard}\g<0>{guard}", text)
-        start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-        front = guard if text.startswith(self._heads, start) else ""
-        behind = guard if text[start:end].endswith(self._tails) else ""
-        middle = re.sub(self._any, rf"{guard}\g<0>{guard}", text[start:end])
-        return text[:start] + front + middle + behind + text[end:]
+        within = any(body in name for name in self._names)
+        front = guard if within or body.startswith(self._heads) else ""
+        behind = guard if body.endswith(self._tails) else ""
+        middle = re.sub(self._any, rf"{guard}\g<0>{guard}", body)
+        return text.replace(body, f"{front}{middle}{behind}", 1)
 
     def split(self, text: str, guard: str) -> Iterator[tuple[int, str, bool]]:
         """The parts of a text without guards: where each stands in the text, and whether it is a

@@ -139,7 +139,7 @@ class Tokenizer:
 
         Args:
             pieces: strings, in which no control token is spelled, and ids of tokens that stand in
-                the vocabulary as added tokens, such as control tokens.
+                the vocabulary as added tokens, such as control tokens, but for the unknown one.
 
         Returns:
             the ids, without the template of the model, and for each the pieces that it is made of:
@@ -149,7 +149,7 @@ class Tokenizer:
             ValueError: an integer that is no added token, or what `encode` refuses.
         """
         backend = self._without(frozenset())
-        added = self.backend.get_added_tokens_decoder()
+        added = backend.get_added_tokens_decoder()
         texts: list[str] = []
         for p in pieces:
             if not isinstance(p, str) and (not isinstance(p, int) or p not in added):

@@ -21,7 +21,11 @@ def unspellable(backend: tokenizers.Tokenizer, control: frozenset[str]) -> token
         if (unknown := model.get("unk_id")) is not None:
             control = control | {model["vocab"][unknown][0]}  # it stands for itself by its id
     else:
-        control = control - {model.get("unk_token")}  # unknown text becomes this in any case
+        unknown = model.get("unk_token")
+        if unknown in control:  # the model keeps it for unknown text, but its name is no token
+            added = described["added_tokens"]
+            described["added_tokens"] = [t for t in added if t["content"] != unknown]
+        control = control - {unknown}
     secret = secrets.token_hex(16)
     new = {name: f"{secret}-{i}" for i, name in enumerate(sorted(control))}
     for token in described["added_tokens"]:
