@@ -40,8 +40,10 @@ def mlp(x: Tensor, passes: int = MOST_PASSES) -> bool:
     slow at products of this dtype."""
     if not _costs(x) or x.numel() * passes >= MLP:
         return True
-    enough = x.numel() * MOST_PASSES >= MLP
-    return enough and dispatch.find("linear", (x, None, None, checks.computed_dtype(x))) is not None
+    dtype = checks.computed_dtype(x)
+    if dtype == torch.float32 or x.numel() * MOST_PASSES < MLP:
+        return False
+    return dispatch.find("linear", (x, None, None, dtype)) is not None
 
 
 def attention(query: Tensor, key: Tensor) -> bool:
