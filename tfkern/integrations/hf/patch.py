@@ -72,7 +72,7 @@ def patch(model: nn.Module) -> Patch:
     - Layers whose own code adds a residual and normalises the sum, or calls the layers of an MLP
       one by one: that code runs with these statements exchanged.
     - Rotary positions, if `apply_rotary_pos_emb` of the attention's file gives what
-      `tfkern.rotary` does: Llama, GPT-NeoX and most later decoders.
+      `tfkern.rotary` does: Llama, GPT-NeoX, GPT-J, GLM and most later decoders.
 
     A patched module looks at its children in every call. It runs its own code where one of them
     has hooks or another forward, or has been replaced by an adapter, a quantised or a parametrised
