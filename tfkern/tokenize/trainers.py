@@ -18,11 +18,13 @@ _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def characters(texts: Iterable[str]) -> Tokenizer:
     """A tokenizer with a token for each character of the texts, in the order of Unicode; lossless.
 
-    Other characters raise ValueError in `encode`.
+    Other characters raise ValueError in `encode`. The texts are read once, one by one.
     """
-    alphabet = sorted({c for text in strings("texts", list(texts)) for c in text})
+    alphabet: set[str] = set()
+    for text in texts:
+        alphabet.update(*strings("texts", [text]))
     with refusing("the texts have a character that no file can hold"):
-        model = models.WordLevel({c: i for i, c in enumerate(alphabet)})
+        model = models.WordLevel({c: i for i, c in enumerate(sorted(alphabet))})
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()

@@ -24,7 +24,8 @@ class Writer:
         self.path, self._new = path, path.with_name(path.name + ".new")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._new, "wb")
-        self._stream = zstandard.ZstdCompressor().stream_writer(self._file)
+        # Many files are open at a time, and other levels take megabytes for each.
+        self._stream = zstandard.ZstdCompressor(level=1).stream_writer(self._file)
 
     def write(self, document: Document) -> None:
         row = {"text": document.text, "id": document.id, "metadata": document.metadata}
