@@ -21,7 +21,7 @@ namespace tfkern {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-using Optional = std::optional<Tensor>;
+
 inline Dtype dtype(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -117,68 +117,6 @@ class Stack {
   explicit Stack(StableIValue* values) : first_(values), next_(values) {}
 
   // Each function takes the next argument, which the operator then owns.
-  Tensor tensor() { return next<Tensor>(); }
-  Optional optional() { return next<Optional>(); }
-  std::optional<int64_t> integer() { return next<std::optional<int64_t>>(); }
-  double number() { return next<double>(); }
-  bool boolean() { return next<bool>(); }
-
-  template <class... T>
-  void give(const std::tuple<T...>& results) {
-    StableIValue* to = first_;
-    std::apply([&](const T&... x) { ((*to++ = torch::stable::detail::from(x)), ...); }, results);
-  }
-
- private:
-  template <class T>
-  T next() {
-    return torch::stable::detail::to<T>(*next_++);
-  }
-
-  StableIValue *first_, *next_;
-};
-
-// ---- operators ----
-
-// The arguments of an operator as the dispatcher hands them over, in the order of its schema, and
-// in their place its results. For operators with more arguments than one wants to write out twice;
-// TORCH_BOX does the same for a function.
-class Stack {
- public:
-  explicit Stack(StableIValue* values) : first_(values), next_(values) {}
-
-  // Each takes the next argument, which is the operator's own from then on.
-  Tensor tensor() { return next<Tensor>(); }
-  Optional optional() { return next<Optional>(); }
-  std::optional<int64_t> integer() { return next<std::optional<int64_t>>(); }
-  double number() { return next<double>(); }
-  bool boolean() { return next<bool>(); }
-
-  template <class... T>
-  void give(const std::tuple<T...>& results) {
-    StableIValue* to = first_;
-    std::apply([&](const T&... x) { ((*to++ = torch::stable::detail::from(x)), ...); }, results);
-  }
-
- private:
-  template <class T>
-  T next() {
-    return torch::stable::detail::to<T>(*next_++);
-  }
-
-  StableIValue *first_, *next_;
-};
-
-// ---- operators ----
-
-// The arguments of an operator as the dispatcher hands them over, in the order of its schema, and
-// in their place its results. For operators with more arguments than one wants to write out twice;
-// TORCH_BOX does the same for a function.
-class Stack {
- public:
-  explicit Stack(StableIValue* values) : first_(values), next_(values) {}
-
-  // Each takes the next argument, which is the operator's own from then on.
   Tensor tensor() { return next<Tensor>(); }
   Optional optional() { return next<Optional>(); }
   std::optional<int64_t> integer() { return next<std::optional<int64_t>>(); }
