@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -629,6 +630,32 @@ prepare(Recipe(input="a.txt", output="o", tokenizer="characters", clean=[{"lengt
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(tmp_path):
+    """The program and all its workers are killed after ever longer times, until a run is done."""
+    text = "\n\n".join(sentences(i % 900) for i in range(3000))
+    (tmp_path / "a.txt").write_text(text)
+    told = ["clean=[unicode, gopher_quality]", "near_duplicates=0.8", "--input", "a.txt"]
+    call = [sys.executable, "-m", "tfkern.cli", "prepare"]
+    subprocess.run([*call, "whole", *told], cwd=tmp_path, check=True, capture_output=True)
+    kills, seconds, finished = 0, 3.0, False
+    while not finished:
+        program = subprocess.Popen(
+            [*call, "killed", *told, "--workers", "2"], cwd=tmp_path, start_new_session=True,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            finished = program.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+            kills, seconds = kills + 1, seconds + 0.7
+    (whole,), (killed,) = (list((tmp_path / name).iterdir()) for name in ("whole", "killed"))
+    assert kills >= 2 and killed.name == whole.name and shards(killed) == shards(whole)
+    counts = [[{**row, "seconds": 0} for row in steps(d)] for d in (whole, killed)]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.slow
