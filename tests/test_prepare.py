@@ -23,6 +23,7 @@ from tfkern import tokenize  # noqa: E402
 from tfkern.cli import main  # noqa: E402
 from tfkern.data import Shards  # noqa: E402
 from tfkern.data.prepare import Recipe, draw, execute, prepare, recipe, steps  # noqa: E402
+from tfkern.data.prepare import run as run_module  # noqa: E402
 from tfkern.data.prepare.clean import steps as clean_steps  # noqa: E402
 from tfkern.data.prepare.duplicates import rows_of  # noqa: E402
 from tfkern.data.prepare.markup import plain_text  # noqa: E402
@@ -153,6 +154,29 @@ def test_a_worker_that_is_killed_is_an_error_in_seconds(tmp_path):
     ranks.folder, ranks.workers = tmp_path, 2
     with pytest.raises(RuntimeError, match="'deadly': a worker was killed, perhaps for want of"):
         ranks(Stage("deadly", [killing.Killed()], 3), lambda *_: None)
+
+
+def test_ranks_may_run_in_other_folders(tmp_path, monkeypatch):
+    """Paths of a recipe are those of the folder where it was given, as on the machines of Slurm."""
+    monkeypatch.chdir(tmp_path)
+    rows = [sentences(i) for i in range(6)]
+    Path("a.txt").write_text("\n".join(rows))
+    Path("seen.txt").write_text(rows[2])
+    tokenize.save(tokenize.train("bpe", rows, 300), "tokenizer")
+    told = Recipe(
+        input="a.txt", output="out", split="line", decontaminate="seen.txt", validation=0,
+        tokenizer="tokenizer",
+    )  # fmt: skip
+    planned = recipe.plan(told)
+    todo = run_module.stages(planned)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for stage in todo:
+        ranks = execute._Ranks(stage, tmp_path / planned.folder)
+        for rank in range(stage.ranks):
+            ranks.run_rank(rank)
+    assert texts(tmp_path / planned.folder) == rows[:2] + rows[3:]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_what_a_key_depends_on(tmp_path):

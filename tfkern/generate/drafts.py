@@ -72,7 +72,7 @@ def speculative(
     results = []
     for i, seed in enumerate(seeds_of(seeds, len(asked.prompts))):
         sources = None if asked.sources is None else [asked.sources[i]]
-        # What a window has left behind is needed again once the tokens after it are not kept.
+        # A window goes back over tokens that it has left when a draft is not kept.
         pair = [Session(m, 1, asked.capacity, sources, "growing") for m in (model, draft)]
         generator = torch.Generator().manual_seed(seed)
         new = _one(pair, asked.prompts[i], lookahead, asked, generator)

@@ -35,7 +35,7 @@ class PlainText(BaseFormatter):
             self.stat_update("total")
             if document.metadata.pop("markup", None) == "wiki":
                 with self.track_time():
-                    document.text = plain_text(document.text)
+                    document.text = self.format(document.text)
             if document.text.strip():
                 self.stat_update("forwarded")
                 yield document
@@ -143,7 +143,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "c4": C4QualityFilter,
     "fineweb": FineWebQualityFilter,
 }
-# What the papers apply to pages of the web, in their order.
+# These are the steps that the papers apply to pages of the web, in their order.
 GROUPS = {
     "web": (
         "unicode",

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -97,7 +98,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def stages(planned: Plan) -> list[Stage]:
     """The stages of a recipe, each of which reads what the one before it wrote."""
-    recipe, folder, n = planned.recipe, planned.folder, planned.files
+    recipe, n = planned.recipe, planned.files
+    folder = planned.folder.absolute()  # ranks on other machines start in other folders
     work = folder / "work"
     found = [Stage("read", [Ingest(planned, work / "read")], 1)]
     now = work / "read"
@@ -126,7 +128,7 @@ def stages(planned: Plan) -> list[Stage]:
         *found,
         Stage("tokenizer", [training], 1),
         Stage("tokens", [Read(now), writing], n),
-        Stage("manifest", [Finish(planned)], 1),
+        Stage("manifest", [Finish(planned, folder)], 1),
     ]
 
 
@@ -140,7 +142,8 @@ class Ingest(PipelineStep):
 
     def __init__(self, planned: Plan, folder: Path) -> None:
         super().__init__()
-        self.inputs, self.split, self.files = planned.inputs, planned.recipe.split, planned.files
+        self.inputs = [(os.path.abspath(path), *names) for path, *names in planned.inputs]
+        self.split, self.files = planned.recipe.split, planned.files
         self.block = min(max(planned.size // planned.files, _BLOCK[0]), _BLOCK[1])
         self.folder = str(folder)
 
@@ -172,7 +175,8 @@ class Index(PipelineStep):
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         super().__init__()
-        self.paths, self.words, self.folder = recipe.decontaminate, recipe.words, str(folder)
+        self.paths = [os.path.abspath(path) for path in recipe.decontaminate]
+        self.words, self.folder = recipe.words, str(folder)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         texts = (
@@ -192,9 +196,9 @@ class Finish(PipelineStep):
 
     type, name = "writer", "manifest"
 
-    def __init__(self, planned: Plan) -> None:
+    def __init__(self, planned: Plan, folder: Path) -> None:
         super().__init__()
-        self.folder, self.told, self.files = str(planned.folder), planned.told, planned.files
+        self.folder, self.told, self.files = str(folder), planned.told, planned.files
         self.parts = tokens.PARTS if planned.recipe.validation else tokens.PARTS[:1]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:

@@ -60,7 +60,8 @@ class Train(PipelineStep):
     def __init__(self, source: Path, files: int, spec: str, end: str | None, folder: Path) -> None:
         super().__init__()
         self.source, self.files, self.folder = str(source), files, str(folder)
-        self.spec, self.end = spec, end
+        self.spec = spec if parsed(spec)[0] else os.path.abspath(spec)
+        self.end = end
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         if next(self._documents(), None) is None:

@@ -33,7 +33,7 @@ from tfkern.integrations.hf.residual import add_norm
 from tfkern.integrations.hf.rotation import NAME, rotation
 from tfkern.ops import mlp
 
-# By the forward of the class, which other libraries replace.
+# The keys are forwards of classes, not the classes, since other libraries replace the former.
 _FORWARDS: dict[Callable[..., Any], Callable[..., Any] | None] = {}
 
 

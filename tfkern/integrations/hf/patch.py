@@ -27,7 +27,7 @@ class Patch:
     def undo(self) -> None:
         """Gives every patched module its own forward back."""
         for module, method in self._done:
-            # What another library has put around our forward is not ours to remove.
+            # We leave alone what another library has put around our forward.
             if is_ours(vars(module).get(method)):
                 delattr(module, method)
         self.names, self._done = [], []
