@@ -620,6 +620,7 @@ def test_tables_of_sinusoids(name, tmp_path):
         ("gemma2", {"hidden_activation": "mish"}),
         ("gemma2", {"sliding_window": None}),
         ("gemma2", {"query_pre_attn_scalar": 0}),
+        ("gemma2", {"query_pre_attn_scalar": 7.5}),
         ("gemma2", {"attn_logit_softcapping": 0.0}),
         ("gemma2", {"final_logit_softcapping": -30.0}),
         ("gemma2", {"use_bidirectional_attention": True}),
@@ -630,6 +631,7 @@ def test_tables_of_sinusoids(name, tmp_path):
             "gemma3",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
         ),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}}),
         ("gemma3", {"rope_local_base_freq": 0.0}),
     ],
 )

@@ -13,7 +13,7 @@ from weights import perturb
 from tfkern.models import Transformer, TransformerConfig, cross_entropy, report_layers
 from tfkern.models.heads import pool
 from tfkern.models.positions import alibi_slopes, relative_bucket, sinusoids
-from tfkern.nn import BatchNorm, KVCache
+from tfkern.nn import BatchNorm, KVCache, RotaryScaling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -488,6 +488,10 @@ def test_config_errors():
         ({"forced_last": 13}, r"forced_last must lie in \[0, vocab_size = 13\), got 13"),
         ({"skip_pad": True, "pad_token": 1}, "skip_pad needs an encoder with pad_token"),
         ({"skip_pad": True, "architecture": "encoder"}, "skip_pad needs an encoder with pad_token"),
+        ({"rotary_scaling": RotaryScaling(kind="linear", factor=2.0)}, "rotary_scaling is for rot"),
+        ({"wide_output": True, "norm": "none"}, "wide_output needs a norm before each sublayer"),
+        ({"embedding_dim": 8, "pooler": True}, "embedding_dim goes neither with a pooler"),
+        ({"embedding_dim": 8, "head": "mlm"}, "embedding_dim goes neither with a pooler"),
         ({"pooler_activation": "gelu"}, "pooler_activation must be one of tanh, relu"),
         ({"head": "choice"}, "head 'choice' needs architecture 'encoder'"),
         ({"head": "classification"}, "head 'classification' needs classes"),

@@ -136,6 +136,8 @@ def test_errors():
         ({"norm_place": "both"}, "no norm after a sublayer"),
         ({"norm_place": "after"}, "layer norm, no gate and equal heads"),
         ({"qkv_bias": False}, "biases everywhere or nowhere"),
+        ({"out_bias": False}, "biases everywhere or nowhere"),
+        ({"parallel": True}, "an MLP behind attention, not beside it"),
         ({"activation": "gelu_tanh"}, "this one has gelu_tanh"),
     ):
         model = Transformer(TransformerConfig(**small | {"activation": "gelu"} | changes))

@@ -67,7 +67,7 @@ def speculative(
         raise ValueError(
             f"the rotary positions of the model depend on the length of texts of more than "
             f"{scaling.length} tokens, which several tokens of a draft cannot have at once: take "
-            f"generate, or fewer than {asked.capacity} tokens"
+            f"generate, or at most {scaling.length} tokens, the prompt among them"
         )
     results = []
     for i, seed in enumerate(seeds_of(seeds, len(asked.prompts))):

@@ -25,10 +25,9 @@ class Session:
         capacity: the most tokens of a text.
         sources: for each text, the tokens that the encoder reads, None for a decoder. The encoder
             runs once, and cross-attention computes its keys and values once.
-        cache: "static", with room for capacity tokens, or in blocks with a window for those within
-            it; "growing", which keeps all tokens, also those that have left a window, and so is the
-            one that `crop` needs behind a window; or "none", which reads everything again at every
-            step. See `tfkern.nn.KVCache`.
+        cache: "static" has room for capacity tokens, but in blocks with a window only for those
+            within it; "growing" keeps all tokens, which `crop` needs where there is a window;
+            "none" reads everything again at every step. See `tfkern.nn.KVCache`.
 
     Raises:
         ValueError: another cache.
@@ -104,9 +103,10 @@ class Session:
 
     def crop(self, length: int) -> None:
         """Forgets the tokens of every row from `length` on."""
-        self._rows = [row[:length] for row in self._rows]
-        for cache in self._caches or ():
+        caches = sorted(self._caches or (), key=lambda cache: cache.kind != "ring")
+        for cache in caches:  # rings come first, since they refuse
             cache.crop(torch.full((len(self._rows),), length, device=self.device))
+        self._rows = [row[:length] for row in self._rows]
 
     def _read(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """The hidden states (B, T, dim) of the tokens."""

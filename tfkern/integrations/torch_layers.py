@@ -76,7 +76,8 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
 
     Raises:
         ValueError: a block that torch's layers cannot express: other norms, gated MLPs, grouped
-            heads, a head size of its own, a window, a softcap, norms after sublayers, or tanh GELU.
+            heads, a head size of its own, a window, a softcap, norms after sublayers, parallel
+            sublayers, biases in some layers only, or tanh GELU.
     """
     attention, mlp = block.attention, block.mlp
     heads, dim = attention.heads, attention.out.out_features
@@ -85,7 +86,9 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
         raise ValueError("torch's layers have layer norm, no gate and equal heads of dim / heads")
     if attention.window is not None or attention.softcap or block.norm2_out is not None:
         raise ValueError("torch's layers have no window, no softcap and no norm after a sublayer")
-    if (attention.query_layer.bias is None) != (mlp.fc1.bias is None):
+    if block.parallel:
+        raise ValueError("torch's layers have an MLP behind attention, not beside it")
+    if len({layer.bias is None for layer in (attention.query_layer, attention.out, mlp.fc1)}) > 1:
         raise ValueError("torch's layers have biases everywhere or nowhere")
     if attention.scale is not None or mlp.activation not in _FUNCTIONS.values():
         raise ValueError(

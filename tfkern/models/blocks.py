@@ -193,6 +193,8 @@ class Block(nn.Module):
     pre-norm, attention and MLP read the same h:
 
         h = h + x;  h, x = h + attention(norm1(h)), mlp(norm2(h))
+
+    with the norms behind the sublayers, too, if there are any.
     """
 
     def __init__(

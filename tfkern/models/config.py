@@ -286,8 +286,9 @@ class TransformerConfig:
 
     def _check_rotary(self) -> None:
         if self.positions != "rotary":
-            if self.rotary_fraction != 1:
-                raise ValueError(f"rotary_fraction is for rotary positions, not {self.positions}")
+            for name, default in (("rotary_fraction", 1), ("rotary_scaling", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is for rotary positions, not {self.positions}")
             return
         if self.rotary_fraction == 1 and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head size, got {self.head_size}")
@@ -310,7 +311,9 @@ class TransformerConfig:
     def _check_norms(self) -> None:
         if self.post_norm and self.norm_place != "before":
             raise ValueError(f"post_norm has no norm_place, got {self.norm_place!r}")
-        if self.wide_output and self.norm_place == "after":
+        if self.wide_output and (
+            self.norm_place == "after" or self.norm in ("none", "weight_norm")
+        ):
             raise ValueError("wide_output needs a norm before each sublayer, which narrows again")
         if self.query_key_norm != "none" and not self.norm.endswith("rms_norm"):
             raise ValueError(f"query_key_norm needs norm 'rms_norm', got {self.norm!r}")
@@ -346,6 +349,10 @@ class TransformerConfig:
             raise ValueError("vocab_size (for tokens) or patch_size (for images) is needed")
         if self.embedding_dim is not None and self.architecture != "decoder":
             raise ValueError(f"embedding_dim needs architecture 'decoder', not {self.architecture}")
+        if self.embedding_dim is not None and (self.pooler or self.head in ("mlm", "pretraining")):
+            raise ValueError(
+                "embedding_dim goes neither with a pooler nor with head 'mlm' or 'pretraining'"
+            )
         if self.positions == "learned" and self.max_length is None:
             raise ValueError("learned positions need max_length")
         learned = self.positions == "learned" and self.position_offset > 0

@@ -138,7 +138,7 @@ def _sized(base: Config, *shapes: tuple) -> list[Config]:
 
 
 def _grouped(*shapes: tuple) -> list[Config]:
-    """A base in other sizes: layers, dim, heads, key heads, hidden_dim."""
+    """Configurations by base, layers, dim, heads, key heads, hidden_dim."""
     return [
         replace(base, layers=n, dim=dim, heads=heads, kv_heads=kv_heads, hidden_dim=hidden)
         for base, n, dim, heads, kv_heads, hidden in shapes

@@ -134,7 +134,7 @@ class Stack(nn.Module):
                 positions, config.rotary_size, config.rotary_base, x, config.rotary_scaling
             )
             if (base := config.window_rotary_base) is not None:
-                window_options["rotation"] = rotary_table(positions, config.head_size, base, x)
+                window_options["rotation"] = rotary_table(positions, config.rotary_size, base, x)
         elif config.positions == "alibi":
             options["alibi_slopes"] = alibi_slopes(config.heads, x.device)
         elif isinstance(self.positions, RelativeBias):

@@ -28,7 +28,9 @@ def fusible(
     own = module._parameters
     if type(module) not in kinds or own.keys() != {"weight", "bias"}:
         return False
-    return unadorned(module, forward) and not (_strange(own["weight"]) or _strange(own["bias"]))
+    return unadorned(module, forward) and not (
+        has_own_operators(own["weight"]) or has_own_operators(own["bias"])
+    )
 
 
 def unadorned(module: nn.Module, forward: object = None) -> bool:
@@ -44,6 +46,6 @@ def unadorned(module: nn.Module, forward: object = None) -> bool:
     )
 
 
-def _strange(p: Tensor | None) -> bool:
+def has_own_operators(p: Tensor | None) -> bool:
     """Whether p is of a type with operators of its own, as the weights of quantised layers are."""
     return p is not None and type(p) is not nn.Parameter and is_traceable_wrapper_subclass(p)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tfkern import dispatch
 from tfkern.integrations.hf import worth
 from tfkern.integrations.hf.plain import STANDARD, neutral, ours, own_attributes
-from tfkern.nn.fusible import _strange, unadorned
+from tfkern.nn.fusible import has_own_operators, unadorned
 from tfkern.ops import layer_norm, rms_norm
 
 _SIMPLE = (int, float, str, bool, type(None), tuple, torch.dtype)
@@ -62,7 +62,7 @@ def form(module: Any, x: Any) -> Form | None:
     for name in (found.weight, found.bias):
         if name is not None:
             p = own[name]
-            if p.dtype != x.dtype or p.shape[0] != x.shape[-1] or _strange(p):
+            if p.dtype != x.dtype or p.shape[0] != x.shape[-1] or has_own_operators(p):
                 return None
     wide = x.dtype in (torch.float32, torch.float64)
     if dispatch.autocasts(x.device) and (found.casts or not wide):

@@ -12,7 +12,9 @@ from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import rotary
 from tfkern.models.convert.family import ACTIVATIONS, Field, activation_name, among, like, only
 from tfkern.models.convert.llama import (
+    FULL,
     LAYER_TYPES,
+    WINDOWED,
     family,
     heads,
     layer_types,
@@ -21,7 +23,6 @@ from tfkern.models.convert.llama import (
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}  # the usual name comes first
 _ACTIVATIONS1 = _ACTIVATIONS | {"gelu": "gelu_tanh"}  # it means the tanh form in Gemma 1
-_FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
 def _check_causal(name: str, value: Any) -> None:
@@ -29,31 +30,32 @@ def _check_causal(name: str, value: Any) -> None:
         raise ValueError(f"{name} = {shown(value)} is not supported, only False")
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} must be a positive number, got {shown(value)}")
+def _check_whole(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max or value % 1:
+        raise ValueError(f"{name} must be a positive whole number, got {shown(value)}")
 
 
 def _check_bases(name: str, value: Any) -> None:
-    """Blocks without and with the window have rotary positions of their own."""
+    """Checks an object of rotary positions for each of the two kinds of block."""
     if value is None:
         return
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object or null, got {shown(value)}")
     for kind, told in value.items():
-        if kind not in (_FULL, _WINDOWED):
-            raise ValueError(f"{name}: {shown(kind)} is not one of {_FULL}, {_WINDOWED}")
+        if kind not in (FULL, WINDOWED):
+            raise ValueError(f"{name}: {shown(kind)} is not one of {FULL}, {WINDOWED}")
         rotary.FIELDS[name].check(f"{kind} of {name}", told)
-    told = value.get(_WINDOWED) or {}
+    told = value.get(WINDOWED) or {}
     like("rotary_base").check(f"rope_theta of {name}", told.get("rope_theta", 1e4))
-    kinds = told.get("rope_type", "default"), told.get("partial_rotary_factor", 1.0)
+    kind = told.get("rope_type", told.get("type", "default"))
+    kinds = kind, told.get("partial_rotary_factor", 1.0)
     if kinds != ("default", 1.0):
-        raise ValueError(f"{name}: a scaling of {_WINDOWED} is not supported")
+        raise ValueError(f"{name}: a scaling of {WINDOWED} is not supported")
 
 
 def _positions3(theirs: dict[str, Any]) -> dict[str, Any]:
     """The rotary positions of the blocks without the window."""
-    told = (theirs["rope_parameters"] or {}).get(_FULL) or {}
+    told = (theirs["rope_parameters"] or {}).get(FULL) or {}
     full = told | (theirs["rope_scaling"] or {})
     return rotary.read(theirs | {"rope_parameters": full, "rope_scaling": None})
 
@@ -77,7 +79,7 @@ _FIELDS1 = _FIELDS | {
 _FIELDS2 = _FIELDS | {
     "num_key_value_heads": like("kv_heads", 4),
     "hidden_activation": among(ACTIVATIONS, "gelu_pytorch_tanh"),
-    "query_pre_attn_scalar": Field(_check_positive, 256),
+    "query_pre_attn_scalar": Field(_check_whole, 256),
     "sliding_window": like("window", 4096, null=True),
     "layer_types": LAYER_TYPES,
     "attn_logit_softcapping": like("attention_softcap", 50.0, null=True),
@@ -135,7 +137,7 @@ def _write2(config: TransformerConfig) -> dict[str, Any]:
 def _read3(theirs: dict[str, Any]) -> dict[str, Any]:
     """Transformers 4 wrote the base of the blocks with the window into rope_local_base_freq."""
     bases, pattern = theirs["rope_parameters"] or {}, theirs["sliding_window_pattern"]
-    local = (bases.get(_WINDOWED) or {}).get("rope_theta", theirs["rope_local_base_freq"])
+    local = (bases.get(WINDOWED) or {}).get("rope_theta", theirs["rope_local_base_freq"])
     windowed = windows(theirs, theirs["sliding_window"], lambda i: (i + 1) % pattern != 0)
     if windowed:
         windowed["window_rotary_base"] = local
@@ -156,7 +158,7 @@ def _write3(config: TransformerConfig) -> dict[str, Any]:
         local = config.rotary_base
     return _write2(config) | {
         "rope_local_base_freq": local,
-        "rope_parameters": {_FULL: full, _WINDOWED: {"rope_type": "default", "rope_theta": local}},
+        "rope_parameters": {FULL: full, WINDOWED: {"rope_type": "default", "rope_theta": local}},
         "attn_logit_softcapping": None,
     }
 

@@ -37,7 +37,8 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer that is not negative, got {shown(value)}")
 
 
-_TYPES = ("full_attention", "sliding_attention")  # names of blocks without and with the window
+FULL, WINDOWED = "full_attention", "sliding_attention"  # blocks without and with the window
+_TYPES = (FULL, WINDOWED)
 LAYER_TYPES = Field(_check_types, None)
 
 
@@ -54,12 +55,12 @@ def windows(
         types = [_TYPES[windowed(i)] for i in range(layers)]
     if len(types) != layers:
         raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers is {layers}")
-    if _TYPES[1] not in types:
+    if WINDOWED not in types:
         return {}
     if window is None:
-        raise ValueError(f"layer_types has {_TYPES[1]}, and there is no sliding_window")
-    some = _TYPES[0] in types
-    return {"window": window, "windowed": tuple(x == _TYPES[1] for x in types) if some else None}
+        raise ValueError(f"layer_types has {WINDOWED}, and there is no sliding_window")
+    some = FULL in types
+    return {"window": window, "windowed": tuple(x == WINDOWED for x in types) if some else None}
 
 
 def layer_types(config: TransformerConfig) -> list[str]:
@@ -275,7 +276,7 @@ def _write_qwen(config: TransformerConfig) -> dict[str, Any]:
     return {
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
-        "max_window_layers": types.index(_TYPES[1]) if _TYPES[1] in types else config.layers,
+        "max_window_layers": types.index(WINDOWED) if WINDOWED in types else config.layers,
         "layer_types": types,
     }
 
