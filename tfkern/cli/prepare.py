@@ -1,6 +1,7 @@
 """`tfkern prepare`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,8 @@ def command(
 def _values(changes: list[str]) -> dict[str, Any]:
     import yaml
 
+    from tfkern import files
+
     told = {}
     for change in changes:
         name, equals, value = change.partition("=")
@@ -75,7 +78,7 @@ def _values(changes: list[str]) -> dict[str, Any]:
         try:
             told[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{name}: {files.one_line(error)}") from None
     return told
 
 
@@ -84,7 +87,7 @@ def _with_progress(run: Any) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:18}"), BarColumn(), TimeElapsedColumn())
-    screen = Console(stderr=True)
+    screen = Console(file=sys.stderr)  # while ranks run, datatrove's stderr is another
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 

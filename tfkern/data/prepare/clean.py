@@ -118,6 +118,9 @@ class Length(BaseFilter):
 
     def __init__(self, least: int = 1, most: int | None = None) -> None:
         super().__init__()
+        limits = [least] if most is None else [least, most]
+        if any(type(n) is not int for n in limits) or limits != sorted(limits):
+            raise ValueError(f"least and most must be integers in this order, got {least}, {most}")
         self.least, self.most = least, most
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
@@ -175,11 +178,13 @@ def steps(told: list[Any], words: str) -> list[Any]:
             options = {} if options is None else options
         else:
             name, options = entry, {}
+        if not isinstance(name, str) or name not in {*GROUPS, *STEPS}:
+            raise ValueError(f"clean: {name!r} is not one of {', '.join([*GROUPS, *STEPS])}")
         if name in GROUPS:
+            if options:
+                raise ValueError(f"clean: {name!r} takes no options, got {options!r}")
             made += steps(list(GROUPS[name]), words)
             continue
-        if not isinstance(name, str) or name not in STEPS:
-            raise ValueError(f"clean: {name!r} is not one of {', '.join([*GROUPS, *STEPS])}")
         made.append(_step(name, options, words))
     return made
 
@@ -187,8 +192,6 @@ def steps(told: list[Any], words: str) -> list[Any]:
 def _step(name: str, options: Any, words: str) -> Any:
     kind = STEPS[name]
     known = set(inspect.signature(kind).parameters)
-    if name == "unicode":
-        known = set(inspect.signature(FTFYFormatter).parameters)
     counting = {"language"} <= known and name != "language"
     known -= set(_FIXED)
     if not isinstance(options, dict):
@@ -201,6 +204,6 @@ def _step(name: str, options: Any, words: str) -> Any:
         kind = partial(kind, language=TOKENIZERS[words]())
     try:
         step = kind(**options)
-    except (TypeError, ValueError, OSError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from None
     return named(step, name.replace("_", " "))

@@ -60,9 +60,9 @@ class _Local:
         missing = ranks.missing()
         progress(stage.name, stage.ranks - len(missing), stage.ranks)
         if self.workers == 1 or len(missing) < 2:
-            for rank in missing:
+            for i, rank in enumerate(missing):
                 ranks.run_rank(rank)
-                progress(stage.name, rank + 1, stage.ranks)
+                progress(stage.name, stage.ranks - len(missing) + i + 1, stage.ranks)
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tfkern.data.prepare"])

@@ -46,6 +46,7 @@ def _walk(code: Any, parts: list[str]) -> None:
             parts.append("\n")
         elif isinstance(node, nodes.HTMLEntity):
             try:
-                parts.append(node.normalize())
+                character = node.normalize()
             except ValueError:  # no character has this number
-                pass
+                continue
+            parts.append("" if "\ud800" <= character <= "\udfff" else character)

@@ -23,7 +23,8 @@ def mask(text: str, kinds: Collection[str] = KINDS) -> str:
 
     Only public IP addresses count, also of version 6, only numbers of phones with the code of a
     country or in the form of North America, and only numbers of accounts with the right check
-    digits (ISO 13616). Equal texts give equal results.
+    digits (ISO 13616). Equal texts give equal results. Other numbers that have one of these forms,
+    such as 200-300-4000 or 1::2, are masked, too.
 
     Args:
         kinds: which of "email", "ip", "phone" and "iban".

@@ -17,7 +17,16 @@ from tfkern.data.prepare.words import TOKENIZERS
 
 _LEAST, _MOST, _SIZE = 8, 256, 1 << 26  # files, and about how many bytes each has
 # Packages whose next version may give another result.
-_PACKAGES = ("tfkern", "datatrove", "ftfy", "mwparserfromhell", "py3langid", "regex", "tokenizers")
+_PACKAGES = (
+    "tfkern",
+    "datatrove",
+    "ftfy",
+    "mwparserfromhell",
+    "py3langid",
+    "regex",
+    "sentencepiece",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +130,7 @@ def load(path: str | Path, **changes: Any) -> Recipe:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: {files.one_line(error)}") from None
     if not isinstance(told, dict):
         raise ValueError(f"{path}: a recipe is a mapping of names to values")
     return made(told | changes)
@@ -197,6 +206,11 @@ def plan(recipe: Recipe) -> Plan:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"input: two files have the name {twice}, and ids would repeat")
+    for name in names:
+        if name != name.encode(errors="replace").decode():
+            raise ValueError(
+                f"input: a file has the name {name!r}, which cannot be written in UTF-8"
+            )
     clean.steps(list(recipe.clean), recipe.words)
     tokens.check(recipe.tokenizer, recipe.end_token)
     divided = recipe.files or min(_MOST, max(_LEAST, -(-size // _SIZE)))

@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -38,11 +39,42 @@ def format_of(path: Path) -> str | None:
 def opened(path: Path) -> IO[bytes]:
     """The file's content, decompressed."""
     if path.suffix == ".zst":
-        stream = zstandard.ZstdDecompressor().stream_reader(
-            open(path, "rb"), read_across_frames=True, closefd=True
-        )
-        return io.BufferedReader(stream)  # type: ignore[arg-type]
+        return io.BufferedReader(_Zstandard(path))
     return _PACKED.get(path.suffix, open)(path, "rb")  # type: ignore[return-value, operator]
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of a file of one or several frames. The reader of the package zstandard takes a
+    file that is cut off for a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._frame = open(path, "rb"), zstandard.ZstdDecompressor().decompressobj()
+        self._packed, self._rest, self._begun = b"", b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            packed = self._packed or self._file.read(1 << 16)
+            self._packed = b""
+            if not packed:
+                if self._begun:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._rest = self._frame.decompress(packed)
+            self._begun = not self._frame.eof
+            if self._frame.eof:
+                self._packed = self._frame.unused_data
+        n = min(len(buffer), len(self._rest))
+        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
+        return n
 
 
 def documents(path: Path, name: str, form: str, split: str) -> Iterator[Document | str]:
@@ -64,7 +96,9 @@ def documents(path: Path, name: str, form: str, split: str) -> Iterator[Document
         raise ValueError(f"{path}: not UTF-8: {error}") from None
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: no dump of MediaWiki: {error}") from None
-    except (EOFError, zstandard.ZstdError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zstandard.ZstdError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of gzip, bz2
+            raise
         raise ValueError(f"{path}: cannot be decompressed: {error}") from None
 
 
@@ -174,11 +208,14 @@ def found(path: Path) -> list[Path]:
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
-    paths = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p, path))
+    paths = []
+    for folder, inner, names in os.walk(path, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        if len(Path(folder).relative_to(path).parts) > 64:
+            raise ValueError(
+                f"{folder}: too many folders within one another; perhaps a link leads up"
+            )
+        paths += [Path(folder) / name for name in names if not name.startswith(".")]
     if not paths:
         raise ValueError(f"{path}: the folder has no files")
-    return paths
-
-
-def hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    return sorted(paths)

@@ -19,6 +19,7 @@ from tfkern.tokenize import Tokenizer
 TRAINED = ("characters", "words", "bpe", "wordpiece", "unigram")
 PARTS = ("train", "validation")
 _END = "<|endoftext|>"
+_ENDS = {"bpe": _END, "unigram": "</s>"}  # of tokenizers that are trained with one
 _SAMPLE = 1 << 27  # most characters that a tokenizer is trained on
 
 
@@ -42,7 +43,7 @@ def parsed(spec: str) -> tuple[str | None, int | None]:
         return None, None
     if not colon:
         return kind, None
-    if kind == "characters" or not size.isdigit() or not int(size):
+    if kind == "characters" or not (size.isascii() and size.isdigit()) or not int(size):
         raise ValueError(f"tokenizer: {spec!r} is not of the form kind:size, as in bpe:8192")
     return kind, int(size)
 
@@ -74,8 +75,8 @@ class Train(PipelineStep):
                 tokenizer = tokenize.characters(self._texts())
             else:
                 assert size is not None
-                ends = 0 if kind in ("bpe", "unigram") else 1  # these have such a token
-                tokenizer = tokenize.train(kind, self._sample(), size - ends)
+                has_end = kind in ("bpe", "unigram") and self.end in (None, _ENDS.get(kind))
+                tokenizer = tokenize.train(kind, self._sample(), size - (not has_end))
             if self.end is not None or "eos" not in tokenizer.special:
                 special = {**tokenizer.special, "eos": self.end or _END}
                 tokenizer = Tokenizer(tokenizer.backend, special)
@@ -93,10 +94,11 @@ class Train(PipelineStep):
         return (document.text for document in self._documents())
 
     def _sample(self) -> list[str]:
-        """All texts, or if they are too many those whose ids have the smallest hashes."""
+        """All texts, or if they are too many the first part of each, in equal shares."""
         size = sum(map(len, self._texts()))
-        limit = 2**64 * _SAMPLE // max(size, _SAMPLE)
-        return [d.text for d in self._documents() if xxhash.xxh64_intdigest(d.id) < limit]
+        if size <= _SAMPLE:
+            return list(self._texts())
+        return [text[: max(len(text) * _SAMPLE // size, 1)] for text in self._texts()]
 
 
 class Tokens(PipelineStep):
