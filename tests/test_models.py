@@ -477,6 +477,24 @@ def test_pretraining_head_adds_its_losses():
         cross_entropy(model(tokens), tokens)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lm_classification_is_two_heads(architecture):
+    base = ARCHITECTURES[architecture]
+    both = make(base, head="lm_classification", classes=5, pad_token=2)
+    language, classes = (
+        make(base, head=head, classes=5, pad_token=2) for head in ("lm", "classification")
+    )
+    for model in (language, classes):
+        assert not model.load_state_dict(both.state_dict(), strict=False).missing_keys
+    tokens = torch.randint(3, V, (3, 6))
+    tokens[1, 4:] = 2  # a decoder's class is that of the last token before the padding
+    options = {"source": tokens} if architecture == "both" else {}
+    for mask in (None, torch.tensor([6, 4, 5])):
+        logits, chosen = both(tokens, mask=mask, **options)
+        torch.testing.assert_close(logits, language(tokens, mask=mask, **options))
+        torch.testing.assert_close(chosen, classes(tokens, mask=mask, **options))
+
+
 def test_config_errors():
     images = {"patch_size": 4, "image_size": 12, "vocab_size": None, "architecture": "encoder"}
     rotary = {"positions": "rotary"}
@@ -495,6 +513,7 @@ def test_config_errors():
         ({"pooler_activation": "gelu"}, "pooler_activation must be one of tanh, relu"),
         ({"head": "choice"}, "head 'choice' needs architecture 'encoder'"),
         ({"head": "classification"}, "head 'classification' needs classes"),
+        ({"head": "lm_classification"}, "head 'lm_classification' needs classes"),
         ({"head": "pretraining"}, "needs pooler=True"),
         ({"patch_size": 4}, "patch_size needs architecture 'encoder'"),
         (images, "head 'lm' needs tokens"),

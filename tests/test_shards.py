@@ -399,6 +399,17 @@ def test_items_can_be_changed_by_seeds_of_their_own():
     assert torch.cat(parts).tolist() == make()[7]["seed"].tolist()
 
 
+def several(item, seed):
+    return item | {"targets": (np.arange(3) * item["x"], item["x"] + 1)}
+
+
+def test_several_targets_are_a_tuple():
+    batch = order([Numbers(10)], 4, 9, change=several)[2]
+    x, (first, second) = batch["x"], batch["targets"]
+    assert isinstance(batch["targets"], tuple)
+    assert torch.equal(first, torch.arange(3) * x[:, None]) and torch.equal(second, x + 1)
+
+
 def test_workers_change_nothing(shards):
     batches = order([Windows(shards, 16), Windows(shards, 16)], 4, 5, weights=[1, 2])
     plain = [batches[step] for step in range(7, 20)]

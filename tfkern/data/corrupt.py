@@ -10,6 +10,7 @@ integer or several, as `order` gives them to its `change`:
     order([Windows(shards, 512)], 32, seed=7, change=masked)
 """
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 
@@ -49,24 +50,37 @@ def mask_tokens(
     """
     tokens, rng = int_row(tokens), generator(seed)
     _within("rate", rate, 0, 1)
-    units = np.arange(len(tokens)) if words is None else np.asarray(words)
-    if units.shape != tokens.shape:
-        raise ValueError(f"words must have the shape {tokens.shape}, got {units.shape}")
-    control = np.unique([*special, mask])
-    control = control[(control >= 0) & (control < vocab_size)]
-    ordinary = vocab_size - len(control)
-    if ordinary < 1:
-        raise ValueError(f"a vocabulary of {vocab_size} has no ordinary tokens")
-    free = ~np.isin(tokens, [*special, mask])
-    choice = np.unique(units[free])
+    unit = np.arange(len(tokens))
+    if words is not None:
+        if np.shape(words) != tokens.shape:
+            raise ValueError(f"words must have the shape {tokens.shape}, got {np.shape(words)}")
+        unit = np.unique(words, return_inverse=True)[1]
+    ordinary, is_special = _vocabulary(frozenset([*special, mask]), vocab_size)
+    free = ~is_special.take(tokens + 1, mode="clip")
+    left = np.zeros(len(tokens), bool)  # by unit, of which there are no more than tokens
+    left[unit[free]] = True
+    choice = np.flatnonzero(left)
     count = int(rate * len(choice) + rng.random())
-    picked = free & np.isin(units, rng.choice(choice, count, replace=False))
-    # the i-th ordinary token has i ordinary tokens below it, and the special ones that are below
-    drawn = rng.integers(ordinary, size=len(tokens))
-    drawn += np.searchsorted(control - np.arange(len(control)), drawn, "right")
+    chosen = np.zeros(len(tokens), bool)
+    chosen[rng.choice(choice, count, replace=False)] = True
+    picked = free & chosen[unit]
+    drawn = ordinary[rng.integers(len(ordinary), size=len(tokens))]
     fate = np.where(picked, rng.random(len(tokens)), 1)
     inputs = np.where(fate < 0.8, mask, np.where(fate < 0.9, drawn, tokens))
     return inputs, np.where(picked, tokens, IGNORED)
+
+
+@functools.lru_cache(maxsize=16)
+def _vocabulary(special: frozenset[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ordinary tokens, and whether token i - 1 is special, with one more entry at either end
+    for tokens that are out of range."""
+    control = np.array(sorted(special), np.int64)
+    ordinary = np.setdiff1d(np.arange(vocab_size), control)
+    if not len(ordinary):
+        raise ValueError(f"a vocabulary of {vocab_size} has no ordinary tokens")
+    is_special = np.zeros(max(vocab_size, int(control[-1]) + 1) + 2, bool)
+    is_special[control[control >= 0] + 1] = True
+    return ordinary, is_special
 
 
 def corrupt_spans(

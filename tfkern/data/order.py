@@ -1,5 +1,7 @@
 """The order in which training sees items, on the library `grain`."""
 
+import bisect
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 class Source(Protocol):
@@ -25,7 +26,7 @@ def order(
     seed: int,
     *,
     weights: Sequence[float] | None = None,
-    change: Callable[[dict[str, np.ndarray], tuple[int, int]], dict[str, np.ndarray]] | None = None,
+    change: Callable[[dict[str, np.ndarray], tuple[int, int]], dict[str, Any]] | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Any:
@@ -46,9 +47,10 @@ def order(
         weights: the share of each source in every stretch of items, in any unit, kept to within a
             hundredth of the least one. Each source then has epochs of its own. If None, the sources
             are joined: an epoch shows each item of each source once.
-        change: function of an item and a seed, such as corruption, that gives a new item. The seed
+        change: function of an item and a seed, such as corruption, that gives a new item; a value
+            of it may also be a tuple of arrays, and is a tuple of tensors in a batch. The seed
             is the pair of `seed` and the place of the item in the order, so it is another one in
-            each epoch. It must be a function of a module, for a `DataLoader` that starts processes.
+            each epoch. It must be one that pickle takes, for a `DataLoader` that starts processes.
         rank, world: this process, and how many there are.
 
     Returns:
@@ -68,33 +70,53 @@ def order(
     if batch < 1 or batch % world:
         raise ValueError(f"batch must be a multiple of the {world} ranks, got {batch}")
     _check_sources(sources)
+    # Grain orders numbers of items, and the items are read a batch at a time: its bookkeeping for
+    # each item would take longer than a window takes to read.
+    starts = np.cumsum([0, *map(len, sources)]).tolist()
     MapDataset = _grain().MapDataset
-    parts = [MapDataset.source(source) for source in sources]
+    parts = [MapDataset.range(a, b) for a, b in itertools.pairwise(starts)]
     if weights is None:
-        parts = [MapDataset.concatenate(parts)]
+        parts = [MapDataset.range(starts[-1])]
     else:
         _check_weights(weights, len(parts))
     # sources of equal length would go through equal orders if they had one seed
     seeds = np.random.SeedSequence(int(seed)).generate_state(len(parts)).tolist()
     parts = [part.shuffle(seed=s).repeat() for part, s in zip(parts, seeds, strict=True)]
-    items = parts[0] if len(parts) == 1 else MapDataset.mix(parts, weights=weights)
-    if change is not None:
-        items = items.map_with_index(_Change(change, int(seed)))
+    numbers = parts[0] if len(parts) == 1 else MapDataset.mix(parts, weights=weights)
+    batches = numbers.batch(batch // world, drop_remainder=True, batch_fn=list)
     # Ranks take whole parts of a batch: taking turns, they would get unequal shares of the sources.
-    return items.batch(batch // world, drop_remainder=True, batch_fn=_stack)[rank::world]
+    return batches.map_with_index(_Items(sources, starts, change, int(seed)))[rank::world]
 
 
 @dataclass(frozen=True)
-class _Change:
-    function: Callable[..., dict[str, np.ndarray]]
+class _Items:
+    """Reads the items of a batch, and changes them."""
+
+    sources: Sequence[Source]
+    starts: list[int]
+    change: Callable[..., dict[str, Any]] | None
     seed: int
 
-    def __call__(self, place: int, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self.function(item, (self.seed, place))
+    def __call__(self, step: int, numbers: list[int]) -> dict[str, Any]:
+        items = []
+        for number in numbers:
+            source = bisect.bisect_right(self.starts, number) - 1
+            items.append(self.sources[source][number - self.starts[source]])
+        if self.change is not None:
+            place = step * len(numbers)
+            items = [self.change(item, (self.seed, i)) for i, item in enumerate(items, place)]
+        return stack(items)
 
 
-def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in items[0]}
+def stack(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items as one batch: a tensor for each array, and a tuple of tensors for a tuple of arrays."""
+    return {name: _stacked([item[name] for item in items]) for name in items[0]}
+
+
+def _stacked(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(_stacked(list(parts)) for parts in zip(*values, strict=True))
+    return torch.from_numpy(np.stack(values))
 
 
 def _check_sources(sources: Sequence[Source]) -> None:

@@ -154,7 +154,9 @@ def _mapped(path: Path, dtype: Any) -> np.ndarray:
     if size % each:
         raise ValueError(f"{path} is cut off: {size} bytes are no multiple of {each}")
     try:
-        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # mmap needs a byte
+        if not size:  # mmap needs a byte
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, "r"))  # slices of a memmap itself are slow
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
 

@@ -37,6 +37,7 @@ _CHOICES = {
         "pretraining",
         "next_sentence",
         "classification",
+        "lm_classification",
         "token",
         "span",
         "choice",
@@ -152,9 +153,10 @@ class TransformerConfig:
     Output:
         head: "lm" (the next token), "mlm" (the masked tokens, with BERT's transform),
             "pretraining" (mlm and next_sentence), "next_sentence", "classification" of the
-            sequence or the image, "token" (a class for each), "span" (its first and last token),
-            "choice" (the best of several sequences) or "none" (hidden states).
-        classes: number of classes of the heads "classification" and "token".
+            sequence or the image, "lm_classification" (lm and classification, as for GPT-1: Radford
+            et al. 2018), "token" (a class for each), "span" (its first and last token), "choice"
+            (the best of several sequences) or "none" (hidden states).
+        classes: number of classes of the heads "classification", "lm_classification" and "token".
         pooler: whether heads for the whole sequence have a dense layer in front.
         pooler_activation: "tanh" or "relu", behind the dense layer.
         classifier_bias: whether the layer that chooses among classes has a bias.
@@ -259,7 +261,7 @@ class TransformerConfig:
             raise ValueError("parallel is for a model with one stack, and without post_norm")
         if self.positions.startswith("sinusoidal") and self.dim % 2:
             raise ValueError(f"sinusoidal positions need an even dim, got {self.dim}")
-        if self.head in ("classification", "token") and self.classes is None:
+        if self.head in ("classification", "lm_classification", "token") and self.classes is None:
             raise ValueError(f"head {self.head!r} needs classes")
         if self.head == "choice" and self.architecture != "encoder":
             raise ValueError("head 'choice' needs architecture 'encoder'")
@@ -342,7 +344,7 @@ class TransformerConfig:
                 raise ValueError("embedding_dim is for tokens, and this model has images")
             if self.positions != "learned":
                 raise ValueError(f"images have learned positions, not {self.positions!r}")
-            if self.head in ("lm", "mlm", "pretraining", "next_sentence", "choice"):
+            if self.head not in ("classification", "token", "span", "none"):
                 raise ValueError(f"head {self.head!r} needs tokens, and this model has images")
             return
         if self.vocab_size is None:

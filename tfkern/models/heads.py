@@ -1,5 +1,7 @@
 """The layers behind the last block: from hidden states to logits."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +13,34 @@ from tfkern.ops import linear
 from tfkern.ops.activation import FUNCTIONS
 
 
+class DeferredLogits(NamedTuple):
+    """What the logits `cap(x @ weight^T + bias)` are made of.
+
+    `tfkern.models.cross_entropy` makes a loss of it, for which the logits are never whole in
+    memory.
+
+    Attributes:
+        x: (..., K).
+        weight: (V, K).
+        bias: (V,) or None.
+        softcap: the cap, 0 for none.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float
+
+
 class VocabularyHead(nn.Module):
     """Logits of tokens: `cap(scale * norm(act(dense(y))) @ table^T + bias)`.
 
     Only masked language models have the dense layer, its norm and a trained bias. The table is
     `weight`, or with tied embeddings the weight of the token embedding. The cap c, of which most
     models have none, makes c tanh(x / c) of x.
+
+    Attributes:
+        deferred: whether forward returns `DeferredLogits` in training mode. Default False.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
@@ -24,6 +48,7 @@ class VocabularyHead(nn.Module):
         assert config.vocab_size is not None
         self.vocab_size, self.scale = config.vocab_size, config.logit_scale
         self.softcap = config.logit_softcap
+        self.deferred = False
         self.act = FUNCTIONS[config.activation]
         self.dense = Linear(config.dim, config.dim) if masked else None
         self.norm = norm(config) if masked else None
@@ -37,7 +62,7 @@ class VocabularyHead(nn.Module):
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(rows(config), config.embedding_size))
 
-    def forward(self, y: Tensor, *, table: Tensor | None) -> Tensor:
+    def forward(self, y: Tensor, *, table: Tensor | None) -> Tensor | DeferredLogits:
         """y (..., dim) and the table (rows, dim) to logits (..., vocab_size).
 
         The table has to be named: FlopCounterMode fails on parameters among positional arguments.
@@ -48,6 +73,10 @@ class VocabularyHead(nn.Module):
         table = table if self.weight is None else self.weight
         if table is None:
             raise ValueError("a tied vocabulary head needs the table of a token embedding")
+        if self.deferred and self.training:
+            if len(table) > self.vocab_size:
+                table = table[: self.vocab_size]
+            return DeferredLogits(y, table, self.bias, self.softcap or 0.0)
         logits = linear(y, table)
         logits = logits[..., : self.vocab_size]  # without the rows that pad the table
         logits = logits if self.bias is None else logits + self.bias
@@ -73,7 +102,8 @@ class Pooler(nn.Module):
 def classifier(config: TransformerConfig) -> nn.Linear | None:
     """The layer of a head that chooses among classes."""
     kinds = {"pretraining": 2, "next_sentence": 2, "span": 2, "choice": 1}
-    kinds |= dict.fromkeys(("classification", "token"), config.classes or 0)
+    several = ("classification", "lm_classification", "token")
+    kinds |= dict.fromkeys(several, config.classes or 0)
     if config.head not in kinds:
         return None
     return Linear(config.embedding_size, kinds[config.head], config.classifier_bias)

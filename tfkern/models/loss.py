@@ -1,29 +1,63 @@
 """From logits to a loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tfkern import ops
+from tfkern.models.heads import DeferredLogits
+
+IGNORED = -100  # the target of what has no loss
+Logits = Tensor | DeferredLogits
 
 
 def cross_entropy(
-    logits: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]
+    logits: Logits | tuple[Logits, ...],
+    targets: Tensor | tuple[Tensor, ...],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The mean cross entropy in nats, float32 or wider; for several heads, the sum of their means.
 
     Args:
         logits: (..., classes), as a model returns them, or a tuple with the logits of each head.
+            Of `DeferredLogits` the loss is made in pieces, without the rows that have no target.
         targets: (...) int64 or int32, -100 where there is none; for several heads, one tensor for
             each. For a language model (B, T): the token that follows each token.
+        label_smoothing, z_loss: see `tfkern.cross_entropy`.
 
     Raises:
         ValueError: what `tfkern.cross_entropy` refuses, and another number of targets than heads.
     """
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    if isinstance(logits, DeferredLogits):
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets must be one tensor, got {len(targets)}")
+        x, targets = _with_targets(logits.x, targets)
+        return ops.linear_cross_entropy(
+            x, logits.weight, targets, bias=logits.bias, softcap=logits.softcap, **options
+        )
     if isinstance(logits, tuple):
         if not isinstance(targets, (tuple, list)) or len(targets) != len(logits):
             raise ValueError(f"targets must be {len(logits)} tensors, one for each head")
-        terms = [cross_entropy(a, b) for a, b in zip(logits, targets, strict=True)]
-        return torch.stack(terms).sum()
+        means: Any = zip(logits, targets, strict=True)
+        return torch.stack([cross_entropy(a, b, **options) for a, b in means]).sum()
     if isinstance(targets, (tuple, list)):
         raise ValueError(f"targets must be one tensor, got {len(targets)}")
-    return ops.cross_entropy(logits, targets)
+    return ops.cross_entropy(logits, targets, **options)
+
+
+def _with_targets(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of x that have a target, where most have none, as in masked language models.
+
+    Their number is data, which a GPU would have to be asked for and a compiler cannot know: there
+    all rows stay.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[:-1] != targets.shape:
+        return x, targets
+    rows = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+    if 2 * len(rows) > targets.numel():
+        return x, targets
+    return x.flatten(0, -2)[rows], targets.flatten()[rows]

@@ -64,8 +64,9 @@ class Transformer(nn.Module):
         self.vocabulary = self.pooler = self.narrow = None
         if config.embedding_dim is not None:
             self.narrow = Linear(config.dim, config.embedding_dim, False)
-        if config.head in ("lm", "mlm", "pretraining"):
-            self.vocabulary = heads.VocabularyHead(config, masked=config.head != "lm")
+        masked = config.head in ("mlm", "pretraining")
+        if masked or config.head in ("lm", "lm_classification"):
+            self.vocabulary = heads.VocabularyHead(config, masked)
         if config.pooler:
             self.pooler = heads.Pooler(config)
         self.classifier = heads.classifier(config)
@@ -104,8 +105,8 @@ class Transformer(nn.Module):
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
             (B, classes); "choice" (B, choices), where tokens, mask, token_types and positions have
             an axis of choices behind B; "next_sentence" (B, 2); "pretraining" the results of mlm
-            and next_sentence; "span" (B, 2, T), logits of the first token, then of the last; "none"
-            the hidden states (B, T, dim).
+            and next_sentence; "lm_classification" those of lm and classification; "span" (B, 2, T),
+            logits of the first token, then of the last; "none" the hidden states (B, T, dim).
 
         Raises:
             ValueError: shapes that do not fit, or inputs that the architecture lacks.
@@ -122,7 +123,7 @@ class Transformer(nn.Module):
         else:
             memory = None if source is None else self.encode(source, source_mask)
             y = self.decode(tokens, memory, mask, source_mask, token_types, positions=positions)
-            if self.config.head == "classification" and self.embedding is not None:
+            if self.config.head.endswith("classification") and self.embedding is not None:
                 mask = heads.ends(self.config, tokens, source, mask)
         return self.project(y, mask)
 

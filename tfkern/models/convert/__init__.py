@@ -39,7 +39,8 @@ _ALL = (
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ALL}
 _OWN = "tfkern"  # the model_type of tfkern's own directories
-_NEXT_SENTENCE = {"pretraining", "next_sentence"}
+_SAME_VOCABULARY = ({"mlm", "pretraining"}, {"lm", "lm_classification"})
+_SAME_CLASSIFIER = ({"pretraining", "next_sentence"}, {"classification", "lm_classification"})
 
 
 def load(
@@ -252,9 +253,9 @@ def _about(path: Path) -> Iterator[None]:
 def _changed_heads(old: TransformerConfig, new: TransformerConfig) -> tuple[str, ...]:
     """The parts of a model that are not those of the file."""
     heads, parts = {old.head, new.head}, []
-    if len(heads) > 1 and not heads <= {"mlm", "pretraining"}:
+    if len(heads) > 1 and heads not in _SAME_VOCABULARY:
         parts.append("vocabulary.")
-    if old.classes != new.classes or len(heads) > 1 and not heads <= _NEXT_SENTENCE:
+    if old.classes != new.classes or len(heads) > 1 and heads not in _SAME_CLASSIFIER:
         parts.append("classifier.")
     return (*parts, "pooler.") if old.pooler != new.pooler else tuple(parts)
 
