@@ -29,6 +29,7 @@ RANKS = {
     "tfkern.validation": 3,
     "tfkern.testing": 4,  # the public door to the comparison in validation
     "tfkern.benchmarks": 6,
+    "tfkern.train": 6,
     "tfkern.cli": 7,
 }
 
