@@ -13,6 +13,8 @@ _EXTRAS = {
     **dict.fromkeys(("typer", "rich", "matplotlib", "tokenizers"), "cli"),
     **dict.fromkeys(("datatrove", "ftfy", "mwparserfromhell", "orjson", "py3langid"), "data"),
     **dict.fromkeys(("regex", "xxhash", "yaml", "zstandard"), "data"),
+    "grain": "data",
+    "sacrebleu": "train",
     "ray": "ray",
 }
 
@@ -61,6 +63,7 @@ def _app():
         prepare,
         sample,
         suite,
+        train,
         validate,
     )
 
@@ -79,4 +82,5 @@ def _app():
     app.command("attention-map")(attention_map.command)
     app.command("convert")(convert.command)
     app.command("prepare")(prepare.command)
+    app.command("train")(train.command)
     return app

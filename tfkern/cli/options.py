@@ -44,6 +44,24 @@ Out = Annotated[
 OUT_OF_FIXED = Path("benchmarks/results")  # results of fixed cases, under version control
 
 
+def values(changes: list[str]) -> dict[str, Any]:
+    """Values of a recipe, each given as name=value with the value in YAML."""
+    import yaml
+
+    told = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name:
+            raise ValueError(f"expected name=value, got {files.shown(change)}")
+        if name in told:
+            raise ValueError(f"{name} is given twice")
+        try:
+            told[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name}: {files.one_line(error)}") from None
+    return told
+
+
 def check_dtype(name: str) -> torch.dtype:
     """The dtype with this name."""
     if name not in DTYPES:

@@ -1,0 +1,127 @@
+"""`tfkern train`."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tfkern.benchmarks.timing import product_ceiling
+from tfkern.cli.options import check_device, values
+from tfkern.cli.output import console
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A recipe (.yaml), or the name of one.")] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values of the recipe, as name=value or model.dim=value, in YAML."),
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Lists the recipes that come with the package.")
+    ] = False,
+) -> None:
+    """Trains a model by a recipe, and goes on where the last checkpoint of its folder is.
+
+    The folder `out` of the recipe gets the model with the best evaluation, checkpoints, all values
+    of the recipe, metrics.jsonl and a chart of the loss. Ctrl-C saves and ends; the same command
+    goes on. All values of a recipe: see tfkern.train.Recipe.
+    """
+    from tfkern.train.recipe import load, shipped
+    from tfkern.train.run import run
+
+    if list_:
+        if recipe or changes:
+            raise ValueError(f"--list takes nothing beside it, got {recipe}")
+        table = Table("recipe", "what it trains", box=None)
+        for name, what in shipped().items():
+            table.add_row(name, what)
+        console().print(table)
+        return
+    if not recipe:
+        raise ValueError("a recipe is needed: see tfkern train --list")
+    found = load(recipe, values(changes or []))
+    device = check_device(found.device or "")
+    dtype = getattr(torch, found.precision)
+    ceiling = product_ceiling(dtype, device)
+    with _Screen(found.steps) as screen, _Interrupt() as interrupt:
+        outcome = run(found, told=screen.show, stopped=interrupt.asked, ceiling=ceiling)
+    if outcome.reason == "stopped":
+        print(f"interrupted after step {outcome.step}: the same command goes on", file=sys.stderr)
+        raise typer.Exit(128 + interrupt.number)
+    print(f"ended after step {outcome.step} ({outcome.reason}), ", end="")
+    print(f"best validation loss {outcome.validation_loss:.4f}")
+    print(Path(outcome.model))
+
+
+class _Interrupt:
+    """Ctrl-C, or SIGTERM, as a wish to save and end after the current step, however long that
+    takes. A second one ends the program as it does elsewhere."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def asked(self) -> bool:
+        return bool(self.number)
+
+    def __enter__(self) -> "_Interrupt":
+        self._watcher = signal.set_wakeup_fd(-1)  # would end the program after some seconds
+        ours = (s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN)
+        self._before = {number: signal.signal(number, self._ask) for number in ours}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._watcher, warn_on_full_buffer=False)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.number = number
+
+
+class _Screen:
+    """A bar with the loss of the last step, and a line for each evaluation."""
+
+    def __init__(self, steps: int) -> None:
+        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        screen = Console(stderr=True)
+        self._bar = Progress(
+            *columns,
+            TextColumn("{task.description}"),
+            console=screen,
+            transient=True,
+            disable=not screen.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps)
+        self._loss = float("nan")
+
+    def __enter__(self) -> "_Screen":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, line: dict[str, Any]) -> None:
+        if "validation_loss" in line:
+            told = f"step {line['step']}: training {self._loss:.4f}, validation "
+            told += f"{line['validation_loss']:.4f}"
+            if "accuracy" in line:
+                told += f", accuracy {line['accuracy']:.4f}"
+            print(told, flush=True)
+            return
+        self._loss = line["loss"]
+        share = line.get("share_of_ceiling")
+        doing = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
+        if share:
+            doing += f", {share:.0%} of the product ceiling"
+        self._bar.update(self._task, completed=line["step"], description=doing)

@@ -1,0 +1,54 @@
+"""From batches to a trained model (`pip install tfkern[train]`).
+
+`steps` is the loop: it yields a record after each step, and the caller's `for` does what else a run
+does. `run` is such a loop by a `Recipe`, with evaluations, checkpoints and a record of it all, and
+`tfkern train` runs it.
+
+    from tfkern.models import Transformer, TransformerConfig
+    from tfkern.train import CrossEntropy, optimiser, schedule, steps, task
+
+    found = task("causal", "out/1234", length=64, batch=12)  # what tfkern prepare made
+    model = Transformer(TransformerConfig(dim=128, layers=4, heads=4, **found.config))
+    updates = optimiser("adamw", model, lr=1e-3)
+    for record in steps(
+        model, found.batches, CrossEntropy(), updates, stop=2000, clip_norm=1.0,
+        schedule=schedule("cosine", steps=2000, warmup=100),
+    ):
+        print(record.step, record.loss)
+"""
+
+from tfkern.train import checkpoint
+from tfkern.train.evaluate import Evaluation, bleu, evaluate, exact_match
+from tfkern.train.lion import Lion
+from tfkern.train.objective import CrossEntropy, Loss, Objective
+from tfkern.train.optimisers import adafactor, adamw, lion, muon, optimiser
+from tfkern.train.recipe import Recipe
+from tfkern.train.run import Outcome, run
+from tfkern.train.schedules import schedule
+from tfkern.train.steps import Record, steps
+from tfkern.train.tasks import Task, task
+
+__all__ = [
+    "CrossEntropy",
+    "Evaluation",
+    "Lion",
+    "Loss",
+    "Objective",
+    "Outcome",
+    "Recipe",
+    "Record",
+    "Task",
+    "adafactor",
+    "adamw",
+    "bleu",
+    "checkpoint",
+    "evaluate",
+    "exact_match",
+    "lion",
+    "muon",
+    "optimiser",
+    "run",
+    "schedule",
+    "steps",
+    "task",
+]

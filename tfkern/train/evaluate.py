@@ -1,0 +1,106 @@
+"""How good a model is, on data that it was not trained on."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tfkern.models.loss import IGNORED
+from tfkern.train.objective import Batch, Objective
+
+
+class Evaluation(NamedTuple):
+    """The results of a model on some batches.
+
+    Attributes:
+        loss: the mean over all batches, each target of equal weight. Its exponential is the
+            perplexity, if it is that of a language model.
+        terms: the means that the loss is the sum of.
+        accuracies: for each result of the model, the share of its targets that are the likeliest
+            class. Empty if the results are no logits of targets.
+    """
+
+    loss: float
+    terms: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    precision: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluates a model, which is in evaluation mode meanwhile.
+
+    Args:
+        model, objective, precision: see `steps`.
+        batches: one at least.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    device = next(model.parameters()).device
+    mixed = nullcontext() if precision is None else torch.autocast(device.type, precision)
+    losses, right = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+            with mixed:
+                output = model(**{name: x for name, x in batch.items() if name != "targets"})
+                losses.append(objective(output, batch))
+            right.append(_right(output, batch["targets"]))
+    finally:
+        model.train(was_training)
+    if not losses:
+        raise ValueError("there are no batches to evaluate")
+    whole = torch.stack([loss.count for loss in losses]).sum(0)
+    terms = torch.stack([loss.share(whole) for loss in losses]).double().sum(0).tolist()
+    hits = torch.tensor(right).sum(0).tolist() if right[0] else []
+    accuracies = tuple(hit / max(n, 1) for hit, n in zip(hits, whole.tolist(), strict=True))
+    return Evaluation(sum(terms), tuple(terms), accuracies)
+
+
+def _right(output: Any, targets: Any) -> list[int]:
+    """How many targets of each result are the likeliest class."""
+    several = isinstance(targets, (tuple, list))
+    pairs = zip(output, targets, strict=True) if several else [(output, targets)]
+    found = []
+    for logits, target in pairs:
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != target.shape:
+            return []
+        found.append(int(((logits.argmax(-1) == target) & (target != IGNORED)).sum()))
+    return found
+
+
+def exact_match(written: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The share of texts, or of rows of tokens, that are as expected.
+
+    Raises:
+        ValueError: there are none, or unequal numbers of them.
+    """
+    if len(written) != len(expected) or not expected:
+        raise ValueError(f"got {len(written)} texts, expected {len(expected)}")
+    return sum(a == b for a, b in zip(written, expected, strict=True)) / len(expected)
+
+
+def bleu(written: Sequence[str], expected: Sequence[str]) -> float:
+    """BLEU of a corpus of translations, 0 to 100 (Papineni et al. 2002), by `sacrebleu` (Post 2018)
+    with its defaults.
+
+    Raises:
+        ValueError: there are no texts, or unequal numbers of them.
+        ImportError: sacrebleu is not installed: `pip install tfkern[train]`.
+    """
+    if len(written) != len(expected) or not expected:
+        raise ValueError(f"got {len(written)} texts, expected {len(expected)}")
+    import sacrebleu
+
+    return sacrebleu.corpus_bleu(list(written), [list(expected)]).score

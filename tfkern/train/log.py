@@ -1,0 +1,79 @@
+"""The record of a run: metrics.jsonl, and what TensorBoard shows if it is installed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tfkern import files
+
+
+class Log:
+    """Lines of JSON: one for each step, and one for each evaluation.
+
+    Args:
+        folder: of the run.
+        start: how many steps the run has done. Lines of later ones, of a run that was killed after
+            its last checkpoint, are removed, since these steps come again.
+
+    Attributes:
+        seconds: that all steps took.
+        evaluations: step and loss of each evaluation.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["step"] <= start]
+        files.write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.seconds = 0.0
+        self.evaluations: list[tuple[int, float]] = []
+        for line in kept:
+            self._count(line)
+        self._file = open(self.path, "a")
+        self._board = _board(folder, start)
+
+    def _count(self, line: dict[str, Any]) -> None:
+        self.seconds += line.get("seconds", 0)
+        if "validation_loss" in line:
+            self.evaluations.append((line["step"], line["validation_loss"]))
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._count(line)
+        self._file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, line["step"])
+
+    def flush(self) -> None:
+        self._file.flush()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last one that was cut off is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _board(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

@@ -1,0 +1,199 @@
+"""What to train, on what, and how: a recipe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tfkern import files
+from tfkern.train.kinds import check_choice, check_integer, check_number
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train, on what, and how.
+
+    Attributes:
+        out: the folder for the results.
+        task: what the model learns, a kind of `tfkern.train.tasks`.
+        data: what the task reads. For texts it is a folder that `tfkern prepare` made, or the
+            fields of a `tfkern.data.prepare.Recipe` without its output, by which the data are
+            prepared first; for other tasks see them.
+        options: options of the task.
+        length: most tokens of a row.
+        batch: rows of a batch.
+        model: fields of `tfkern.models.TransformerConfig`, beside those that follow from the task;
+            "preset" names a published model whose fields they change.
+        recompute: whether backward computes activations again, rather than keep them.
+        compile: whether the model is compiled.
+        optimiser: "kind" and options, see `tfkern.train.optimiser`.
+        schedule: "kind" and options, see `tfkern.train.schedule`.
+        label_smoothing, z_loss: see `tfkern.cross_entropy`.
+        weights: factors of the results' losses, for models with several.
+        accumulate: parts of a batch that go through the model one after the other.
+        precision: "float32"; or "bfloat16" or "float16", by autocast with weights of float32.
+        clip_norm, clip_value: see `tfkern.train.steps`; None does not clip.
+        steps: of the run. It may also be ended by `tokens` that were seen, or by `minutes`.
+        evaluate_every: steps from one evaluation to the next. There is one at the end, too.
+        evaluation_batches: most batches of an evaluation.
+        patience: the run ends after so many evaluations in a row that were not the best; None: not.
+        save_every: steps from one checkpoint to the next. There is one at the end, too.
+        keep: how many checkpoints stay.
+        seed: of weights, order, corruption and dropout.
+        device: that computes, such as "cpu" or "cuda"; the best one if None.
+
+    Raises:
+        ValueError: a value of another type or out of range.
+    """
+
+    out: str
+    task: str
+    data: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    length: int = 256
+    batch: int = 32
+    model: Mapping[str, Any] = field(default_factory=dict)
+    recompute: bool = False
+    compile: bool = False
+    optimiser: Mapping[str, Any] = field(default_factory=lambda: {"kind": "adamw", "lr": 1e-3})
+    schedule: Mapping[str, Any] = field(default_factory=lambda: {"kind": "constant"})
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    weights: tuple[float, ...] | None = None
+    accumulate: int = 1
+    precision: str = "float32"
+    clip_norm: float | None = 1.0
+    clip_value: float | None = None
+    steps: int = 1000
+    tokens: int | None = None
+    minutes: float | None = None
+    evaluate_every: int = 250
+    evaluation_batches: int = 50
+    patience: int | None = None
+    save_every: int = 1000
+    keep: int = 2
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("out", "task"):
+            if not isinstance(getattr(self, name), str | Path):
+                raise ValueError(f"{name} must be a string, got {files.shown(getattr(self, name))}")
+            object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("options", "model", "optimiser", "schedule"):
+            told = getattr(self, name)
+            if not isinstance(told, Mapping) or not all(isinstance(key, str) for key in told):
+                raise ValueError(f"{name} must be a mapping of names, got {files.shown(told)}")
+        if not isinstance(self.data, str | Path | Mapping):
+            raise ValueError(f"data must be a path or a mapping, got {files.shown(self.data)}")
+        for name in ("recompute", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name} must be true or false, got {files.shown(getattr(self, name))}"
+                )
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in _COUNTS:
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+        for name in ("clip_norm", "clip_value", "minutes"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1e-12, 1e12)
+        check_number("label_smoothing", self.label_smoothing, 0, 1)
+        check_number("z_loss", self.z_loss, 0, 1e6)
+        if self.weights is not None:
+            if not isinstance(self.weights, list | tuple):
+                raise ValueError(f"weights must be numbers, got {files.shown(self.weights)}")
+            for weight in self.weights:
+                check_number("weights", weight, 0, 1e6)
+            object.__setattr__(self, "weights", tuple(self.weights))
+        for name in ("optimiser", "schedule"):
+            if "kind" not in getattr(self, name):
+                raise ValueError(f"{name} needs a kind")
+        if self.device is not None and not isinstance(self.device, str):
+            raise ValueError(f"device must be a string, got {files.shown(self.device)}")
+
+
+_COUNTS = (
+    "length", "batch", "accumulate", "steps", "tokens", "evaluate_every", "evaluation_batches",
+    "patience", "save_every", "keep",
+)  # fmt: skip
+_OPTIONAL = ("tokens", "patience")
+_NESTED = ("options", "model", "optimiser", "schedule", "data")
+
+
+def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with some values in place of its own.
+
+    Args:
+        name: a YAML file, or the name of a recipe that comes with the package: see `shipped`.
+        changes: values by name; "model.dim" stands for the value of dim in model. A mapping in
+            place of another one replaces it as a whole.
+
+    Raises:
+        ValueError: the file cannot be read, is no mapping, or has names that no recipe has.
+    """
+    path = Path(name)
+    if str(name) in shipped():
+        path = _SHIPPED / f"{name}.yaml"
+    elif path.suffix not in (".yaml", ".yml"):
+        known = ", ".join(shipped())
+        raise ValueError(f"{files.shown(str(name))} is neither a recipe (.yaml) nor one of {known}")
+    try:
+        told = yaml.safe_load(files.read(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {files.one_line(error)}") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of names to values")
+    for key, value in changes.items():
+        outer, dot, inner = key.partition(".")
+        if not dot:
+            told[key] = value
+        elif outer in _NESTED and isinstance(told.get(outer, {}), dict):
+            told[outer] = {**told.get(outer, {}), inner: value}
+        else:
+            raise ValueError(f"{key}: {outer} is no mapping of the recipe")
+    return made(told)
+
+
+def made(told: Mapping[str, Any]) -> Recipe:
+    """The recipe with these values.
+
+    Raises:
+        ValueError: a name that no recipe has, or one that every recipe needs is missing.
+    """
+    known = [f.name for f in fields(Recipe)]
+    for name in told:
+        if name not in known:
+            raise ValueError(f"{files.shown(name)} is not one of {', '.join(known)}")
+    for name in ("out", "task", "data"):
+        if told.get(name) is None:
+            raise ValueError(f"a recipe needs {name}")
+    return Recipe(**told)
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that come with the package, by name, with the first line of their comments."""
+    found = sorted(Path(str(_SHIPPED)).glob("*.yaml"))
+    return {path.stem: path.read_text().partition("\n")[0].lstrip("# ") for path in found}
+
+
+_SHIPPED = Path(str(resources.files("tfkern.train") / "recipes"))
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values, as YAML and JSON have them."""
+    return {f.name: _plain(getattr(recipe, f.name)) for f in fields(recipe)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return str(value) if isinstance(value, Path) else value

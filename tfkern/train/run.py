@@ -1,0 +1,301 @@
+"""Runs a recipe: data, model, loop, evaluations, checkpoints and the record of it all."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from tfkern import files, models, tokenize
+from tfkern.models import Transformer, TransformerConfig
+from tfkern.tokenize import Tokenizer
+from tfkern.train import chart, checkpoint
+from tfkern.train.evaluate import evaluate
+from tfkern.train.flops import count_flops
+from tfkern.train.log import Log, read
+from tfkern.train.objective import CrossEntropy
+from tfkern.train.optimisers import optimiser
+from tfkern.train.recipe import Recipe, plain
+from tfkern.train.schedules import schedule
+from tfkern.train.steps import Record, size, steps
+from tfkern.train.tasks import Task, task
+
+_RECIPE, _METRICS, _CHART = "recipe.yaml", "metrics.jsonl", "loss.png"
+_OURS = {_RECIPE, _METRICS, _CHART, "data", "checkpoints", "model", "tensorboard"}
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Fields that change neither data nor weights. How far a run goes matters to its schedule alone.
+_FREE = (
+    "out", "data", "model", "compile", "recompute", "schedule", "steps", "tokens", "minutes",
+    "evaluate_every", "evaluation_batches", "patience", "save_every", "keep", "device",
+)  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        step: how many steps are done.
+        reason: "steps", "minutes", "patience", or "stopped" by the caller.
+        validation_loss: the best one.
+        model: the folder with the model and its tokenizer, as `tfkern.models.load` and
+            `tfkern.tokenize.load` read them: the weights of the best evaluation.
+    """
+
+    step: int
+    reason: str
+    validation_loss: float
+    model: Path
+
+
+def run(
+    recipe: Recipe,
+    *,
+    told: Callable[[dict[str, Any]], None] = lambda line: None,
+    stopped: Callable[[], bool] = lambda: False,
+    ceiling: float | None = None,
+) -> Outcome:
+    """Runs a recipe, or goes on with it where its last checkpoint is.
+
+    The folder `recipe.out` then has recipe.yaml with all values, metrics.jsonl, loss.png, the
+    checkpoints, and "model" with the weights of the best evaluation. On a CPU, a run that was
+    stopped and one that was not have the same weights, bit by bit.
+
+    Args:
+        told: is called with each line of metrics.jsonl.
+        stopped: is asked after each step whether to save and end.
+        ceiling: FLOP/s of the device, of which the lines then tell the share.
+
+    Raises:
+        ValueError: values of the recipe that are wrong or do not go together, data that are, a
+            folder with other files, or with another run.
+        OSError: files cannot be read or written.
+        FloatingPointError: see `steps`.
+    """
+    return _Run(recipe, told, ceiling).run(stopped)
+
+
+class _Run:
+    def __init__(
+        self, recipe: Recipe, told: Callable[[dict[str, Any]], None], ceiling: float | None
+    ) -> None:
+        self.recipe, self.told, self.ceiling = recipe, told, ceiling
+        self.folder = Path(recipe.out)
+        _check_foreign(self.folder)
+        kind = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(kind)
+        data = _data(recipe)
+        self.task = _task(recipe, data)
+        config = _config(recipe, self.task)
+        self.model = _model(config, recipe, self.device)
+        self.optimiser = optimiser(model=self.model, **recipe.optimiser)
+        self.tokens = size(self.task.batches[0])
+        self.total = recipe.steps
+        if recipe.tokens is not None:
+            self.total = min(self.total, -(-recipe.tokens // self.tokens))
+        self.schedule = schedule(steps=self.total, **recipe.schedule)
+        self.objective = CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
+        self.precision = _DTYPES[recipe.precision]
+        half = self.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type) if half else None
+        self.configuration = {
+            name: value for name, value in plain(recipe).items() if name not in _FREE
+        }
+        self.configuration |= {
+            "model": asdict(config),
+            "schedule": {"kind": recipe.schedule["kind"], **asdict(self.schedule)},
+            "data": _digest(data),
+        }
+
+    def run(self, stopped: Callable[[], bool]) -> Outcome:
+        recipe = self.recipe
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = checkpoint.load(
+            self.folder / "checkpoints",
+            self.model,
+            self.optimiser,
+            scaler=self.scaler,
+            configuration=self.configuration,
+        )
+        files.write(self.folder / _RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
+        self.flops = 0
+        if start < self.total:
+            self.flops = count_flops(self.model, self.objective, self.task.batches[start])
+        compiled: Any = torch.compile(self.model) if recipe.compile else self.model
+        loop = steps(
+            compiled,
+            self.task.batches,
+            self.objective,
+            self.optimiser,
+            start=start,
+            stop=self.total,
+            schedule=self.schedule,
+            accumulate=recipe.accumulate,
+            precision=self.precision,
+            scaler=self.scaler,
+            clip_norm=recipe.clip_norm,
+            clip_value=recipe.clip_value,
+            seed=recipe.seed,
+        )
+        with closing(Log(self.folder, start)) as self.log:
+            step, reason = start, self._ended(start)
+            for record in () if reason else loop:
+                step = record.step
+                self._write(self._line(record))
+                reason = self._ended(step)
+                if reason or step % recipe.evaluate_every == 0:
+                    self._evaluate(step)
+                    reason = self._ended(step)
+                if not reason and stopped():
+                    reason = "stopped"
+                if reason or step % recipe.save_every == 0:
+                    self._save(step)
+                if reason:
+                    break
+            best = min((loss for _, loss in self.log.evaluations), default=math.nan)
+        return Outcome(step, reason or "steps", best, self.folder / "model")
+
+    def _ended(self, step: int) -> str | None:
+        """Why the run is at its end, None if it is not."""
+        recipe, losses = self.recipe, [loss for _, loss in self.log.evaluations]
+        if step >= self.total:
+            return "steps"
+        if recipe.minutes is not None and self.log.seconds >= 60 * recipe.minutes:
+            return "minutes"
+        if recipe.patience is not None and losses:
+            since = len(losses) - 1 - losses.index(min(losses))
+            if since >= recipe.patience:
+                return "patience"
+        return None
+
+    def _line(self, record: Record) -> dict[str, Any]:
+        line = record._asdict() | {"tokens_per_second": record.tokens_per_second}
+        line["flops_per_second"] = self.flops / record.seconds
+        if self.ceiling is not None:
+            line["share_of_ceiling"] = line["flops_per_second"] / self.ceiling
+        if len(record.terms) == 1:
+            del line["terms"]
+        return line
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.log.add(line)
+        self.told(line)
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluates, and keeps the model if it is the best so far."""
+        found = evaluate(self.model, self.task.validation, self.objective, precision=self.precision)
+        line: dict[str, Any] = {"step": step, "validation_loss": found.loss}
+        if found.accuracies:
+            line["accuracy"] = found.accuracies[-1]
+        best = all(found.loss < loss for _, loss in self.log.evaluations)
+        self._write(line)
+        self.log.flush()
+        chart.draw(read(self.folder / _METRICS), self.folder / _CHART)
+        if best:
+            export(self.model, self.task.tokenizer, self.folder / "model")
+
+    def _save(self, step: int) -> None:
+        self.log.flush()
+        checkpoint.save(
+            self.folder / "checkpoints",
+            step,
+            self.model,
+            self.optimiser,
+            scaler=self.scaler,
+            configuration=self.configuration,
+            keep=self.recipe.keep,
+        )
+
+
+def export(model: Transformer, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Writes a model and its tokenizer, in the form of transformers if it has such models."""
+    try:
+        models.save(model, folder)
+    except ValueError:
+        models.save(model, folder, form="tfkern")
+    if tokenizer is not None:
+        tokenize.save(tokenizer, folder)
+
+
+def _check_foreign(folder: Path) -> None:
+    """Raises ValueError if there are files that are of no run."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is no folder")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if foreign := names - _OURS:
+        raise ValueError(f"out: {folder} holds {min(foreign)}, which is of no run")
+
+
+def _data(recipe: Recipe) -> Path:
+    """Where the data are, which are prepared first if need be."""
+    if not isinstance(recipe.data, dict):
+        return Path(recipe.data)
+    from tfkern.data.prepare import prepare
+    from tfkern.data.prepare.recipe import made
+
+    if "output" in recipe.data:
+        raise ValueError("data has no output: they are prepared in the folder of the run")
+    return prepare(made({**recipe.data, "output": str(Path(recipe.out) / "data")}))
+
+
+def _task(recipe: Recipe, data: Path) -> Task:
+    return task(
+        recipe.task,
+        data,
+        length=recipe.length,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        validation_batches=recipe.evaluation_batches,
+        **recipe.options,
+    )
+
+
+def _config(recipe: Recipe, found: Task) -> TransformerConfig:
+    """The configuration of the model: that of the task, with the recipe's fields."""
+    ours = dict(recipe.model)
+    least = found.config.get("vocab_size") or 0
+    if (ours.get("vocab_size") or least) < least:
+        raise ValueError(
+            f"model: vocab_size is {ours['vocab_size']}, and the tokenizer has {least} tokens"
+        )
+    name = ours.pop("preset", None)
+    known = {f.name for f in fields(TransformerConfig)}
+    if unknown := ours.keys() - known:
+        raise ValueError(f"model: {files.shown(min(unknown))} is no field of TransformerConfig")
+    for key in ("architecture", "head"):
+        if key in ours and ours[key] != found.config.get(key, ours[key]):
+            raise ValueError(f"model: {recipe.task} needs {key} {found.config[key]!r}")
+    told = {**found.config, **ours}
+    try:
+        return TransformerConfig(**told) if name is None else models.preset(name, **told)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: {files.one_line(error)}") from None
+
+
+def _model(config: TransformerConfig, recipe: Recipe, device: torch.device) -> Transformer:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe.seed)
+        model = Transformer(config)
+    model.recompute = recipe.recompute
+    if model.vocabulary is not None:  # logits are never whole in memory
+        model.vocabulary.deferred = True
+    return model.to(device)
+
+
+def _digest(data: Path) -> str:
+    """A hash of what the data are: of the manifest of prepared ones, of a file, or a name."""
+    path = data / "manifest.json" if data.is_dir() else data
+    if not path.is_file():
+        return str(data)
+    told = json.loads(path.read_text())["shards"] if data.is_dir() else None
+    hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode() if told else b"")
+    if told is None:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    return hashed.hexdigest()

@@ -1,0 +1,61 @@
+"""What a run of training learns: batches and the fields of a model that follow from data.
+
+    from tfkern.train.tasks import task
+
+    found = task("causal", "out/1234", length=256, batch=32)
+    model = Transformer(TransformerConfig(dim=128, layers=4, heads=4, **found.config))
+    for record in steps(model, found.batches, CrossEntropy(), optimiser, stop=1000):
+        ...
+
+All batches are pure functions of the seed and the step.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tfkern.train.tasks import texts
+from tfkern.train.tasks.batches import Task, check_sizes
+
+KINDS: dict[str, Callable[..., Task]] = {
+    "causal": texts.causal,
+}
+
+
+def task(
+    kind: str,
+    data: str | Path,
+    *,
+    length: int,
+    batch: int,
+    seed: int = 0,
+    validation_batches: int = 50,
+    **options: Any,
+) -> Task:
+    """The batches of a kind of training, and what a model needs for them.
+
+    Args:
+        kind: one of `KINDS`. The function there tells the options.
+        data: a folder that `tfkern.data.prepare.prepare` returned.
+        length: most tokens of a row.
+        batch: rows of a batch.
+        seed: of the order and of whatever is random, in [0, 2**32).
+        validation_batches: the greatest number of batches in an evaluation.
+
+    Raises:
+        ValueError: an unknown kind or option, a value out of its range, or data that are missing
+            or too short.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    build = KINDS[kind]
+    known = list(inspect.signature(build).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{kind} has no option {name!r}, only {', '.join(known) or 'none'}")
+    sizes = check_sizes(length, batch, seed, validation_batches)
+    return build(Path(data), sizes, **options)
+
+
+__all__ = ["KINDS", "Task", "task"]
