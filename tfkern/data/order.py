@@ -29,7 +29,7 @@ def order(
     change: Callable[[dict[str, np.ndarray], tuple[int, int]], dict[str, Any]] | None = None,
     rank: int = 0,
     world: int = 1,
-) -> Any:
+) -> "Order":
     """Batches without end: `order(...)[step]` depends on its arguments and the step alone.
 
     So the step is all that a run keeps to resume. An epoch shows each item of a source once, and
@@ -54,7 +54,7 @@ def order(
         rank, world: this process, and how many there are.
 
     Returns:
-        A `grain.MapDataset` of dicts of tensors.
+        dicts of tensors by the number of the step, from 0.
 
     Raises:
         ValueError: an argument out of its range, sources without items, or with other keys or
@@ -70,8 +70,7 @@ def order(
     if batch < 1 or batch % world:
         raise ValueError(f"batch must be a multiple of the {world} ranks, got {batch}")
     _check_sources(sources)
-    # Grain orders numbers of items, and the items are read a batch at a time: its bookkeeping for
-    # each item would take longer than a window takes to read.
+    # Grain orders numbers of items only: its bookkeeping for an item takes longer than to read it.
     starts = np.cumsum([0, *map(len, sources)]).tolist()
     MapDataset = _grain().MapDataset
     parts = [MapDataset.range(a, b) for a, b in itertools.pairwise(starts)]
@@ -83,29 +82,34 @@ def order(
     seeds = np.random.SeedSequence(int(seed)).generate_state(len(parts)).tolist()
     parts = [part.shuffle(seed=s).repeat() for part, s in zip(parts, seeds, strict=True)]
     numbers = parts[0] if len(parts) == 1 else MapDataset.mix(parts, weights=weights)
-    batches = numbers.batch(batch // world, drop_remainder=True, batch_fn=list)
-    # Ranks take whole parts of a batch: taking turns, they would get unequal shares of the sources.
-    return batches.map_with_index(_Items(sources, starts, change, int(seed)))[rank::world]
+    return Order(sources, starts, numbers, batch // world, change, int(seed), rank, world)
 
 
 @dataclass(frozen=True)
-class _Items:
-    """Reads the items of a batch, and changes them."""
+class Order:
+    """Batches by their step: what `order` returns."""
 
     sources: Sequence[Source]
     starts: list[int]
+    numbers: Any
+    size: int
     change: Callable[..., dict[str, Any]] | None
     seed: int
+    rank: int
+    world: int
 
-    def __call__(self, step: int, numbers: list[int]) -> dict[str, Any]:
-        items = []
-        for number in numbers:
-            source = bisect.bisect_right(self.starts, number) - 1
-            items.append(self.sources[source][number - self.starts[source]])
-        if self.change is not None:
-            place = step * len(numbers)
-            items = [self.change(item, (self.seed, i)) for i, item in enumerate(items, place)]
-        return stack(items)
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        if step < 0:
+            raise IndexError(f"batch {step}: the steps count from 0")
+        # Ranks take whole parts of a batch: taking turns, they get unequal shares of the sources.
+        first = (step * self.world + self.rank) * self.size
+        return stack([self._item(place) for place in range(first, first + self.size)])
+
+    def _item(self, place: int) -> dict[str, Any]:
+        number = self.numbers[place]
+        source = bisect.bisect_right(self.starts, number) - 1
+        item = self.sources[source][number - self.starts[source]]
+        return item if self.change is None else self.change(item, (self.seed, place))
 
 
 def stack(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

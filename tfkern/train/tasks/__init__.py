@@ -20,6 +20,11 @@ from tfkern.train.tasks.batches import Task, check_sizes
 
 KINDS: dict[str, Callable[..., Task]] = {
     "causal": texts.causal,
+    "masked": texts.masked,
+    "pretraining": texts.pretraining,
+    "denoising": texts.denoising,
+    "spans": texts.spans,
+    "prefix": texts.prefix,
 }
 
 

@@ -1,5 +1,6 @@
 """From items to the batches of training and of validation."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,16 +23,17 @@ class Task(NamedTuple):
     Attributes:
         batches: `batches[step]` is a dict of tensors, which depends on the seed and the step alone.
             Its keys are arguments of `Transformer.forward`, and "targets".
-        validation: the batches of every evaluation, the same for all seeds. They are made when they
-            are asked for.
+        validation: the batches of every evaluation. They are made when they are asked for.
         config: the fields of `TransformerConfig` that follow from the task and its data.
         tokenizer: made the tokens; None for images.
+        labels: the labels of the classes in their order, as the data have them.
     """
 
     batches: Batches
     validation: Sequence[Batch]
     config: dict[str, Any]
     tokenizer: Tokenizer | None
+    labels: tuple[str | int, ...] = ()
 
 
 class Sizes(NamedTuple):
@@ -57,12 +59,38 @@ def check_sizes(length: int, batch: int, seed: int, validation_batches: int) -> 
     return found
 
 
-def divided(
-    training: Source, validation: Source, sizes: Sizes, change: Change | None = None
-) -> tuple[Batches, "Validation"]:
-    """The batches of training and of validation, made of items by a change of each."""
-    batches = order([training], sizes.batch, sizes.seed, change=change)
-    return batches, Validation(validation, sizes.batch, sizes.validation_batches, change)
+def check_flags(**flags: Any) -> None:
+    """Raises ValueError for options that are neither true nor false."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises ValueError for an option that is no number in [low, high]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Items of a source, each changed in one way for all times.
+
+    Attributes:
+        source: the items.
+        change: see `order`. Its seed is `seed` and the number of the item.
+    """
+
+    source: Source
+    change: Change
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.change(self.source[i], (self.seed, i))
 
 
 @dataclass(frozen=True)
@@ -75,13 +103,11 @@ class Validation(Sequence[Batch]):
         source: the items.
         batch: items of a batch.
         most: the greatest number of batches.
-        change: see `order`. Its seed is 0 and the number of the item in its source.
     """
 
     source: Source
     batch: int
     most: int
-    change: Change | None = None
 
     def __len__(self) -> int:
         return min(max(len(self.source) // self.batch, 1), self.most)
@@ -90,10 +116,30 @@ class Validation(Sequence[Batch]):
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
         size = min(self.batch, len(self.source))
-        places = np.arange(number * size, (number + 1) * size)
-        places = places * len(self.source) // (size * len(self))
-        return stack([self._item(int(place)) for place in places])
+        places = range(number * size, (number + 1) * size)
+        every = len(self.source) / (size * len(self))
+        return stack([self.source[int(place * every)] for place in places])
 
-    def _item(self, place: int) -> Item:
-        item = self.source[place]
-        return item if self.change is None else self.change(item, (0, place))
+
+def batches_of(
+    make: Callable[[Any], tuple[Source, Change | None]],
+    training: Any,
+    validation: Any,
+    sizes: Sizes,
+    *,
+    static: bool = False,
+) -> tuple[Batches, Validation]:
+    """The batches of training and of validation.
+
+    Args:
+        make: gives items, and their change, for each of the two parts of the data.
+        static: whether an item is changed in the same way in all epochs.
+    """
+    source, change = make(training)
+    if static and change is not None:
+        source, change = Changed(source, change, sizes.seed), None
+    batches = order([source], sizes.batch, sizes.seed, change=change)
+    held, change = make(validation)
+    if change is not None:
+        held = Changed(held, change, 0)  # evaluations of runs with other seeds compare
+    return batches, Validation(held, sizes.batch, sizes.validation_batches)
