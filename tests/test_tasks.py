@@ -1,9 +1,11 @@
 """What models are trained on: texts come back from batches, and batches depend on nothing else."""
 
+import json
 import math
 import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -473,6 +475,207 @@ def test_tokenizers_keep_their_ids(prepared):
     assert found.tokenizer.special_id("pad") == before.special_id("eos")
     assert "pad_token" not in found.config  # the end of a text has to be trained
     check(found, found.batches[0])
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reversals(tmp_path_factory):
+    """200 rows of letters and the same in reverse."""
+    rng = np.random.default_rng(1)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(1, 12))) for _ in range(200)]
+    rows = [{"source": w, "target": w[::-1]} for w in words]
+    return lines(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows), rows
+
+
+@pytest.mark.parametrize("tokenizer", ["characters", "bpe:280", "wordpiece:40", "unigram:20"])
+def test_pairs_come_back(reversals, tokenizer):
+    path, written = reversals
+    found = task("pairs", path, length=16, batch=10, tokenizer=tokenizer)
+    tell = lambda ids: found.tokenizer.decode(ids, skip_special=False)  # noqa: E731
+    end = found.config["end_token"]
+    seen = [Counter(), Counter()]
+    single = task("pairs", path, length=16, batch=1, tokenizer=tokenizer, validation_batches=999)
+    held = len(single.validation)
+    assert abs(held - 20) < 3 * (200 * 0.1 * 0.9) ** 0.5
+    steps = (200 - held) // 10
+    for counter, batches in zip(seen, (map(found.batches.__getitem__, range(steps)),
+                                       found.validation), strict=True):  # fmt: skip
+        for batch in batches:
+            assert batch["source"].shape == batch["tokens"].shape == (10, 16)
+            for row in rows(batch):
+                shifted(row, found.config["start_token"])
+                assert row["source"].pop() == end and row["targets"].pop() == end
+                source, target = tell(row["source"]), tell(row["targets"])
+                assert source == target[::-1]
+                counter[source] += 1
+    known = Counter(row["source"] for row in written)
+    assert not set(seen[0]) & set(seen[1]) and set(seen[0]) | set(seen[1]) <= set(known)
+    assert all(known[word] >= count for word, count in seen[0].items())
+    check(found, batch)
+
+
+def test_rows_stay_on_their_side(reversals, tmp_path):
+    path, written = reversals
+    more = lines(tmp_path / "more.jsonl", [{"source": "abc", "target": "cba"}] * 5 + written)
+    sides = []
+    for file in (path, more):
+        found = task("pairs", file, length=16, batch=1, tokenizer="characters",
+                     validation_batches=10**6)  # fmt: skip
+        text = [found.tokenizer.decode(rows(batch)[0]["source"][:-1]) for batch in found.validation]
+        sides.append(set(text) - {"abc"})
+    assert sides[0] == sides[1] != set()
+
+
+def sentiments(count=200, numbers=False):
+    rng = np.random.default_rng(2)
+    for _ in range(count):
+        good = bool(rng.integers(2))
+        text = " ".join([*rng.choice(WORDS, 3), "good" if good else "bad"])
+        yield {"text": text, "label": (7 if good else 3) if numbers else "yes" if good else "no"}
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"architecture": "decoder"}, {"architecture": "decoder", "language_model": True}],
+)
+def test_classification_rows_come_back(tmp_path, options, numbers):
+    path = lines(tmp_path / "texts.jsonl", sentiments(numbers=numbers))
+    found = task("classification", path, length=40, batch=8, tokenizer="characters", **options)
+    assert found.labels == ((3, 7) if numbers else ("no", "yes"))
+    assert found.config["classes"] == 2
+    special = [found.tokenizer.special_id(role) for role in ("cls", "sep")[: not options and 2]]
+    for step in range(3):
+        batch = found.batches[step]
+        several = "language_model" in options
+        labels = batch["targets"][1] if several else batch["targets"]
+        for i, label in enumerate(labels.tolist()):
+            count = int(batch["mask"][i])
+            row = batch["tokens"][i, :count].tolist()
+            text = found.tokenizer.decode(row)
+            assert label == int(text.endswith("good")) == 1 - int(text.endswith("bad"))
+            if several:
+                targets = batch["targets"][0][i].tolist()
+                assert targets[: count - 1] == row[1:] and set(targets[count - 1 :]) == {IGNORED}
+            if options:
+                assert row[-1] == found.config["end_token"]
+            else:
+                assert [row[0], row[-1]] == special
+    torch.manual_seed(0)
+    if several:
+        check(found, batch)
+    else:
+        inputs = {name: x for name, x in batch.items() if name != "targets"}
+        logits = Transformer(TransformerConfig(**TINY, **found.config))(**inputs)
+        assert CrossEntropy()(logits, batch).mean.item() == pytest.approx(math.log(2), abs=0.5)
+
+
+def test_digits_are_those_of_scikit_learn():
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    known = {tuple(x.ravel()): y for x, y in zip(digits.images, digits.target, strict=True)}
+    found = task("images", "digits", length=1, batch=50, seed=6, validation_batches=100)
+    assert found.labels == tuple(range(10)) and found.tokenizer is None
+    assert found.config == {
+        "architecture": "encoder", "head": "classification", "classes": 10, "image_size": 8,
+        "patch_size": 2, "channels": 1,
+    }  # fmt: skip
+    held = {tuple(x.ravel()) for batch in found.validation for x in batch["tokens"].tolist()
+            for x in [np.array(x)]}  # fmt: skip
+    assert len(held) == 150
+    for step in range(30):
+        batch = found.batches[step]
+        pixels = batch["tokens"]
+        assert pixels.shape == (50, 1, 8, 8) and pixels.dtype == torch.float32
+        for x, label in zip(pixels.numpy(), batch["targets"].tolist(), strict=True):
+            assert known[tuple((x.ravel() + 1) * 8)] == label
+            assert tuple(x.ravel()) not in held
+    assert not equal(batch, task("images", "digits", length=1, batch=50, seed=7).batches[step])
+    model = Transformer(TransformerConfig(**TINY, **found.config))
+    loss = CrossEntropy()(model(batch["tokens"]), batch).mean.item()
+    assert loss == pytest.approx(math.log(10), abs=0.5)
+
+
+def test_images_of_files(tmp_path):
+    rng = np.random.default_rng(3)
+    bytes_ = rng.integers(0, 256, (40, 3, 12, 12)).astype(np.uint8)
+    labels = rng.integers(0, 3, 40) * 10
+    scaled = (bytes_.astype(np.float64) * 2 / 255 - 1).astype(np.float32)
+    for pixels in (bytes_, scaled, scaled.astype(np.float64)):
+        np.savez(tmp_path / "images.npz", images=pixels, labels=labels)
+        found = task("images", tmp_path / "images.npz", length=1, batch=4, patch_size=4)
+        assert found.config["channels"] == 3 and found.config["patch_size"] == 4
+        assert found.labels == (0, 10, 20)
+        for batch in (found.batches[0], found.validation[0]):
+            assert batch["tokens"].dtype == torch.float32
+            for x, label in zip(batch["tokens"].numpy(), batch["targets"].tolist(), strict=True):
+                (i,) = [i for i in range(40) if np.allclose(x, scaled[i], atol=1e-6)]
+                assert labels[i] == 10 * label
+    good = {"images": scaled, "labels": labels}
+    for wrong, message in (
+        ({"images": scaled[:, 0]}, r"images must be \(N, C, H, H\), got \(40, 12, 12\)"),
+        ({"images": scaled[:, :, :6]}, r"images must be \(N, C, H, H\), got \(40, 3, 6, 12\)"),
+        ({"labels": labels[:7]}, r"labels must be 40 integers, got int64 \(7,\)"),
+        ({"labels": labels / 2}, "labels must be 40 integers, got float64"),
+        ({"labels": labels * 0}, r"two labels at least, got \[0\]"),
+        ({"images": scaled * 2}, r"must lie in \[-1, 1\], got -2 to 2"),
+        ({"images": scaled * np.nan}, r"must lie in \[-1, 1\], got nan"),
+        ({"images": bytes_.astype(int)}, "images must be uint8 or floats, got int64"),
+        ({"images": scaled[:1], "labels": labels[:1]}, "two labels|images are for validation"),
+    ):
+        np.savez(tmp_path / "wrong.npz", **(good | wrong))
+        with pytest.raises(ValueError, match=message):
+            task("images", tmp_path / "wrong.npz", length=1, batch=4)
+    np.savez(tmp_path / "wrong.npz", images=scaled)
+    np.save(tmp_path / "wrong.npy", scaled)
+    (tmp_path / "text.npz").write_text("no")
+    for name in ("wrong.npz", "wrong.npy", "text.npz"):
+        with pytest.raises(ValueError, match="is no .npz file with images and labels: "):
+            task("images", tmp_path / name, length=1, batch=4)
+    for patch, message in ((5, "must divide the side 12"), (0, "positive integer"), (2.0, "posit")):
+        with pytest.raises(ValueError, match=f"patch_size must.*{message}|patch_size {message}"):
+            task("images", tmp_path / "images.npz", length=1, batch=4, patch_size=patch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "options", "message"),
+    [
+        ("pairs", '{"source": "a"}', {}, "line 1: target must be a string, got None"),
+        ("pairs", '{"source": "a", "target": "b"}\n{', {}, "line 2, is not JSON"),
+        ("pairs", '[1, 2]', {}, "line 1, must hold an object, got list"),
+        ("pairs", '', {}, "has no rows"),
+        ("pairs", None, {}, "No such file"),
+        ("pairs", '{"source": "a", "target": "b"}', {}, "none of 1 rows is for "),
+        ("pairs", 40, {"length": 5}, "of 80 texts have more than length = 5 tokens, up to 11"),
+        ("pairs", 40, {"validation": 0.7}, r"validation must lie in \[0, 0.5\], got 0.7"),
+        ("pairs", 40, {"validation": 0}, "none of 40 rows is for validation"),
+        ("pairs", 40, {"tokenizer": "bpe"}, "'bpe' needs the size of a vocabulary"),
+        ("pairs", 40, {"tokenizer": "nothing"}, "nothing has neither tokenizer.json"),
+        ("pairs", 40, {"tokenizer": "bpe:9"}, "vocab_size must be at least 257"),
+        ("classification", '{"text": "a", "label": true}', {}, "label must be a string or an int"),
+        ("classification", '{"text": "a", "label": 1.5}', {}, "label must be a string or an int"),
+        ("classification", '{"text": "a", "label": 1}', {}, "two labels at least, got 1 alone"),
+        ("classification", '{"text": "a", "label": 1}\n{"text": "a", "label": "1"}', {}, "all str"),
+        ("classification", 40, {"architecture": "both"}, "architecture must be encoder or decoder"),
+        ("classification", 40, {"language_model": True}, "needs architecture decoder, got enc"),
+    ],
+)  # fmt: skip
+def test_wrong_rows(tmp_path, kind, content, options, message):
+    path = tmp_path / "rows.jsonl"
+    if isinstance(content, int):
+        texts = [f"{i:010}" for i in range(content)]
+        keys = ("source", "target") if kind == "pairs" else ("text", "label")
+        lines(path, [dict.fromkeys(keys, text) for text in texts])
+    elif content is not None:
+        path.write_text(content)
+    options = {"length": 32, "batch": 4, "tokenizer": "characters"} | options
+    with pytest.raises(ValueError, match=message) as caught:
+        task(kind, path, **options)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import torch
 
 
 class Source(Protocol):
-    """Items by their number, such as `Windows`."""
+    """Items by their number, such as `Windows`: dicts of arrays, or of tuples of arrays."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int, /) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, i: int, /) -> dict[str, Any]: ...
 
 
 def order(
@@ -26,7 +26,7 @@ def order(
     seed: int,
     *,
     weights: Sequence[float] | None = None,
-    change: Callable[[dict[str, np.ndarray], tuple[int, int]], dict[str, Any]] | None = None,
+    change: Callable[[dict[str, Any], tuple[int, int]], dict[str, Any]] | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> "Order":
@@ -47,14 +47,14 @@ def order(
         weights: the share of each source in every stretch of items, in any unit, kept to within a
             hundredth of the least one. Each source then has epochs of its own. If None, the sources
             are joined: an epoch shows each item of each source once.
-        change: function of an item and a seed, such as corruption, that gives a new item; a value
-            of it may also be a tuple of arrays, and is a tuple of tensors in a batch. The seed
+        change: function of an item and a seed, such as corruption, that gives a new item. The seed
             is the pair of `seed` and the place of the item in the order, so it is another one in
             each epoch. It must be one that pickle takes, for a `DataLoader` that starts processes.
         rank, world: this process, and how many there are.
 
     Returns:
-        dicts of tensors by the number of the step, from 0.
+        dicts of tensors by the number of the step, from 0; a tuple of arrays, such as the targets
+        of a head with several results, is a tuple of tensors.
 
     Raises:
         ValueError: an argument out of its range, sources without items, or with other keys or
@@ -130,11 +130,15 @@ def _check_sources(sources: Sequence[Source]) -> None:
     for i, source in enumerate(sources):
         if not 0 < len(source) < 2**32:  # grain's permutations have 32 bits
             raise ValueError(f"source {i} must have 1 to 2**32 - 1 items, got {len(source)}")
-        shapes.append({name: np.shape(value) for name, value in source[0].items()})
+        shapes.append({name: _shape(value) for name, value in source[0].items()})
         if shapes[i] != shapes[0]:
             raise ValueError(f"items of source {i} are {shapes[i]}, those of source 0 {shapes[0]}")
     if sum(map(len, sources)) >= 2**32:
         raise ValueError("the sources have 2**32 items or more together")
+
+
+def _shape(value: Any) -> Any:
+    return tuple(map(_shape, value)) if isinstance(value, tuple) else np.shape(value)
 
 
 def _check_weights(weights: Sequence[float], count: int) -> None:

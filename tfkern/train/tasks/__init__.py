@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tfkern.train.tasks import texts
+from tfkern.train.tasks import images, rows, texts
 from tfkern.train.tasks.batches import Task, check_sizes
 
 KINDS: dict[str, Callable[..., Task]] = {
@@ -25,6 +25,9 @@ KINDS: dict[str, Callable[..., Task]] = {
     "denoising": texts.denoising,
     "spans": texts.spans,
     "prefix": texts.prefix,
+    "pairs": rows.pairs,
+    "classification": rows.classification,
+    "images": images.images,
 }
 
 
@@ -42,9 +45,10 @@ def task(
 
     Args:
         kind: one of `KINDS`. The function there tells the options.
-        data: a folder that `tfkern.data.prepare.prepare` returned.
+        data: a folder that `tfkern.data.prepare.prepare` returned; for "pairs" and "classification"
+            a file of JSON lines; for "images" a file, or "digits".
         length: most tokens of a row.
-        batch: rows of a batch.
+        batch: rows of a batch, or images.
         seed: of the order and of whatever is random, in [0, 2**32).
         validation_batches: the greatest number of batches in an evaluation.
 

@@ -12,6 +12,7 @@ from tfkern.data.order import Source, stack
 from tfkern.tokenize import Tokenizer
 from tfkern.train.objective import Batch
 from tfkern.train.steps import Batches
+from tfkern.train.tasks import vocabulary
 
 Item = dict[str, Any]
 Change = Callable[[Any, tuple[int, int]], Item]
@@ -143,3 +144,27 @@ def batches_of(
     if change is not None:
         held = Changed(held, change, 0)  # evaluations of runs with other seeds compare
     return batches, Validation(held, sizes.batch, sizes.validation_batches)
+
+
+def decoder_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens that the rows of an encoder-decoder begin, end and are filled up with."""
+    roles = {"start": "bos", "end": "eos", "pad": "pad"}
+    return {name: tokenizer.special_id(role) for name, role in roles.items()}
+
+
+def sized(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """The fields of a configuration that all models of texts have."""
+    return {"vocab_size": tokenizer.vocab_size, "max_length": length}
+
+
+def encoder_decoder(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """The fields of an encoder-decoder that writes texts."""
+    ids = decoder_tokens(tokenizer)
+    return {
+        "architecture": "encoder_decoder",
+        "head": "lm",
+        "start_token": ids["start"],
+        "end_token": ids["end"],
+        **sized(tokenizer, length),
+        **vocabulary.padding(tokenizer),
+    }

@@ -19,6 +19,9 @@ from tfkern.train.tasks.batches import (
     batches_of,
     check_flags,
     check_number,
+    decoder_tokens,
+    encoder_decoder,
+    sized,
 )
 from tfkern.train.tasks.changes import Denoise, Mask, Pretrain, Spans, Split
 from tfkern.train.tasks.parts import Parts
@@ -44,7 +47,7 @@ def causal(data: Path, sizes: Sizes, *, documents: bool = False) -> Task:
         return rows, None
 
     config: dict[str, Any] = {"architecture": "decoder", "head": "lm", "end_token": end}
-    config |= _sized(tokenizer, sizes.length)
+    config |= sized(tokenizer, sizes.length)
     return Task(*batches_of(make, train, validation, sizes), config, tokenizer)
 
 
@@ -70,7 +73,7 @@ def masked(
     check_number("rate", rate, 0, 1)
     train, validation, tokenizer = _opened(data, "mask")
     mask = _mask(tokenizer, rate, whole_words)
-    config = {"architecture": "encoder", "head": "mlm"} | _sized(tokenizer, sizes.length)
+    config = {"architecture": "encoder", "head": "mlm"} | sized(tokenizer, sizes.length)
 
     def make(shards: Shards) -> _Made:
         return Windows(shards, sizes.length), mask
@@ -115,7 +118,7 @@ def pretraining(
         return parts, Pretrain(mask, ends, sizes.length, None if sentence_order else parts, **ids)
 
     config = {"architecture": "encoder", "head": "pretraining", "pooler": True, "token_types": 2}
-    config |= _sized(tokenizer, sizes.length) | vocabulary.padding(tokenizer)
+    config |= sized(tokenizer, sizes.length) | vocabulary.padding(tokenizer)
     return Task(*batches_of(make, train, validation, sizes, static=static), config, tokenizer)
 
 
@@ -150,13 +153,13 @@ def denoising(
     change = Denoise(
         length=sizes.length, ends=vocabulary.sentence_ends(tokenizer) if permutation else None,
         rate=rate, mean=mean, deletion=deletion, rotation=rotation,
-        mask=tokenizer.special_id("mask"), **_decoder(tokenizer),
+        mask=tokenizer.special_id("mask"), **decoder_tokens(tokenizer),
     )  # fmt: skip
 
     def make(shards: Shards) -> _Made:
         return Parts(shards, sizes.length - 1), change
 
-    config = _encoder_decoder(tokenizer, sizes.length)
+    config = encoder_decoder(tokenizer, sizes.length)
     return Task(*batches_of(make, train, validation, sizes), config, tokenizer)
 
 
@@ -178,13 +181,13 @@ def spans(data: Path, sizes: Sizes, *, rate: float = 0.15, mean: float = 3.0) ->
     count = (source + target - window) // 2 - 1
     train, validation, tokenizer = _opened(data, "pad", "bos", sentinels=count)
     sentinels = tuple(map(tokenizer.id, vocabulary.sentinel_names(count)))
-    ids = _decoder(tokenizer)
+    ids = decoder_tokens(tokenizer)
     change = Spans(sentinels, rate, mean, start=ids["start"], end=ids["end"])
 
     def make(shards: Shards) -> _Made:
         return Windows(shards, window), change
 
-    config = _encoder_decoder(tokenizer, max(source, target))
+    config = encoder_decoder(tokenizer, max(source, target))
     return Task(*batches_of(make, train, validation, sizes), config, tokenizer)
 
 
@@ -195,13 +198,13 @@ def prefix(data: Path, sizes: Sizes) -> Task:
     Rows are windows of the whole stream, parted at any place.
     """
     train, validation, tokenizer = _opened(data, "pad", "bos")
-    ids = _decoder(tokenizer)
+    ids = decoder_tokens(tokenizer)
     change = Split(sizes.length, start=ids["start"], pad=ids["pad"])
 
     def make(shards: Shards) -> _Made:
         return Windows(shards, sizes.length), change
 
-    config = _encoder_decoder(tokenizer, sizes.length)
+    config = encoder_decoder(tokenizer, sizes.length)
     return Task(*batches_of(make, train, validation, sizes), config, tokenizer)
 
 
@@ -235,25 +238,3 @@ def _mask(tokenizer: Tokenizer, rate: float, whole_words: bool) -> Mask:
         rate=rate,
         starts=vocabulary.word_starts(tokenizer) if whole_words else None,
     )
-
-
-def _decoder(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens that the rows of an encoder-decoder begin, end and are filled up with."""
-    roles = {"start": "bos", "end": "eos", "pad": "pad"}
-    return {name: tokenizer.special_id(role) for name, role in roles.items()}
-
-
-def _sized(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    return {"vocab_size": tokenizer.vocab_size, "max_length": length}
-
-
-def _encoder_decoder(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    ids = _decoder(tokenizer)
-    return {
-        "architecture": "encoder_decoder",
-        "head": "lm",
-        "start_token": ids["start"],
-        "end_token": ids["end"],
-        **_sized(tokenizer, length),
-        **vocabulary.padding(tokenizer),
-    }
