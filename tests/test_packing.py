@@ -1,11 +1,16 @@
-"""`tfkern.unpad` and `tfkern.pad` against indexing in plain PyTorch."""
+"""`tfkern.unpad` and `tfkern.pad` against indexing in plain PyTorch, and models on packed documents
+against the same models on each document alone."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from weights import perturb
 
 import tfkern
 from tfkern import pad, unpad
+from tfkern.data import IGNORED, positions
+from tfkern.models import Transformer, TransformerConfig, cross_entropy
+from tfkern.nn import KVCache
 
 B, T = 4, 5
 LENGTHS = torch.tensor([3, 0, 5, 1])
@@ -111,3 +116,178 @@ def test_errors(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert all(word in str(error.value) for word in words), error.value
+
+
+# ---- models on packed documents ----
+
+V, C, L = 13, 24, 14  # tokens of a vocabulary, features, tokens of a row
+ROWS = ((5, 1, 4, 4), (7, 7))  # the documents of two rows, the last of row 0 is padding
+DOCUMENTS = torch.tensor(  # the first and the third of row 0 are two, though of one number
+    [[3] * 5 + [1] + [3] * 4 + [8] * 4, [0] * 7 + [1] * 7]
+)
+SPANS = [  # row, begin and end of each document
+    (b, sum(row[:i]), sum(row[:i]) + n) for b, row in enumerate(ROWS) for i, n in enumerate(row)
+]
+KINDS = ("learned", "sinusoidal", "sinusoidal_halves", "relative", "rotary", "alibi", "none")
+VARIANTS = {kind: {"positions": kind} for kind in KINDS} | {
+    "windows": {"positions": "alibi", "window": 3, "windowed": (True, False)},
+    "two bases": {"positions": "rotary", "window": 3, "window_rotary_base": 7.0},
+    "window and bias": {"positions": "relative", "window": 3},
+    "softcap": {"attention_softcap": 1.0, "kv_heads": 1, "parallel": True},
+    "normed queries": {"norm": "rms_norm", "query_key_norm": "head", "positions": "rotary"},
+    "post norm": {"post_norm": True, "embedding_norm": True, "token_types": 2},
+    "without pad": {"skip_pad": True, "pad_token": 4, "position_offset": 5},
+}
+VALID = [(kind, name) for kind in ("decoder", "encoder") for name, options in VARIANTS.items()
+         if not ("window" in options and kind == "encoder")
+         and not ("skip_pad" in options and kind == "decoder")]  # fmt: skip
+
+
+def make(architecture="decoder", **options):
+    shape = {"dim": C, "heads": 3, "layers": 2, "vocab_size": V, "max_length": L}
+    options.setdefault("head", "lm" if architecture == "decoder" else "mlm")
+    config = TransformerConfig(**shape, architecture=architecture, **options)
+    return perturb(Transformer(config).double().eval())
+
+
+def rows():
+    """Tokens, and targets with none at the padding and for a token of the second document."""
+    tokens, targets = torch.randint(V, (2, 2, L))
+    targets[0, -4:] = targets[0, 5] = IGNORED
+    return tokens, targets
+
+
+def documents_alone(model, tokens):
+    """The logits of each document where it stands in its row."""
+    return torch.stack([
+        torch.cat([model(tokens[i : i + 1, a:b])[0] for i, a, b in SPANS if i == row])
+        for row in range(len(tokens))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture, name", VALID)
+def test_packed_loss_is_the_mean_over_the_documents(architecture, name):
+    """Logits, the loss and all gradients are those of the documents alone, recomputed or not."""
+    model = make(architecture, **VARIANTS[name])
+    tokens, targets = rows()
+    weights = list(model.parameters())
+    logits = documents_alone(model, tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # its mean weighs by tokens
+    expected = logits, loss, *torch.autograd.grad(loss, weights, allow_unused=True)
+    for model.recompute in (False, True):
+        logits = model(tokens, documents=DOCUMENTS)
+        loss = cross_entropy(logits, targets)
+        got = logits, loss, *torch.autograd.grad(loss, weights, allow_unused=True)
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None) == (b is None)
+            if b is not None:
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder"])
+def test_a_document_does_not_see_another(architecture, dropout):
+    """Which it does without `documents`."""
+    model = make(architecture, positions="rotary", attention_dropout=dropout).train()
+    tokens, _ = rows()
+    other = tokens.clone()
+    other[1, :7] = (other[1, :7] + 1) % V
+    for documents in (DOCUMENTS, None):
+        results = []
+        for x in (tokens, other):
+            torch.manual_seed(3)
+            results.append(model(x, documents=documents))
+        moved = (results[1] - results[0]).abs()[1].amax(-1)
+        assert moved[:7].min() > 1e-3
+        assert moved[7:].max() < 1e-12 if documents is not None else moved[7:].max() > 1e-3
+
+
+def test_dropout_of_documents_is_recomputed():
+    model = make(attention_dropout=0.3, dropout=0.2).train()
+    tokens, targets = rows()
+    results = []
+    for model.recompute in (False, True):
+        torch.manual_seed(3)
+        loss = cross_entropy(model(tokens, documents=DOCUMENTS), targets)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["learned", "relative", "rotary", "alibi"])
+def test_documents_compile(kind):
+    """Into one graph for all lengths of documents, gradients included."""
+    torch._dynamo.reset()
+    model = make(positions=kind)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens, targets = rows()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for documents in (DOCUMENTS, torch.arange(L).expand(2, L) // 3, torch.zeros_like(tokens)):
+            results = []
+            for f in (compiled, model):
+                loss = cross_entropy(f(tokens, documents=documents), targets)
+                weights = list(model.parameters())
+                results.append([loss, *torch.autograd.grad(loss, weights, allow_unused=True)])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["relative", "rotary"])
+def test_attention_maps_of_documents(kind):
+    """They are those of the documents alone along the diagonal, and 0 elsewhere."""
+    model = make(positions=kind)
+    tokens, _ = rows()
+    maps = model.attention_maps(1, tokens, documents=DOCUMENTS)
+    for row in range(2):
+        alone = [model.attention_maps(1, tokens[i : i + 1, a:b])[0]
+                 for i, a, b in SPANS if i == row]  # fmt: skip
+        expected = torch.stack([torch.block_diag(*heads) for heads in zip(*alone, strict=True)])
+        torch.testing.assert_close(maps[row], expected, rtol=0, atol=1e-12)
+
+
+def test_positions_beside_documents():
+    """They take the place of those that are counted."""
+    model = make(positions="learned")
+    tokens, _ = rows()
+    expected = model(tokens, documents=DOCUMENTS)
+    counted = torch.cat([torch.arange(b - a) for _, a, b in SPANS]).view(2, L)
+    assert torch.equal(positions(DOCUMENTS), counted)
+    assert torch.equal(model(tokens, documents=DOCUMENTS, positions=counted), expected)
+    moved = model(tokens, documents=DOCUMENTS, positions=torch.arange(L)[None])
+    assert (moved - expected).abs().max() > 1e-3
+
+
+def refusals():
+    """Calls of models with documents, and words of the errors."""
+    tokens = torch.zeros(2, L, dtype=torch.int64)
+    options = {"documents": DOCUMENTS}
+    both = make("encoder_decoder", head="lm", encoder_layers=1)
+    yield lambda: both(tokens, source=tokens, **options), "encoder-decoder takes no documents"
+    yield lambda: both.encode(tokens, **options), "encoder-decoder takes no documents"
+    yield lambda: both.decode(tokens, both.encode(tokens), **options), "encoder-decoder"
+    for head in ("classification", "next_sentence", "pretraining", "span", "choice"):
+        model = make("encoder", head=head, pooler=True, classes=2)
+        yield lambda m=model: m(tokens, **options), f"head '{head}' takes no documents"
+    yield lambda: make(norm="batch_norm")(tokens, **options), "batch norm takes no documents"
+    image = TransformerConfig(dim=C, layers=1, heads=3, architecture="encoder", image_size=8,
+                              patch_size=4, head="none")  # fmt: skip
+    pixels = torch.zeros(2, 3, 8, 8)
+    model = Transformer(image)
+    yield lambda: model(pixels, documents=DOCUMENTS[:, :5]), "images takes no documents"
+    model = make()
+    caches = [KVCache(2, 3, C // 3, L, dtype=torch.float64) for _ in range(2)]
+    yield lambda: model.decode(tokens, caches=caches, **options), "documents and caches exclude"
+    for mask in (torch.ones(2, L, dtype=torch.bool), torch.tensor([L, 3])):
+        yield lambda x=mask: model(tokens, mask=x, **options), "documents and a mask exclude"
+    for wrong in (DOCUMENTS[:1], DOCUMENTS[:, 1:], DOCUMENTS[0]):
+        shape = str(tuple(wrong.shape))
+        yield lambda x=wrong: model(tokens, documents=x), f"documents has shape {shape}, expected"
+    for dtype in (torch.bool, torch.float32):
+        yield lambda d=dtype: model(tokens, documents=DOCUMENTS.to(d)), f"integers, got {dtype}"
+
+
+def test_refusals_of_documents():
+    for call, words in refusals():
+        with pytest.raises(ValueError) as error:
+            call()
+        assert words in str(error.value) and "\n" not in str(error.value)

@@ -82,7 +82,7 @@ def objective(logits):
     return cross_entropy(logits, targets)
 
 
-@pytest.mark.parametrize("padding", [None, "mask", "lengths"])
+@pytest.mark.parametrize("padding", [None, "mask", "lengths", "documents"])
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stages_are_the_model(name, at, padding):
@@ -95,6 +95,11 @@ def test_stages_are_the_model(name, at, padding):
         positions = (options["mask"].cumsum(1) - 1).clamp(min=0)
     elif padding == "lengths":
         options["mask"] = torch.tensor([T, 4])
+    elif padding == "documents":  # of which later stages count their positions
+        if model.config.norm == "batch_norm" or model.config.head == "pretraining":
+            pytest.skip("takes no documents")
+        options["documents"] = torch.tensor([[0] * 3 + [1] * 4, [0] * 6 + [1]])
+        positions = None
     parameters = list(model.parameters())
     # batch norm in evaluation: its statistics would take in the batch twice
     model.train(model.config.norm != "batch_norm")

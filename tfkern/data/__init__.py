@@ -34,8 +34,9 @@ from tfkern.data.order import order
 from tfkern.data.packed import Packed
 from tfkern.data.pairs import Pair, next_sentence, sentence_order
 from tfkern.data.shards import Shards
-from tfkern.data.sources import IGNORED, Documents, Windows, cu_seqlens, padded, positions
+from tfkern.data.sources import IGNORED, Documents, Windows, padded
 from tfkern.data.template import Template, read_template
+from tfkern.ops.packing import cu_seqlens, positions
 
 __all__ = [
     "Chat",

@@ -14,8 +14,8 @@ class Packed:
     decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Every token of the
     stream is in one row, and every token but the first of its document is a target once.
 
-    Items have "documents", the number of each token's document within the row; the padding on the
-    right is one more. `cu_seqlens` and `positions` are made of them.
+    Items have "documents", the number of each token's document within the row, with which a model
+    keeps them apart; the padding on the right is one more.
 
     Args:
         shards: the stream. Some 40 bytes a document are kept in memory.

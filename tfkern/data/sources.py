@@ -1,15 +1,13 @@
 """Items of one length, made of token shards: what a training step batches.
 
-An item is a dict of int64 arrays. All its keys are arguments of `tfkern.models.Transformer`, except
-"targets" and "documents". The target of a token is the token that follows it, and `IGNORED` where
+An item is a dict of int64 arrays. All its keys but "targets" are arguments of
+`tfkern.models.Transformer`. The target of a token is the token that follows it, and `IGNORED` where
 there is none.
 """
 
 from collections.abc import Sized
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tfkern.data.shards import Shards
 
@@ -30,8 +28,8 @@ class Windows:
         separate: whether documents are kept apart, as Llama 3 does. If False, as for GPT-3, a token
             sees the documents before its own, and the end token is asked for the first token of the
             next document. If True, the target of each end token is ignored, and items have
-            "documents", the number of each token's document within the window: `cu_seqlens` and
-            `positions` are made of them.
+            "documents", the number of each token's document within the window, with which a model
+            keeps them apart.
 
     Raises:
         ValueError: the stream is too short for one window.
@@ -96,36 +94,6 @@ def padded(row: np.ndarray, length: int, value: int) -> np.ndarray:
     if len(row) > length:
         raise ValueError(f"a row of {len(row)} does not fit into {length}")
     return np.pad(row, (0, length - len(row)), constant_values=value)
-
-
-def cu_seqlens(documents: Tensor) -> Tensor:
-    """Where each document of a batch begins, for `tfkern.attention_varlen` over all its rows.
-
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B, T, H, D) to (B * T, H, D)
-        ends = cu_seqlens(batch["documents"])
-        o = tfkern.attention_varlen(q, k, v, ends, ends, causal=True)
-
-    Args:
-        documents: (B, T), "documents" of a batch. Rows share no document. Padding is a document.
-
-    Returns:
-        (n + 1,) int32, from 0 to B * T.
-    """
-    starts = torch.nn.functional.pad(_starts(documents).flatten(), (0, 1), value=True)
-    return starts.nonzero().squeeze(1).int()
-
-
-def positions(documents: Tensor) -> Tensor:
-    """The position (B, T) int64 of each token in its document, or in its part in the row."""
-    steps = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    return steps - (steps * _starts(documents)).cummax(1).values
-
-
-def _starts(documents: Tensor) -> Tensor:
-    """(B, T) bool: True at the first token of each document in its row."""
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return starts
 
 
 def positive(length: int) -> int:

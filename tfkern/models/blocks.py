@@ -22,7 +22,8 @@ from tfkern.nn import (
 )
 from tfkern.nn.batch_norm import drop_and_add
 from tfkern.nn.linear import WideLinear
-from tfkern.ops import attention, attention_weights, rotary
+from tfkern.ops import attention, attention_varlen, attention_weights, rotary
+from tfkern.ops.packing import same_document
 
 KeysValues = tuple[Tensor, Tensor]
 _NORMS = (LayerNorm, RMSNorm, BatchNorm, NoNorm)  # norms that also drop and add
@@ -92,6 +93,7 @@ class Attention(nn.Module):
         *,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """(B, T, dim) to (B, T, dim).
@@ -100,14 +102,23 @@ class Attention(nn.Module):
             memory: with cross, the encoder's output (B, S, dim), or `keys_values` of it.
             rotation: cosine and sine as given by `rotary_table`.
             cache: keys and values of earlier tokens, to which those of x are appended.
-            options: further arguments of `tfkern.attention`.
+            cu_seqlens: the limits (n + 1,) of the documents in all rows of x, if each token may see
+                its own document only.
+            options: further arguments of `tfkern.attention`, or of `attention_varlen` beside
+                cu_seqlens.
         """
         q, k, v = self._project(x, memory, rotation)
         if cache is not None:
             k, v, options["key_lengths"] = cache.append(k, v, options.get("query_lengths"))
-        dropout_p = self.dropout if self.training else 0.0
-        o = attention(q, k, v, dropout_p=dropout_p, **self._options, **options)
-        return self.out(o.transpose(1, 2).flatten(-2))
+        options |= self._options | {"dropout_p": self.dropout if self.training else 0.0}
+        if cu_seqlens is None:
+            o = attention(q, k, v, **options).transpose(1, 2)
+        else:
+            B, T = q.shape[0], q.shape[2]
+            q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))
+            o = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, **options)
+            o = o.unflatten(0, (B, T))
+        return self.out(o.flatten(-2))
 
     def weights(
         self,
@@ -115,11 +126,16 @@ class Attention(nn.Module):
         memory: Tensor | KeysValues | None = None,
         *,
         rotation: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """The weights (B, H, T, S) with which `forward` sums values, before dropout."""
         q, k, v = self._project(x, memory, rotation)
         options |= self._options
+        if cu_seqlens is not None:
+            number = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+            number = number.repeat_interleave(cu_seqlens.diff())
+            options["mask"] = same_document(number.view(q.shape[0], q.shape[2]))
         _, lse = attention(q, k, v, return_lse=True, **options)
         return attention_weights(q, k, lse, **options)
 

@@ -14,6 +14,7 @@ from tfkern.models.positions import RelativeBias, alibi_slopes, sinusoids
 from tfkern.nn import KVCache
 from tfkern.nn.batch_norm import drop_and_add
 from tfkern.nn.rotary import rotary_table
+from tfkern.ops.packing import cu_seqlens, same_document
 
 Mask = Tensor | None
 
@@ -58,6 +59,7 @@ class Stack(nn.Module):
         memory: Tensor | Sequence[KeysValues] | None = None,
         memory_mask: Mask = None,
         caches: Sequence[KVCache] | None = None,
+        documents: Tensor | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """(B, T, dim) to (B, T, dim), with the arguments of `Transformer`.
@@ -77,7 +79,7 @@ class Stack(nn.Module):
         if mask is not None and mask.dim() == 2 and caches is not None:
             raise ValueError("with caches a mask must be lengths (B,)")
         dropout_p = config.dropout if self.training else 0.0
-        context = self._context(x, positions, mask, memory_mask, caches)
+        context = self._context(x, positions, mask, memory_mask, caches, documents)
         if embedded:
             x = self._add_positions(x, positions, token_types)
             if self.embedding_norm is not None:
@@ -122,6 +124,7 @@ class Stack(nn.Module):
         mask: Mask,
         memory_mask: Mask,
         caches: Sequence[KVCache] | None,
+        documents: Tensor | None,
     ) -> Context:
         """The arguments that all blocks share. x tells only the dtype and the device."""
         config, steps = self.config, torch.arange(positions.shape[1], device=x.device)
@@ -143,6 +146,12 @@ class Stack(nn.Module):
             S = positions.shape[1] if caches is None else caches[0].capacity
             keys = torch.arange(S, device=x.device)
             options["bias"] = self.positions(keys[None] if caches is None else positions, keys)
+        if documents is not None:
+            # attention_varlen takes no bias, and a trace cannot depend on the number of documents.
+            if "bias" in options or torch.compiler.is_compiling():
+                options["mask"] = same_document(documents)
+            else:
+                options["cu_seqlens"] = cu_seqlens(documents)
         norm_options = {}
         if config.norm == "batch_norm" and mask is not None:
             norm_options["mask"] = mask if mask.dim() == 2 else steps < mask[:, None]

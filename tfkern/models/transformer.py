@@ -24,6 +24,7 @@ from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
 from tfkern.models.initialise import initialise
 from tfkern.models.stack import Mask, Stack
 from tfkern.nn import KVCache, Linear
+from tfkern.ops import packing
 
 
 class Transformer(nn.Module):
@@ -32,6 +33,12 @@ class Transformer(nn.Module):
     A mask tells which tokens exist. (B, T) bool: True where there is one; padding may be on either
     side, and positions are counted without it. Or (B,) int32 or int64: how many there are, with
     padding on the right, which is then never read. Outputs at padding mean nothing.
+
+    Rows may hold several documents, as those of `tfkern.data.Packed` do. With `documents` a token
+    sees its own document only, and the model computes of each document what it would compute of it
+    alone. Heads for the whole sequence, batch norm (whose statistics would mix documents), images
+    and encoder-decoders do not take them. Attention's memory stays linear in T, except with
+    relative positions and under torch.compile, where it is that of a mask (B, 1, T, T).
 
     A stage of a pipeline is a model with one stack, in which modules that belong to other stages
     are None. Only the first stage has the embedding, only the last one the norm, the layer
@@ -88,6 +95,7 @@ class Transformer(nn.Module):
         source_mask: Mask = None,
         token_types: Tensor | None = None,
         positions: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Any:
         """The logits. `tfkern.models.cross_entropy` makes a loss of them.
 
@@ -100,6 +108,9 @@ class Transformer(nn.Module):
             positions: (B or 1, T) int64, of the tokens. If None they are counted, which a model
                 without embedding cannot do. ALiBi and relative positions are distances between
                 tokens, in number: they take no more than T from here.
+            documents: (B, T) integers, the document of each token: one begins with each row, and
+                wherever the number is another one than before. Positions, if None, begin at 0 in
+                each. Padding is a document, too, so there is no mask beside it.
 
         Returns:
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
@@ -116,13 +127,18 @@ class Transformer(nn.Module):
             raise ValueError("encoder-decoders need source, and other models do not take one")
         if source is None and source_mask is not None:
             raise ValueError("source_mask needs source")
+        if documents is not None:
+            _check_takes_documents(self.config, self.config.head)
         if self.config.head == "choice":
             return self._choose(tokens, mask, token_types, positions)
         if self.decoder is None:
-            y = self.encode(tokens, mask, token_types, positions)
+            y = self.encode(tokens, mask, token_types, positions, documents)
         else:
             memory = None if source is None else self.encode(source, source_mask)
-            y = self.decode(tokens, memory, mask, source_mask, token_types, positions=positions)
+            y = self.decode(
+                tokens, memory, mask, source_mask, token_types, positions=positions,
+                documents=documents,
+            )  # fmt: skip
             if self.config.head.endswith("classification") and self.embedding is not None:
                 mask = heads.ends(self.config, tokens, source, mask)
         return self.project(y, mask)
@@ -145,11 +161,15 @@ class Transformer(nn.Module):
         mask: Mask = None,
         token_types: Tensor | None = None,
         positions: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The hidden states (B, T, dim) of the encoder."""
         if self.encoder is None:
             raise ValueError("a decoder-only model has no encoder: use decode")
-        return self._run(self.encoder, tokens, positions, mask=mask, token_types=token_types)
+        return self._run(
+            self.encoder, tokens, positions, mask=mask, token_types=token_types,
+            documents=documents,
+        )  # fmt: skip
 
     def decode(
         self,
@@ -160,6 +180,7 @@ class Transformer(nn.Module):
         token_types: Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         positions: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The hidden states (B, T, dim) of the decoder.
 
@@ -177,7 +198,7 @@ class Transformer(nn.Module):
             raise ValueError("a decoder behind an encoder needs memory, and others do not take one")
         return self._run(
             self.decoder, tokens, positions, mask=mask, token_types=token_types, memory=memory,
-            memory_mask=memory_mask, caches=caches,
+            memory_mask=memory_mask, caches=caches, documents=documents,
         )  # fmt: skip
 
     def project(self, y: Tensor, mask: Mask = None) -> Any:
@@ -259,17 +280,25 @@ class Transformer(nn.Module):
         positions: Tensor | None,
         mask: Mask,
         caches: Sequence[KVCache] | None = None,
+        documents: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Runs a stack on tokens, or on the residual stream in a stage without embedding."""
         embedding = self.embedding
-        if embedding is None and positions is None:
+        if documents is not None:
+            _check_takes_documents(self.config)
+            if mask is not None or caches is not None:
+                other = "a mask" if caches is None else "caches"
+                raise ValueError(f"documents and {other} exclude each other")
+        if embedding is None and positions is None and documents is None:
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
         x = tokens if embedding is None else embedding(tokens)
         B, T = x.shape[0], None if embedding is None else embedding.length(tokens)
         if positions is not None:
-            _check_positions(positions, B, T)
-        T = positions.shape[1] if positions is not None else T or 0
+            _check_numbers("positions", positions, (B, 1), T)
+            T = positions.shape[1]
+        if documents is not None:
+            _check_numbers("documents", documents, (B,), T)
         # Dynamo takes tuples with symbolic sizes for unequal, so sizes are compared one by one.
         if mask is not None and not (
             mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
@@ -277,25 +306,51 @@ class Transformer(nn.Module):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
         if positions is None:
             pad = self.config.pad_token
-            if self.config.skip_pad and pad is not None:
-                counts = tokens.ne(pad)
-                positions = counts.cumsum(1) * counts - 1
+            if self.config.skip_pad and pad is not None and embedding is not None:
+                positions = _counted_without(tokens.eq(pad), documents)
+            elif documents is not None:
+                positions = packing.positions(documents)
             else:
+                assert T is not None  # without an embedding there are positions or documents
                 positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)
-        options |= {"mask": mask, "caches": caches, "recompute": self.recompute}
+        options |= {"mask": mask, "caches": caches, "documents": documents}
+        options["recompute"] = self.recompute
         return stack(x, positions, embedded=embedding is not None, **options)
 
 
-def _check_positions(positions: Tensor, B: int, T: int | None) -> None:
-    """T is that of tokens. Without an embedding nobody but the positions knows it."""
-    fits = positions.dim() == 2 and positions.shape[0] in (1, B)
-    if not fits or (T is not None and positions.shape[1] != T):
-        expected = (f"{B} or 1", "T" if T is None else T)
+def _check_takes_documents(config: TransformerConfig, head: str = "none") -> None:
+    """Refuses several documents in a row where the model, or its head, would mix them."""
+    if config.architecture == "encoder_decoder":
+        raise ValueError("an encoder-decoder takes no documents: a row of source is one of tokens")
+    if config.patch_size is not None:
+        raise ValueError("a model of images takes no documents")
+    if config.norm == "batch_norm":
+        raise ValueError("batch norm takes no documents: its statistics would mix them")
+    if head not in ("lm", "mlm", "token", "none"):
+        raise ValueError(f"head {head!r} takes no documents: it reads a row as one sequence")
+
+
+def _check_numbers(name: str, x: Tensor, rows: tuple[int, ...], T: int | None) -> None:
+    """T is that of tokens. Without an embedding nobody but x knows it."""
+    fits = x.dim() == 2 and x.shape[0] in rows
+    if not fits or (T is not None and x.shape[1] != T):
+        expected = (" or ".join(map(str, rows)), "T" if T is None else T)
         raise ValueError(
-            f"positions has shape {tuple(positions.shape)}, expected ({expected[0]}, {expected[1]})"
+            f"{name} has shape {tuple(x.shape)}, expected ({expected[0]}, {expected[1]})"
         )
-    if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise ValueError(f"positions must be integers, got {positions.dtype}")
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {x.dtype}")
+
+
+def _counted_without(padding: Tensor, documents: Tensor | None) -> Tensor:
+    """Positions (B, T) of tokens that are not padding, counted in each document; -1 at padding."""
+    counts = (~padding).long()
+    places = counts.cumsum(1)
+    if documents is not None:
+        first = torch.arange(documents.shape[1], device=documents.device)
+        first = first - packing.positions(documents)
+        places = places - (places - counts).gather(1, first)
+    return places * counts - 1
 
 
 def _counted(steps: Tensor, mask: Mask, caches: Sequence[KVCache] | None) -> Tensor:

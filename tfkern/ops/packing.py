@@ -1,4 +1,5 @@
-"""Converts batches with padding to documents that lie one after the other, and back."""
+"""Documents that lie one after the other: made of batches with padding and back, and their limits,
+positions and mask where several of them share a row."""
 
 from typing import NamedTuple
 
@@ -92,6 +93,49 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
         checks.within(f"indices, of batch {batch} and length {length},", indices, 0, rows - 1)
     padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, indices, x)
     return padded.reshape(batch, length, *x.shape[1:])
+
+
+def cu_seqlens(documents: Tensor) -> Tensor:
+    """Where each document of a batch begins, for `tfkern.attention_varlen` over all its rows.
+
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B, T, H, D) to (B * T, H, D)
+        ends = cu_seqlens(batch["documents"])
+        o = tfkern.attention_varlen(q, k, v, ends, ends, causal=True)
+
+    Python needs the number of documents as a size, so this call waits for the GPU, and breaks a
+    graph of torch.compile.
+
+    Args:
+        documents: (B, T), "documents" of a batch. A document begins with each row, and wherever the
+            number is another one than before. Padding is a document.
+
+    Returns:
+        (n + 1,) int32, from 0 to B * T.
+    """
+    starts = torch.nn.functional.pad(_starts(documents).flatten(), (0, 1), value=True)
+    return starts.nonzero().squeeze(1).int()
+
+
+def positions(documents: Tensor) -> Tensor:
+    """The position (B, T) int64 of each token in its document, or in its part in the row."""
+    steps = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    return steps - (steps * _starts(documents)).cummax(1).values
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """Which tokens (B, T) are of one document, as a mask (B, 1, T, T) for `tfkern.attention`.
+
+    It serves where `cu_seqlens` cannot: beside a bias, and in a graph of torch.compile.
+    """
+    number = _starts(documents).cumsum(1)[:, None]
+    return number[..., None] == number[:, :, None]
+
+
+def _starts(documents: Tensor) -> Tensor:
+    """(B, T) bool: True at the first token of each document in its row."""
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return starts
 
 
 def _what(x: object) -> str:
