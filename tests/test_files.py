@@ -95,6 +95,27 @@ def test_what_the_dead_left_is_removed_and_the_living_are_waited_for(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt"]
 
 
+def test_a_new_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    new, path, done = tmp_path / "a.new", tmp_path / "a", []
+    new.write_text("new")
+    sync, replace = os.fsync, os.replace
+
+    def syncs(handle):
+        done.append(("sync", os.fstat(handle).st_ino))
+        sync(handle)
+
+    def replaces(*names):
+        done.append(("replace",))
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(os, "replace", replaces)
+    files.place(new, path)
+    assert os.listdir(tmp_path) == ["a"] and path.read_text() == "new"
+    folder, file = tmp_path.stat().st_ino, path.stat().st_ino
+    assert done == [("sync", file), ("replace",), ("sync", folder)]
+
+
 def test_a_folder_of_the_name_is_found_before_anything_is_replaced(tmp_path):
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").mkdir()

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import zstandard
 pytest.importorskip("datatrove")
 
 import killing  # noqa: E402
+from datatrove.data import Document  # noqa: E402
 
 from tfkern import tokenize  # noqa: E402
 from tfkern.cli import main  # noqa: E402
@@ -25,11 +27,12 @@ from tfkern.data import Shards  # noqa: E402
 from tfkern.data.prepare import Recipe, draw, execute, prepare, recipe, steps  # noqa: E402
 from tfkern.data.prepare import run as run_module  # noqa: E402
 from tfkern.data.prepare.clean import steps as clean_steps  # noqa: E402
-from tfkern.data.prepare.duplicates import rows_of  # noqa: E402
+from tfkern.data.prepare.duplicates import Keep, rows_of  # noqa: E402
 from tfkern.data.prepare.markup import plain_text  # noqa: E402
 from tfkern.data.prepare.private import mask  # noqa: E402
 from tfkern.data.prepare.sources import LONGEST, documents  # noqa: E402
 from tfkern.data.prepare.stage import Stage  # noqa: E402
+from tfkern.data.prepare.storage import Writer, file_of  # noqa: E402
 from tfkern.data.prepare.words import Whitespace, Words  # noqa: E402
 
 WORDS = """time year people way day man thing woman life child world school state family student
@@ -154,6 +157,19 @@ def test_a_worker_that_is_killed_is_an_error(tmp_path):
     ranks.folder, ranks.workers = tmp_path, 2
     with pytest.raises(RuntimeError, match="'deadly': a worker was killed, perhaps for want of"):
         ranks(Stage("deadly", [killing.Killed()], 3), lambda *_: None)
+
+
+def test_shards_that_lost_a_part_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    told = Recipe(input=tmp_path / "a.txt", output=tmp_path / "out", validation=0, files=1)
+
+    def cut(stage, done, total):
+        if stage == "tokens" and done:
+            path = next(tmp_path.glob("out/*/train/00000.ds"))
+            path.write_bytes(path.read_bytes()[:-2])
+
+    with pytest.raises(ValueError, match="00000.ds has [0-9]+ tokens, but its index ends at"):
+        prepare(told, progress=cut)
 
 
 def test_ranks_may_run_in_other_folders(tmp_path, monkeypatch):
@@ -433,6 +449,40 @@ def test_near_duplicates(tmp_path, threshold):
         again = run(tmp_path / str(seed), {k: rows[k] for k in order}, near_duplicates=threshold,
                     files=2 * seed - 1)[1]  # fmt: skip
         assert set(again) == set(left)
+
+
+@pytest.mark.parametrize("which", [{"exact_duplicates": True}, {"near_duplicates": 0.7}])
+def test_which_one_stays_when_ids_repeat(tmp_path, which):
+    """The same one in either order of the documents."""
+    rows = [{"id": i % 2, "text": sentences(i // 4)} for i in range(24)]
+    for i, row in enumerate(rows):  # four of a kind, of which two have one id
+        row["text"] = row["text"].replace(" ", "  " if i % 4 > 1 else " ", 1 + i % 2)
+    left = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        source = lines(tmp_path / f"{name}.jsonl", order)
+        told = Recipe(input=source, output=tmp_path, tokenizer="characters", validation=0, **which)
+        left.append(sorted(texts(prepare(told, workers=1))))
+    assert left[0] == left[1] and len(left[0]) == 6
+
+
+def test_the_comparison_of_near_duplicates_takes_little_memory(tmp_path):
+    """Less than the hashes of all sequences of words."""
+    clusters = tmp_path / "clusters"
+    clusters.mkdir()
+    writer = Writer(file_of(tmp_path, 0))
+    for i in range(80):
+        rng = random.Random(i // 2)
+        text = " ".join(rng.choices(WORDS, k=2000))
+        writer.write(Document(text=text, id=str(i)))
+    writer.close()
+    np.array([(i, i // 4) for i in range(80)], "<u4").tofile(clusters / "000000.clusters")
+    keep = Keep(tmp_path, str(clusters), 1, "whitespace", 0.7, 5)
+    tracemalloc.start()
+    list(keep.run())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.fromfile(clusters / "000000.remove", "<u4")) == 40
+    assert peak < 80 * 2000 * 8
 
 
 def test_bands_find_most_pairs_at_the_threshold():

@@ -49,8 +49,7 @@ class Beside:
     def place(self, *names: str) -> None:
         """Moves settled files into the directory in the order of names, each by one rename."""
         for name in names:
-            os.replace(self.folder / name, self.directory / name)
-            _sync(self.directory)
+            _rename(self.folder / name, self.directory / name)
 
     def remove(self, *names: str) -> None:
         """Removes files from the directory."""
@@ -120,6 +119,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield new.folder / path.name
         new.settle()
         new.place(path.name)
+
+
+def place(new: Path, path: Path) -> None:
+    """Brings a new file to the disk and then to its place in the same folder, by one rename.
+
+    Several processes may do so in one folder at a time, and none waits for another. A process that
+    dies leaves the new file, so its name must be one that the next try overwrites.
+    """
+    _sync(new)
+    _rename(new, path)
 
 
 def write(path: str | Path, content: str | bytes) -> None:
@@ -262,6 +271,11 @@ def _seen(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _rename(new: Path, path: Path) -> None:
+    os.replace(new, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -1,25 +1,21 @@
 """Removes documents that others repeat: word by word, nearly, or from texts that must not be seen.
 
-Which of several stays depends on their ids alone, not on the order in which they are read.
+Which of several stays depends on their ids and texts alone, not on the order in which they are
+read. The comparisons write for each file of documents the numbers of those that go, in the form
+that datatrove's MinhashDedupFilter reads.
 """
 
-import struct
-from collections import defaultdict
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
-from datatrove.pipeline.dedup.exact_dedup import (
-    ExactDedupConfig,
-    ExactDedupFilter,
-    ExactDedupSignature,
-    ExactFindDedups,
-)
 from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
     MinhashDedupBuckets,
@@ -33,32 +29,24 @@ from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
 from tfkern.data.prepare.stage import Stage, named
 from tfkern.data.prepare.storage import Read, Write, file_of, read
 from tfkern.data.prepare.words import TOKENIZERS
+from tfkern.files import write
 
 # Texts that differ in numbers only are not the same: tables, laws, results of matches.
 _NORMAL = TextNormConfig(norm_numbers=False)
 _HASHES = 128  # of a signature
 _CONTAMINATED = NGramsDecontConfig(n_grams=13, find_query_ngrams=False, norm_config=_NORMAL)
-
-
-def content(document: Document) -> str:
-    """What equal documents have in common: the words, whatever their case."""
-    return " ".join(document.text.split()).lower()
-
-
-def priority(document: Document) -> int:
-    """An order of documents that has nothing to do with where they stand."""
-    return 1 + xxhash.xxh64_intdigest(document.id) % 65535
+_PRECEDENCE = ("text", "id")  # of which the last decides first
+_FIELDS = [(name, "<u8") for name in ("id", "text", "file", "number")]  # of a document
+_SIGNATURE = np.dtype([("words", "<u8"), *_FIELDS])
+_MEMBER = np.dtype([("cluster", "<u8"), *_FIELDS, ("start", "<u8"), ("end", "<u8")])
 
 
 def exact(source: Path, work: Path, target: Path, files: int) -> list[Stage]:
-    """Stages that leave one of several documents with the same words."""
-    config = ExactDedupConfig(content_getter=content, document_priority=priority)
-    signatures, found = str(work / "signatures"), str(work / "found")
-    signing = named(ExactDedupSignature(signatures, config), "exact signatures")
-    dropping = named(ExactDedupFilter(found, config), "exact duplicates")
+    """Stages that leave one of several documents with the same words, whatever their case."""
+    dropping = named(MinhashDedupFilter(str(work)), "exact duplicates")
     return [
-        Stage("exact signatures", [Read(source), signing], files),
-        Stage("exact search", [ExactFindDedups(signatures, found, config)], 1),
+        Stage("exact signatures", [Read(source), Sign(work)], files),
+        Stage("exact search", [Search(work, files)], 1),
         Stage("exact removal", [Read(source), dropping, Write(target)], files),
     ]
 
@@ -97,11 +85,65 @@ def rows_of(threshold: float) -> int:
     return 1
 
 
+class Sign(PipelineStep):
+    """Writes the signatures of a rank's documents, sorted."""
+
+    type, name = "dedup", "exact signatures"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = str(folder)
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        found = array("Q")
+        for number, document in enumerate(data):
+            with self.track_time():
+                words = xxhash.xxh64_intdigest(" ".join(document.text.split()).lower())
+                found.extend((words, *_fields(document, rank, number)))
+            self.stat_update("total")
+        signatures = np.array(found, "<u8").view(_SIGNATURE)
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        write(_signatures(self.folder, rank), signatures[signatures["words"].argsort()].tobytes())
+        yield from ()
+
+
+class Search(PipelineStep):
+    """Finds the documents with the same words by their signatures, and drops all but the first.
+
+    It has one part of the range of hashes in memory at a time.
+    """
+
+    type, name = "dedup", "exact search"
+
+    def __init__(self, folder: Path, files: int) -> None:
+        super().__init__()
+        self.folder, self.files = str(folder), files
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        paths = [_signatures(self.folder, file) for file in range(self.files)]
+        limits = np.array([(i << 64) // self.files for i in range(1, self.files)], "<u8")
+        dropped = []
+        with self.track_time("run"):
+            cuts = [_cuts(path, limits) for path in paths]
+            for part in range(self.files):
+                rows = np.concatenate([
+                    np.fromfile(path, _SIGNATURE, cut[part + 1] - cut[part],
+                                offset=cut[part] * _SIGNATURE.itemsize)
+                    for path, cut in zip(paths, cuts, strict=True)
+                ])  # fmt: skip
+                rows = rows[np.lexsort([rows[name] for name in (*_PRECEDENCE, "words")])]
+                again = rows[1:][rows["words"][1:] == rows["words"][:-1]]
+                dropped.append(np.stack([again["file"], again["number"]], 1))
+            _drop(self.folder, self.files, np.concatenate(dropped))
+        yield from ()
+
+
 class Keep(PipelineStep):
     """Chooses which documents of the clusters stay, and writes the numbers of the others.
 
     It takes the documents of a cluster in the order of a hash of their ids, and keeps each that is
-    less similar than the threshold to all that it has kept.
+    less similar than the threshold to all that it has kept. The sequences of words of all of them
+    are on disk, since memory may not hold them.
     """
 
     type, name = "dedup", "keep"
@@ -114,44 +156,77 @@ class Keep(PipelineStep):
         self.words, self.threshold, self.n = TOKENIZERS[words](), threshold, n
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        with self.track_time("run"):
-            members = self._members()
-            drop: dict[int, list[int]] = defaultdict(list)
-            for documents in members.values():
-                kept: list[frozenset[int]] = []
-                for _, _, file, number, grams in sorted(documents, key=lambda d: d[:4]):
-                    if any(_similar(grams, other, self.threshold) for other in kept):
-                        drop[file].append(number)
-                    else:
-                        kept.append(grams)
-            Path(self.clusters).mkdir(exist_ok=True)  # without candidates there is none
-            for file in range(self.files):
-                content = struct.pack(f"<{len(drop[file])}I", *sorted(drop[file]))
-                (Path(self.clusters) / f"{file:06d}.remove").write_bytes(content)
+        Path(self.clusters).mkdir(exist_ok=True)  # without candidates there is none
+        with self.track_time("run"), tempfile.TemporaryFile(dir=self.clusters) as grams:
+            members = np.concatenate([self._members(file, grams) for file in range(self.files)])
+            _drop(self.clusters, self.files, self._dropped(members, grams))
         yield from ()
 
-    def _members(self) -> dict[int, list[tuple[int, str, int, int, frozenset[int]]]]:
-        """The documents of each cluster: hash of the id, id, file, number, sequences of words."""
-        members: dict[int, list[Any]] = defaultdict(list)
-        for file in range(self.files):
-            path = Path(self.clusters) / f"{file:06d}.clusters"
-            if not path.is_file():
-                continue
-            cluster = dict(struct.iter_unpack("<2I", path.read_bytes()))
-            for number, document in enumerate(read(file_of(self.source, file))):
-                if number in cluster:
-                    name = document.id
-                    entry = (xxhash.xxh64_intdigest(name), name, file, number)
-                    members[cluster[number]].append((*entry, self._grams(document.text)))
-        return members
+    def _members(self, file: int, grams: IO[bytes]) -> np.ndarray:
+        """The documents of a file that are in clusters. Their sequences of words go to `grams`."""
+        found = array("Q")
+        path = Path(self.clusters) / f"{file:06d}.clusters"
+        cluster = dict(np.fromfile(path, "<u4").reshape(-1, 2).tolist()) if path.exists() else {}
+        for number, document in enumerate(read(file_of(self.source, file)) if cluster else ()):
+            if number in cluster:
+                start = grams.tell() // 8
+                grams.write(self._grams(document.text).tobytes())
+                fields = _fields(document, file, number)
+                found.extend((cluster[number], *fields, start, grams.tell() // 8))
+        return np.array(found, "<u8").view(_MEMBER)
 
-    def _grams(self, text: str) -> frozenset[int]:
+    def _dropped(self, members: np.ndarray, grams: IO[bytes]) -> np.ndarray:
+        """Files and numbers (n, 2) of the documents that go."""
+        grams.flush()  # nothing cannot be mapped
+        all_grams = np.asarray(np.memmap(grams, "<u8", "r")) if len(members) else np.array([])
+        dropped = array("Q")
+        now, kept = -1, list[np.ndarray]()
+        for i in np.lexsort([members[name] for name in (*_PRECEDENCE, "cluster")]):
+            cluster, _, _, file, number, start, end = members[i].tolist()
+            if cluster != now:
+                now, kept = cluster, []
+            own = all_grams[start:end]
+            if any(_similar(own, other, self.threshold) for other in kept):
+                dropped.extend((file, number))
+            else:
+                kept.append(own)
+        return np.array(dropped, "<u8").reshape(-1, 2)
+
+    def _grams(self, text: str) -> np.ndarray:
+        """Hashes of the sequences of words, each once, in order."""
         words = self.words.word_tokenize(simplify_text(text, _NORMAL))
-        return frozenset(xxhash.xxh64_intdigest(" ".join(g)) for g in ngrams(words, self.n))
+        found = {xxhash.xxh64_intdigest(" ".join(g)) for g in ngrams(words, self.n)}
+        return np.array(sorted(found), "<u8")
 
 
-def _similar(a: frozenset[int], b: frozenset[int], threshold: float) -> bool:
-    common = len(a & b)
+def _fields(document: Document, file: int, number: int) -> tuple[int, int, int, int]:
+    """What decides whether a document stays, the smallest does, and where it stands.
+
+    Ids may repeat; documents with the same id and the same text are one and the same.
+    """
+    name, text = xxhash.xxh64_intdigest(document.id), xxhash.xxh64_intdigest(document.text)
+    return name, text, file, number
+
+
+def _signatures(folder: str, file: int) -> Path:
+    return Path(folder) / f"{file:06d}.signatures"
+
+
+def _cuts(path: Path, limits: np.ndarray) -> list[int]:
+    """Where the parts of a sorted file of signatures begin and end."""
+    words = np.fromfile(path, _SIGNATURE)["words"]
+    return [0, *np.searchsorted(words, limits).tolist(), len(words)]
+
+
+def _drop(folder: str, files: int, dropped: np.ndarray) -> None:
+    """Writes the numbers of those documents of each file that go, given by file and number."""
+    for file in range(files):
+        numbers = np.sort(dropped[dropped[:, 0] == file, 1]).astype("<u4")
+        write(Path(folder) / f"{file:06d}.remove", numbers.tobytes())
+
+
+def _similar(a: np.ndarray, b: np.ndarray, threshold: float) -> bool:
+    common = len(np.intersect1d(a, b, assume_unique=True))
     return common >= threshold * (len(a) + len(b) - common)
 
 

@@ -19,6 +19,7 @@ from tfkern.data.prepare.execute import EXECUTORS, Progress, started
 from tfkern.data.prepare.recipe import Plan, Recipe, plan
 from tfkern.data.prepare.stage import Stage
 from tfkern.data.prepare.storage import Read, Write, Writer, file_of
+from tfkern.data.shards import Shards
 
 MANIFEST = "manifest.json"
 _LOCK = "lock"
@@ -203,7 +204,7 @@ class Finish(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         folder = Path(self.folder)
-        told = json.loads((folder / "tokenizer" / "tokens.json").read_text())
+        told = files.read_object(folder / "tokenizer" / tokens.TOLD)
         size, shards = tokens.width(told["vocab_size"]), {}
         for part in self.parts:
             for i in range(self.files):
@@ -213,7 +214,8 @@ class Finish(PipelineStep):
                     "documents": path.with_name(path.name + ".index").stat().st_size // 8,
                     "sha256": tokens.digest(path),
                 }
-            shutil.copy(folder / "tokenizer" / "tokens.json", folder / part)
+            files.write(folder / part / tokens.TOLD, json.dumps(told) + "\n")
+            Shards(folder / part)  # refuses files of which the disk has lost a part
         manifest = {
             **self.told,
             "tokens": told,

@@ -1,7 +1,6 @@
 """Documents between two stages: one compressed file of JSON lines for each rank."""
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import orjson
 import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+
+from tfkern import files
 
 
 def file_of(folder: str | Path, rank: int) -> Path:
@@ -34,7 +35,7 @@ class Writer:
     def close(self) -> None:
         self._stream.close()
         self._file.close()
-        os.replace(self._new, self.path)
+        files.place(self._new, self.path)
 
 
 class Write(PipelineStep):
@@ -50,6 +51,7 @@ class Write(PipelineStep):
         writer = Writer(file_of(self.folder, rank))
         for document in data:
             writer.write(document)
+            self.update_doc_stats(document)
             yield document
         writer.close()
 

@@ -12,12 +12,13 @@ import xxhash
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from tfkern import tokenize
+from tfkern import files, tokenize
 from tfkern.data.prepare.storage import file_of, read
 from tfkern.tokenize import Tokenizer
 
 TRAINED = ("characters", "words", "bpe", "wordpiece", "unigram")
 PARTS = ("train", "validation")
+TOLD = "tokens.json"  # size of the vocabulary and end token, beside tokenizer and shards
 _END = "<|endoftext|>"
 _ENDS = {"bpe": _END, "unigram": "</s>"}  # of tokenizers that are trained with one
 _SAMPLE = 1 << 27  # most characters that a tokenizer is trained on
@@ -83,7 +84,7 @@ class Train(PipelineStep):
             tokenize.save(tokenizer, self.folder)
             end_token = tokenizer.special_id("eos")
             content = {"vocab_size": tokenizer.vocab_size, "end_token": end_token}
-            (Path(self.folder) / "tokens.json").write_text(json.dumps(content) + "\n")
+            files.write(Path(self.folder) / TOLD, json.dumps(content) + "\n")
         yield from ()
 
     def _documents(self) -> Iterator[Document]:
@@ -164,11 +165,11 @@ class _Shard:
 
     def close(self) -> None:
         self.file.close()
-        index = np.array(self.ends[1:], "<u8")
-        index.tofile(self.path.with_name(self.path.name + ".index"))
+        ends = np.array(self.ends[1:], "<u8").tobytes()
+        files.write(self.path.with_name(self.path.name + ".index"), ends)
         told = f"tfkern|{self.dtype.itemsize}\n{self.ends[-1]} tokens\n"
-        self.path.with_name(self.path.name + ".metadata").write_text(told)
-        os.replace(self.new, self.path)
+        files.write(self.path.with_name(self.path.name + ".metadata"), told)
+        files.place(self.new, self.path)
 
 
 def digest(path: Path) -> str:
