@@ -155,13 +155,19 @@ def _cuda_peak(case: Case, variant: Variant) -> int:
     return torch.cuda.max_memory_allocated(case.device) - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of a field of /proc: "VmRSS", the resident size now, or "VmHWM", its peak."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError as error:
         raise SystemExit("peak memory is measured through /proc, which is missing") from error
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak() -> None:
+    """Sets the peak of this process to its present size, where the system permits that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def print_peak(text: str) -> None:
@@ -180,10 +186,7 @@ def print_peak(text: str) -> None:
     if variant.eager is not None:
         prepared(case, variant, inputs).run()  # compiles before the count begins
     gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
-        baseline = _resident("VmHWM")
-    except OSError:  # not permitted: growth below an earlier peak is missed
-        baseline = _resident("VmRSS")
+    reset_peak()  # if it fails, growth below an earlier peak is missed
+    baseline = resident("VmRSS")
     prepared(case, variant, inputs).run()
-    print(max(0, _resident("VmHWM") - baseline))
+    print(max(0, resident("VmHWM") - baseline))

@@ -57,6 +57,7 @@ def _app():
     from tfkern.cli import (
         attention_map,
         bench,
+        bench_train,
         convert,
         doctor,
         patched,
@@ -75,6 +76,7 @@ def _app():
     )
     bench.app.command("suite")(suite.command)
     bench.app.command("patched")(patched.command)
+    bench.app.command("train")(bench_train.command)
     app.add_typer(bench.app, name="bench")
     app.command("doctor")(doctor.command)
     app.command("validate")(validate.command)
