@@ -23,9 +23,10 @@ from tfkern.benchmarks import (
     report,
     sweep,
     timing,
+    train,
 )
 from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load
-from tfkern.models import TransformerConfig
+from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.blocks import Block
 
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
@@ -561,6 +562,55 @@ def test_patched_models(tiny_models, tmp_path, name):
     rows = report.read(patched.write(results.rows, tmp_path))
     assert [r["case"] for r in rows] == [r["case"] for r in results.rows]
     assert report.models_table(results.rows).row_count == len(rows)
+
+
+_GPT = train.Case("characters", 32, 2, 2, 41, 2, 9)
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Memory is measured in other processes, which take seconds each."""
+    monkeypatch.setattr(train, "peak", lambda name, case, precision: len(name))
+
+
+def test_training_steps(quick, no_memory, tmp_path):
+    pytest.importorskip("transformers")
+    results = train.run((_GPT,), others=("torch", "transformers"), protocol=_QUICK)
+    assert not results.wrong
+    assert [(r["dtype"], r["against"]) for r in results.rows] == [
+        (precision, other)
+        for precision in ("float32", "bfloat16")
+        for other in ("torch", "transformers")
+    ]
+    for row in results.rows:
+        assert row["op"] == "train" and row["variant"] == "tfkern" and row["pairs"] == 2
+        assert row["peak_bytes"] == 6 and row["against_peak_bytes"] == len(row["against"])
+        assert row["p50_ms"] > 0 and row["ratio_p20"] <= row["ratio_p50"] <= row["ratio_p80"]
+    rows = report.read(train.write(results.rows, tmp_path))
+    assert [r["against"] for r in rows] == [r["against"] for r in results.rows]
+
+
+def test_a_step_of_another_model_is_not_timed(quick, no_memory, monkeypatch):
+    plain = train.plain
+
+    def planted(model, case):
+        made = plain(model, case)
+        made.blocks[0].fc1.bias.data += 0.1
+        return made
+
+    monkeypatch.setattr(train, "plain", planted)
+    results = train.run((_GPT,), others=("torch",), protocol=_QUICK)
+    assert not results.rows and set(results.wrong) == {
+        "characters float32",
+        "characters bfloat16",
+    }
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_step_has_its_weights_twice_with_their_moments():
+    case = train.Case("", 256, 4, 4, 2000, 2, 32)
+    weights = 4 * sum(p.numel() for p in Transformer(case.config()).parameters())
+    assert 3 * weights < train.peak("tfkern", case, "float32") < 8 * weights
 
 
 @pytest.mark.parametrize("part", ["output", "gradients"])

@@ -51,6 +51,14 @@ def quick(monkeypatch):
             "unknown model 'abacus': expected one of gpt2, llama, bert",
         ),
         (["bench", "patched", "--out", "/dev/null/x"], "/dev/null"),
+        (["bench", "train", "abacus"], "unknown case 'abacus': expected one of characters, gpt2"),
+        (["bench", "train", "--out", "/dev/null/x"], "/dev/null"),
+        (["train"], "a recipe is needed"),
+        (["train", "abacus"], "'abacus' is neither a recipe (.yaml) nor one of bart, bert"),
+        (["train", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["train", "bert", "steps"], "expected name=value, got 'steps'"),
+        (["train", "bert", "abacus=1"], "'abacus' is not one of out, task"),
+        (["train", "bert", "steps=many"], "steps must be an integer of at least 1, got 'many'"),
         (["doctor", "--nope"], "--nope"),
         (["validate", "abacus"], "unknown op 'abacus'"),
         (["validate", "--dtype", "float12"], "unknown dtype 'float12'"),
@@ -123,7 +131,7 @@ ABSURD += [
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
     """Every command does nothing but check its options."""
-    from tfkern.benchmarks import patched, suite, sweep
+    from tfkern.benchmarks import patched, suite, sweep, train
     from tfkern.cli import attention_map, sample, validate
     from tfkern.data import prepare
     from tfkern.models import convert
@@ -132,8 +140,9 @@ def idle(monkeypatch, tmp_path):
         raise NotImplementedError("the work began")
 
     for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (validate, "run"),
-                         (patched, "run"), (sample, "load"), (attention_map, "load"),
-                         (convert, "load"), (prepare, "prepare")):  # fmt: skip
+                         (patched, "run"), (train, "run"), (sample, "load"),
+                         (attention_map, "load"), (convert, "load"),
+                         (prepare, "prepare")):  # fmt: skip
         monkeypatch.setattr(module, name, work)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -28,9 +28,9 @@ RANKS = {
     "tfkern.integrations": 5,
     "tfkern.validation": 3,
     "tfkern.testing": 4,  # the public door to the comparison in validation
-    "tfkern.benchmarks": 6,
     "tfkern.train": 6,
-    "tfkern.cli": 7,
+    "tfkern.benchmarks": 7,
+    "tfkern.cli": 8,
 }
 
 

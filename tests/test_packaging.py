@@ -74,7 +74,9 @@ PYTHON_FILES = {
     }.items()
     for path in (ROOT / source).glob("**/*.py")
 } | {"tfkern_program.py"}  # fmt: skip
-TYPES = {"tfkern/py.typed", "tfkern/_C.pyi"}
+DATA = {"tfkern/py.typed", "tfkern/_C.pyi"} | {
+    str(path.relative_to(ROOT)) for path in (ROOT / "tfkern/train/recipes").glob("*.yaml")
+}
 
 LAYER_NORM = (
     "import torch, tfkern\n"
@@ -109,7 +111,7 @@ def test_source_distribution(tree, tmp_path):
 def test_pure_python_wheel(tree, tmp_path):
     names, path = wheel(tree, tmp_path / "wheel", TFKERN_NATIVE="0")
     assert path.name.endswith("-py3-none-any.whl")
-    assert {n for n in names if ".dist-info/" not in n} == PYTHON_FILES | TYPES
+    assert {n for n in names if ".dist-info/" not in n} == PYTHON_FILES | DATA
     install(path, tmp_path / "site")
     where, backend = python(LAYER_NORM, tmp_path / "site").split()
     assert where.startswith(str(tmp_path)) and backend == "reference"
@@ -122,8 +124,8 @@ def test_pure_python_wheel(tree, tmp_path):
 @pytest.mark.slow
 def test_native_wheel(tree, tmp_path):
     names, path = wheel(tree, tmp_path / "wheel", TFKERN_CUDA="0")
-    assert names >= PYTHON_FILES | TYPES | {"tfkern/_operators.abi3.so"}
-    rest = {n for n in names if ".dist-info/" not in n} - PYTHON_FILES - TYPES
+    assert names >= PYTHON_FILES | DATA | {"tfkern/_operators.abi3.so"}
+    rest = {n for n in names if ".dist-info/" not in n} - PYTHON_FILES - DATA
     assert sorted(n.partition(".")[0] for n in rest) == ["tfkern/_C", "tfkern/_operators"]
     assert all(n.endswith(".so") for n in rest)
     install(path, tmp_path / "site")
