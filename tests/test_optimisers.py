@@ -7,8 +7,10 @@ import pickle
 import lion_pytorch.foreach
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tfkern.models import Transformer, TransformerConfig, cross_entropy
 from tfkern.train.lion import Lion
@@ -351,6 +353,42 @@ def test_gradients_of_other_strides():
         expected = run(p.clone(), g, theirs)
         got = run(p, g, lambda module: adamw(module, 0.1))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind", sorted(set(OPTIMISERS) - {"adafactor"}))
+def test_sharded_parameters(kind, mixed, mesh):
+    """Parameters that are DTensors, all or only those of a block, move as others do."""
+    plain, sharded = tiny().double(), tiny().double()
+    fully_shard(sharded.decoder.blocks[0] if mixed else sharded, mesh=mesh)
+    a, b = (optimiser(kind, model, LR[kind]) for model in (plain, sharded))
+    for model, steps in ((plain, a), (sharded, b)):
+        train(model, steps, 1)  # later steps of Muon, in bfloat16, enlarge differences of rounding
+    assert mixed == any(not hasattr(p, "full_tensor") for p in sharded.parameters())
+    whole = {
+        name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        for name, p in sharded.named_parameters()
+    }
+    torch.testing.assert_close(whole, weights(plain), rtol=0, atol=1e-12)
+    options = checkpoint.StateDictOptions(full_state_dict=True)
+    states = [
+        checkpoint.get_optimizer_state_dict(model, steps, options=options)["state"]
+        for model, steps in ((plain, a), (sharded, b))
+    ]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-12)
+
+
+def test_adafactor_refuses_sharded_parameters(mesh):
+    with pytest.raises(ValueError, match="adafactor takes no parameters that are DTensors"):
+        optimiser("adafactor", fully_shard(tiny(), mesh=mesh), 0.1)
 
 
 def test_closures():

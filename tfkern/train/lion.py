@@ -88,8 +88,8 @@ class Lion(torch.optim.Optimizer):
 def _local(x: Tensor | None, p: Tensor) -> Any:
     """x, or this process's part of it if the parameter p is a DTensor.
 
-    Everything here is done element by element, so the parts need no other process. DTensors have
-    no kernel for signs of lists.
+    Every entry moves by itself, so the parts need no other process. The operations on lists refuse
+    DTensors beside other tensors, which a model has if only some of its layers are split.
     """
     if x is None or not hasattr(p, "to_local"):
         return x

@@ -88,13 +88,16 @@ def adafactor(
         d: root mean square above which an update is scaled down to it, at least 1.
 
     Raises:
-        ValueError: a value out of its range, or a model without parameters to train.
+        ValueError: a value out of its range, a model without parameters to train, or one whose
+            parameters are spread over devices, of which torch's Adafactor cannot take the norms.
     """
     _check(lr, weight_decay)
     check_number("beta2_decay", beta2_decay, -math.inf, 0)
     check_number("d", d, 1, math.inf)
-    groups = _groups(_trained(model), weight_decay)
-    return torch.optim.Adafactor(groups, lr, beta2_decay, d=d)
+    named = _trained(model)
+    if any(hasattr(p, "placements") for _, p in named):
+        raise ValueError("adafactor takes no parameters that are DTensors, such as those of FSDP")
+    return torch.optim.Adafactor(_groups(named, weight_decay), lr, beta2_decay, d=d)
 
 
 def muon(
@@ -205,8 +208,10 @@ class Joined(Optimizer):
 def _adamw(
     named: list[Named], lr: Rate, weight_decay: float, betas: Sequence[float], eps: float
 ) -> Optimizer:
-    # The fused kernel takes parameters for dense.
+    # The fused kernel takes parameters for dense, and those of one call either for DTensors of one
+    # mesh or for none. Where it does not fit, torch loops over the parameters or their lists.
     fused = all(p.is_contiguous() and p.device.type in ("cpu", "cuda") for _, p in named)
+    fused = fused and len({getattr(p, "device_mesh", None) for _, p in named}) == 1
     made = torch.optim.AdamW(
         _groups(named, weight_decay), lr, (float(betas[0]), float(betas[1])), eps, weight_decay,
         fused=fused or None,
