@@ -11,10 +11,13 @@ integer or several, as `order` gives them to its `change`:
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from tfkern.data.sources import IGNORED
 
@@ -62,9 +65,9 @@ def mask_tokens(
     choice = np.flatnonzero(left)
     count = int(rate * len(choice) + rng.random())
     chosen = np.zeros(len(tokens), bool)
-    chosen[rng.choice(choice, count, replace=False)] = True
+    chosen[rng.permutation(choice)[:count]] = True
     picked = free & chosen[unit]
-    drawn = ordinary[rng.integers(len(ordinary), size=len(tokens))]
+    drawn = ordinary[(rng.random(len(tokens)) * len(ordinary)).astype(np.int64)]
     fate = np.where(picked, rng.random(len(tokens)), 1)
     inputs = np.where(fate < 0.8, mask, np.where(fate < 0.9, drawn, tokens))
     return inputs, np.where(picked, tokens, IGNORED)
@@ -251,9 +254,20 @@ def generator(seed: Seed) -> np.random.Generator:
     numbers = np.atleast_1d(np.asarray(seed))
     if numbers.dtype.kind not in "iu" or numbers.ndim != 1 or (numbers < 0).any():
         raise ValueError(f"a seed is an integer or several, not negative, got {seed!r}")
-    # The length is part of the seed: numpy takes (7,) and (7, 0) for the same.
-    words = [len(numbers), *(int(n) >> shift & 0xFFFFFFFF for n in numbers for shift in (0, 32))]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    state: Any = _Digest(numbers.astype("<u8").tobytes())
+    return np.random.Generator(np.random.Philox(state))
+
+
+class _Digest(ISeedSequence):
+    """The state of a generator from bytes. Numpy's own sequences take twice as long, and some of
+    them are equal, as those of (7,) and (7, 0)."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        size = n_words * np.dtype(dtype).itemsize
+        return np.frombuffer(hashlib.blake2b(self.content, digest_size=size).digest(), dtype)
 
 
 def sentence_ends(ends: np.ndarray, length: int) -> np.ndarray:

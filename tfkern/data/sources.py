@@ -93,7 +93,9 @@ def padded(row: np.ndarray, length: int, value: int) -> np.ndarray:
     """
     if len(row) > length:
         raise ValueError(f"a row of {len(row)} does not fit into {length}")
-    return np.pad(row, (0, length - len(row)), constant_values=value)
+    found = np.full(length, value, np.asarray(row).dtype)
+    found[: len(row)] = row
+    return found
 
 
 def positive(length: int) -> int:
