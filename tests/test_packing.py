@@ -4,6 +4,8 @@ against the same models on each document alone."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from weights import perturb
 
 import tfkern
@@ -145,8 +147,8 @@ VALID = [(kind, name) for kind in ("decoder", "encoder") for name, options in VA
 
 def make(architecture="decoder", **options):
     shape = {"dim": C, "heads": 3, "layers": 2, "vocab_size": V, "max_length": L}
-    options.setdefault("head", "lm" if architecture == "decoder" else "mlm")
-    config = TransformerConfig(**shape, architecture=architecture, **options)
+    shape["head"] = "lm" if architecture == "decoder" else "mlm"
+    config = TransformerConfig(architecture=architecture, **(shape | options))
     return perturb(Transformer(config).double().eval())
 
 
@@ -202,9 +204,13 @@ def test_a_document_does_not_see_another(architecture, dropout):
         assert moved[7:].max() < 1e-12 if documents is not None else moved[7:].max() > 1e-3
 
 
-def test_dropout_of_documents_is_recomputed():
-    model = make(attention_dropout=0.3, dropout=0.2).train()
+def test_dropout_of_documents():
+    """Weights of attention are dropped, the same ones where blocks are recomputed."""
+    model = make(attention_dropout=0.3).train()
     tokens, targets = rows()
+    first, second = (model(tokens, documents=DOCUMENTS) for _ in range(2))
+    moved = (second - first).abs().amax(-1)
+    assert moved[0, 1:5].min() > 1e-3  # behind the first token, which sees one key
     results = []
     for model.recompute in (False, True):
         torch.manual_seed(3)
@@ -212,6 +218,26 @@ def test_dropout_of_documents_is_recomputed():
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_memory_of_documents_is_linear():
+    """The largest tensor of a step is twice as large for rows of twice the length."""
+    model = make(positions="rotary", max_length=None)
+    largest = {}
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            found = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            largest[T] = max(largest.get(T, 0), *found, 0)
+            return result
+
+    for T in (512, 1024):
+        tokens = torch.randint(V, (1, T))
+        with Sizes():
+            logits = model(tokens, documents=torch.arange(T)[None] // 10)
+            cross_entropy(logits, tokens).backward()
+    assert largest[1024] == 2 * largest[512]
 
 
 @pytest.mark.parametrize("kind", ["learned", "relative", "rotary", "alibi"])

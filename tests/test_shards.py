@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,6 +292,17 @@ def test_a_model_takes_the_items(shards):
         batch = order([source], 4, seed=1)[0]
         targets = batch.pop("targets")
         cross_entropy(model(**batch), targets).backward()
+
+
+def test_the_example_of_the_docs(shards):
+    """Its loss reaches all weights."""
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    config = TransformerConfig(vocab_size=500, max_length=64, dim=16, layers=1, heads=2)
+    names = {"shards": shards, "model": Transformer(config), "Packed": Packed, "order": order}
+    (example,) = re.findall("```python\n(.+?)```", page, re.S)
+    exec(example, names | {"cross_entropy": cross_entropy}, found := {})
+    found["loss"].backward()
+    assert all(p.grad.any() for p in names["model"].parameters())
 
 
 class Numbers:

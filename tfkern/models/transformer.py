@@ -110,7 +110,8 @@ class Transformer(nn.Module):
                 tokens, in number: they take no more than T from here.
             documents: (B, T) integers, the document of each token: one begins with each row, and
                 wherever the number is another one than before. Positions, if None, begin at 0 in
-                each. Padding is a document, too, so there is no mask beside it.
+                each. Padding is a document, too, so there is no mask beside it, and rotary scalings
+                that follow the longest text of the batch count it.
 
         Returns:
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
