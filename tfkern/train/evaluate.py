@@ -48,7 +48,7 @@ def evaluate(
     device = next(model.parameters()).device
     mixed = nullcontext() if precision is None else torch.autocast(device.type, precision)
     losses, right = [], []
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch in batches:
@@ -58,7 +58,8 @@ def evaluate(
                 losses.append(objective(output, batch))
             right.append(_right(output, batch["targets"]))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     if not losses:
         raise ValueError("there are no batches to evaluate")
     whole = torch.stack([loss.count for loss in losses]).sum(0)

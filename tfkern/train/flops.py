@@ -2,22 +2,37 @@
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from tfkern.benchmarks import attention, linear_cross_entropy
 from tfkern.train.objective import Batch, Objective
+from tfkern.train.steps import parts, size
 
 
-def count_flops(model: nn.Module, objective: Objective, batch: Batch) -> int:
+def count_flops(
+    model: nn.Module, objective: Objective, batch: Batch, *, accumulate: int = 1
+) -> int:
     """The floating point operations of products and attention, forward and backward, of a batch.
 
-    They are counted, and not taken from a formula, by running both once. Gradients that the
-    parameters had are lost.
+    They are counted, and not taken from a formula, by running both once: for the first of the parts
+    into which `steps` cuts the batch, which stands for the others. Attention counts by the tiles
+    that it visits. The model stays as it was, but gradients that its parameters had are lost.
+
+    Raises:
+        ValueError: the batch cannot be cut.
     """
     device = next(model.parameters()).device
-    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    inputs = {name: x for name, x in batch.items() if name != "targets"}
-    counter = FlopCounterMode(display=False)
+    part = parts(batch, accumulate)[0]
+    part = pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, part)
+    inputs = {name: x for name, x in part.items() if name != "targets"}
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # such as running means
+    formulas = attention.flop_formulas(causal=True) | linear_cross_entropy.flop_formulas()
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]), counter:
-        objective(model(**inputs), batch).mean.sum().backward()
+        objective(model(**inputs), part).mean.sum().backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    with torch.no_grad():
+        for buffer, before in kept:
+            buffer.copy_(before)
+    return round(counter.get_total_flops() * size(batch) / size(part))

@@ -175,17 +175,17 @@ class _Step:
             raise FloatingPointError(self._diverged(number, found, length))
         if finite:
             self._clip(gradients, norm, length)
-        self._update(number)
+        self._update(number, not finite)
         return found, length, not finite
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds up gradients over the parts of a batch, and returns the terms of its loss."""
-        parts = _parts(batch, self.accumulate)
+        cut = parts(batch, self.accumulate)
         whole = None
-        if len(parts) > 1:
-            whole = torch.stack([self.objective.count(part) for part in parts]).sum(0)
+        if len(cut) > 1:
+            whole = torch.stack([self.objective.count(part) for part in cut]).sum(0)
         losses = []
-        for part in parts:
+        for part in cut:
             part = pytree.tree_map(self._moved, part)
             inputs = {name: x for name, x in part.items() if name != "targets"}
             with self._autocast():
@@ -210,20 +210,21 @@ class _Step:
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters, self.clip_value)
 
-    def _update(self, number: int) -> None:
+    def _update(self, number: int, skipped: bool) -> None:
         if self.scaler is None:
             self.optimiser.step()
             return
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        if self.scaler.get_scale() < _LEAST_SCALE:
+        if skipped and self.scaler.get_scale() < _LEAST_SCALE:
             raise FloatingPointError(
                 f"step {number}: gradients overflow float16 at a scale of "
                 f"{self.scaler.get_scale():.3g}: use bfloat16, or a smaller learning rate"
             )
 
     def _diverged(self, number: int, terms: tuple[float, ...], norm: float) -> str:
-        name_of = {id(p): name for name, p in self.model.named_parameters()}
+        inner = getattr(self.model, "_orig_mod", self.model)  # of a compiled model
+        name_of = {id(p): name for name, p in inner.named_parameters()}
         sizes = [
             (math.inf if math.isnan(size) else size, name_of.get(id(p), "?"), size)
             for p in self.parameters
@@ -244,7 +245,7 @@ _LEAST_SCALE = 2.0**-24
 _SHOWN = 3  # gradients in an error
 
 
-def _parts(batch: Batch, count: int) -> list[dict[str, Any]]:
+def parts(batch: Batch, count: int) -> list[dict[str, Any]]:
     """A batch, cut along the first axis of its tensors into parts of about equal size."""
     if count == 1:
         return [dict(batch)]
