@@ -2,19 +2,24 @@
 
 import copy
 import math
+import os
 import pydoc_data.topics
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tfkern.data import corrupt_spans, mask_tokens
 from tfkern.models import Transformer, TransformerConfig, cross_entropy
 from tfkern.models.heads import DeferredLogits
 from tfkern.train.evaluate import bleu, evaluate, exact_match
 from tfkern.train.flops import count_flops
 from tfkern.train.objective import CrossEntropy, Loss
 from tfkern.train.optimisers import optimiser
+from tfkern.train.schedules import schedule
 from tfkern.train.steps import steps
 
 VOCAB = 20
@@ -335,10 +340,13 @@ def test_a_scale_that_has_become_hopeless_ends_the_run():
             assert record.skipped
 
 
-def text():
-    """Characters of a text that comes with Python, as numbers, and how many kinds there are."""
+def text(path=None):
+    """Characters of a text, or of one that comes with Python, as numbers, and how many kinds there
+    are."""
     topics = pydoc_data.topics.topics
     told = "\n".join(topics[name] for name in sorted(topics))
+    if path is not None:
+        told = Path(path).read_text()
     letters = sorted(set(told))
     number = {letter: i for i, letter in enumerate(letters)}
     return torch.tensor([number[letter] for letter in told]), len(letters)
@@ -532,6 +540,138 @@ def test_bleu():
     assert found == pytest.approx(100 * precision * math.exp(1 - 7 / 6))
     with pytest.raises(ValueError, match="got 0 texts, expected 0"):
         bleu([], [])
+
+
+# Learning
+
+
+def learn(model, batches, held, stop, seen=()):
+    """Trains as nanoGPT does a small model, and returns the losses on held batches at some steps
+    and at the end."""
+    updates = optimiser("adamw", deferred(model), lr=1e-3, betas=(0.9, 0.99))
+    follow = schedule("cosine", steps=stop, warmup=100, floor=0.1)
+    found = {}
+    for record in steps(
+        model, batches, CrossEntropy(), updates, stop=stop, schedule=follow, clip_norm=1.0
+    ):
+        if record.step in (*seen, stop):
+            found[record.step] = evaluate(model, held, CrossEntropy()).loss
+            print(f"step {record.step}: validation {found[record.step]:.4f}")
+    return found
+
+
+def windows(tokens, length, batch=32):
+    """The batches of all windows of a text side by side."""
+    count = (len(tokens) - 1) // length
+    rows = torch.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)])
+    return [{"tokens": r[:, :-1], "targets": r[:, 1:]} for r in rows.split(batch)]
+
+
+def changed(batches, change):
+    """Batches whose rows a function of a row and a seed has made."""
+    return [
+        {name: torch.stack(x) for name, x in _rows(change, batch, i).items()}
+        for i, batch in enumerate(batches)
+    ]
+
+
+def _rows(change, batch, seed):
+    made = [change(row.numpy(), (seed, i)) for i, row in enumerate(batch["tokens"])]
+    return {name: [torch.from_numpy(m[name]) for m in made] for name in made[0]}
+
+
+class Changed:
+    def __init__(self, batches, change):
+        self.batches, self.change = batches, change
+
+    def __getitem__(self, step):
+        (found,) = changed([self.batches[step]], lambda row, seed: self.change(row, (step, *seed)))
+        return found
+
+
+def entropies(tokens):
+    """Nats of a token, without and with knowledge of the one before."""
+    pairs = torch.bincount(tokens[:-1] * 1000 + tokens[1:]).double()
+    pairs = pairs[pairs > 0] / pairs.sum()
+    single = torch.bincount(tokens).double()
+    single = single[single > 0] / single.sum()
+    alone, both = (-(p * p.log()).sum().item() for p in (single, pairs))
+    return alone, both - alone
+
+
+def test_a_small_model_learns_which_letters_follow_each_other():
+    """After 150 steps it knows more than half of what the letter before tells."""
+    tokens, size = text()
+    part = len(tokens) * 9 // 10
+    model = tiny(dtype=torch.float32, vocab_size=size, dim=64, max_length=32, bias=False)
+    held = windows(tokens[part:], 32)[::4]
+    loss = learn(model, Text(tokens[:part], 12, 32), held, 150)[150]
+    assert loss < sum(entropies(tokens)) / 2
+
+
+def nanogpt(path=None):
+    """The text, and a model of the size that nanoGPT has on a CPU."""
+    tokens, size = text(path)
+    part = len(tokens) * 9 // 10
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        dim=128, layers=4, heads=4, vocab_size=size, max_length=64, bias=False
+    )
+    return Transformer(config), Text(tokens[:part], 12, 64), windows(tokens[part:], 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop, limit", [(500, 2.0), (2000, 1.40)])
+def test_a_small_gpt_learns(stop, limit):
+    """The text is that of Python 3.11; other versions have another one."""
+    assert learn(*nanogpt(), stop)[stop] <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TFKERN_SHAKESPEARE" not in os.environ, reason="needs the path of the text")
+def test_a_small_gpt_learns_shakespeare():
+    assert learn(*nanogpt(os.environ["TFKERN_SHAKESPEARE"]), 2000)[2000] <= 1.90
+
+
+@pytest.mark.slow
+def test_a_small_masked_model_learns():
+    tokens, size = text()
+    part = len(tokens) * 9 // 10
+
+    def masked(row, seed):
+        found = mask_tokens(row, seed, mask=size, vocab_size=size)
+        return dict(zip(("tokens", "targets"), found, strict=True))
+
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        architecture="encoder", head="mlm", dim=128, layers=4, heads=4, vocab_size=size + 1,
+        max_length=64, activation="gelu", post_norm=True, embedding_norm=True, init="normal",
+    )  # fmt: skip
+    held = changed(windows(tokens[part:], 64), masked)
+    batches = Changed(Text(tokens[:part], 12, 64), masked)
+    assert learn(Transformer(config), batches, held, 500)[500] <= 2.7
+
+
+@pytest.mark.slow
+def test_a_small_t5_learns():
+    tokens, size = text()
+    part = len(tokens) * 9 // 10
+    start, end, sentinels = size, size + 1, range(size + 2, size + 34)
+
+    def spans(row, seed):
+        source, targets = corrupt_spans(row, seed, sentinels=sentinels, end=end)
+        shifted = np.concatenate([[start], targets[:-1]])
+        return {"source": source, "tokens": shifted, "targets": targets}
+
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        architecture="encoder_decoder", dim=128, layers=3, heads=4, vocab_size=size + 34,
+        positions="relative", norm="rms_norm", activation="relu", wide_output=True, bias=False,
+        attention_scale=1.0, logit_scale=128**-0.5, init="t5",
+    )  # fmt: skip
+    held = changed(windows(tokens[part:], 64), spans)
+    batches = Changed(Text(tokens[:part], 12, 64), spans)
+    assert learn(Transformer(config), batches, held, 500)[500] <= 2.2
 
 
 # Arithmetic
