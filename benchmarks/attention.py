@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import tfkern
-from tfkern.reference.attention import Arguments
+from tfkern.ops.flops import Band, attention_formulas, visible_pairs
 
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled
-
-Band = tuple[int | None, int | None]  # keys seen before and after the query; None: no limit
 
 _SDPA = {
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
@@ -104,7 +101,7 @@ class OpCase(Case):
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
         # With a window torch gets a mask, and its kernels compute all scores.
-        return flop_formulas(self.causal and self.window is None, self._triton_tile())
+        return attention_formulas(self.causal and self.window is None, self._triton_tile())
 
     def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
         return tfkern.attention(q, k, v, window=self.band, backend=backend)
@@ -204,86 +201,3 @@ def _sdpa(name: str, backend: SDPBackend, band: Band, scratch: int) -> Variant:
             return sdpa(q, k, v, band=band)
 
     return Variant(f"sdpa {name}", call, scratch)
-
-
-def visible_pairs(T: int, S: int, band: Band, tile: tuple[int, int] = (1, 1)) -> int:
-    """The number of pairs of query and key in the tiles that a kernel visits.
-
-    For every tile of queries a kernel walks over tiles of keys, from the tile with the first key
-    that any of its queries sees to the tile with the last one. Tiles that the ends of the sequences
-    cut off count with their real size.
-    """
-    left, right = band
-    tile_t, tile_s = tile
-    start = np.arange(0, T, tile_t)
-    end = np.minimum(start + tile_t, T)
-    first = np.zeros_like(start)
-    if left is not None:
-        first = np.maximum(0, start + S - T - left) // tile_s * tile_s
-    stop = np.full_like(start, S)
-    if right is not None:
-        stop = np.minimum(S, np.maximum(0, end + S - T + right))
-    keys = np.minimum(S, -(-stop // tile_s) * tile_s) - first
-    return int(((end - start) * np.maximum(0, keys)).sum())
-
-
-def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[int, int]) -> int:
-    """FLOPs of the tiles that a kernel visits, by the shapes of q, k and v.
-
-    `products` are the numbers of matrix products with D and with Dv for each tile: (1, 1) in
-    forward.
-    """
-    (B, H, T, D), S, Dv = q, k[2], v[3]
-    return 2 * B * H * visible_pairs(T, S, band, tile) * (products[0] * D + products[1] * Dv)
-
-
-# kBlock queries of csrc/cpu/attention.h, whose walk over keys ends with the last visible key.
-_NATIVE_TILE = 64, 1
-
-
-def flop_formulas(
-    causal: bool, triton_tile: tuple[int, int] = (128, 64)
-) -> dict[Any, Callable[..., int]]:
-    """Formulas for `FlopCounterMode`: its own know neither CPU kernels, nor tfkern, nor tiles.
-
-    `causal` holds for torch's operators. tfkern's operators have their band among the arguments.
-    """
-
-    def of_torch(skip: int, products: tuple[int, int]) -> Callable[..., int]:
-        def formula(*args, **_):
-            q, k, v = args[skip : skip + 3]
-            # As in ATen's FlashAttentionKernel.cpp; a causal walk ends with the last query.
-            tile = (256 if q[2] >= 768 else 64 if q[2] >= 192 else 32), 1
-            band = None, 0 if causal else None
-            return tile_flops(q, k, v, band=band, tile=tile, products=products)
-
-        return formula
-
-    def ours(tile: tuple[int, int], products: tuple[int, int]) -> Callable[..., int]:
-        """A formula for an operator with the arguments of forward, or of backward around these."""
-
-        def formula(*args, **_):
-            if len(args) > len(Arguments._fields):  # backward
-                _do, _dlse, _o, _lse, *args, _bias_grad = args
-            a = Arguments(*args)
-            band = a.left, a.right
-            return tile_flops(a.q, a.k, a.v, band=band, tile=tile, products=products)
-
-        return formula
-
-    # One walk over the tiles computes s, dq, dk with D and dp, dv with Dv. Two compute s, dp twice.
-    one_walk, two_walks = (3, 2), (4, 3)
-    by_operator = {
-        "aten._scaled_dot_product_flash_attention_for_cpu": of_torch(0, (1, 1)),
-        "aten._scaled_dot_product_flash_attention_for_cpu_backward": of_torch(1, one_walk),
-        "tfkern.attention_forward": ours(_NATIVE_TILE, (1, 1)),
-        "tfkern.attention_backward": ours(_NATIVE_TILE, one_walk),
-        "tfkern_triton.attention_forward": ours(triton_tile, (1, 1)),
-        "tfkern_triton.attention_backward": ours(triton_tile, two_walks),
-    }
-    formulas = {}
-    for name, formula in by_operator.items():
-        library, _, operator = name.partition(".")
-        if hasattr(getattr(torch.ops, library), operator):  # only if its backend is loaded
-            formulas[getattr(getattr(torch.ops, library), operator)] = formula
-    return formulas

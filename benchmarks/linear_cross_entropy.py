@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tfkern
+from tfkern.ops.flops import linear_cross_entropy_formulas
 
 from . import cross_entropy
 from .case import BACKWARD, BOTH, FORWARD, Variant, backend_variants, compiled, liger_missing
@@ -62,7 +63,7 @@ class OpCase(cross_entropy.OpCase):
         return factor * 2 * self.batch * self.length * self.hidden * self.vocabulary
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        return flop_formulas()
+        return linear_cross_entropy_formulas()
 
     def _chunked(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """torch's own loss in chunks."""
@@ -78,22 +79,3 @@ class OpCase(cross_entropy.OpCase):
 
     def _tfkern(self, x: Tensor, weight: Tensor, targets: Tensor, backend: str) -> Tensor:
         return tfkern.linear_cross_entropy(x, weight, targets, backend=backend)
-
-
-def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for `FlopCounterMode`, which does not see the products within our operators."""
-    ops = torch.ops.tfkern_composed
-
-    def count(x: Any, weight: Any, *others: Any, wanted: tuple = (), **_: Any) -> int:
-        """The product that makes the logits, and those of the gradients of x and weight."""
-        return (1 + sum(wanted)) * 2 * math.prod(x) * weight[0]
-
-    def with_gradients(*args: Any, **_: Any) -> int:
-        *_, want_dx, want_dweight, _want_dbias = args
-        return count(*args, wanted=(want_dx, want_dweight))
-
-    return {
-        ops.linear_cross_entropy_forward: count,
-        ops.linear_cross_entropy_backward: with_gradients,
-        ops.linear_cross_entropy_formed: with_gradients,
-    }

@@ -28,6 +28,7 @@ from tfkern.benchmarks import (
 from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.blocks import Block
+from tfkern.ops import flops
 
 _QUICK = timing.Protocol(warmup=1, min_samples=2, max_samples=2, min_seconds=0)
 
@@ -107,7 +108,7 @@ def test_tile_flops_counts_tiles_with_a_visible_pair(T, S, band):
             tile = visible[t : t + 16, s : s + 32]
             pairs += tile.numel() if tile.any() else 0
     shapes = (2, 3, T, 8), (2, 3, S, 8), (2, 3, S, 4)
-    counted = attention.tile_flops(*shapes, band=band, tile=(16, 32), products=(1, 1))
+    counted = flops.tile_flops(*shapes, band=band, tile=(16, 32), products=(1, 1))
     assert counted == 2 * 2 * 3 * pairs * (8 + 4)
     assert torch.equal(attention.visible(T, S, band), visible)
 
@@ -409,10 +410,10 @@ def test_what_runs_out_of_memory_costs_its_row_only(quick, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("T", [1, 1000, 2**20])
 def test_visible_pairs_of_any_length(T):
-    assert attention.visible_pairs(T, T, (None, None)) == T * T
-    assert attention.visible_pairs(T, T, (None, 0)) == T * (T + 1) // 2
+    assert flops.visible_pairs(T, T, (None, None)) == T * T
+    assert flops.visible_pairs(T, T, (None, 0)) == T * (T + 1) // 2
     w = min(3, T - 1)
-    assert attention.visible_pairs(T, T, (3, 0)) == w * (w + 1) // 2 + (T - w) * (w + 1)
+    assert flops.visible_pairs(T, T, (3, 0)) == w * (w + 1) // 2 + (T - w) * (w + 1)
 
 
 def test_what_a_container_leaves_is_available(monkeypatch, tmp_path):
