@@ -28,7 +28,7 @@ def test_layer_in_a_users_model():
 
 def test_check_of_a_kernel(capsys):
     names = {}
-    exec(BLOCKS[6], names)
+    exec(BLOCKS[7], names)
     assert "NaN" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="outside the error limits"):
         names["report"].check()
@@ -157,6 +157,55 @@ def test_data(tmp_path):
     names = {"model": Transformer(small), "cross_entropy": cross_entropy}
     exec(BLOCKS[5].replace("path/of", str(tmp_path)), names)
     assert names["batch"]["tokens"].shape == (8, 64) and names["loss"] > 0
+
+
+def test_training(tmp_path, monkeypatch):
+    """The loop goes on from its last checkpoint, and gets the loss down."""
+    pytest.importorskip("grain")
+    from tfkern.data import Shards, Windows, order
+    from tfkern.models import Transformer, TransformerConfig
+
+    monkeypatch.chdir(tmp_path)
+    token_shards.write(tmp_path / "shards", [[[*range(1, 20), token_shards.END]] * 30])
+    small = TransformerConfig(dim=24, heads=2, layers=1, vocab_size=20, max_length=8)
+    code = BLOCKS[6].replace("2000", "6").replace("100", "2").replace("500", "3")
+    for _ in range(2):
+        torch.manual_seed(0)
+        names = {
+            "torch": torch,
+            "model": Transformer(small),
+            "batches": order([Windows(Shards("shards"), 8)], batch=8, seed=7),
+        }
+        exec(code, names)
+        code = code.replace("stop=6", "stop=9")
+    assert names["start"] == 6 and names["record"].step == 9 and names["record"].loss < 3
+    assert sorted(p.name for p in Path("checkpoints").iterdir()) == [
+        "step-00000003", "step-00000006", "step-00000009"
+    ]  # fmt: skip
+
+
+def test_the_loop_of_the_page_on_training(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datatrove")
+    from tfkern.data.prepare import prepare
+    from tfkern.data.prepare.recipe import Recipe
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("A man went to the sea.\n\nHe saw no ship.\n\n" * 99)
+    recipe = Recipe(input="text.txt", output="out", tokenizer="characters", split="line")
+    page = (README.parent / "docs" / "training.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    for a, b in (
+        ("2000", "4"),
+        ("100", "1"),
+        ("250", "2"),
+        ("=64", "=16"),
+        ("=12", "=2"),
+        ("128", "8"),
+    ):
+        code = code.replace(a, b)
+    exec(code, {"folder": prepare(recipe, workers=1)})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[-2:]] == ["2", "4"] and float(lines[-1][2]) < 4
 
 
 def test_files_that_it_names_exist():
