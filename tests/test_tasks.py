@@ -223,6 +223,8 @@ def test_static_masks_are_those_of_every_epoch(prepared):
         count = (len(stream(prepared())) - 1) // LENGTH
         epochs = [[rows(found.batches[e * count + i])[0] for i in range(count)] for e in (0, 1)]
         masks = [{str(row["targets"]): row["tokens"] for row in epoch} for epoch in epochs]
+        places = {tuple(t == str(IGNORED) for t in row.strip("[]").split(", ")) for row in masks[0]}
+        assert len(places) > count / 2  # each row has masks of its own
         return masks[0] == masks[1]
 
     assert seen(True) and not seen(False)
@@ -310,6 +312,7 @@ def test_next_sentences_are_next_or_of_other_documents(prepared, tmp_path):
     lines = ["".join(f"{c}{c}." for c in alphabet[i : i + 6]) for i in range(0, 600, 6)]
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
     found = task("pretraining", prepared(text=tmp_path / "text.txt"), length=24, batch=8)
+    others = set()
     letter = {found.tokenizer.id(c): i for i, c in enumerate(alphabet) if c in _vocab(found)}
     for step in range(20):
         batch = found.batches[step]
@@ -324,7 +327,9 @@ def test_next_sentences_are_next_or_of_other_documents(prepared, tmp_path):
                 assert second[0] in (first[-1], first[-1] + 1)
             else:
                 assert first[0] // 6 != second[0] // 6
+                others.add(second[0] // 6)
             assert len({i // 6 for i in first}) == len({i // 6 for i in second}) == 1
+    assert len(others) > 20
 
 
 def _vocab(found):
@@ -383,6 +388,7 @@ def test_spans_come_back(prepared, options):
     text = stream(prepared())
     first = found.tokenizer.id("<extra_id_0>")
     end = found.config["end_token"]
+    plain = task("prefix", prepared(), length=LENGTH, batch=1).tokenizer.vocab_size
     for step in range(3):
         batch = found.batches[step]
         assert "mask" not in batch and batch["source"].shape[1] <= LENGTH
@@ -400,6 +406,7 @@ def test_spans_come_back(prepared, options):
                         continue
                 spans[last].append(token)
             assert list(spans) == [first - i for i in range(len(spans))]
+            assert found.tokenizer.vocab_size == plain + len(spans)
             for token in source:
                 whole += spans.pop(token, None) or [token]
             assert not spans and within(whole, text)
@@ -458,6 +465,8 @@ def test_validation_has_each_item_once(prepared):
     assert len({places.index(list(row)) for row in seen}) >= len(set(seen))
     few = task("causal", prepared(), length=LENGTH, batch=3, validation_batches=2)
     assert len(few.validation) == 2
+    last = [places.index(row["tokens"]) for row in rows(few.validation[1])]
+    assert min(last) >= count // 2 and max(last) >= count * 4 // 5  # they come from everywhere
     large = task("causal", prepared(), length=LENGTH, batch=10**4)
     assert [len(b["tokens"]) for b in large.validation] == [count]
     with pytest.raises(IndexError):
