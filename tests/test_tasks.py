@@ -691,7 +691,7 @@ def test_wrong_rows(tmp_path, kind, content, options, message):
     ("kind", "options", "message"),
     [
         ("cause", {}, "kind must be one of causal, masked, .* got 'cause'"),
-        ("causal", {"rate": 0.2}, "causal has no option 'rate', only documents"),
+        ("causal", {"rate": 0.2}, "causal has no option 'rate'; it has documents"),
         ("causal", {"documents": "yes"}, "documents must be true or false, got 'yes'"),
         ("causal", {"length": 0}, "length must be an integer from 1 on, got 0"),
         ("causal", {"batch": 2.5}, "batch must be an integer from 1 on, got 2.5"),

@@ -62,7 +62,7 @@ def task(
     known = list(inspect.signature(build).parameters)[2:]
     for name in options:
         if name not in known:
-            raise ValueError(f"{kind} has no option {name!r}, only {', '.join(known) or 'none'}")
+            raise ValueError(f"{kind} has no option {name!r}; it has {', '.join(known) or 'none'}")
     sizes = check_sizes(length, batch, seed, validation_batches)
     return build(Path(data), sizes, **options)
 
