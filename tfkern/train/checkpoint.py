@@ -8,28 +8,26 @@ beside the others and appears by one rename, so that whatever ends a process lea
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
 )
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tfkern import files
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TOLD = "training.json"
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save(
@@ -56,7 +54,7 @@ def save(
         run do not depend on how often it was stopped.
 
     Raises:
-        ValueError: keep is not positive.
+        ValueError: keep is not positive, or the optimiser's state is not made of tensors.
         OSError: files cannot be written. Earlier checkpoints stay.
     """
     if keep is not None and keep < 1:
@@ -64,7 +62,12 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08}"
-    told = {"step": step, "configuration": configuration, "torch": torch.__version__}
+    told = {
+        "step": step,
+        "configuration": configuration,
+        "optimiser": _kind(optimiser),
+        "torch": torch.__version__,
+    }
     with files.beside(folder) as new:
         if not path.exists():
             fresh = new.folder / path.name
@@ -99,13 +102,13 @@ def load(
         return 0
     path = found[-1]
     told = files.read_object(path / _TOLD)
-    ours = json.loads(json.dumps(configuration))
-    if differing := _differing(told.get("configuration"), ours):
+    if told.get("step") != int(path.name.removeprefix("step-")):
+        raise ValueError(f"{path / _TOLD}: step is {files.shown(told.get('step'))}")
+    theirs = {"configuration": told.get("configuration"), "optimiser": told.get("optimiser")}
+    ours = {"configuration": configuration, "optimiser": _kind(optimiser)}
+    if differing := _differing(theirs, json.loads(json.dumps(ours))):
         raise ValueError(f"{path} is of another run: {'; '.join(differing[:_SHOWN])}")
-    tensors = _tensors(model, optimiser, scaler)
-    tensors = {name: x.clone() for name, x in tensors.items()}
-    _read(path, tensors)
-    _put(tensors, model, optimiser, scaler)
+    _put(_read(path, _model(model), _parameters(model), scaler), model, optimiser, scaler)
     return int(told["step"])
 
 
@@ -126,23 +129,48 @@ def _found(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(m[1]), path) for m, path in named if m)]
 
 
+def _kind(optimiser: torch.optim.Optimizer) -> str:
+    parts = getattr(optimiser, "parts", (optimiser,))
+    return " and ".join(type(part).__name__ for part in parts)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _plain(name: str) -> str:
+    """The name of a tensor without the marks that torch.compile leaves on modules."""
+    return name.replace("_orig_mod.", "")
+
+
+def _model(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by name: the very tensors."""
+    found = _inner(model).state_dict()
+    return {f"model.{_plain(name)}": x for name, x in found.items() if isinstance(x, Tensor)}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {_plain(name): p for name, p in _inner(model).named_parameters()}
+
+
+def _scaler(scaler: torch.amp.GradScaler | None) -> dict[str, Tensor]:
+    state = {} if scaler is None else scaler.state_dict()
+    names = state.keys() & {"scale", "_growth_tracker"}
+    return {f"scaler.{name}": torch.tensor(state[name]) for name in names}
+
+
 def _tensors(
     model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> dict[str, Tensor]:
-    """All tensors of a run by name. The hyper-parameters of the optimiser are the caller's."""
-    parts: dict[str, dict[str, Any]] = {
-        "model": get_model_state_dict(model),
-        "optimiser": get_optimizer_state_dict(model, optimiser, options=_FLAT),
-    }
-    if scaler is not None:
-        numbers = {name: scaler.state_dict()[name] for name in ("scale", "_growth_tracker")}
-        parts["scaler"] = {name: torch.tensor(value) for name, value in numbers.items()}
-    return {
-        f"{part}.{name}": x
-        for part, tensors in parts.items()
-        for name, x in tensors.items()
-        if isinstance(x, Tensor)
-    }
+    """All tensors of a run by name. The hyper-parameters of the optimiser are the caller's, and a
+    parameter that had no gradient yet has no state."""
+    found = _model(model) | _scaler(scaler)
+    for name, p in _parameters(model).items():
+        for key, x in optimiser.state.get(p, {}).items():
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{key} of {name} in the optimiser is no tensor, but {x!r}")
+            found[f"optimiser.{name}.{key}"] = x
+    return found
 
 
 def _put(
@@ -151,38 +179,86 @@ def _put(
     optimiser: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
 ) -> None:
-    parts: dict[str, dict[str, Any]] = {"model": {}, "optimiser": {}, "scaler": {}}
-    for name, x in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = x
-    set_model_state_dict(model, parts["model"])
-    ours = get_optimizer_state_dict(model, optimiser, options=_FLAT)
-    set_optimizer_state_dict(model, optimiser, ours | parts["optimiser"], options=_FLAT)
+    with torch.no_grad():
+        for name, x in _model(model).items():
+            x.copy_(tensors[name])
+    groups = optimiser.state_dict()["param_groups"]
+    numbers = {
+        p: number
+        for group, told in zip(optimiser.param_groups, groups, strict=True)
+        for p, number in zip(group["params"], told["params"], strict=True)
+    }
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, p in _parameters(model).items():
+        prefix = f"optimiser.{name}."
+        found = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        if found:
+            state[numbers[p]] = found
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
     if scaler is not None:
-        numbers = {name: x.item() for name, x in parts["scaler"].items()}
-        scaler.load_state_dict(scaler.state_dict() | numbers)
+        told = {name.removeprefix("scaler."): tensors[name].item() for name in _scaler(scaler)}
+        scaler.load_state_dict(scaler.state_dict() | told)
 
 
 def _write(tensors: dict[str, Tensor], folder: Path) -> None:
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    with _own_errors():
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
 
 
-def _read(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors from a checkpoint.
+def _read(
+    path: Path,
+    model: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    scaler: torch.amp.GradScaler | None,
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, distributed as those here are.
 
     Raises:
         ValueError: the checkpoint has other tensors, or cannot be read.
     """
     reader = HuggingFaceStorageReader(str(path))
     try:
-        found: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        theirs = {name: tuple(x.size) for name, x in found.items()}
-        ours = {name: tuple(x.shape) for name, x in tensors.items()}
-        if differing := _differing(theirs, ours):
-            raise ValueError(f"{path} has other tensors: {'; '.join(differing[:_SHOWN])}")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (SafetensorError, OSError) as error:
+        with _own_errors():
+            told: dict[str, Any] = reader.read_metadata().state_dict_metadata
+            found = {name: _form(x.size, x.properties.dtype) for name, x in told.items()}
+    except Exception as error:  # whatever a damaged file makes of its reader
         raise ValueError(f"{path} cannot be read: {files.one_line(error)}") from None
+    tensors = {name: x.clone() for name, x in (*model.items(), *_scaler(scaler).items())}
+    ours = {name: _form(x.shape, x.dtype) for name, x in tensors.items()}
+    for name, x in told.items():
+        p = parameters.get(name.removeprefix("optimiser.").rpartition(".")[0])
+        if name.startswith("optimiser.") and p is not None:
+            tensors[name] = _like(p, x.size, x.properties.dtype)
+            ours[name] = found[name]
+    if differing := _differing(found, ours):
+        raise ValueError(f"{path} has other tensors: {'; '.join(differing[:_SHOWN])}")
+    try:
+        with _own_errors():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {files.one_line(error)}") from None
+    return tensors
+
+
+def _like(p: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty tensor for a state of a parameter, distributed as this one if it is as large."""
+    if isinstance(p, DTensor) and p.shape == size:
+        return torch.empty_like(p, dtype=dtype)
+    return torch.empty(size, dtype=dtype)
+
+
+def _form(size: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(size)}"
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raises what torch wraps into an error of its own, which no `except Exception` catches."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def _differing(theirs: Any, ours: Any, name: str = "") -> list[str]:
@@ -197,6 +273,4 @@ def _differing(theirs: Any, ours: Any, name: str = "") -> list[str]:
         ]
     if theirs == ours:
         return []
-    return [
-        f"{name or 'the configuration'} is {files.shown(theirs)} there, {files.shown(ours)} here"
-    ]
+    return [f"{name} is {files.shown(theirs)} there, {files.shown(ours)} here"]
