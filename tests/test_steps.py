@@ -201,6 +201,32 @@ def test_deferred_logits_are_the_whole_ones(kind, changes, ignored):
     assert isinstance(model.eval()(**inputs), torch.Tensor)
 
 
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 2.0}, {"vocab_multiple": 16}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deferred_logits_under_autocast(kind, dtype, changes):
+    """They are no further from the float64 loss and gradients than torch's loss of whole logits."""
+    model, batch = tiny(kind, **changes), batch_for(kind, ignored=0.7)
+    inputs = {name: x for name, x in batch.items() if name != "targets"}
+    exact, golden = whole(model, batch, mean_loss)
+    model.float()
+
+    def errors(loss):
+        model.zero_grad()
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        scale = max(g.abs().max() for g in golden.values())
+        worst = max((found[name] - g).abs().max() for name, g in golden.items()) / scale
+        return abs(loss.item() - exact), worst.item()
+
+    with torch.autocast("cpu", dtype):
+        logits = model(**inputs).flatten(0, 1)
+        plain = errors(F.cross_entropy(logits.float(), batch["targets"].flatten()))
+        ours = errors(cross_entropy(deferred(model)(**inputs), batch["targets"]))
+    eps = torch.finfo(dtype).eps
+    assert ours[0] <= 2 * plain[0] + eps and ours[1] <= 2 * plain[1] + eps
+
+
 @pytest.mark.parametrize(
     "kind, compiler",
     [

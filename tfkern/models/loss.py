@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfkern import ops
 from tfkern.models.heads import DeferredLogits
+from tfkern.ops import checks
 
 IGNORED = -100  # the target of what has no loss
 Logits = Tensor | DeferredLogits
@@ -23,7 +24,8 @@ def cross_entropy(
 
     Args:
         logits: (..., classes), as a model returns them, or a tuple with the logits of each head.
-            Of `DeferredLogits` the loss is made in pieces, without the rows that have no target.
+            Of `DeferredLogits` the loss is made without the rows that have no target, and in
+            pieces, unless they are of 16 bits on a CPU.
         targets: (...) int64 or int32, -100 where there is none; for several heads, one tensor for
             each. For a language model (B, T): the token that follows each token.
         label_smoothing, z_loss: see `tfkern.cross_entropy`.
@@ -36,9 +38,11 @@ def cross_entropy(
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets must be one tensor, got {len(targets)}")
         x, targets = _with_targets(logits.x, targets)
-        return ops.linear_cross_entropy(
-            x, logits.weight, targets, bias=logits.bias, softcap=logits.softcap, **options
-        )
+        x, weight, bias = checks.autocast(x, logits.weight, logits.bias)
+        options["softcap"] = logits.softcap
+        if x.device.type == "cpu" and x.dtype.itemsize == 2:  # pieces take thrice as long there
+            return ops.cross_entropy(ops.linear(x, weight, bias), targets, **options)
+        return ops.linear_cross_entropy(x, weight, targets, bias=bias, **options)
     if isinstance(logits, tuple):
         if not isinstance(targets, (tuple, list)) or len(targets) != len(logits):
             raise ValueError(f"targets must be {len(logits)} tensors, one for each head")

@@ -61,6 +61,13 @@ def _zeros(x: Tensor | None, wanted: bool, other: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _unfilled(x: Tensor, wanted: bool, other: Tensor) -> Tensor:
+    """Memory for the gradient of x, or an empty tensor if it is not wanted."""
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else other.new_empty(0)
+    )
+
+
 def _logits(x, weight, bias, linear):
     """Yields pieces of rows with their logits, all in the same memory: on a CPU, to touch fresh
     memory takes longer than to compute what it holds."""
@@ -131,10 +138,10 @@ def _formed(
     op, results = dispatch.implementation("cross_entropy", backend), _statistics(x, targets)
     options = ignore_index, label_smoothing, softcap
     shape, x, t = x.shape, x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
-    dx, dweight, dbias = (
-        _zeros(p, wanted, x)
-        for p, wanted in ((x, want_dx), (weight, want_dweight), (bias, want_dbias))
-    )
+    # The first piece overwrites dweight: to fill it with zeros is a pass over all of its memory.
+    start = _zeros if len(x) == 0 else _unfilled
+    dx, dweight = start(x, want_dx, x), start(weight, want_dweight, x)
+    dbias = _zeros(bias, want_dbias, x)
     for m, dz in _logits(x, weight, bias, None):
         loss, lse, rest = op.forward(dz, t[m], class_weight, *options, False)
         dlse = None if z is None else dlse_of(z, lse, t[m], ignore_index)
@@ -145,7 +152,7 @@ def _formed(
         if want_dx:
             torch.mm(dz, weight, out=dx[m])
         if want_dweight:
-            dweight.addmm_(dz.t(), x[m])
+            dweight.addmm_(dz.t(), x[m], beta=min(m.start, 1))
         if want_dbias:
             dbias += dz.sum(0)
         for result, part in zip(results, (loss, lse, rest), strict=True):
