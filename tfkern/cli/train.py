@@ -62,21 +62,28 @@ def command(
 
 class _Interrupt:
     """Ctrl-C, or SIGTERM, as a wish to save and end after the current step, however long that
-    takes. A second one ends the program as it does elsewhere."""
+    takes. A second one ends the program as it does elsewhere, and so does one before the first
+    step, when there is nothing to save."""
 
     def __init__(self) -> None:
         self.number = 0
+        self._watcher: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def asked(self) -> bool:
+        if self._watcher is None:
+            self._watcher = signal.set_wakeup_fd(-1)  # would end the program after some seconds
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return bool(self.number)
 
     def __enter__(self) -> "_Interrupt":
-        self._watcher = signal.set_wakeup_fd(-1)  # would end the program after some seconds
-        ours = (s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN)
-        self._before = {number: signal.signal(number, self._ask) for number in ours}
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watcher is None:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._watcher, warn_on_full_buffer=False)

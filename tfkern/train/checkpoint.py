@@ -8,6 +8,7 @@ beside the others and appears by one rename, so that whatever ends a process lea
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -253,9 +254,14 @@ def _form(size: torch.Size, dtype: torch.dtype) -> str:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raises what torch wraps into an error of its own, which no `except Exception` catches."""
+    """Raises what torch wraps into an error of its own, which no `except Exception` catches.
+
+    Its warning that there are no other processes is left out.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from None

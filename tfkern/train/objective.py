@@ -70,6 +70,8 @@ class CrossEntropy:
         outputs = tuple(output) if several else (output,)
         if len(outputs) != len(targets):
             raise ValueError(f"there are {len(outputs)} results and {len(targets)} targets")
+        if self.weights is not None and len(self.weights) != len(outputs):
+            raise ValueError(f"there are {len(outputs)} results and {len(self.weights)} weights")
         options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         means = [
             models.cross_entropy(logits, target, **options)

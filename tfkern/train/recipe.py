@@ -112,9 +112,12 @@ class Recipe:
             for weight in self.weights:
                 check_number("weights", weight, 0, 1e6)
             object.__setattr__(self, "weights", tuple(self.weights))
-        for name in ("optimiser", "schedule"):
-            if "kind" not in getattr(self, name):
-                raise ValueError(f"{name} needs a kind")
+        for name, needed in (("optimiser", "kind"), ("optimiser", "lr"), ("schedule", "kind")):
+            if needed not in getattr(self, name):
+                raise ValueError(f"{name} needs {needed}")
+        for name, taken in _TAKEN.items():
+            for key in taken & getattr(self, name).keys():
+                raise ValueError(f"{name} has no option {key!r}: that is a value of the recipe")
         if self.device is not None and not isinstance(self.device, str):
             raise ValueError(f"device must be a string, got {files.shown(self.device)}")
 
@@ -124,6 +127,11 @@ _COUNTS = (
     "patience", "save_every", "keep",
 )  # fmt: skip
 _OPTIONAL = ("tokens", "patience")
+_TAKEN = {  # what the run itself tells these functions
+    "options": {"kind", "data", "length", "batch", "seed", "validation_batches"},
+    "optimiser": {"model"},
+    "schedule": {"steps"},
+}
 _NESTED = ("options", "model", "optimiser", "schedule", "data")
 
 
@@ -148,6 +156,8 @@ def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:
         told = yaml.safe_load(files.read(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {files.one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     if not isinstance(told, dict):
         raise ValueError(f"{path}: a recipe is a mapping of names to values")
     for key, value in changes.items():

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import nn
 
 from tfkern import files, models, tokenize
 from tfkern.models import Transformer, TransformerConfig
@@ -18,16 +19,19 @@ from tfkern.tokenize import Tokenizer
 from tfkern.train import chart, checkpoint
 from tfkern.train.evaluate import evaluate
 from tfkern.train.flops import count_flops
+from tfkern.train.kinds import check_choice
 from tfkern.train.log import Log, read
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import optimiser
 from tfkern.train.recipe import Recipe, plain
 from tfkern.train.schedules import schedule
 from tfkern.train.steps import Record, size, steps
-from tfkern.train.tasks import Task, task
+from tfkern.train.tasks import KINDS, Task, task
 
 _RECIPE, _METRICS, _CHART = "recipe.yaml", "metrics.jsonl", "loss.png"
-_OURS = {_RECIPE, _METRICS, _CHART, "data", "checkpoints", "model", "tensorboard"}
+_MARK = "# All values of a run of training. It is written anew whenever the run goes on."
+_TOKENS = ("pad_token", "start_token", "end_token", "forced_first", "forced_last")
+_SIZE = 2**24  # tokens of a vocabulary that is not known yet
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields that change neither data nor weights. How far a run goes matters to its schedule alone.
 _FREE = (
@@ -89,6 +93,10 @@ class _Run:
         _check_foreign(self.folder)
         kind = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(kind)
+        if isinstance(recipe.data, Mapping):  # all that is known before they are prepared
+            _check_alone(recipe)
+            if not (self.folder / _RECIPE).exists():
+                self._claim()
         data = _data(recipe)
         self.task = _task(recipe, data)
         config = _config(recipe, self.task)
@@ -112,9 +120,17 @@ class _Run:
             "data": _digest(data),
         }
 
+    def _claim(self) -> None:
+        """Makes the folder, and a recipe.yaml in it that shows whose it is."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out: {self.folder}: {error.strerror}") from None
+        told = yaml.safe_dump(plain(self.recipe), sort_keys=False)
+        files.write(self.folder / _RECIPE, f"{_MARK}\n{told}")
+
     def run(self, stopped: Callable[[], bool]) -> Outcome:
         recipe = self.recipe
-        self.folder.mkdir(parents=True, exist_ok=True)
         start = checkpoint.load(
             self.folder / "checkpoints",
             self.model,
@@ -122,10 +138,13 @@ class _Run:
             scaler=self.scaler,
             configuration=self.configuration,
         )
-        files.write(self.folder / _RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
+        self._claim()
         self.flops = 0
         if start < self.total:
-            self.flops = count_flops(self.model, self.objective, self.task.batches[start])
+            batch = self.task.batches[start]
+            self.flops = count_flops(
+                self.model, self.objective, batch, accumulate=recipe.accumulate
+            )
         compiled: Any = torch.compile(self.model) if recipe.compile else self.model
         loop = steps(
             compiled,
@@ -223,17 +242,39 @@ def export(model: Transformer, tokenizer: Tokenizer | None, folder: Path) -> Non
 
 
 def _check_foreign(folder: Path) -> None:
-    """Raises ValueError if there are files that are of no run."""
+    """Raises ValueError if the folder has files, and they are not of a run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is no folder")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if foreign := names - _OURS:
-        raise ValueError(f"out: {folder} holds {min(foreign)}, which is of no run")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    found = sorted(name for name in names if not name.startswith("."))
+    recipe = folder / _RECIPE
+    if found and not (recipe.is_file() and files.read(recipe).startswith(_MARK.encode())):
+        raise ValueError(f"out: {folder} holds {found[0]}, and has not been written by a run")
+
+
+def _check_alone(recipe: Recipe) -> None:
+    """Raises ValueError for what is wrong whatever the data are."""
+    check_choice("task", recipe.task, KINDS)
+    schedule(steps=recipe.steps, **recipe.schedule)
+    optimiser(model=nn.ModuleList([nn.Linear(2, 2)]), **recipe.optimiser)
+    # The task has its say on the architecture, and on the number of tokens.
+    found = {"max_length": recipe.length, "vocab_size": _SIZE}
+    if "preset" in recipe.model or "patch_size" in recipe.model:
+        found = {}
+    told = {**found, **recipe.model, "head": "none"}
+    errors = []
+    for architecture in ("decoder", "encoder", "encoder_decoder"):
+        try:
+            _built({"architecture": architecture, **told})
+            return
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _data(recipe: Recipe) -> Path:
     """Where the data are, which are prepared first if need be."""
-    if not isinstance(recipe.data, dict):
+    if not isinstance(recipe.data, Mapping):
         return Path(recipe.data)
     from tfkern.data.prepare import prepare
     from tfkern.data.prepare.recipe import made
@@ -257,20 +298,39 @@ def _task(recipe: Recipe, data: Path) -> Task:
 
 def _config(recipe: Recipe, found: Task) -> TransformerConfig:
     """The configuration of the model: that of the task, with the recipe's fields."""
-    ours = dict(recipe.model)
-    least = found.config.get("vocab_size") or 0
-    if (ours.get("vocab_size") or least) < least:
-        raise ValueError(
-            f"model: vocab_size is {ours['vocab_size']}, and the tokenizer has {least} tokens"
-        )
-    name = ours.pop("preset", None)
+    ours = recipe.model
+    least, size = found.config.get("vocab_size") or 0, ours.get("vocab_size")
+    if isinstance(size, int) and size < least:
+        raise ValueError(f"model: vocab_size is {size}, and the tokenizer has {least} tokens")
+    needed = {key: found.config[key] for key in ("architecture", "head") if key in found.config}
+    for key, value in needed.items():
+        if ours.get(key, value) != value:
+            raise ValueError(
+                f"model: {recipe.task} needs {key} {value!r}, got {files.shown(ours[key])}"
+            )
+    name = ours.get("preset")
+    if name in models.presets():
+        architecture = models.preset(name).architecture
+        if needed.get("architecture", architecture) != architecture:
+            raise ValueError(
+                f"model: {recipe.task} needs architecture {needed['architecture']!r}, and {name} "
+                f"is {architecture!r}"
+            )
+    # The tokens of a preset are those of its own tokenizer.
+    tokens = dict.fromkeys(_TOKENS if name is not None else ())
+    return _built({**tokens, **found.config, **ours})
+
+
+def _built(told: dict[str, Any]) -> TransformerConfig:
+    """The configuration with these fields, or that of a preset with these changes."""
+    told = dict(told)
+    name = told.pop("preset", None)
     known = {f.name for f in fields(TransformerConfig)}
-    if unknown := ours.keys() - known:
+    if unknown := told.keys() - known:
         raise ValueError(f"model: {files.shown(min(unknown))} is no field of TransformerConfig")
-    for key in ("architecture", "head"):
-        if key in ours and ours[key] != found.config.get(key, ours[key]):
-            raise ValueError(f"model: {recipe.task} needs {key} {found.config[key]!r}")
-    told = {**found.config, **ours}
+    missing = [] if name is not None else sorted({"dim", "layers", "heads"} - told.keys())
+    if missing:
+        raise ValueError(f"model needs {', '.join(missing)}, or a preset")
     try:
         return TransformerConfig(**told) if name is None else models.preset(name, **told)
     except (TypeError, ValueError) as error:
@@ -292,7 +352,7 @@ def _digest(data: Path) -> str:
     path = data / "manifest.json" if data.is_dir() else data
     if not path.is_file():
         return str(data)
-    told = json.loads(path.read_text())["shards"] if data.is_dir() else None
+    told = files.read_object(path).get("shards") if data.is_dir() else None
     hashed = hashlib.sha256(json.dumps(told, sort_keys=True).encode() if told else b"")
     if told is None:
         with open(path, "rb") as file:
