@@ -1,6 +1,7 @@
 """Preparation of data, from files to shards, each step against a plain computation of the same."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -9,8 +10,11 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +25,10 @@ pytest.importorskip("datatrove")
 import killing  # noqa: E402
 from datatrove.data import Document  # noqa: E402
 
-from tfkern import tokenize  # noqa: E402
+from tfkern import files, tokenize  # noqa: E402
 from tfkern.cli import main  # noqa: E402
 from tfkern.data import Shards  # noqa: E402
-from tfkern.data.prepare import Recipe, draw, execute, prepare, recipe, steps  # noqa: E402
+from tfkern.data.prepare import Recipe, draw, execute, prepare, recipe, steps, tokens  # noqa: E402
 from tfkern.data.prepare import run as run_module  # noqa: E402
 from tfkern.data.prepare.clean import steps as clean_steps  # noqa: E402
 from tfkern.data.prepare.duplicates import Keep, rows_of  # noqa: E402
@@ -238,6 +242,53 @@ def test_two_runs_in_one_folder_at_a_time_are_refused(tmp_path):
                 prepare(told)
 
     assert texts(prepare(told, progress=second)) == ["one"]
+
+
+def test_without_locks_there_are_runs_still(tmp_path, monkeypatch):
+    """As on file systems of networks, and on Windows."""
+    (tmp_path / "a.txt").write_text("one")
+
+    def refuses(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuses)
+    told = {"input": tmp_path / "a.txt", "validation": 0}
+    assert texts(prepare(Recipe(output=tmp_path / "network", **told))) == ["one"]
+    monkeypatch.setattr(files, "fcntl", None)
+    assert texts(prepare(Recipe(output=tmp_path / "windows", **told))) == ["one"]
+
+
+def test_runs_wait_for_jobs_of_slurm(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    told = Recipe(input=tmp_path / "a.txt", output=tmp_path / "out", validation=0)
+    folder = recipe.plan(told).folder
+    folder.mkdir(parents=True)
+    (folder / "jobs").write_text("71\n72\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    squeue = tmp_path / "squeue"
+    for script, message in [
+        (
+            "echo 72; echo 80",
+            r"Slurm still has jobs of this run \(72\): wait for them, or end",
+        ),
+        ("exit 1", "squeue cannot tell .*: remove .*jobs if they have ended"),
+    ]:
+        squeue.write_text(f"#!/bin/sh\n{script}\n")
+        squeue.chmod(0o755)
+        with pytest.raises(ValueError, match=message):
+            prepare(told)
+    squeue.write_text("#!/bin/sh\necho 80\n")
+    assert texts(prepare(told)) == ["one"] and not (folder / "jobs").exists()
+
+
+def test_what_a_run_that_was_killed_left_is_not_foreign(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    told = Recipe(input=tmp_path / "a.txt", output=tmp_path / "out", validation=0)
+    folder = recipe.plan(told).folder
+    for name in (".tfkern-x", "train/.tfkern-y"):
+        (folder / name).mkdir(parents=True)
+    assert texts(prepare(told)) == ["one"]
+    assert not list(folder.glob("**/.tfkern-*"))
 
 
 def two_frames(content):
@@ -485,6 +536,34 @@ def test_the_comparison_of_near_duplicates_takes_little_memory(tmp_path):
     assert peak < 80 * 2000 * 8
 
 
+@pytest.mark.parametrize("share, most, least", [(0.01, 1, 0.95), (0.02, 1, 0.9), (0.2, 0, 0)])
+def test_planted_near_duplicates_are_found(tmp_path, share, most, least):
+    """Copies with a share of their words replaced, beside others that are like nothing."""
+    rows = {f"a{i}": sentences(i, 25) for i in range(80)}
+    copies = {f"b{i}": changed(rows[f"a{i}"], share, i) for i in range(40)}
+    _, left = run(tmp_path, rows | copies, near_duplicates=0.7)
+    alike = [similarity(rows[f"a{i}"], copies[f"b{i}"]) >= 0.7 for i in range(40)]
+    gone = [not {rows[f"a{i}"], copies[f"b{i}"]} <= set(left) for i in range(40)]
+    assert all(b or not a for a, b in zip(gone, alike, strict=True))  # none goes that is not alike
+    assert sum(gone) >= 0.95 * sum(alike)  # four hashes in 32 bands find more than 0.9998 of them
+    assert least * 40 <= sum(gone) <= most * 40
+    assert {rows[f"a{i}"] for i in range(40, 80)} <= set(left)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.txt").write_text("two")
+    (tmp_path / "in" / "a.txt").write_text("one")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far")
+    told = Recipe(input=tmp_path / "in", output=tmp_path / "out", validation=0)
+    assert [name for _, name, _ in recipe.plan(told).inputs] == ["a.txt", "link/b.txt"]
+    assert sorted(texts(prepare(told))) == ["one", "two"]
+    (tmp_path / "far" / "up").symlink_to(tmp_path / "far")
+    with pytest.raises(ValueError, match="in/link/up: the link leads to a folder in which it is"):
+        prepare(told)
+
+
 def test_bands_find_most_pairs_at_the_threshold():
     for threshold in np.linspace(0.1, 1, 19):
         rows = rows_of(threshold)
@@ -556,6 +635,38 @@ def test_tokenizers_that_are_trained(tmp_path, spec):
     assert len(left) == 30 and not any(told["end_token"] in row for row in parts(done)[0])
 
 
+@pytest.mark.parametrize(
+    "spec, end", [("bpe:300", "<end>"), ("words:60", "<end>"), ("unigram:60", "</s>")]
+)
+def test_the_end_token_counts_as_one_of_the_vocabulary(tmp_path, spec, end):
+    rows = {str(i): sentences(i) for i in range(30)}
+    done, left = run(tmp_path, rows, tokenizer=spec, end_token=end)
+    made = tokenize.load(done / "tokenizer")
+    assert made.vocab_size == int(spec.split(":")[1]) and left
+    assert set(parts(done)[1]) == {made.id(end)}
+    assert Shards(done / "train").vocab_size == made.vocab_size
+
+
+def test_a_tokenizer_is_trained_on_the_beginning_of_long_documents(tmp_path, monkeypatch):
+    """Equal shares of all: of 1000 and 9000 characters a fifth, where 2000 are enough."""
+    monkeypatch.setattr(tokens, "_SAMPLE", 2000)
+    rows = {"a": "ab cd " * 150 + "xy" * 50, "b": "ef gh " * 1400 + "zw" * 300}
+    done, _ = run(tmp_path, rows, tokenizer="words:99")
+    made = tokenize.load(done / "tokenizer")
+    assert {"ab", "cd", "ef", "gh"} <= made.backend.get_vocab().keys()
+    assert not any(set(word) & set("xyzw") for word in made.backend.get_vocab() if word.isalpha())
+
+
+def test_a_folder_with_the_name_of_a_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenize.save(tokenize.train("bpe", ["text"], 300), "characters")
+    rows = {"a": "text"}
+    assert tokenize.load(run(Path("."), rows)[0] / "tokenizer").vocab_size == 3 + 1
+    for told in ("./characters", Path("characters")):
+        done, left = run(Path("."), rows, tokenizer=told)
+        assert tokenize.load(done / "tokenizer").vocab_size > 256 and left == ["text"]
+
+
 def bad(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "a.bin").write_text("text")
@@ -577,7 +688,32 @@ def bad(tmp_path):
         ({"input": "cut.txt.zst"}, "cut.txt.zst: cannot be decompressed: the last frame is cut"),
         ({"input": "noise.txt.bz2"}, "noise.txt.bz2: cannot be decompressed"),
         ({"clean": [{"web": {"x": 1}}]}, "clean: 'web' takes no options"),
-        ({"clean": [["unicode"]]}, "is not one of web, unicode"),
+        ({"clean": [["unicode"]]}, r"\['unicode'\] is neither a name nor {name: options}"),
+        ({"clean": {"unicode": {}, "c4": {}}}, "clean: {'c4': {}, 'unicode': {}} is neither a"),
+        ({"clean": [date(2024, 1, 2)]}, r"clean: datetime.date\(2024, 1, 2\) is neither a name"),
+        ({"clean": [{"language": {"languages": "en"}}]}, "languages must be a list of strings or"),
+        ({"clean": [{"private": {"kinds": "ip"}}]}, "kinds must be a list of strings or null, got"),
+        ({"clean": [{"word_list": {"file": 3}}]}, "word_list: file must be a string, got 3"),
+        ({"clean": [{"length": {"least": date(2024, 1, 2)}}]}, "length: least must be a number"),
+        ({"clean": [{"gopher_quality": {"min_doc_words": "few"}}]}, "must be a number or null"),
+        ({"clean": [{"gopher_repetition": {"top_n_grams": [2, 0.2]}}]}, "top_n_grams must be a li"),
+        ({"clean": [{"c4": {"remove_citations": 1}}]}, "remove_citations must be true or false"),
+        ({"clean": [{"unicode": {"normalization": "X"}}]}, "must be 'NFC' or 'NFD' or .* or null"),
+        ({"clean": [{"fineweb": {"new_line_ratio": float("nan")}}]}, "must be a number, got nan"),
+        ({"input": 2024}, "input must be a path or a list of paths, got 2024; it may need quotes"),
+        ({"input": [2024]}, "input must be a string, got 2024; it may need quotes"),
+        ({"decontaminate": [date(2024, 1, 2)]}, "decontaminate must be a string, got datetime"),
+        ({"output": 2024}, "output must be a string, got 2024; it may need quotes"),
+        ({"output": ""}, "output must not be empty"),
+        ({"input": ""}, "input must not be empty"),
+        ({"exact_duplicates": 1}, "exact_duplicates must be true or false, got 1"),
+        ({"validation": date(2024, 1, 2)}, "validation must be a number"),
+        ({"slurm": "cpu"}, "slurm must be a mapping of options, got 'cpu'"),
+        ({"tokenizer": "bpe:10"}, "'bpe:10' needs a vocabulary of 257 to"),
+        ({"tokenizer": "bpe:257", "end_token": "<end>"}, "'bpe:257' needs a vocabulary of 258 to"),
+        ({"tokenizer": "words:2"}, "'words:2' needs a vocabulary of 3 to"),
+        ({"tokenizer": "bpe:99999999999"}, "needs a vocabulary of 257 to 4294967296 tokens"),
+        ({"tokenizer": "words"}, "needs the size of a vocabulary, .* a folder of this name is ./w"),
         ({"clean": [{"length": {"least": 5, "most": 2}}]}, "length: least and most must be"),
         ({"tokenizer": "bpe:\u00b2"}, "is not of the form kind:size"),
         ({"input": "blank.txt"}, "input: no documents in"),
@@ -622,8 +758,22 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, monkeypatch, capsys):
         prepare(a, executor="dask")
     with pytest.raises(ValueError, match="workers must be positive, got 0"):
         prepare(a, workers=0)
-    with pytest.raises(ValueError, match="slurm needs time, as in"):
-        prepare(a, executor="slurm")
+    for slurm, message in [
+        (None, "slurm needs time, as in"),
+        ({"time": "1:00:00"}, "slurm needs partition, as in"),
+        ({"time": 7200, "partition": "cpu"}, "slurm: time must be a string, got 7200; it may need"),
+        ({"workers": 3}, "slurm: option 'workers' is not one of condaenv, cpus_per_task, "),
+        ({"depends": 3}, "slurm: option 'depends' is not one of"),
+        ({"logging_dir": "x"}, "slurm: option 'logging_dir' is not one of"),
+        ({"job_name": "x"}, "slurm: option 'job_name' is not one of"),
+        ({"mem": 3}, "slurm: option 'mem' is not one of"),
+        ({"sbatch_args": ["x"]}, "slurm: sbatch_args must be an object or null, got"),
+        ({"cpus_per_task": "two"}, "slurm: cpus_per_task must be a number, got 'two'"),
+    ]:
+        told = Recipe(input="a.txt", output="none", slurm=slurm)
+        with pytest.raises(ValueError, match=message):
+            prepare(told, executor="slurm")
+        assert not Path("none").exists()
     with pytest.raises(ValueError, match="no folder of prepared data"):
         steps(tmp_path)
     for options, _ in cases[:4]:
@@ -645,8 +795,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     left = [sentences(i) for i in range(20) if len(sentences(i)) <= 550]
     assert texts(folder) == left and f"train: {len(left)} documents" in shown
     assert f"{20 - len(left)} long" in shown
+    (folder / "report.png").unlink()
     assert main(["prepare", "--report", str(folder)]) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == shown and not (folder / "report.png").exists()
+    (counts,) = folder.glob("logs/*_tokenizer/stats/00000.json")
+    counts.write_text(counts.read_text()[:-9])
     for call, message in [
         (["prepare"], "a recipe (.yaml) or a folder to write to is needed"),
         (["prepare", "out", "inputs=a.txt"], "'inputs' is not one of input, output"),
@@ -655,6 +808,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["prepare", "out", "clean=[a"], "clean: while parsing"),
         (["prepare", "none.yaml"], "none.yaml: No such file"),
         (["prepare", "--report", "."], ".: no folder of prepared data"),
+        (["prepare", "--report", str(folder)], "stats/00000.json: Expecting"),
+        (["prepare", "--report", ".", "--input", "a.txt"], "takes nothing beside it"),
+        (["prepare", "--report", ".", "--executor", "ray"], "takes nothing beside it"),
+        (["prepare", "out", "output=other"], "output is told twice: 'out' and 'other'"),
+        (["prepare", "out", "input=b", "--input", "a"], "input is told twice: 'a' and 'b'"),
+        (["prepare", "out", "input=2024"], "got 2024; it may need quotes"),
     ]:
         assert main(call) == 2
         error = capsys.readouterr().err
@@ -794,6 +953,23 @@ def test_ray_runs_the_same(tmp_path):
     local = prepare(Recipe(output=str(tmp_path / "local"), **told), workers=1)
     ray = prepare(Recipe(output=str(tmp_path / "ray"), **told), workers=2, executor="ray")
     assert shards(ray) == shards(local)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_on_ray_ends_the_others(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    ray.shutdown()  # the workers of a new cluster have the folder of `killing`
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(killing.__file__), prepend=os.pathsep)
+    ranks = execute._Ray(SimpleNamespace(folder=tmp_path), 2)
+    path = tmp_path / "written"
+    with pytest.raises(ValueError, match="^document 7 is wrong$"):
+        ranks(Stage("failing", [killing.Fails(path)], 3), lambda *_: None)
+    size = path.stat().st_size
+    time.sleep(1)
+    assert 0 < size == path.stat().st_size
+    with pytest.raises(RuntimeError, match="^stage 'deadly': The worker died unexpec"):
+        ranks(Stage("deadly", [killing.Killed()], 2), lambda *_: None)
+    ray.shutdown()
 
 
 def test_the_recipe_of_the_docs(tmp_path):

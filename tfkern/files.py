@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-_PREFIX = ".tfkern-"  # begins the names of folders for new files
+PREFIX = ".tfkern-"  # begins the names of folders for new files
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # others have these open and would miss a new file
 _LIMIT = 1 << 28  # most bytes that a text file may have
 _TRIES = 100
@@ -69,8 +69,10 @@ def beside(directory: Path) -> Iterator[Beside]:
     Raises:
         OSError: a file cannot be written; the error names the directory.
     """
-    with _locked(directory):
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+    with locked(directory) as held:
+        for left in directory.glob(f"{PREFIX}*") if held else ():  # the living would hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
         try:
             yield Beside(directory, folder)
         except OSError as error:
@@ -82,19 +84,34 @@ def beside(directory: Path) -> Iterator[Beside]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of a folder or of a file during the block.
+
+    The value is False where the file system or the platform (Windows) cannot lock: then nobody
+    holds it.
+
+    Raises:
+        BlockingIOError: another process or block holds the lock, and `wait` is False.
+    """
     if fcntl is None:  # on Windows, which cannot open folders either
-        yield
+        yield False
         return
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    # File systems of networks lock only files that are open for writing.
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            for left in directory.glob(f"{_PREFIX}*"):  # left by the dead: the living hold the lock
-                shutil.rmtree(left, ignore_errors=True)
-        yield
+        yield _lock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -43,10 +43,21 @@ def exit_if_wrong(wrong: dict[str, str]) -> None:
         raise typer.Exit(1)
 
 
-def with_progress(total: int, run: Callable[[Callable[[str], None]], Any]) -> Any:
-    """Returns `run(progress)`, and shows a bar that counts the calls of progress."""
+def with_progress(total: int | None, run: Callable[[Callable[..., None]], Any]) -> Any:
+    """Returns `run(progress)`, and shows a bar while it runs.
+
+    `progress(doing)` tells what is done now, and counts one more of the total;
+    `progress(doing, done, total)` tells how many are done, and of how many.
+    """
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    screen = Console(stderr=True)
+    screen = Console(file=sys.stderr)  # the stderr of now: what runs may send its own elsewhere
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("", total=total)
-        return run(lambda doing: bar.update(task, advance=1, description=doing))
+
+        def progress(doing: str, done: int | None = None, total: int | None = None) -> None:
+            if done is None:
+                bar.update(task, advance=1, description=doing)
+            else:
+                bar.update(task, completed=done, total=total, description=doing)
+
+        return run(progress)

@@ -1,14 +1,13 @@
 """`tfkern prepare`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tfkern.cli.output import console
+from tfkern import files
+from tfkern.cli.output import console, with_progress
 
 _PICTURE = "report.png"
 _REASONS = 5  # shown of each step
@@ -33,7 +32,8 @@ def command(
         int | None, typer.Option(min=1, help="Ranks at the same time; by the machine if not given.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Only shows what a run did: the folder that it printed.")
+        Path | None,
+        typer.Option(help="Only prints what a run did, and takes nothing else: its folder."),
     ] = None,
 ) -> None:
     """Prepares text for training: reads, cleans, drops duplicates, makes shards of tokens.
@@ -42,39 +42,41 @@ def command(
     writes what each step dropped as a table and a picture. A run that was cut off goes on where it
     was. All values of a recipe: see tfkern.data.prepare.Recipe.
     """
-    from tfkern.data.prepare import prepare
+    from tfkern.data.prepare import draw, prepare
     from tfkern.data.prepare.recipe import load, made
 
     if report is not None:
-        if what or changes:
-            raise ValueError(f"--report shows a folder, and takes no {what or changes!r} beside it")
+        if what or changes or input or tokenizer or executor != "local" or workers is not None:
+            raise ValueError("--report shows a folder, and takes nothing beside it")
         _show(report)
         return
     if not what:
         raise ValueError("a recipe (.yaml) or a folder to write to is needed")
-    told = _values(changes or [])
-    told |= {k: v for k, v in (("input", input), ("tokenizer", tokenizer)) if v}
     is_recipe = Path(what).suffix in (".yaml", ".yml")
-    recipe = load(what, **told) if is_recipe else made({"output": what, **told})
-    folder = _with_progress(lambda shown: prepare(
-        recipe, executor=executor, workers=workers, progress=shown
-    ))  # fmt: skip
+    told = {"input": input, "tokenizer": tokenizer, "output": "" if is_recipe else what}
+    told = _values(changes or [], {name: value for name, value in told.items() if value})
+    recipe = load(what, **told) if is_recipe else made(told)
+    folder = with_progress(
+        None, lambda shown: prepare(recipe, executor=executor, workers=workers, progress=shown)
+    )
     if executor == "slurm" and not (folder / "manifest.json").exists():
         print(f"queued; the result will be {folder}")
         return
     _show(folder)
+    draw(folder, folder / _PICTURE)
 
 
-def _values(changes: list[str]) -> dict[str, Any]:
-    import yaml
+def _values(changes: list[str], told: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe that were told, and those that changes add to them."""
+    import yaml  # comes with the extra `data`
 
-    from tfkern import files
-
-    told = {}
+    told = dict(told)
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"expected name=value, got {change!r}")
+        if name in told:
+            raise ValueError(f"{name} is told twice: {files.shown(told[name])} and {value!r}")
         try:
             told[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -82,25 +84,8 @@ def _values(changes: list[str]) -> dict[str, Any]:
     return told
 
 
-def _with_progress(run: Any) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:18}"), BarColumn(), TimeElapsedColumn())
-    screen = Console(file=sys.stderr)  # while ranks run, datatrove's stderr is another
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def shown(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        return run(shown)
-
-
 def _show(folder: Path) -> None:
-    from tfkern.data.prepare import draw, steps
+    from tfkern.data.prepare import steps
 
     table = Table("step", "documents", "dropped", "kept", "M characters/s", box=None)
     for row in steps(folder):
@@ -115,14 +100,13 @@ def _show(folder: Path) -> None:
     console().print(table)
     manifest = folder / "manifest.json"
     if manifest.exists():
-        shards = json.loads(manifest.read_text())["shards"]
+        shards = files.read_object(manifest)["shards"]
         for part in ("train", "validation"):
             found = [v for k, v in shards.items() if k.startswith(part)]
             if found:
                 documents = sum(shard["documents"] for shard in found)
                 tokens = sum(shard["tokens"] for shard in found)
                 print(f"{part}: {documents:,} documents, {tokens:,} tokens")
-        draw(folder, folder / _PICTURE)
     else:
         print("the run is not finished")
     print(folder)

@@ -11,8 +11,10 @@ from tfkern.tokenize.pieces import pieces
 from tfkern.tokenize.tokenizer import Tokenizer, integer, refusing, strings
 from tfkern.tokenize.vocabularies import byte_level, word_piece
 
-KINDS = ("words", "bpe", "wordpiece", "unigram")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The kinds, and the tokens that a vocabulary of each has whatever the texts are.
+LEAST = {"words": 2, "bpe": 257, "wordpiece": len(_BERT_SPECIAL), "unigram": 3}
+KINDS = tuple(LEAST)
 
 
 def characters(texts: Iterable[str]) -> Tokenizer:
@@ -74,7 +76,7 @@ def train(
 
 def _train_words(texts: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
     special = ["[PAD]", "[UNK]"]
-    _check_room(vocab_size, len(special))
+    _check_room(vocab_size, LEAST["words"])
     backend = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -91,7 +93,7 @@ def _train_words(texts: Sequence[str], vocab_size: int, min_frequency: int) -> T
 def _train_bpe(texts: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
     end = "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    _check_room(vocab_size, len(alphabet) + 1)
+    _check_room(vocab_size, LEAST["bpe"])
     backend = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
@@ -114,7 +116,7 @@ def _train_word_piece(
     normalise = normalizers.BertNormalizer(lowercase=lowercase)
     found = {c for text in texts for c in normalise.normalize_str(text) if not c.isspace()}
     alphabet = [*sorted(found), *(f"##{c}" for c in sorted(found))]
-    _check_room(vocab_size, len(alphabet) + len(_BERT_SPECIAL))
+    _check_room(vocab_size, len(alphabet) + LEAST["wordpiece"])
     backend = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix="##"))
     backend.normalizer = normalise
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -133,7 +135,7 @@ def _train_word_piece(
 def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Trains by SentencePiece: the trainer of `tokenizers` adds numbers in the order of a hash
     table, so that its results vary."""
-    _check_room(vocab_size, 1)
+    _check_room(vocab_size, LEAST["unigram"])
     import sentencepiece
 
     model = io.BytesIO()

@@ -3,7 +3,6 @@
 import inspect
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters import FTFYFormatter
 from datatrove.pipeline.formatters.base import BaseFormatter
 
+from tfkern import files
 from tfkern.data.prepare.markup import plain_text
+from tfkern.data.prepare.options import checked
 from tfkern.data.prepare.private import KINDS, mask
 from tfkern.data.prepare.stage import named
 from tfkern.data.prepare.words import TOKENIZERS
@@ -91,7 +92,7 @@ class WordList(BaseFilter):
 
     name = "word list"
 
-    def __init__(self, file: str, share: float = 0.0) -> None:
+    def __init__(self, file: str | Path, share: float = 0.0) -> None:
         super().__init__()
         if not 0 <= share < 1:
             raise ValueError(f"share must lie in [0, 1), got {share}")
@@ -178,7 +179,9 @@ def steps(told: list[Any], words: str) -> list[Any]:
             options = {} if options is None else options
         else:
             name, options = entry, {}
-        if not isinstance(name, str) or name not in {*GROUPS, *STEPS}:
+        if not isinstance(name, str):
+            raise ValueError(f"clean: {files.shown(entry)} is neither a name nor {{name: options}}")
+        if name not in {*GROUPS, *STEPS}:
             raise ValueError(f"clean: {name!r} is not one of {', '.join([*GROUPS, *STEPS])}")
         if name in GROUPS:
             if options:
@@ -191,19 +194,11 @@ def steps(told: list[Any], words: str) -> list[Any]:
 
 def _step(name: str, options: Any, words: str) -> Any:
     kind = STEPS[name]
-    known = set(inspect.signature(kind).parameters)
-    counting = {"language"} <= known and name != "language"
-    known -= set(_FIXED)
-    if not isinstance(options, dict):
-        raise ValueError(f"{name}: options must be an object, got {options!r}")
-    for option in options:
-        if option not in known:
-            has = ", ".join(sorted(known)) or "none"
-            raise ValueError(f"{name}: option {option!r} is not one of {has}")
-    if counting:  # datatrove's filters take the tokenizer under this name
-        kind = partial(kind, language=TOKENIZERS[words]())
+    options = checked(name, options, kind, _FIXED)
+    if "language" in inspect.signature(kind).parameters:  # is how datatrove names the tokenizer
+        options["language"] = TOKENIZERS[words]()
     try:
         step = kind(**options)
-    except (TypeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}") from None
     return named(step, name.replace("_", " "))

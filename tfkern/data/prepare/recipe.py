@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -49,7 +50,8 @@ class Recipe:
             several documents is left, in (0, 1]; None leaves all.
         decontaminate: files whose sequences of 13 words no document may have.
         tokenizer: "characters", or one to train, such as "bpe:8192" (or wordpiece, unigram, words),
-            or the path of a tokenizer that `tfkern.tokenize.load` reads.
+            or the path of a tokenizer that `tfkern.tokenize.load` reads. A folder that has one of
+            these names is ./characters.
         end_token: the token behind each document; the one with the role eos if None.
         validation: the share of documents that is kept apart, chosen by a hash of their ids.
         files: into how many files the documents are divided, which bounds the number of workers
@@ -80,20 +82,28 @@ class Recipe:
             told = getattr(self, name)
             paths = [told] if isinstance(told, str | Path) else told
             if not isinstance(paths, list | tuple):
-                raise ValueError(f"{name} must be a path or a list of paths, got {told!r}")
+                raise ValueError(
+                    f"{name} must be a path or a list of paths, got {told!r}; it may need quotes"
+                )
+            for path in paths:
+                self._text(name, path)
             object.__setattr__(self, name, tuple(str(path) for path in paths))
         if isinstance(self.clean, str | dict):
             object.__setattr__(self, "clean", [self.clean])
         if not self.input:
             raise ValueError("input must be a path or a list of paths, got none")
+        if isinstance(self.tokenizer, Path):  # not "characters", but a folder of this name
+            object.__setattr__(self, "tokenizer", os.path.join(os.curdir, self.tokenizer))
         for name in ("output", "tokenizer", "split", "words"):
-            if not isinstance(getattr(self, name), str | Path):
-                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
+            self._text(name, getattr(self, name))
             object.__setattr__(self, name, str(getattr(self, name)))
         self._among("format", (None, *sources.FORMATS))
         self._among("split", sources.SPLITS)
         self._among("words", tuple(TOKENIZERS))
-        self._among("exact_duplicates", (True, False))
+        if not isinstance(self.exact_duplicates, bool):
+            raise ValueError(
+                f"exact_duplicates must be true or false, got {self.exact_duplicates!r}"
+            )
         self._within("validation", 0, 0.5)
         if self.near_duplicates is not None:
             self._within("near_duplicates", 0.1, 1)
@@ -105,6 +115,14 @@ class Recipe:
             raise ValueError(f"end_token must be a string, got {self.end_token!r}")
         if not isinstance(self.clean, list | tuple):
             raise ValueError(f"clean must be a list of steps, got {self.clean!r}")
+        if not isinstance(self.slurm, dict | None):
+            raise ValueError(f"slurm must be a mapping of options, got {self.slurm!r}")
+
+    def _text(self, name: str, value: Any) -> None:
+        if not isinstance(value, str | Path):
+            raise ValueError(f"{name} must be a string, got {value!r}; it may need quotes")
+        if not str(value):
+            raise ValueError(f"{name} must not be empty")
 
     def _among(self, name: str, known: tuple[Any, ...]) -> None:
         if getattr(self, name) not in known:

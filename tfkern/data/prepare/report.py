@@ -5,12 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# The order of stages, in which their logs are shown.
-_STAGES = (
-    "read", "index", "clean", "exact_signatures", "exact_search", "exact_removal",
-    "near_signatures", "near_candidates", "near_clusters", "near_comparison", "near_removal",
-    "tokenizer", "tokens",
-)  # fmt: skip
+from tfkern import files
 
 
 def steps(folder: str | Path) -> list[dict[str, Any]]:
@@ -20,19 +15,24 @@ def steps(folder: str | Path) -> list[dict[str, Any]]:
     (of all processes together), `characters` (that came in) and `other` counts of its own.
 
     Raises:
-        ValueError: the folder is not one of `prepare`.
+        ValueError: the folder is not one of `prepare`, or a file of counts is cut off.
     """
     logs = Path(folder) / "logs"
     if not os.path.isdir(logs):  # False for names that are too long, too
         raise ValueError(f"{folder}: no folder of prepared data: it has no logs")
     found: list[dict[str, Any]] = []
     characters = 0.0
-    for stage in _STAGES:
+    for log in sorted(logs.iterdir()):
         merged: list[dict[str, Any]] = []
-        for path in sorted((logs / stage / "stats").glob("*.json")):
-            for i, told in enumerate(json.loads(path.read_text())):
+        for path in sorted((log / "stats").glob("*.json")):
+            content = files.read(path)
+            try:
+                counts = json.loads(content)
+            except ValueError as error:
+                raise ValueError(f"{path}: {files.one_line(error)}") from None
+            for i, told in enumerate(counts):
                 if i == len(merged):
-                    merged.append(_row(stage, told["name"]))
+                    merged.append(_row(log.name, told["name"]))
                 _add(merged[i], told)
         for row in merged:
             out, without_reason = (row["other"].pop(n, 0) for n in ("doc_len", "dropped"))
@@ -76,8 +76,8 @@ def draw(folder: str | Path, path: str | Path) -> None:
 _REASONS = ("#ee6677", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 
 
-def _row(stage: str, name: str) -> dict[str, Any]:
-    step = name.partition(": ")[2]
+def _row(log: str, name: str) -> dict[str, Any]:
+    stage, step = log.partition("_")[2], name.partition(": ")[2]
     return {
         "stage": stage.replace("_", " "), "step": step, "documents": 0, "kept": 0, "dropped": {},
         "seconds": 0.0, "characters": 0, "other": {},

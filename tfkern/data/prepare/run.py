@@ -1,12 +1,12 @@
 """Runs a recipe, stage by stage."""
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from tfkern import files
 from tfkern.data.prepare import clean, duplicates, report, sources, tokens
-from tfkern.data.prepare.execute import EXECUTORS, Progress, started
+from tfkern.data.prepare.execute import EXECUTORS, JOBS, Progress, check_queue, started
 from tfkern.data.prepare.recipe import Plan, Recipe, plan
 from tfkern.data.prepare.stage import Stage
 from tfkern.data.prepare.storage import Read, Write, Writer, file_of
@@ -23,7 +23,7 @@ from tfkern.data.shards import Shards
 
 MANIFEST = "manifest.json"
 _LOCK = "lock"
-_OURS = {"work", "logs", "tokenizer", MANIFEST, "report.png", _LOCK, *tokens.PARTS}
+_OURS = {"work", "logs", "tokenizer", MANIFEST, "report.png", _LOCK, JOBS, *tokens.PARTS}
 _SHARD = re.compile(r"\d{5}\.ds(\.index|\.metadata|\.new)?|tokens\.json")
 _BLOCK = (1 << 16, 1 << 26)  # bytes of text that go to one file before the next has its turn
 
@@ -66,10 +66,11 @@ def prepare(
     folder = planned.folder
     if (folder / MANIFEST).exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_foreign(folder)
     run = started(executor, planned, workers)
+    folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        _check_foreign(folder)
+        check_queue(folder)
         for stage in stages(planned):
             run(stage, progress or (lambda *_: None))
     return folder
@@ -82,16 +83,19 @@ def _check_foreign(folder: Path) -> None:
         if (folder / part).is_dir():
             shards = (p.name for p in (folder / part).iterdir())
             names |= {f"{part}/{name}" for name in shards if not _SHARD.fullmatch(name)}
+    # A run that was killed may have left folders for new files.
+    names = {name for name in names if not Path(name).name.startswith(files.PREFIX)}
     if names:
         raise ValueError(f"{folder}: holds {min(names)}, which is not of this recipe")
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Refuses a second run in the same folder while one is at work in it."""
-    with open(folder / _LOCK, "w") as file:
+    """Refuses a second run in a folder while one is at work in it, where files can be locked."""
+    (folder / _LOCK).touch()
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(files.locked(folder / _LOCK, wait=False))
         except BlockingIOError:
             raise ValueError(f"{folder}: another run is at work in this folder") from None
         yield
@@ -125,12 +129,12 @@ def stages(planned: Plan) -> list[Stage]:
     tokenizer = folder / "tokenizer"
     training = tokens.Train(now, n, recipe.tokenizer, recipe.end_token, tokenizer)
     writing = tokens.Tokens(tokenizer, folder, recipe.validation)
-    return [
-        *found,
+    found += [
         Stage("tokenizer", [training], 1),
         Stage("tokens", [Read(now), writing], n),
         Stage("manifest", [Finish(planned, folder)], 1),
     ]
+    return [replace(stage, number=i) for i, stage in enumerate(found)]
 
 
 class Ingest(PipelineStep):

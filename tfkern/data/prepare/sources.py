@@ -211,10 +211,9 @@ def found(path: Path) -> list[Path]:
     paths = []
     for folder, inner, names in os.walk(path, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        if len(Path(folder).relative_to(path).parts) > 64:
-            raise ValueError(
-                f"{folder}: too many folders within one another; perhaps a link leads up"
-            )
+        above = Path(folder).relative_to(path).parents
+        if os.path.realpath(folder) in {os.path.realpath(path / parent) for parent in above}:
+            raise ValueError(f"{folder}: the link leads to a folder in which it is")
         paths += [Path(folder) / name for name in names if not name.startswith(".")]
     if not paths:
         raise ValueError(f"{path}: the folder has no files")

@@ -15,12 +15,14 @@ from datatrove.pipeline.base import PipelineStep
 from tfkern import files, tokenize
 from tfkern.data.prepare.storage import file_of, read
 from tfkern.tokenize import Tokenizer
+from tfkern.tokenize.trainers import LEAST
 
-TRAINED = ("characters", "words", "bpe", "wordpiece", "unigram")
+TRAINED = ("characters", *LEAST)
 PARTS = ("train", "validation")
 TOLD = "tokens.json"  # size of the vocabulary and end token, beside tokenizer and shards
 _END = "<|endoftext|>"
 _ENDS = {"bpe": _END, "unigram": "</s>"}  # of tokenizers that are trained with one
+_MOST = 1 << 32  # tokens that a shard can tell apart
 _SAMPLE = 1 << 27  # most characters that a tokenizer is trained on
 
 
@@ -33,20 +35,34 @@ def check(spec: str, end: str | None) -> None:
     kind, size = parsed(spec)
     if kind is None:
         end_id(tokenize.load(spec), end)
-    elif kind != "characters" and size is None:
-        raise ValueError(f"tokenizer: {spec!r} needs the size of a vocabulary, as in {kind}:8192")
+    elif kind != "characters":
+        if size is None:
+            raise ValueError(
+                f"tokenizer: {spec!r} needs the size of a vocabulary, as in {kind}:8192; a folder "
+                f"of this name is ./{kind}"
+            )
+        least = LEAST[kind] + _adds_end(kind, end)
+        if not least <= size <= _MOST:
+            raise ValueError(
+                f"tokenizer: {spec!r} needs a vocabulary of {least} to {_MOST} tokens, got {size}"
+            )
 
 
 def parsed(spec: str) -> tuple[str | None, int | None]:
     """The kind and the size of a vocabulary that is to be trained, or (None, None) for a path."""
     kind, colon, size = spec.partition(":")
-    if kind not in TRAINED or Path(spec).exists():
+    if kind not in TRAINED:
         return None, None
     if not colon:
         return kind, None
     if kind == "characters" or not (size.isascii() and size.isdigit()) or not int(size):
         raise ValueError(f"tokenizer: {spec!r} is not of the form kind:size, as in bpe:8192")
     return kind, int(size)
+
+
+def _adds_end(kind: str, end: str | None) -> bool:
+    """Whether the end token is none of those with which the kind is trained."""
+    return kind not in _ENDS or end not in (None, _ENDS[kind])
 
 
 def end_id(tokenizer: Tokenizer, end: str | None) -> int:
@@ -76,8 +92,8 @@ class Train(PipelineStep):
                 tokenizer = tokenize.characters(self._texts())
             else:
                 assert size is not None
-                has_end = kind in ("bpe", "unigram") and self.end in (None, _ENDS.get(kind))
-                tokenizer = tokenize.train(kind, self._sample(), size - (not has_end))
+                room = size - _adds_end(kind, self.end)
+                tokenizer = tokenize.train(kind, self._sample(), room)
             if self.end is not None or "eos" not in tokenizer.special:
                 special = {**tokenizer.special, "eos": self.end or _END}
                 tokenizer = Tokenizer(tokenizer.backend, special)
