@@ -44,22 +44,26 @@ Out = Annotated[
 OUT_OF_FIXED = Path("benchmarks/results")  # results of fixed cases, under version control
 
 
-def values(changes: list[str]) -> dict[str, Any]:
-    """Values of a recipe, each given as name=value with the value in YAML."""
-    import yaml
+def values(changes: list[str], told: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The values of a recipe that options told, and those that changes add, as name=value in YAML.
 
-    told = {}
+    Raises:
+        ValueError: a change of another form, or a value that is told twice.
+    """
+    import yaml  # comes with the extra `data`
+
+    found = dict(told or {})
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals or not name:
             raise ValueError(f"expected name=value, got {files.shown(change)}")
-        if name in told:
-            raise ValueError(f"{name} is given twice")
+        if name in found:
+            raise ValueError(f"{name} is told twice: {files.shown(found[name])} and {value!r}")
         try:
-            told[name] = yaml.safe_load(value)
+            found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"{name}: {files.one_line(error)}") from None
-    return told
+    return found
 
 
 def check_dtype(name: str) -> torch.dtype:

@@ -1,12 +1,13 @@
 """`tfkern prepare`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from tfkern import files
+from tfkern.cli.options import values
 from tfkern.cli.output import console, with_progress
 
 _PICTURE = "report.png"
@@ -54,7 +55,7 @@ def command(
         raise ValueError("a recipe (.yaml) or a folder to write to is needed")
     is_recipe = Path(what).suffix in (".yaml", ".yml")
     told = {"input": input, "tokenizer": tokenizer, "output": "" if is_recipe else what}
-    told = _values(changes or [], {name: value for name, value in told.items() if value})
+    told = values(changes or [], {name: value for name, value in told.items() if value})
     recipe = load(what, **told) if is_recipe else made(told)
     folder = with_progress(
         None, lambda shown: prepare(recipe, executor=executor, workers=workers, progress=shown)
@@ -64,24 +65,6 @@ def command(
         return
     _show(folder)
     draw(folder, folder / _PICTURE)
-
-
-def _values(changes: list[str], told: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe that were told, and those that changes add to them."""
-    import yaml  # comes with the extra `data`
-
-    told = dict(told)
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"expected name=value, got {change!r}")
-        if name in told:
-            raise ValueError(f"{name} is told twice: {files.shown(told[name])} and {value!r}")
-        try:
-            told[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}: {files.one_line(error)}") from None
-    return told
 
 
 def _show(folder: Path) -> None:
