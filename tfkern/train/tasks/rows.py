@@ -1,7 +1,7 @@
 """Tasks on files of JSON lines: pairs of texts, and texts with a label."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def pairs(
     parts = _divided(data, rows, validation)
     texts = [row["source"] for row in rows] + [row["target"] for row in rows]
     found = vocabulary.extended(_tokenizer(tokenizer, texts), "eos", "pad", "bos")
-    encoded = _encoded(data, found, texts, sizes.length, after=["eos"])
+    found = vocabulary.with_template(found, [], ["eos"])
+    encoded = _encoded(data, found, texts, sizes.length)
     start, pad = found.special_id("bos"), found.special_id("pad")
     sides = list(zip(encoded[: len(rows)], encoded[len(rows) :], strict=True))
 
@@ -96,7 +97,8 @@ def classification(
     texts = [row["text"] for row in rows]
     before, after = (["cls"], ["sep"]) if architecture == "encoder" else ([], ["eos"])
     found = vocabulary.extended(_tokenizer(tokenizer, texts), "eos", "pad", *before, *after)
-    encoded = _encoded(data, found, texts, sizes.length, before, after)
+    found = vocabulary.with_template(found, before, after)
+    encoded = _encoded(data, found, texts, sizes.length)
     number = {label: i for i, label in enumerate(labels)}
     known = [(row, number[told["label"]]) for row, told in zip(encoded, rows, strict=True)]
     pad = found.special_id("pad")
@@ -231,19 +233,16 @@ def _encoded(
     tokenizer: Tokenizer,
     texts: list[str],
     length: int,
-    before: Iterable[str] = (),
-    after: Iterable[str] = (),
 ) -> list[np.ndarray]:
-    """The tokens of texts, between tokens with these roles.
+    """The tokens of texts in the tokenizer's template.
 
     Raises:
-        ValueError: texts have more than `length` tokens with these, or cannot be encoded.
+        ValueError: texts have more than `length` tokens, or cannot be encoded.
     """
-    first, last = ([tokenizer.special_id(role) for role in roles] for roles in (before, after))
     rows = []
     for i in range(0, len(texts), _TOGETHER):
-        found = tokenizer.batch(texts[i : i + _TOGETHER], template=False).encodings
-        rows += [np.array([*first, *e.ids, *last], np.int64) for e in found]
+        found = tokenizer.batch(texts[i : i + _TOGETHER]).encodings
+        rows += [np.array(e.ids, np.int64) for e in found]
     if long := [len(row) for row in rows if len(row) > length]:
         raise ValueError(
             f"{path}: {len(long)} of {len(rows)} texts have more than length = {length} tokens, up "

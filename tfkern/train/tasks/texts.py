@@ -150,6 +150,7 @@ def denoising(
     if sizes.length < 2:
         raise ValueError(f"length must be at least 2, with the end token, got {sizes.length}")
     train, validation, tokenizer = _opened(data, "pad", "bos", "mask")
+    tokenizer = vocabulary.with_template(tokenizer, [], ["eos"])
     change = Denoise(
         length=sizes.length, ends=vocabulary.sentence_ends(tokenizer) if permutation else None,
         rate=rate, mean=mean, deletion=deletion, rotation=rotation,
@@ -180,6 +181,7 @@ def spans(data: Path, sizes: Sizes, *, rate: float = 0.15, mean: float = 3.0) ->
     source, target = span_lengths(window, rate, mean)
     count = (source + target - window) // 2 - 1
     train, validation, tokenizer = _opened(data, "pad", "bos", sentinels=count)
+    tokenizer = vocabulary.with_template(tokenizer, [], ["eos"])
     sentinels = tuple(map(tokenizer.id, vocabulary.sentinel_names(count)))
     ids = decoder_tokens(tokenizer)
     change = Spans(sentinels, rate, mean, start=ids["start"], end=ids["end"])

@@ -1,7 +1,10 @@
 """What tasks ask of a vocabulary: control tokens, where words begin, and where sentences end."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import tokenizers
+from tokenizers import processors
 
 from tfkern.tokenize import Tokenizer
 
@@ -26,6 +29,16 @@ def extended(tokenizer: Tokenizer, *roles: str, sentinels: int = 0) -> Tokenizer
     found = Tokenizer(backend, tokenizer.special | lacking)
     backend.add_special_tokens(sentinel_names(sentinels)[::-1])
     return found
+
+
+def with_template(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str]) -> Tokenizer:
+    """A tokenizer that puts tokens with these roles around each text, as its model was trained."""
+    tokens = [tokenizer.special[role] for role in (*before, *after)]
+    single = [tokenizer.special[r] for r in before] + ["$A"] + [tokenizer.special[r] for r in after]
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(token, tokenizer.id(token)) for token in tokens]
+    )
+    return tokenizer
 
 
 def sentinel_names(count: int) -> list[str]:
