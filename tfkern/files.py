@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import reprlib
 import shutil
 import stat
@@ -256,6 +257,30 @@ def parse(content: bytes | str, source: object) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, by `read` and `parse`."""
     return parse(read(path), path)
+
+
+def parse_yaml(content: bytes | str, source: object) -> Any:
+    """The value of a text in YAML, of plain types alone.
+
+    Numbers such as 1e-3 are floats, as in YAML 1.2. YAML 1.1, which the library reads, takes them
+    for strings, since they have no point.
+
+    Raises:
+        ValueError: the text is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    exponent = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$|[-+]?[0-9]*\.[0-9]*[eE][0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
+    try:
+        return yaml.load(content, Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: {one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply") from None
 
 
 def shown(value: Any) -> str:

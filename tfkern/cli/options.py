@@ -50,8 +50,6 @@ def values(changes: list[str], told: dict[str, Any] | None = None) -> dict[str, 
     Raises:
         ValueError: a change of another form, or a value that is told twice.
     """
-    import yaml  # comes with the extra `data`
-
     found = dict(told or {})
     for change in changes:
         name, equals, value = change.partition("=")
@@ -59,10 +57,7 @@ def values(changes: list[str], told: dict[str, Any] | None = None) -> dict[str, 
             raise ValueError(f"expected name=value, got {files.shown(change)}")
         if name in found:
             raise ValueError(f"{name} is told twice: {files.shown(found[name])} and {value!r}")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}: {files.one_line(error)}") from None
+        found[name] = files.parse_yaml(value, name)
     return found
 
 

@@ -6,8 +6,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tfkern import files
 from tfkern.train.kinds import check_choice, check_integer, check_number
 
@@ -152,12 +150,7 @@ def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:
     elif path.suffix not in (".yaml", ".yml"):
         known = ", ".join(shipped())
         raise ValueError(f"{files.shown(str(name))} is neither a recipe (.yaml) nor one of {known}")
-    try:
-        told = yaml.safe_load(files.read(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {files.one_line(error)}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+    told = files.parse_yaml(files.read(path), path)
     if not isinstance(told, dict):
         raise ValueError(f"{path}: a recipe is a mapping of names to values")
     for key, value in changes.items():

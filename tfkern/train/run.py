@@ -19,14 +19,13 @@ from tfkern.tokenize import Tokenizer
 from tfkern.train import chart, checkpoint
 from tfkern.train.evaluate import evaluate
 from tfkern.train.flops import count_flops
-from tfkern.train.kinds import check_choice
 from tfkern.train.log import Log, read
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import optimiser
 from tfkern.train.recipe import Recipe, plain
 from tfkern.train.schedules import schedule
 from tfkern.train.steps import Record, size, steps
-from tfkern.train.tasks import KINDS, Task, task
+from tfkern.train.tasks import Task, check_options, task
 
 _RECIPE, _METRICS, _CHART = "recipe.yaml", "metrics.jsonl", "loss.png"
 _MARK = "# All values of a run of training. It is written anew whenever the run goes on."
@@ -254,7 +253,8 @@ def _check_foreign(folder: Path) -> None:
 
 def _check_alone(recipe: Recipe) -> None:
     """Raises ValueError for what is wrong whatever the data are."""
-    check_choice("task", recipe.task, KINDS)
+    check_options(recipe.task, recipe.options)
+    _preparation(recipe)
     schedule(steps=recipe.steps, **recipe.schedule)
     optimiser(model=nn.ModuleList([nn.Linear(2, 2)]), **recipe.optimiser)
     # The task has its say on the architecture, and on the number of tokens.
@@ -277,11 +277,17 @@ def _data(recipe: Recipe) -> Path:
     if not isinstance(recipe.data, Mapping):
         return Path(recipe.data)
     from tfkern.data.prepare import prepare
+
+    return prepare(_preparation(recipe))
+
+
+def _preparation(recipe: Recipe) -> Any:
+    """The recipe of the data."""
     from tfkern.data.prepare.recipe import made
 
     if "output" in recipe.data:
         raise ValueError("data has no output: they are prepared in the folder of the run")
-    return prepare(made({**recipe.data, "output": str(Path(recipe.out) / "data")}))
+    return made({**recipe.data, "output": str(Path(recipe.out) / "data")})
 
 
 def _task(recipe: Recipe, data: Path) -> Task:

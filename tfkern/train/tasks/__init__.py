@@ -11,7 +11,7 @@ All batches are pure functions of the seed and the step.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,19 @@ def task(
         ValueError: an unknown kind or option, a value out of its range, or data that are missing
             or too short.
     """
+    check_options(kind, options)
+    sizes = check_sizes(length, batch, seed, validation_batches)
+    return KINDS[kind](Path(data), sizes, **options)
+
+
+def check_options(kind: str, options: Collection[str]) -> None:
+    """Raises a ValueError unless there is this kind, and it has options of these names."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    build = KINDS[kind]
-    known = list(inspect.signature(build).parameters)[2:]
+    known = list(inspect.signature(KINDS[kind]).parameters)[2:]
     for name in options:
         if name not in known:
             raise ValueError(f"{kind} has no option {name!r}; it has {', '.join(known) or 'none'}")
-    sizes = check_sizes(length, batch, seed, validation_batches)
-    return build(Path(data), sizes, **options)
 
 
-__all__ = ["KINDS", "Task", "task"]
+__all__ = ["KINDS", "Task", "check_options", "task"]
