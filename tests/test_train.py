@@ -31,8 +31,9 @@ TINY = {"dim": 16, "layers": 1, "heads": 2}
 
 @pytest.fixture(autouse=True)
 def _small(one_thread, monkeypatch):
-    """All models here are small, and nobody waits for the speed of the machine."""
+    """All models here are small, and nobody waits for the speed of the machine or for charts."""
     monkeypatch.setattr("tfkern.cli.train.product_ceiling", lambda dtype, device: 1e11)
+    monkeypatch.setattr("tfkern.train.chart.draw", lambda lines, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def assert_same_run(folder, expected):
 # Runs
 
 
-def test_a_run_writes_what_it_says(tmp_path, data):
+def test_a_run_writes_what_it_says(tmp_path, data, monkeypatch):
+    monkeypatch.undo()
     told = []
     outcome = run(made(tmp_path / "out", data), told=told.append, ceiling=1e10)
     out = tmp_path / "out"
