@@ -495,3 +495,25 @@ def test_headers_that_lie_are_told(tmp_path):
         text = json.dumps(header | lie).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
         refused(other, tmp_path, path.name)
+
+
+def test_an_earlier_step_does_not_follow_a_later_one(tmp_path):
+    """A loop that has not loaded what is there would else lose its own checkpoints at once."""
+    run = Run()
+    run.train(0, 3)
+    checkpoint.save(tmp_path, 3, run.model, run.optimiser)
+    with pytest.raises(ValueError, match="step-00000003 already, which is later than step 2"):
+        checkpoint.save(tmp_path, 2, run.model, run.optimiser)
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+def test_an_optimiser_of_fewer_parameters_is_told_by_name(tmp_path):
+    whole, part = Run(), Run(seed=1)
+    whole.train(0, 2)
+    checkpoint.save(tmp_path, 2, whole.model, whole.optimiser)
+    part.model.embedding.weight.requires_grad_(False)
+    part.optimiser = optimiser("adamw", part.model, lr=1e-2)
+    before = part.model.embedding.weight.clone()
+    with pytest.raises(ValueError, match="other tensors: optimiser.embedding.weight.exp_avg"):
+        checkpoint.load(tmp_path, part.model, part.optimiser)
+    assert torch.equal(part.model.embedding.weight, before)

@@ -451,3 +451,18 @@ def test_nothing_to_train(kind):
 def test_muon_needs_blocks():
     with pytest.raises(ValueError, match="muon needs a model with matrices to train in an nn.M"):
         muon(nn.Sequential(nn.Linear(3, 3)), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_rate_may_be_a_tensor_of_one_element(kind, shape):
+    torch.manual_seed(0)
+    models = [nn.ModuleList([nn.Linear(6, 5)]) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, rate in zip(models, (1e-2, torch.full(shape, 1e-2)), strict=True):
+        updates = optimiser(kind, model, lr=rate)
+        for _ in range(3):
+            updates.zero_grad()
+            model[0](torch.arange(6.0)).square().sum().backward()
+            updates.step()
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-5, atol=1e-7)

@@ -201,6 +201,15 @@ def test_deferred_logits_are_the_whole_ones(kind, changes, ignored):
     assert isinstance(model.eval()(**inputs), torch.Tensor)
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_single_result_may_have_its_targets_in_a_tuple(pieces):
+    model, batch = tiny(), rows(4)
+    expected, _ = gradients(model, batch)
+    model.vocabulary.deferred = pieces
+    found, _ = gradients(model, batch | {"targets": (batch["targets"],)})
+    assert found.loss == pytest.approx(expected.loss, abs=1e-12)
+
+
 @pytest.mark.parametrize("changes", [{}, {"logit_softcap": 2.0}, {"vocab_multiple": 16}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
@@ -361,7 +370,7 @@ def test_a_scale_that_has_become_hopeless_ends_the_run():
     loop = steps(
         model, [rows(4)] * 40, CrossEntropy(), updates, precision=torch.float16, scaler=scaler
     )
-    with pytest.raises(FloatingPointError, match="step 26: gradients overflow float16"):
+    with pytest.raises(FloatingPointError, match="step 27: gradients overflow float16"):
         for record in loop:
             assert record.skipped
 
@@ -426,7 +435,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_unharmed(kind, value):
         next(loop)
     assert_bits(state_of(model, updates), before)
     told = str(raised.value)
-    assert told.startswith("step 2: the loss is ") and "\n" not in told
+    assert told.startswith("step 3: the loss is ") and "\n" not in told
     assert "model.decoder.blocks.0." in told.partition("the largest: ")[2]
 
 
@@ -449,7 +458,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unharmed():
             return Loss(loss.mean + math.inf, loss.count)
 
     before = state_of(model, updates)
-    with pytest.raises(FloatingPointError, match="step 5: the loss is inf and the norm"):
+    with pytest.raises(FloatingPointError, match="step 6: the loss is inf and the norm"):
         next(steps(model, [rows(4)] * 6, Lost(), updates, start=5))
     assert_bits(state_of(model, updates), before)
 

@@ -102,10 +102,10 @@ def assert_same_run(folder, expected):
 def test_a_run_writes_what_it_says(tmp_path, data, monkeypatch):
     monkeypatch.undo()
     told = []
-    outcome = run(made(tmp_path / "out", data), told=told.append, ceiling=1e10)
+    outcome = run(made(tmp_path / "out", data), told=told.append, ceiling=lambda: 1e10)
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} - {"tensorboard"} == {
-        "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints", "model",
+        ".lock", "recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints", "model",
     }  # fmt: skip
     assert lines(out) == told
     steps, evaluations = losses(out)
@@ -278,7 +278,7 @@ BAD = [
     ({"length": 10**6}, "tokens"),
     ({"length": True}, "length must be an integer of at least 1, got True"),
     ({"batch": "4"}, "batch must be an integer of at least 1, got '4'"),
-    ({"accumulate": 5}, "a batch of 4 items cannot be cut into 5 parts"),
+    ({"accumulate": 5}, "accumulate must be at most batch = 4, got 5"),
     ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
     ({"tokens": 0}, "tokens must be an integer of at least 1, got 0"),
     ({"minutes": -1}, "minutes must be a number"),
@@ -329,7 +329,8 @@ def test_a_bad_recipe_is_one_line_and_status_2(tmp_path, data, capsys, changes, 
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert told in err and "Traceback" not in err
     assert {p.name for p in tmp_path.iterdir()} <= {"recipe.yaml", "out"}
-    assert not contents(tmp_path / "out").keys() - {str(tmp_path / "out" / "recipe.yaml")}
+    ours = {str(tmp_path / "out" / name) for name in ("recipe.yaml", ".lock")}
+    assert not contents(tmp_path / "out").keys() - ours
 
 
 # What only the data and the task tell.
@@ -399,7 +400,7 @@ def test_recipes_and_values_that_are_not_there(tmp_path, data, capsys):
         ([tmp_path], "is neither a recipe (.yaml) nor one of"),
         (["nope"], "'nope' is neither a recipe (.yaml) nor one of bart, bert"),
         ([path, "steps"], "expected name=value"),
-        ([path, "steps=1", "steps=2"], "steps is given twice"),
+        ([path, "steps=1", "steps=2"], "steps is told twice: 1 and '2'"),
         ([path, "steps.x=1"], "steps is no mapping of the recipe"),
         ([path, "nope=1"], "'nope' is not one of"),
         ([path, "steps=["], "steps: "),
@@ -492,7 +493,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_status_1(tmp_path, data, caps
         save_file(tensors, file, opened.metadata())
     status, _, err = called(capsys, path)
     assert (status, err.count("\n")) == (1, 1)
-    assert "step 5: the loss is nan" in err
+    assert "step 6: the loss is nan" in err
     assert before.keys() == weights(tmp_path / "out").keys()
 
 
@@ -556,7 +557,11 @@ def test_a_second_signal_ends_at_once(tmp_path, data, monkeypatch):
     """The step after the first signal never ends."""
     stuck = tmp_path / "stuck"
 
-    def hangs(self, folder, *args, **options):
+    save = sys.modules["tfkern.train.run"]._Run._save
+
+    def hangs(self, step):
+        if checkpoint.latest(self.folder / "checkpoints") is None:  # the first evaluation
+            return save(self, step)
         stuck.touch()
         while True:
             time.sleep(0.01)
@@ -624,7 +629,7 @@ SMALL = {
     "gpt2-small": {"data.tokenizer": "bpe:300"},
     "bert": {"data.tokenizer": "wordpiece:300"},
     "bart": {"data.tokenizer": "bpe:300"},
-    "t5": {"data.tokenizer": "unigram:200"},
+    "t5": {"data.tokenizer": "unigram:60"},
     "translation": {"options": {"tokenizer": "bpe:300"}},
     "vit-digits": {},
 }
@@ -660,3 +665,83 @@ def test_a_shipped_recipe_trains_small_models(tmp_path, texts, name):
     full = found.model.get("preset")
     if full is not None:
         models.preset(full)
+
+
+# What a run keeps
+
+
+def test_two_runs_at_a_time_in_one_folder_are_refused(tmp_path, data):
+    told = made(tmp_path / "out", data)
+    refused = []
+
+    def during(line):
+        if line["step"] == 2 and not refused:
+            with pytest.raises(ValueError, match="another run is at work"):
+                run(told)
+            refused.append(True)
+
+    run(told, told=during)
+    assert refused and [line["step"] for line in lines(tmp_path / "out") if "loss" in line] == [
+        *range(1, 13)
+    ]
+
+
+def test_a_run_that_has_lost_its_checkpoints_is_left_alone(tmp_path, data):
+    told = made(tmp_path / "out", data)
+    run(told)
+    for path in sorted((tmp_path / "out" / "checkpoints").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="a run without its checkpoints"):
+        run(told)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_has_been_evaluated_has_a_checkpoint(tmp_path, data):
+    """So a run that is killed between its first evaluation and save_every goes on."""
+    seen = []
+
+    def during(line):
+        if "validation_loss" in line:
+            seen.append(checkpoint.latest(tmp_path / "out" / "checkpoints"))
+
+    run(made(tmp_path / "out", data, save_every=1000, evaluate_every=5), told=during)
+    assert seen[0] is not None and seen[0].name == "step-00000005"
+
+
+def test_labels_of_classes_are_beside_the_model(tmp_path):
+    rows = [{"text": word * 3, "label": word} for word in ("sea", "land") for _ in range(40)]
+    texts = tmp_path / "rows.jsonl"
+    texts.write_text("\n".join(json.dumps(row | {"text": f"{i} {row['text']}"})
+                               for i, row in enumerate(rows)))  # fmt: skip
+    changes = {"task": "classification", "options": {"tokenizer": "characters"}}
+    run(made(tmp_path / "out", texts, **changes, length=24, steps=2))
+    assert json.loads((tmp_path / "out" / "model" / "labels.json").read_text()) == ["land", "sea"]
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"accumulate": 5}, "accumulate must be at most batch = 4, got 5"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used"),
+        ({"schedule": {"kind": "cosine", "what": 1}}, "option 'what' is not one of"),
+        ({"optimiser": {"kind": "lion", "lr": 10**400}}, "lr must be a number"),
+    ],
+)
+def test_values_that_cannot_be(tmp_path, data, changes, told):
+    with pytest.raises(ValueError, match=told):
+        run(made(tmp_path / "out", data, **changes))
+
+
+def test_lines_of_a_record(tmp_path):
+    """JSON has no infinity, and a line in the middle that is damaged hides no others."""
+    from tfkern.train.log import Log, read
+
+    log = Log(tmp_path, 0)
+    log.add({"step": 1, "loss": 2.0, "norm": float("inf")})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    assert read(path) == [{"step": 1, "loss": 2.0, "norm": None}]
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
+        Log(tmp_path, 0)

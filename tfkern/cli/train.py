@@ -1,5 +1,6 @@
 """`tfkern train`."""
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -49,9 +50,13 @@ def command(
     found = load(recipe, values(changes or []))
     device = check_device(found.device or "")
     dtype = getattr(torch, found.precision)
-    ceiling = product_ceiling(dtype, device)
     with _Screen(found.steps) as screen, _Interrupt() as interrupt:
-        outcome = run(found, told=screen.show, stopped=interrupt.asked, ceiling=ceiling)
+        outcome = run(
+            found,
+            told=screen.show,
+            stopped=interrupt.asked,
+            ceiling=lambda: product_ceiling(dtype, device),
+        )
     if outcome.reason == "stopped":
         print(f"interrupted after step {outcome.step}: the same command goes on", file=sys.stderr)
         raise typer.Exit(128 + interrupt.number)
@@ -61,9 +66,12 @@ def command(
 
 
 class _Interrupt:
-    """Ctrl-C, or SIGTERM, as a wish to save and end after the current step, however long that
-    takes. A second one ends the program as it does elsewhere, and so does one before the first
-    step, when there is nothing to save."""
+    """Ctrl-C, SIGTERM or the end of the terminal as a wish to save and end after the current step,
+    however long that takes.
+
+    A second one ends the program as it does elsewhere, and so does one before the first step, when
+    there is nothing to save.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -73,8 +81,9 @@ class _Interrupt:
     def asked(self) -> bool:
         if self._watcher is None:
             self._watcher = signal.set_wakeup_fd(-1)  # would end the program after some seconds
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows lacks the last one
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._ask)
         return bool(self.number)
 
@@ -106,6 +115,7 @@ class _Screen:
             TextColumn("{task.description}"),
             console=screen,
             transient=True,
+            redirect_stdout=False,  # else lines for a file would go to the terminal
             disable=not screen.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps)
@@ -124,7 +134,11 @@ class _Screen:
             told += f"{line['validation_loss']:.4f}"
             if "accuracy" in line:
                 told += f", accuracy {line['accuracy']:.4f}"
-            print(told, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more; the run goes on
+                if sys.stdout.isatty():
+                    self._bar.console.print(told, highlight=False)
+                else:
+                    print(told, flush=True)
             return
         self._loss = line["loss"]
         share = line.get("share_of_ceiling")

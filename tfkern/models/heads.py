@@ -16,7 +16,7 @@ from tfkern.ops.activation import FUNCTIONS
 class DeferredLogits(NamedTuple):
     """What the logits `cap(x @ weight^T + bias)` are made of.
 
-    `tfkern.models.cross_entropy` makes a loss of it, for which the logits are never whole in
+    `tfkern.models.cross_entropy` makes a loss of it, mostly without having the logits whole in
     memory.
 
     Attributes:

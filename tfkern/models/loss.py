@@ -24,8 +24,8 @@ def cross_entropy(
 
     Args:
         logits: (..., classes), as a model returns them, or a tuple with the logits of each head.
-            Of `DeferredLogits` the loss is made without the rows that have no target, and in
-            pieces, unless they are of 16 bits on a CPU.
+            Of `DeferredLogits` the loss is made in pieces. On a CPU it leaves out rows without a
+            target where these are most, and logits of 16 bits are whole.
         targets: (...) int64 or int32, -100 where there is none; for several heads, one tensor for
             each. For a language model (B, T): the token that follows each token.
         label_smoothing, z_loss: see `tfkern.cross_entropy`.

@@ -55,7 +55,8 @@ def save(
         run do not depend on how often it was stopped.
 
     Raises:
-        ValueError: keep is not positive, or the optimiser's state is not made of tensors.
+        ValueError: keep is not positive, the optimiser's state is not made of tensors, or the
+            folder has a checkpoint of a later step, which this run should have loaded.
         OSError: files cannot be written. Earlier checkpoints stay.
     """
     if keep is not None and keep < 1:
@@ -70,6 +71,12 @@ def save(
         "torch": torch.__version__,
     }
     with files.beside(folder) as new:
+        last = latest(folder)
+        if last is not None and int(last.name.removeprefix("step-")) > step:
+            raise ValueError(
+                f"{folder} has {last.name} already, which is later than step {step}: load it, or "
+                "choose another folder"
+            )
         if not path.exists():
             fresh = new.folder / path.name
             _write(_tensors(model, optimiser, scaler), fresh)
@@ -109,7 +116,9 @@ def load(
     ours = {"configuration": configuration, "optimiser": _kind(optimiser)}
     if differing := _differing(theirs, json.loads(json.dumps(ours))):
         raise ValueError(f"{path} is of another run: {'; '.join(differing[:_SHOWN])}")
-    _put(_read(path, _model(model), _parameters(model), scaler), model, optimiser, scaler)
+    trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in _parameters(model).items() if id(p) in trained}
+    _put(_read(path, _model(model), parameters, scaler), model, optimiser, scaler)
     return int(told["step"])
 
 

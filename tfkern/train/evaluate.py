@@ -17,7 +17,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: the mean over all batches, each target of equal weight. Its exponential is the
-            perplexity, if it is that of a language model.
+            perplexity, if it is the cross entropy of a language model and nothing else.
         terms: the means that the loss is the sum of.
         accuracies: for each result of the model, the share of its targets that are the likeliest
             class. Empty if the results are no logits of targets.

@@ -1,5 +1,7 @@
 """How much arithmetic a step of training takes."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -11,13 +13,22 @@ from tfkern.train.steps import parts, size
 
 
 def count_flops(
-    model: nn.Module, objective: Objective, batch: Batch, *, accumulate: int = 1
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    *,
+    accumulate: int = 1,
+    precision: torch.dtype | None = None,
 ) -> int:
     """The floating point operations of products and attention, forward and backward, of a batch.
 
     They are counted, and not taken from a formula, by running both once: for the first of the parts
     into which `steps` cuts the batch, which stands for the others. Attention counts by the tiles
-    that it visits. The model stays as it was, but gradients that its parameters had are lost.
+    that it visits, and what is recomputed counts, too. The model stays as it was, but gradients
+    that its parameters had are lost.
+
+    Args:
+        accumulate, precision: as for `steps`, so that this takes no more memory than a step.
 
     Raises:
         ValueError: the batch cannot be cut.
@@ -29,8 +40,11 @@ def count_flops(
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # such as running means
     formulas = attention_formulas(causal=True) | linear_cross_entropy_formulas()
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    mixed = nullcontext() if precision is None else torch.autocast(device.type, precision)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]), counter:
-        objective(model(**inputs), part).mean.sum().backward()
+        with mixed:
+            loss = objective(model(**inputs), part)
+        loss.mean.sum().backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, before in kept:

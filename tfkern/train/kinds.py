@@ -2,13 +2,16 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tfkern.files import shown
 
 
-def make(what: str, kinds: Mapping[str, Callable[..., Any]], kind: Any, *args: Any, **options: Any):
+def make(
+    what: str, kinds: Mapping[str, Callable[..., Any]], kind: Any, /, *args: Any, **options: Any
+) -> Any:
     """`kinds[kind](*args, **options)`, of which the options are keyword-only parameters.
 
     Raises:
@@ -16,7 +19,8 @@ def make(what: str, kinds: Mapping[str, Callable[..., Any]], kind: Any, *args: A
             refuses. The message begins with `what`, such as "schedule".
     """
     check_choice(what, kind, kinds)
-    known = {p.name: p for p in inspect.signature(kinds[kind]).parameters.values() if p.kind == 3}
+    parameters = inspect.signature(kinds[kind]).parameters.values()
+    known = {p.name: p for p in parameters if p.kind == p.KEYWORD_ONLY}
     for name in options:
         if name not in known:
             has = ", ".join(known) or "none"
@@ -30,7 +34,7 @@ def make(what: str, kinds: Mapping[str, Callable[..., Any]], kind: Any, *args: A
 def check_number(name: str, value: Any, low: float, high: float) -> None:
     """Raises a ValueError unless value is a finite number in [low, high]."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not number or not low <= value <= high or abs(value) > sys.float_info.max:
         raise ValueError(f"{name} must be a number {_range(low, high)}, got {shown(value)}")
 
 

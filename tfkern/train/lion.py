@@ -67,6 +67,7 @@ class Lion(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         for p in params:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
@@ -85,12 +86,12 @@ class Lion(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, grads, 1 - beta2)
 
 
-def _local(x: Tensor | None, p: Tensor) -> Any:
+def _local(x: Any, p: Any) -> Any:
     """x, or this process's part of it if the parameter p is a DTensor.
 
     Every entry moves by itself, so the parts need no other process. The operations on lists refuse
     DTensors beside other tensors, which a model has if only some of its layers are split.
     """
-    if x is None or not hasattr(p, "to_local"):
+    if not hasattr(p, "to_local"):
         return x
-    return x.redistribute(placements=p.placements).to_local()  # type: ignore[attr-defined]
+    return x.redistribute(placements=p.placements).to_local()

@@ -1,6 +1,7 @@
 """The record of a run: metrics.jsonl, and what TensorBoard shows if it is installed."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Log:
 
     def add(self, line: dict[str, Any]) -> None:
         self._count(line)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(_finite(line)) + "\n")
         if self._board is not None:
             for name, value in line.items():
                 if name != "step" and isinstance(value, int | float):
@@ -58,16 +59,30 @@ class Log:
             self._board.close()
 
 
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """A line in which numbers that JSON lacks, such as an infinite norm, are null."""
+    return {
+        name: None if isinstance(x, float) and not math.isfinite(x) else x
+        for name, x in line.items()
+    }
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last one that was cut off is left out."""
+    """The lines of a metrics.jsonl. A last one that was cut off is left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
     if not path.exists():
         return []
     found = []
-    for line in path.read_text().splitlines():
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: it is no JSON") from None
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfkern import models
+from tfkern.models.heads import DeferredLogits
 from tfkern.models.loss import IGNORED
 
 Batch = Mapping[str, Any]
@@ -66,8 +67,8 @@ class CrossEntropy:
 
     def __call__(self, output: Any, batch: Batch) -> Loss:
         targets = _several(batch["targets"])
-        several = isinstance(batch["targets"], (tuple, list))
-        outputs = tuple(output) if several else (output,)
+        single = isinstance(output, (Tensor, DeferredLogits))
+        outputs = (output,) if single else tuple(output)
         if len(outputs) != len(targets):
             raise ValueError(f"there are {len(outputs)} results and {len(targets)} targets")
         if self.weights is not None and len(self.weights) != len(outputs):

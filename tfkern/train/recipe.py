@@ -36,7 +36,8 @@ class Recipe:
         accumulate: parts of a batch that go through the model one after the other.
         precision: "float32"; or "bfloat16" or "float16", by autocast with weights of float32.
         clip_norm, clip_value: see `tfkern.train.steps`; None does not clip.
-        steps: of the run. It may also be ended by `tokens` that were seen, or by `minutes`.
+        steps: of the run. It may also be ended by `tokens` that were seen, or by
+            `minutes` of steps, without evaluations.
         evaluate_every: steps from one evaluation to the next. There is one at the end, too.
         evaluation_batches: most batches of an evaluation.
         patience: the run ends after so many evaluations in a row that were not the best; None: not.
@@ -98,6 +99,10 @@ class Recipe:
         for name in _COUNTS:
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check_integer(name, getattr(self, name), 1)
+        if self.accumulate > self.batch:
+            raise ValueError(
+                f"accumulate must be at most batch = {self.batch}, got {self.accumulate}"
+            )
         check_integer("seed", self.seed, 0, 2**32 - 1)
         for name in ("clip_norm", "clip_value", "minutes"):
             if getattr(self, name) is not None:

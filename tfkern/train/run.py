@@ -15,7 +15,6 @@ from torch import nn
 
 from tfkern import files, models, tokenize
 from tfkern.models import Transformer, TransformerConfig
-from tfkern.tokenize import Tokenizer
 from tfkern.train import chart, checkpoint
 from tfkern.train.evaluate import evaluate
 from tfkern.train.flops import count_flops
@@ -61,7 +60,7 @@ def run(
     *,
     told: Callable[[dict[str, Any]], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
-    ceiling: float | None = None,
+    ceiling: Callable[[], float] | None = None,
 ) -> Outcome:
     """Runs a recipe, or goes on with it where its last checkpoint is.
 
@@ -72,7 +71,7 @@ def run(
     Args:
         told: is called with each line of metrics.jsonl.
         stopped: is asked after each step whether to save and end.
-        ceiling: FLOP/s of the device, of which the lines then tell the share.
+        ceiling: measures FLOP/s of the device, of which the lines then tell the share.
 
     Raises:
         ValueError: values of the recipe that are wrong or do not go together, data that are, a
@@ -85,13 +84,16 @@ def run(
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, told: Callable[[dict[str, Any]], None], ceiling: float | None
+        self,
+        recipe: Recipe,
+        told: Callable[[dict[str, Any]], None],
+        ceiling: Callable[[], float] | None,
     ) -> None:
-        self.recipe, self.told, self.ceiling = recipe, told, ceiling
+        self.recipe, self.told, self.measure = recipe, told, ceiling
         self.folder = Path(recipe.out)
         _check_foreign(self.folder)
         kind = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device(kind)
+        self.device = _device(kind)
         if isinstance(recipe.data, Mapping):  # all that is known before they are prepared
             _check_alone(recipe)
             if not (self.folder / _RECIPE).exists():
@@ -129,6 +131,19 @@ class _Run:
         files.write(self.folder / _RECIPE, f"{_MARK}\n{told}")
 
     def run(self, stopped: Callable[[], bool]) -> Outcome:
+        lock = self.folder / ".lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        except OSError as error:
+            raise ValueError(f"out: {self.folder}: {error.strerror}") from None
+        try:
+            with files.locked(lock, wait=False):
+                return self._run(stopped)
+        except BlockingIOError:
+            raise ValueError(f"out: another run is at work in {self.folder}") from None
+
+    def _run(self, stopped: Callable[[], bool]) -> Outcome:
         recipe = self.recipe
         start = checkpoint.load(
             self.folder / "checkpoints",
@@ -137,12 +152,22 @@ class _Run:
             scaler=self.scaler,
             configuration=self.configuration,
         )
+        if not start and any("validation_loss" in line for line in read(self.folder / _METRICS)):
+            raise ValueError(
+                f"out: {self.folder} holds a run without its checkpoints: delete it, or choose "
+                "another folder"
+            )
         self._claim()
-        self.flops = 0
+        self.flops, self.ceiling = 0, None
         if start < self.total:
+            self.ceiling = None if self.measure is None else self.measure()
             batch = self.task.batches[start]
             self.flops = count_flops(
-                self.model, self.objective, batch, accumulate=recipe.accumulate
+                self.model,
+                self.objective,
+                batch,
+                accumulate=recipe.accumulate,
+                precision=self.precision,
             )
         compiled: Any = torch.compile(self.model) if recipe.compile else self.model
         loop = steps(
@@ -205,8 +230,15 @@ class _Run:
         self.told(line)
 
     def _evaluate(self, step: int) -> None:
-        """Evaluates, and keeps the model if it is the best so far."""
-        found = evaluate(self.model, self.task.validation, self.objective, precision=self.precision)
+        """Evaluates, and keeps the model if it is the best so far.
+
+        What has been evaluated has a checkpoint, so that a run without any is one that lost them.
+        """
+        if not self.log.evaluations and checkpoint.latest(self.folder / "checkpoints") is None:
+            self._save(step)
+        # The loss of training may have more terms than the cross entropy.
+        objective = CrossEntropy(weights=self.recipe.weights)
+        found = evaluate(self.model, self.task.validation, objective, precision=self.precision)
         line: dict[str, Any] = {"step": step, "validation_loss": found.loss}
         if found.accuracies:
             line["accuracy"] = found.accuracies[-1]
@@ -215,7 +247,7 @@ class _Run:
         self.log.flush()
         chart.draw(read(self.folder / _METRICS), self.folder / _CHART)
         if best:
-            export(self.model, self.task.tokenizer, self.folder / "model")
+            export(self.model, self.task, self.folder / "model")
 
     def _save(self, step: int) -> None:
         self.log.flush()
@@ -230,14 +262,27 @@ class _Run:
         )
 
 
-def export(model: Transformer, tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Writes a model and its tokenizer, in the form of transformers if it has such models."""
+def export(model: Transformer, found: Task, folder: Path) -> None:
+    """Writes a model, its tokenizer and, as labels.json, the names of its classes.
+
+    The model is in the form of transformers if it has such models.
+    """
     try:
         models.save(model, folder)
     except ValueError:
         models.save(model, folder, form="tfkern")
-    if tokenizer is not None:
-        tokenize.save(tokenizer, folder)
+    if found.tokenizer is not None:
+        tokenize.save(found.tokenizer, folder)
+    if found.labels:
+        files.write(folder / "labels.json", json.dumps(list(found.labels)) + "\n")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"device: {files.shown(name)} cannot be used: {told}") from None
 
 
 def _check_foreign(folder: Path) -> None:
@@ -255,7 +300,10 @@ def _check_alone(recipe: Recipe) -> None:
     """Raises ValueError for what is wrong whatever the data are."""
     check_options(recipe.task, recipe.options)
     _preparation(recipe)
-    schedule(steps=recipe.steps, **recipe.schedule)
+    steps = recipe.steps
+    if recipe.tokens is not None:
+        steps = min(steps, -(-recipe.tokens // (recipe.batch * recipe.length)))
+    schedule(steps=steps, **recipe.schedule)
     optimiser(model=nn.ModuleList([nn.Linear(2, 2)]), **recipe.optimiser)
     # The task has its say on the architecture, and on the number of tokens.
     found = {"max_length": recipe.length, "vocab_size": _SIZE}

@@ -95,8 +95,9 @@ def steps(
 
     Raises:
         ValueError: arguments out of their range, before the first step.
-        FloatingPointError: the loss or a gradient is infinite or NaN. It names the step and the
-            largest gradients. No weight has been changed by that step.
+        FloatingPointError: the loss or a gradient is infinite or NaN. It names the step, counted
+            from 1 as in records, and the largest gradients. No weight has been changed by it. Also
+            if gradients overflow float16 whatever the scale.
     """
     if not 0 <= start or stop is not None and stop < start:
         raise ValueError(f"need 0 <= start <= stop, got {start} and {stop}")
@@ -172,10 +173,10 @@ class _Step:
         length = norm.item()
         finite = math.isfinite(length)
         if not all(map(math.isfinite, found)) or not finite and self.scaler is None:
-            raise FloatingPointError(self._diverged(number, found, length))
+            raise FloatingPointError(self._diverged(number + 1, found, length))
         if finite:
             self._clip(gradients, norm, length)
-        self._update(number, not finite)
+        self._update(number + 1, not finite)
         return found, length, not finite
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -250,7 +251,7 @@ def parts(batch: Batch, count: int) -> list[dict[str, Any]]:
     if count == 1:
         return [dict(batch)]
     leaves, form = pytree.tree_flatten(dict(batch))
-    sizes = {len(x) for x in leaves if isinstance(x, Tensor)}
+    sizes = {len(x) if x.dim() else 0 for x in leaves if isinstance(x, Tensor)}
     if len(sizes) != 1:
         raise ValueError(f"all tensors of a batch must have as many items, got {sorted(sizes)}")
     if min(sizes) < count:
