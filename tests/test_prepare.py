@@ -982,6 +982,13 @@ def test_the_recipe_of_the_docs(tmp_path):
     assert named == [step.name for step in clean_steps(["web"], told.words)] and len(named) == 7
 
 
+def test_numbers_of_a_file_may_lack_a_point(tmp_path):
+    """YAML 1.1 takes 5e-1 for a text."""
+    path = tmp_path / "a.yaml"
+    path.write_text("input: a\noutput: b\nnear_duplicates: 5e-1\n")
+    assert recipe.load(path).near_duplicates == 0.5
+
+
 def test_filters_of_a_step_are_made_with_the_words_of_the_recipe():
     made = clean_steps(["gopher_quality"], "words")[0]
     assert made.language == Words() and made.language != Whitespace()

@@ -7,7 +7,7 @@ import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -281,6 +281,32 @@ def parse_yaml(content: bytes | str, source: object) -> Any:
         raise ValueError(f"{source}: {one_line(error)}") from None
     except RecursionError:
         raise ValueError(f"{source} is nested too deeply") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping of names to values in a file of YAML.
+
+    Raises:
+        ValueError: the file cannot be read, or is no mapping.
+    """
+    told = parse_yaml(read(path), path)
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of names to values")
+    return told
+
+
+def check_recipe(told: Mapping[Any, Any], known: Collection[str], needed: Iterable[str]) -> None:
+    """Checks the names of a recipe.
+
+    Raises:
+        ValueError: a name that is not known, or one that is needed and has no value.
+    """
+    for name in told:
+        if name not in known:
+            raise ValueError(f"{shown(name)} is not one of {', '.join(known)}")
+    for name in needed:
+        if told.get(name) is None:
+            raise ValueError(f"a recipe needs {name}")
 
 
 def shown(value: Any) -> str:

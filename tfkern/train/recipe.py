@@ -155,9 +155,7 @@ def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:
     elif path.suffix not in (".yaml", ".yml"):
         known = ", ".join(shipped())
         raise ValueError(f"{files.shown(str(name))} is neither a recipe (.yaml) nor one of {known}")
-    told = files.parse_yaml(files.read(path), path)
-    if not isinstance(told, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of names to values")
+    told = files.read_recipe(path)
     for key, value in changes.items():
         outer, dot, inner = key.partition(".")
         if not dot:
@@ -175,13 +173,7 @@ def made(told: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: a name that no recipe has, or one that every recipe needs is missing.
     """
-    known = [f.name for f in fields(Recipe)]
-    for name in told:
-        if name not in known:
-            raise ValueError(f"{files.shown(name)} is not one of {', '.join(known)}")
-    for name in ("out", "task", "data"):
-        if told.get(name) is None:
-            raise ValueError(f"a recipe needs {name}")
+    files.check_recipe(told, [f.name for f in fields(Recipe)], ("out", "task", "data"))
     return Recipe(**told)
 
 

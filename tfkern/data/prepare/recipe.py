@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tfkern import files, tokenize
 from tfkern.data.prepare import clean, sources, tokens
 from tfkern.data.prepare.words import TOKENIZERS
@@ -143,15 +141,7 @@ def load(path: str | Path, **changes: Any) -> Recipe:
     Raises:
         ValueError: the file cannot be read, is no mapping, or has names that no recipe has.
     """
-    try:
-        told = yaml.safe_load(files.read(files.regular(Path(path))))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {files.one_line(error)}") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of names to values")
-    return made(told | changes)
+    return made(files.read_recipe(Path(path)) | changes)
 
 
 def made(told: dict[str, Any]) -> Recipe:
@@ -160,13 +150,7 @@ def made(told: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: a name that no recipe has, or one that every recipe needs is missing.
     """
-    known = [field.name for field in fields(Recipe)]
-    for name in told:
-        if name not in known:
-            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-    for name in ("input", "output"):
-        if name not in told:
-            raise ValueError(f"a recipe needs {name}")
+    files.check_recipe(told, [field.name for field in fields(Recipe)], ("input", "output"))
     return Recipe(**told)
 
 
