@@ -154,9 +154,7 @@ def run(
 
 def write(rows: list[Row], folder: Path) -> Path:
     """Puts the rows of an op into the file of this processor, in place of the op's former rows."""
-    op, order = rows[0]["op"], list(COMPARISONS)
-    path = folder / file_name(rows[0])
-    return report.update(path, rows, lambda r: r["op"] != op, lambda r: order.index(r["op"]))
+    return report.replace_rows(folder / file_name(rows[0]), rows, "op", list(COMPARISONS))
 
 
 def file_name(facts: Row) -> str:

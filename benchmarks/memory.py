@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from .case import Case, Variant, load, prepared
 
+# Freed blocks go back to the system at once, so that a peak counts only blocks in use.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _STATUS = Path("/proc/self/status")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -53,10 +55,7 @@ def peak(case: Case, variant: Variant) -> int:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # the parent handles interrupts at the terminal
-        # Freed blocks go back to the system at once, so that the peak counts only blocks in use.
-        env=os.environ
-        | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        | {"PYTHONSAFEPATH": "1"},
+        env=os.environ | GIVEN_BACK | {"PYTHONSAFEPATH": "1"},
     )
     try:
         out, told = child.communicate()

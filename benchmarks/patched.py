@@ -108,13 +108,7 @@ def run(
 
 def write(rows: list[Row], folder: Path) -> Path:
     """Puts rows into the file of this processor, in place of the former rows of their models."""
-    models, order = {row["op"] for row in rows}, list(MODELS)
-    return report.update(
-        folder / file_name(rows[0]),
-        rows,
-        lambda row: row["op"] not in models,
-        lambda row: order.index(row["op"]),
-    )
+    return report.replace_rows(folder / file_name(rows[0]), rows, "op", list(MODELS))
 
 
 def file_name(facts: Row) -> str:

@@ -112,6 +112,18 @@ def update(
     return path
 
 
+def replace_rows(path: Path, rows: Sequence[Row], column: str, order: Sequence[str]) -> Path:
+    """Puts rows into a file, in place of its former rows with the same values in a column.
+
+    Args:
+        order: all values of the column, in the order of the rows.
+    """
+    ran = {row[column] for row in rows}
+    return update(
+        path, rows, lambda row: row[column] not in ran, lambda row: order.index(row[column])
+    )
+
+
 def digits(value: float) -> str:
     """Three digits, or all digits before the point from 1000 on."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -189,7 +189,7 @@ def _usual(model: Any, case: Case, precision: str) -> Callable[[], float]:
 
 
 class _Labelled(nn.Module):
-    """A model of transformers, which shifts labels by itself when it makes the loss."""
+    """A model of transformers with its own loss, for targets that are shifted already."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -239,13 +239,8 @@ def run(
 
 def write(rows: list[Row], folder: Path) -> Path:
     """Puts rows into the file of this processor, in place of the former rows of their cases."""
-    ran, order = {row["case"] for row in rows}, [case.name for case in CASES]
-    return report.update(
-        folder / file_name(rows[0]),
-        rows,
-        lambda row: row["case"] not in ran,
-        lambda row: order.index(row["case"]),
-    )
+    names = [case.name for case in CASES]
+    return report.replace_rows(folder / file_name(rows[0]), rows, "case", names)
 
 
 def file_name(facts: Row) -> str:
@@ -277,11 +272,9 @@ def _peak(name: str, case: Case, precision: str, threads: int, tell: Callable[[s
 
 @contextmanager
 def _memory_given_back() -> Iterator[None]:
-    """Processes that are started here give freed blocks back at once, so that a peak counts only
-    blocks in use."""
-    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    former = {name: os.environ.get(name) for name in names}
-    os.environ |= dict.fromkeys(names, "65536")
+    """Processes that are started here have `memory.GIVEN_BACK` in their environment."""
+    former = {name: os.environ.get(name) for name in memory.GIVEN_BACK}
+    os.environ |= memory.GIVEN_BACK
     try:
         yield
     finally:
