@@ -1,6 +1,7 @@
 """The floating point operations of our operators, for torch's `FlopCounterMode`.
 
-with FlopCounterMode(custom_mapping=attention_formulas(causal=True)): ...
+with FlopCounterMode(custom_mapping=attention_formulas(causal=True)) as counter:
+    model(tokens)
 """
 
 import math

@@ -54,18 +54,13 @@ def _part(x: Tensor | None, n: slice) -> Tensor | None:
     return None if x is None else x[n]
 
 
-def _zeros(x: Tensor | None, wanted: bool, other: Tensor) -> Tensor:
+def _start(
+    x: Tensor | None, wanted: bool, other: Tensor, make: Callable[..., Tensor] = torch.zeros
+) -> Tensor:
     """The start of the gradient of x, or an empty tensor if it is not wanted."""
     if x is None or not wanted:
         return other.new_empty(0)
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _unfilled(x: Tensor, wanted: bool, other: Tensor) -> Tensor:
-    """Memory for the gradient of x, or an empty tensor if it is not wanted."""
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else other.new_empty(0)
-    )
+    return make(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _logits(x, weight, bias, linear):
@@ -114,7 +109,7 @@ def _backward(
     V = len(weight)
     rows = [None if r is None else r.flatten() for r in (lse, rest, dloss, dlse)]
     dx = torch.zeros(x.shape if want_dx else 0, dtype=lse.dtype, device=x.device)
-    dweight, dbias = _zeros(weight, want_dweight, x), _zeros(bias, want_dbias, x)
+    dweight, dbias = _start(weight, want_dweight, x), _start(bias, want_dbias, x)
     for n in _column_pieces(V):
         dz = _linear(x, weight[n], _part(bias, n), linear)
         op.backward_(dz, t, class_weight, *rows, ignore_index, label_smoothing, softcap, n.start, V)
@@ -139,9 +134,9 @@ def _formed(
     options = ignore_index, label_smoothing, softcap
     shape, x, t = x.shape, x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
     # The first piece overwrites dweight: to fill it with zeros is a pass over all of its memory.
-    start = _zeros if len(x) == 0 else _unfilled
-    dx, dweight = start(x, want_dx, x), start(weight, want_dweight, x)
-    dbias = _zeros(bias, want_dbias, x)
+    make = torch.zeros if len(x) == 0 else torch.empty
+    dx, dweight = _start(x, want_dx, x, make), _start(weight, want_dweight, x, make)
+    dbias = _start(bias, want_dbias, x)
     for m, dz in _logits(x, weight, bias, None):
         loss, lse, rest = op.forward(dz, t[m], class_weight, *options, False)
         dlse = None if z is None else dlse_of(z, lse, t[m], ignore_index)
