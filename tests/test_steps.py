@@ -569,7 +569,8 @@ def test_bleu():
     pytest.importorskip("sacrebleu")
     text = ["the cat sat on the mat today", "a dog ran over the hill at noon"]
     assert bleu(text, text) == pytest.approx(100)
-    # Of 6 words 5 are there, of 5 pairs 4, of 4 threes 3, of 3 fours 2; it is one word too short.
+    # The reference has 5 of the 6 words, 4 of the 5 pairs, 3 of the 4 threes and 2 of the 3 fours,
+    # and it is one word longer.
     precision = (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
     found = bleu(["the cat sat on the rug"], ["the cat sat on the big mat"])
     assert found == pytest.approx(100 * precision * math.exp(1 - 7 / 6))

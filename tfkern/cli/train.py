@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -62,7 +61,7 @@ def command(
         raise typer.Exit(128 + interrupt.number)
     print(f"ended after step {outcome.step} ({outcome.reason}), ", end="")
     print(f"best validation loss {outcome.validation_loss:.4f}")
-    print(Path(outcome.model))
+    print(outcome.model)
 
 
 class _Interrupt:

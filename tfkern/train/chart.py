@@ -1,35 +1,37 @@
 """A picture of how the loss fell."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tfkern import files
 
+_POINTS = 2000  # of a line, at most
 
-def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draws the losses of a metrics.jsonl over the steps, as a PNG.
+Losses = Sequence[tuple[int, float]]
+
+
+def draw(training: Losses, evaluations: Losses, path: Path) -> None:
+    """Draws losses over the steps, each a pair of step and loss, as a PNG.
 
     Losses of single steps are pale; the line through them is their running mean over a fiftieth of
-    the run.
+    the run. Of many steps some are left out.
     """
     from matplotlib.figure import Figure
 
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    evaluations = [
-        (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
-    ]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    if steps:
-        numbers, losses = zip(*steps, strict=True)
-        axes.plot(numbers, losses, color="C0", alpha=0.25, linewidth=0.8)
-        axes.plot(numbers, _smooth(losses, max(len(losses) // 50, 1)), color="C0", label="training")
+    if training:
+        numbers, losses = zip(*training, strict=True)
+        means = _smooth(losses, max(len(losses) // 50, 1))
+        some = slice(None, None, -(-len(losses) // _POINTS))
+        axes.plot(numbers[some], losses[some], color="C0", alpha=0.25, linewidth=0.8)
+        axes.plot(numbers[some], means[some], color="C0", label="training")
     if evaluations:
         numbers, losses = zip(*evaluations, strict=True)
         axes.plot(numbers, losses, "o-", color="C1", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss in nats")
     axes.grid(alpha=0.3)
-    if steps or evaluations:
+    if training or evaluations:
         axes.legend()
     with files.replacing(path) as new:
         figure.savefig(new, format="png", dpi=120)

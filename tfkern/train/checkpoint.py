@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tfkern import files
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 _TOLD = "training.json"
 
 
@@ -72,7 +72,7 @@ def save(
     }
     with files.beside(folder) as new:
         last = latest(folder)
-        if last is not None and int(last.name.removeprefix("step-")) > step:
+        if last is not None and _step(last) > step:
             raise ValueError(
                 f"{folder} has {last.name} already, which is later than step {step}: load it, or "
                 "choose another folder"
@@ -110,7 +110,7 @@ def load(
         return 0
     path = found[-1]
     told = files.read_object(path / _TOLD)
-    if told.get("step") != int(path.name.removeprefix("step-")):
+    if told.get("step") != _step(path):
         raise ValueError(f"{path / _TOLD}: step is {files.shown(told.get('step'))}")
     theirs = {"configuration": told.get("configuration"), "optimiser": told.get("optimiser")}
     ours = {"configuration": configuration, "optimiser": _kind(optimiser)}
@@ -119,7 +119,7 @@ def load(
     trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
     parameters = {name: p for name, p in _parameters(model).items() if id(p) in trained}
     _put(_read(path, _model(model), parameters, scaler), model, optimiser, scaler)
-    return int(told["step"])
+    return _step(path)
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -135,8 +135,12 @@ def _found(folder: Path) -> list[Path]:
     """The checkpoints of a folder by their steps."""
     if not folder.is_dir():
         return []
-    named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return [path for _, path in sorted((int(m[1]), path) for m, path in named if m)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    """How many steps were done at a checkpoint."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _kind(optimiser: torch.optim.Optimizer) -> str:

@@ -19,7 +19,8 @@ class Log:
 
     Attributes:
         seconds: that all steps took.
-        evaluations: step and loss of each evaluation.
+        losses: step and loss of each step.
+        evaluations: step and loss of each evaluation. Losses that are no number are infinite here.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
@@ -27,6 +28,7 @@ class Log:
         kept = [line for line in read(self.path) if line["step"] <= start]
         files.write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.seconds = 0.0
+        self.losses: list[tuple[int, float]] = []
         self.evaluations: list[tuple[int, float]] = []
         for line in kept:
             self._count(line)
@@ -35,8 +37,11 @@ class Log:
 
     def _count(self, line: dict[str, Any]) -> None:
         self.seconds += line.get("seconds", 0)
-        if "validation_loss" in line:
-            self.evaluations.append((line["step"], line["validation_loss"]))
+        for name, found in (("loss", self.losses), ("validation_loss", self.evaluations)):
+            if name in line:
+                loss = line[name]  # null stands for what is not finite
+                number = loss is not None and math.isfinite(loss)
+                found.append((line["step"], loss if number else math.inf))
 
     def add(self, line: dict[str, Any]) -> None:
         self._count(line)

@@ -66,7 +66,7 @@ def run(
 
     The folder `recipe.out` then has recipe.yaml with all values, metrics.jsonl, loss.png, the
     checkpoints, and "model" with the weights of the best evaluation. On a CPU, a run that was
-    stopped and one that was not have the same weights, bit by bit.
+    stopped and one that was not have the same weights, bit by bit, with as many threads.
 
     Args:
         told: is called with each line of metrics.jsonl.
@@ -245,7 +245,7 @@ class _Run:
         best = all(found.loss < loss for _, loss in self.log.evaluations)
         self._write(line)
         self.log.flush()
-        chart.draw(read(self.folder / _METRICS), self.folder / _CHART)
+        chart.draw(self.log.losses, self.log.evaluations, self.folder / _CHART)
         if best:
             export(self.model, self.task, self.folder / "model")
 
@@ -396,7 +396,7 @@ def _model(config: TransformerConfig, recipe: Recipe, device: torch.device) -> T
         torch.manual_seed(recipe.seed)
         model = Transformer(config)
     model.recompute = recipe.recompute
-    if model.vocabulary is not None:  # logits are never whole in memory
+    if model.vocabulary is not None:  # its logits would take most of the memory
         model.vocabulary.deferred = True
     return model.to(device)
 

@@ -73,8 +73,8 @@ def steps(
 
     What else a run does, such as to evaluate and to save, the caller does between steps. Model,
     optimiser and the number of steps are all that a run has to keep: learning rates and random
-    numbers depend on the number of the step alone. The state of torch's generators is the
-    caller's again whenever a record is yielded.
+    numbers depend on the number of the step alone. The states of torch's generators of the CPU and
+    of the model's device are the caller's again whenever a record is yielded.
 
     Args:
         model: is called with all of a batch but its targets, in training mode, and compiled if it
@@ -84,7 +84,8 @@ def steps(
         objective: makes a loss of what the model returns.
         optimiser: of the model's parameters.
         start, stop: the first step, and the one before which training ends; without end if None.
-        schedule: the factor of the learning rates at each step, such as `cosine`; 1 if None.
+        schedule: the factor of the learning rates at each step, as `tfkern.train.schedule` makes
+            it; 1 if None.
         accumulate: into how many parts each batch is cut, one after the other in memory. The
             gradients are those of the whole batch, however targets are spread over its parts.
         precision: dtype of autocast, torch.bfloat16 or torch.float16; the weights stay as they are.
@@ -232,9 +233,8 @@ class _Step:
             if p.grad is not None
             for size in [p.grad.norm().item()]
         ]
-        largest = ", ".join(
-            f"{name} {size:.3g}" for _, name, size in sorted(sizes)[: -_SHOWN - 1 : -1]
-        )
+        first = sorted(sizes, reverse=True)[:_SHOWN]
+        largest = ", ".join(f"{name} {size:.3g}" for _, name, size in first)
         shown = " + ".join(f"{term:.6g}" for term in terms)
         return (
             f"step {number}: the loss is {shown} and the norm of the gradients {norm:.3g}; the "
