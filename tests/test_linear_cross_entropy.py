@@ -24,11 +24,12 @@ OPTIONS = {
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Pieces of few rows and columns, so that small inputs have several."""
-    slices = logit_pieces._slices
-    monkeypatch.setattr(
-        logit_pieces, "_slices", lambda size, pieces, least: slices(size, 3, least // 32)
-    )
+    """Pieces of 16 rows and columns, so that small inputs have several."""
+
+    def slices(size, pieces, least):
+        return [slice(i, min(i + 16, size)) for i in range(0, size, 16)]
+
+    monkeypatch.setattr(logit_pieces, "_slices", slices)
 
 
 def make(M, K, V, dtype, device, bias=False):
