@@ -17,11 +17,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "gcc " TFKERN_STRING(__GNUC__) "." TFKERN_STRING(__GNUC_MINOR__);
 #endif
   m.attr("torch_version") = TFKERN_STRING(TFKERN_TORCH_VERSION);
-#if defined(__x86_64__)
-  m.attr("cpu_levels") = pybind11::make_tuple("default", "avx2", "avx512", "amx");
-#else
-  m.attr("cpu_levels") = pybind11::make_tuple("default");
-#endif
+  std::vector<const char*> levels;
+  for (tfkern::Isa level : tfkern::kIsaLevels) {
+    if (tfkern::has(level)) levels.push_back(tfkern::name(level));
+  }
+  m.attr("cpu_levels") = pybind11::tuple(pybind11::cast(levels));
   const std::vector<const char*> architectures{TFKERN_CUDA_ARCHITECTURES};
   m.attr("cuda_architectures") = pybind11::tuple(pybind11::cast(architectures));
   const std::vector<const char*> kernels{TFKERN_CUDA_KERNELS};
@@ -29,5 +29,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = !architectures.empty();
   m.def(
       "cpu_capability", [] { return tfkern::name(tfkern::isa()); },
-      "The level of vector instructions that the kernels use in this process.");
+      "The one of cpu_levels, the vector instructions that this processor has, that kernels use.");
 }

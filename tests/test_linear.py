@@ -32,16 +32,19 @@ def processor(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "x86, matrix_unit, fast_pairs, widened",
+    "x86, level, widened",
     [
-        (True, False, False, [torch.bfloat16, torch.float16]),
-        (True, False, True, [torch.float16]),  # Zen 4: its products of bfloat16 are the fastest
-        (True, True, False, []),
-        (False, False, False, []),
+        (True, "default", [torch.bfloat16, torch.float16]),
+        (True, "avx512", [torch.bfloat16, torch.float16]),
+        (True, "avx512_bf16", [torch.float16]),  # Zen 4: its products of bfloat16 are the fastest
+        (True, "amx", []),
+        (False, "default", []),
     ],
 )
-def test_what_each_processor_widens(x86, matrix_unit, fast_pairs, widened):
-    assert native.widened_from(x86, matrix_unit, fast_pairs) == dict.fromkeys(widened, 128)
+def test_what_each_processor_widens(x86, level, widened, monkeypatch):
+    levels = ("default", "avx2", "avx512", "avx512_bf16", "amx") if x86 else ("default",)
+    monkeypatch.setattr(native._C, "cpu_levels", levels)
+    assert native.widened_from(level) == dict.fromkeys(widened, 128)
 
 
 class Products(TorchDispatchMode):

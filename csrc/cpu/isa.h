@@ -11,10 +11,14 @@
 
 namespace tfkern {
 
-enum class Isa { baseline, avx2, avx512, amx };  // amx: avx512 plus AMX
+// avx512_bf16 and amx are avx512 with products of bfloat16 in hardware: of pairs (vdpbf16ps), and of
+// tiles.
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
+
+constexpr Isa kIsaLevels[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 inline const char* name(Isa isa) {
-  constexpr const char* kNames[] = {"default", "avx2", "avx512", "amx"};
+  constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
@@ -29,25 +33,53 @@ inline bool has_amx() {
 #endif
 }
 
-// The best level of this processor, lowered by TFKERN_CPU_CAPABILITY=default|avx2|avx512|amx (the
-// counterpart of ATen's ATEN_CPU_CAPABILITY; a level that the processor lacks is never chosen).
+// Tells whether this processor has all instructions of a level.
+inline bool has(Isa level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  switch (level) {
+    case Isa::baseline:
+      return true;
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx:
+      return has(Isa::avx512) && has_amx();
+#endif
+    default:
+      return false;
+  }
+}
+
+// Tells whether a level is the fastest choice where it exists. Only avx512_bf16 may not be: a core
+// of AMD (from Zen 4 on) does twice as many multiplications of pairs as of floats a second, one of
+// Intel half as many.
+inline bool pays(Isa level) {
+#if defined(__x86_64__)
+  return level != Isa::avx512_bf16 || __builtin_cpu_is("amd");
+#else
+  return true;
+#endif
+}
+
+// The level in use: the fastest of this processor, or the one that TFKERN_CPU_CAPABILITY names, as
+// ATen's ATEN_CPU_CAPABILITY does, if the processor has it.
 inline Isa isa() {
   static const Isa chosen = [] {
-    Isa best = Isa::baseline;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      best = Isa::avx2;
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        best = has_amx() ? Isa::amx : Isa::avx512;
-      }
-    }
-#endif
     const char* wish = std::getenv("TFKERN_CPU_CAPABILITY");
-    for (Isa lower : {Isa::avx512, Isa::avx2, Isa::baseline}) {
-      if (wish && std::strcmp(wish, name(lower)) == 0 && lower < best) best = lower;
+    Isa best = Isa::baseline;
+    for (Isa level : kIsaLevels) {
+      if (!has(level)) continue;
+      if (wish && std::strcmp(wish, name(level)) == 0) return level;
+      if (pays(level)) best = level;
     }
     return best;
   }();
@@ -61,6 +93,7 @@ inline Isa isa() {
 #define TFKERN_ISA_CALL(function, ...)                  \
   switch (::tfkern::isa()) {                            \
     case ::tfkern::Isa::amx:                            \
+    case ::tfkern::Isa::avx512_bf16:                    \
     case ::tfkern::Isa::avx512:                         \
       return ::tfkern::avx512::function(__VA_ARGS__);   \
     case ::tfkern::Isa::avx2:                           \

@@ -6,41 +6,29 @@ x is (M, K), w (N, K). All products are torch's.
 """
 
 import math
-import platform
 
 import torch
 import torch.nn.functional as F
 
 from tfkern.native import _C
 
-_MATRIX_UNIT = _C.cpu_capability() == "amx"
 
-
-def widened_from(x86: bool, matrix_unit: bool, fast_pairs: bool) -> dict[torch.dtype, int]:
+def widened_from(level: str) -> dict[torch.dtype, int]:
     """For each dtype whose products are computed in float32, the fewest rows for which they are.
 
-    x86 without a matrix unit multiplies 16-bit numbers at half the rate of float32, or less. The
-    exception is bfloat16 on AMD's with instructions for pairs of it (`fast_pairs`), at twice the
-    rate of float32; Intel's have them, too, at half. The cost of widening the weights is made good
-    from about 100 rows on (768 x 3072).
+    x86 multiplies 16-bit numbers at half the rate of float32, or less, unless it has a matrix unit
+    or, for bfloat16, fast instructions for pairs of numbers. The cost of widening the weights is
+    made good from about 100 rows on (768 x 3072).
     """
-    if not x86 or matrix_unit:
+    x86 = "avx2" in _C.cpu_levels
+    if not x86 or level == "amx":
         return {}
-    return dict.fromkeys((torch.float16,) if fast_pairs else (torch.bfloat16, torch.float16), 128)
+    pairs = level == "avx512_bf16"
+    return dict.fromkeys((torch.float16,) if pairs else (torch.bfloat16, torch.float16), 128)
 
 
-def _is_amd() -> bool:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            vendor = next((line for line in lines if line.startswith("vendor_id")), "")
-    except OSError:  # not Linux
-        vendor = platform.processor()
-    return "AuthenticAMD" in vendor
-
-
-_WIDENED_FROM = widened_from(
-    "avx2" in _C.cpu_levels, _MATRIX_UNIT, torch.cpu._is_avx512_bf16_supported() and _is_amd()
-)
+_MATRIX_UNIT = _C.cpu_capability() == "amx"
+_WIDENED_FROM = widened_from(_C.cpu_capability())
 
 
 def forward(x, weight, bias):
