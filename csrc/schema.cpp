@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
   m.def(
       "rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
       "-> ()");
+  m.def(
+      "append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) lengths, Tensor k, Tensor v, "
+      "Tensor? counts) -> Tensor used");
   // clang-format on
   m.def(
       "mlp_activation_forward(Tensor total, Tensor? up, str activation, ScalarType dtype) "

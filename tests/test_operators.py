@@ -109,12 +109,23 @@ def rotary_inplace(**changes):
     return "rotary_", rotary()[1] | {"interleaved": True} | changes
 
 
+def append_(**changes):
+    """Tokens for a cache, which goes on at its first place in one batch."""
+    caches = torch.zeros(2, B, H, S, D)
+    args = (*caches, torch.tensor([0, 5]), *torch.randn(2, B, T, H, D).transpose(2, 3),
+            torch.tensor([3, 4]))  # fmt: skip
+    return "append_", named("append_", args) | changes
+
+
 CALLS: list[Callable] = [
     attention_forward, attention_packed, attention_paged, attention_backward, layer_norm_forward,
     layer_norm_backward, mlp_activation_forward, mlp_activation_backward, cross_entropy_forward,
     cross_entropy_long, cross_entropy_backward, cross_entropy_in_place, rotary, rotary_inplace,
+    append_,
 ]  # fmt: skip
 
+
+ONLY_ON_CPU = {"append_"}
 
 # Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
@@ -131,7 +142,13 @@ def run(request):
     """Calls an operator of one place with arguments that are tensors of the CPU."""
     ops = emulation.load() if request.param == "host" else OPS
     place = on_gpu if request.param == "gpu" else lambda x: x
-    return lambda operator, args: getattr(ops, operator)(*map(place, args.values()))
+
+    def call(operator, args):
+        if operator in ONLY_ON_CPU and request.param != "cpu":
+            pytest.skip("only the CPU has this operator")
+        return getattr(ops, operator)(*map(place, args.values()))
+
+    return call
 
 
 def on_gpu(x):
@@ -296,6 +313,19 @@ HOSTILE = [
     (rotary_inplace, {"q": torch.randn(B, H, T - 1, D)}),
     (rotary_inplace, {"k": torch.ones(B, 2, T, D, dtype=torch.int32)}),
     (rotary_inplace, {"sin": torch.rand(B, T)}),
+    (append_, {"k": torch.randn(B, H, S + 1, D), "v": torch.randn(B, H, S + 1, D)}),
+    (append_, {"k": torch.randn(B, H, T, D + 1)}),
+    (append_, {"v": torch.randn(B, H - 1, T, D)}),
+    (append_, {"v": torch.randn(B, H, T, D).double()}),
+    (append_, {"k_cache": torch.zeros(B, H, S + 1, D)}),
+    (append_, {"k_cache": torch.zeros(B, H, D, S).transpose(2, 3)}),
+    (append_, {"v_cache": torch.zeros(B + 1, H, S, D)}),
+    (append_, {"lengths": torch.tensor([0, -1])}),
+    (append_, {"lengths": torch.tensor([0, 2**63 - 1])}),
+    (append_, {"lengths": torch.zeros(B, dtype=torch.int32)}),
+    (append_, {"lengths": torch.zeros(1, dtype=torch.int64)}),
+    (append_, {"counts": torch.zeros(B + 1, dtype=torch.int64)}),
+    (append_, {"counts": torch.ones(B)}),
 ]  # fmt: skip
 
 
@@ -342,7 +372,7 @@ def test_kernels_of_cuda_take_no_float64(call, run):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [call for call in CALLS if call.__name__ not in ONLY_ON_CPU])
 def test_every_tensor_is_on_the_same_device(call):
     operator, args = call()
     names = [name for name in args if isinstance(args[name], torch.Tensor)]

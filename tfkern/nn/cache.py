@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfkern import dispatch
 from tfkern.ops import checks
+from tfkern.ops.append import append_
 
 _KINDS = ("static", "growing", "ring")
 
@@ -107,32 +108,17 @@ class KVCache:
         """
         self._check(k, v, lengths)
         T = k.shape[2]
-        new = torch.full_like(self._lengths, T) if lengths is None else lengths.clamp(0, T)
-        total = self._lengths + new
         if self.kind == "growing":
             self.reserve(T)
             self._rows += T
-        elif self.kind == "static" and checks.values_at_hand(total):
-            most = int(total.max())
-            if most > self.capacity:
-                raise ValueError(
-                    f"a sequence of {most} tokens does not fit into a cache of {self.capacity}: "
-                    'take a larger capacity, or kind "growing"'
-                )
+        counts = None if lengths is None else lengths.to(self._lengths.dtype).clamp(0, T)
+        if self.kind == "static" and checks.values_at_hand(self._lengths):
+            self._check_room(T, counts)
         if self.kind == "ring" and T > 1:
-            return self._append_to_ring(k, v, new, total)
-        step = torch.arange(T, device=k.device)
-        batch = torch.arange(k.shape[0], device=k.device)[:, None]
-        # The T places differ also where they wrap around; only padding may lie beyond the capacity.
-        place = (self._lengths[:, None] + step) % self.capacity
-        for cache, x in ((self._k, k), (self._v, v)):
-            x = x.detach().transpose(1, 2)
-            if lengths is not None:
-                exists = (step < new[:, None])[..., None, None]
-                x = torch.where(exists, x, cache[batch, :, place])
-            cache[batch, :, place] = x
-        self._lengths.copy_(total)
-        return self._k, self._v, total.clamp(max=self.capacity)
+            new = torch.full_like(self._lengths, T) if counts is None else counts
+            return self._append_to_ring(k, v, new, self._lengths + new)
+        used = append_(self._k, self._v, self._lengths, k.detach(), v.detach(), counts)
+        return self._k, self._v, used
 
     def reserve(self, rows: int) -> None:
         """Makes room in a growing cache for the rows of the next `append`, which will return S =
@@ -201,6 +187,17 @@ class KVCache:
             checks.integers("lengths", lengths, k)
             checks.shape("lengths", lengths, self._lengths.shape, "one length for each batch")
             checks.within("lengths", lengths, 0, k.shape[2])
+
+    def _check_room(self, T: int, counts: Tensor | None) -> None:
+        """Checks that T tokens, or the first `counts` of them, fit into a static cache."""
+        if max(self._lengths.tolist(), default=0) + T <= self.capacity:
+            return
+        most = int((self._lengths + (T if counts is None else counts)).max())
+        if most > self.capacity:
+            raise ValueError(
+                f"a sequence of {most} tokens does not fit into a cache of {self.capacity}: "
+                'take a larger capacity, or kind "growing"'
+            )
 
     def _append_to_ring(
         self, k: Tensor, v: Tensor, new: Tensor, total: Tensor

@@ -1,0 +1,18 @@
+"""New tokens in a cache of keys and values, by csrc/cpu/append.cpp."""
+
+import torch
+
+from tfkern.native import unavailable
+
+forward = torch.ops.tfkern.append_.default
+
+
+def why_not(k_cache, v_cache, lengths, k, v, counts, *, needs_grad) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile makes a kernel of the reference, which copies no cache"
+    return unavailable(k) if k.is_cpu else "runs on the CPU"
+
+
+@torch.library.register_fake("tfkern::append_")
+def _(k_cache, v_cache, lengths, k, v, counts):
+    return torch.empty_like(lengths)
