@@ -29,6 +29,9 @@ def command(
     dtype: Annotated[
         str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}. The default keeps it.")
     ] = "",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Makes the weights of linear layers int8; --to tfkern.")
+    ] = False,
     shard_bytes: Annotated[
         int,
         number("Size of the weights in bytes above which they go to several files.", int, 1, 2**62),
@@ -46,12 +49,16 @@ def command(
     kept = check_dtype(dtype) if dtype else None
     if form not in ("huggingface", "tfkern"):
         raise ValueError(f"form must be huggingface or tfkern, got {form!r}")
+    if int8 and form != "tfkern":
+        raise ValueError("--int8 needs --to tfkern: Hugging Face has no such weights")
     there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise ValueError(f"cannot write to {target}: {there} is no directory")
     if target.resolve() == source.resolve():
         raise ValueError(f"source and target are the same directory, {source}")
     model = models.load(source, dtype=kept)
+    if int8:
+        models.quantize(model)
     along = {name: source / name for name in _ALONG if (source / name).exists()}
     for path in along.values():
         files.regular(path)

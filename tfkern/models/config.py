@@ -165,7 +165,8 @@ class TransformerConfig:
         logit_softcap: bound of the logits of tokens, as attention_softcap is of scores.
         logit_bias: whether an lm head has a constant bias, as in BART's files.
 
-    Initialisation:
+    Weights:
+        int8: whether the weights of linear layers are int8, as `tfkern.models.quantize` makes them.
         init: "gpt2": deviation 0.02, and 0.02 / sqrt(2 layers) for the last weight of a sublayer;
             "normal": 0.02 (BERT, GPT-1, BART); "truncated": the same, cut off at two deviations
             (ViT); "t5": by fan in; "xavier": uniform by both fans (Vaswani et al. 2017).
@@ -236,6 +237,7 @@ class TransformerConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     logit_bias: bool = False
+    int8: bool = False
     init: str = "gpt2"
 
     def __post_init__(self) -> None:
@@ -311,6 +313,8 @@ class TransformerConfig:
             raise ValueError(f"yarn needs a rotary_base above 1, got {self.rotary_base}")
 
     def _check_norms(self) -> None:
+        if self.int8 and self.norm == "weight_norm":
+            raise ValueError("int8 weights cannot be written as length and direction (weight_norm)")
         if self.post_norm and self.norm_place != "before":
             raise ValueError(f"post_norm has no norm_place, got {self.norm_place!r}")
         if self.wide_output and (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
 from tfkern.models.embedding import rows
-from tfkern.nn import Linear
+from tfkern.nn import Int8Linear, Linear
 from tfkern.ops import linear
 from tfkern.ops.activation import FUNCTIONS
 
@@ -40,7 +40,8 @@ class VocabularyHead(nn.Module):
     models have none, makes c tanh(x / c) of x.
 
     Attributes:
-        deferred: whether forward returns `DeferredLogits` in training mode. Default False.
+        deferred: whether forward returns `DeferredLogits` in training mode, which it cannot if
+            weights are int8. Default False.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
@@ -58,6 +59,7 @@ class VocabularyHead(nn.Module):
         elif config.logit_bias:
             del self.bias
             self.register_buffer("bias", torch.zeros(config.vocab_size))
+        self.int8: Int8Linear | None = None  # the table, in a model of int8 weights
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(rows(config), config.embedding_size))
@@ -70,6 +72,8 @@ class VocabularyHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             y = self.norm(self.act(self.dense(y)))
         y = y if self.scale == 1 else y * self.scale
+        if self.int8 is not None:
+            return self._finished(self.int8(y))
         table = table if self.weight is None else self.weight
         if table is None:
             raise ValueError("a tied vocabulary head needs the table of a token embedding")
@@ -77,7 +81,10 @@ class VocabularyHead(nn.Module):
             if len(table) > self.vocab_size:
                 table = table[: self.vocab_size]
             return DeferredLogits(y, table, self.bias, self.softcap or 0.0)
-        logits = linear(y, table)
+        return self._finished(linear(y, table))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of products (..., rows of the table)."""
         logits = logits[..., : self.vocab_size]  # without the rows that pad the table
         logits = logits if self.bias is None else logits + self.bias
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap

@@ -22,8 +22,9 @@ from tfkern.models.blocks import Attention, KeysValues, normalise_weights
 from tfkern.models.config import TransformerConfig
 from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
 from tfkern.models.initialise import initialise
+from tfkern.models.quantize import replace_linear
 from tfkern.models.stack import Mask, Stack
-from tfkern.nn import KVCache, Linear
+from tfkern.nn import Int8Linear, KVCache, Linear
 from tfkern.ops import packing
 
 
@@ -81,9 +82,17 @@ class Transformer(nn.Module):
         if config.norm == "weight_norm":
             for stack in filter(None, (self.encoder, self.decoder)):
                 normalise_weights(stack)
+        if config.int8:
+            replace_linear(self)
 
     def reset_parameters(self) -> None:
-        """Draws all weights as `config.init` says."""
+        """Draws all weights as `config.init` says.
+
+        Raises:
+            ValueError: weights are int8.
+        """
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise ValueError("int8 weights cannot be drawn")
         initialise(self, self.config)
 
     def forward(

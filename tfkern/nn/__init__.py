@@ -6,7 +6,7 @@ from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
 from tfkern.nn.cross_entropy import CrossEntropyLoss
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from tfkern.nn.linear import Linear
+from tfkern.nn.linear import Int8Linear, Linear
 from tfkern.nn.mlp import MLP, GatedMLP
 from tfkern.nn.rotary import RotaryScaling
 
@@ -15,6 +15,7 @@ __all__ = [
     "BatchNorm",
     "CrossEntropyLoss",
     "GatedMLP",
+    "Int8Linear",
     "KVCache",
     "LayerNorm",
     "Linear",

@@ -201,6 +201,8 @@ def _own(description: dict[str, Any]) -> TransformerConfig:
 
 
 def _changed(config: TransformerConfig, changes: dict[str, Any]) -> TransformerConfig:
+    if changes.get("int8", config.int8) != config.int8:
+        raise ValueError("int8 is no change: tfkern.models.quantize makes weights int8")
     try:
         return replace(config, **changes)
     except TypeError as error:
