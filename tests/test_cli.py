@@ -79,6 +79,7 @@ def quick(monkeypatch):
             "huggingface or tfkern, got 'zip'",
         ),
         (["convert", "/nowhere", "/else", "--dtype", "float12"], "unknown dtype 'float12'"),
+        (["convert", "/nowhere", "/else", "--int8"], "--int8 needs --to tfkern"),
         (["convert", "/nowhere", "/else", "--shard-bytes", "0"], "--shard-bytes"),
     ],
 )

@@ -50,6 +50,7 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     @torch.no_grad()
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
