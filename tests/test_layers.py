@@ -17,6 +17,7 @@ RANKS = {
     "tfkern.native": 0,
     "tfkern._C": -1,
     "tfkern.files": 0,
+    "tfkern.memory": 0,
     "tfkern.dispatch": 1,
     "tfkern.ops": 2,
     "tfkern.nn": 3,

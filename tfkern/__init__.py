@@ -4,6 +4,7 @@ its backward."""
 from importlib.metadata import version as _version
 
 from tfkern.dispatch import Explanation, backends, use_backend
+from tfkern.memory import keep_memory
 from tfkern.ops import (
     attention,
     attention_varlen,
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gated_mlp",
+    "keep_memory",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

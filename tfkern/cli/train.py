@@ -15,6 +15,7 @@ from rich.table import Table
 from tfkern.benchmarks.timing import product_ceiling
 from tfkern.cli.options import check_device, values
 from tfkern.cli.output import console
+from tfkern.memory import keep_memory
 
 
 def command(
@@ -49,6 +50,7 @@ def command(
     found = load(recipe, values(changes or []))
     device = check_device(found.device or "")
     dtype = getattr(torch, found.precision)
+    keep_memory()
     with _Screen(found.steps) as screen, _Interrupt() as interrupt:
         outcome = run(
             found,

@@ -1,18 +1,15 @@
 """Weights of eight bits, for inference."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from tfkern.nn import Int8Linear, Linear
 
-if TYPE_CHECKING:
-    from tfkern.models.transformer import Transformer
 
-
-def quantize(model: "Transformer") -> "Transformer":
-    """Makes the weights of a model's linear layers int8, in place, and returns the model.
+def quantize(model: Any) -> Any:
+    """Makes the weights of the linear layers of a `Transformer` int8, in place, and returns it.
 
     Decoding reads all weights for every token, and these are a quarter of float32's bytes. Each row
     of a weight has one scale (see `tfkern.nn.Int8Linear`), and so has each row of the table with
