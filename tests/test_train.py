@@ -248,6 +248,14 @@ def test_the_command_prepares_data(tmp_path, texts, capsys):
     assert [step for step, _ in losses(tmp_path / "out")[0]] == [1, 2]
 
 
+def test_preparation_is_told(tmp_path, texts):
+    data = {"input": str(texts), "tokenizer": "characters", "validation": 0.1, "files": 2}
+    told = []
+    run(made(tmp_path / "out", data, steps=1), preparing=lambda *doing: told.append(doing))
+    stages = [name for name, done, total in told if done == total]
+    assert len(set(stages)) > 2 and all(0 <= done <= total for _, done, total in told)
+
+
 def test_the_recipes_are_listed(capsys):
     status, out, _ = called(capsys, "--list")
     assert status == 0

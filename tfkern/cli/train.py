@@ -57,6 +57,7 @@ def command(
             told=screen.show,
             stopped=interrupt.asked,
             ceiling=lambda: product_ceiling(dtype, device),
+            preparing=screen.prepare,
         )
     if outcome.reason == "stopped":
         print(f"interrupted after step {outcome.step}: the same command goes on", file=sys.stderr)
@@ -128,6 +129,9 @@ class _Screen:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def prepare(self, doing: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=f"{doing}: {done} of {total}")
 
     def show(self, line: dict[str, Any]) -> None:
         if "validation_loss" in line:

@@ -61,6 +61,7 @@ def run(
     told: Callable[[dict[str, Any]], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
     ceiling: Callable[[], float] | None = None,
+    preparing: Callable[[str, int, int], None] = lambda doing, done, total: None,
 ) -> Outcome:
     """Runs a recipe, or goes on with it where its last checkpoint is.
 
@@ -72,6 +73,8 @@ def run(
         told: is called with each line of metrics.jsonl.
         stopped: is asked after each step whether to save and end.
         ceiling: measures FLOP/s of the device, of which the lines then tell the share.
+        preparing: is told what the preparation of data does, if there is one, how much of that is
+            done, and of how much.
 
     Raises:
         ValueError: values of the recipe that are wrong or do not go together, data that are, a
@@ -79,7 +82,7 @@ def run(
         OSError: files cannot be read or written.
         FloatingPointError: see `steps`.
     """
-    return _Run(recipe, told, ceiling).run(stopped)
+    return _Run(recipe, told, ceiling, preparing).run(stopped)
 
 
 class _Run:
@@ -88,6 +91,7 @@ class _Run:
         recipe: Recipe,
         told: Callable[[dict[str, Any]], None],
         ceiling: Callable[[], float] | None,
+        preparing: Callable[[str, int, int], None],
     ) -> None:
         self.recipe, self.told, self.measure = recipe, told, ceiling
         self.folder = Path(recipe.out)
@@ -98,7 +102,7 @@ class _Run:
             _check_alone(recipe)
             if not (self.folder / _RECIPE).exists():
                 self._claim()
-        data = _data(recipe)
+        data = _data(recipe, preparing)
         self.task = _task(recipe, data)
         config = _config(recipe, self.task)
         self.model = _model(config, recipe, self.device)
@@ -320,13 +324,13 @@ def _check_alone(recipe: Recipe) -> None:
     raise errors[0]
 
 
-def _data(recipe: Recipe) -> Path:
+def _data(recipe: Recipe, preparing: Callable[[str, int, int], None]) -> Path:
     """Where the data are, which are prepared first if need be."""
     if not isinstance(recipe.data, Mapping):
         return Path(recipe.data)
     from tfkern.data.prepare import prepare
 
-    return prepare(_preparation(recipe))
+    return prepare(_preparation(recipe), progress=preparing)
 
 
 def _preparation(recipe: Recipe) -> Any:
