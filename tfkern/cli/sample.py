@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tfkern.cli.options import SEEDS, Device, Model, load, number
+from tfkern.memory import keep_memory
 
 if TYPE_CHECKING:
     from tfkern.models import Transformer
@@ -76,6 +77,7 @@ def command(
         min_p=min_p or None,
         repetition_penalty=repetition_penalty,
     )
+    keep_memory()
     transformer, tokenizer = load(model, device)
     options: dict[str, Any] = {"sampling": sampling, "stop": stop or []}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfkern.generate.request import Request, Rows, Seeds, request, seeds_of
-from tfkern.generate.sampling import Sampling, draw
+from tfkern.generate.sampling import Sampling
 from tfkern.generate.session import Session, pad
 from tfkern.models import Transformer
 
@@ -104,10 +104,11 @@ def _steps(
     logits = session.feed(*pad(history, device))
     for written in range(max_tokens):
         texts = [history[i] for i in alive]
-        p = sampling.probabilities(asked.logits(logits[alive], texts, written, sampling))
+        allowed = asked.logits(logits[alive], texts, written, sampling)
+        chosen = sampling.choose(allowed, [generators[i] for i in alive])
         step: list[int | None] = [None] * len(history)
         going = []
-        for i, token in zip(alive, draw(p, [generators[i] for i in alive]).tolist(), strict=True):
+        for i, token in zip(alive, chosen.tolist(), strict=True):
             step[i] = token
             history[i].append(token)
             stopped = stop is not None and stop(i, token)

@@ -100,16 +100,34 @@ class Sampling:
         Raises:
             ValueError: a row of which every token is excluded, or whose logits are not finite.
         """
-        best = logits.amax(-1)
-        if not best.isfinite().all():
-            raise ValueError(
-                f"no token can be drawn: the largest logit is {best[~best.isfinite()][0].item()} "
-                "(-inf: every token is excluded)"
-            )
+        _check_possible(logits)
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, best, 1.0)
-        return logits.double().softmax(-1)
+        return logits.softmax(-1, dtype=torch.float64)
+
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """One token for each row of logits from `logits`, as (B,) int64.
+
+        It is that of `draw`, for which a row takes a number from its generator; with temperature 0
+        it takes none.
+
+        Raises:
+            ValueError: as `probabilities`.
+        """
+        if self.temperature == 0:
+            _check_possible(logits)
+            return logits.argmax(-1)
+        return draw(self.probabilities(logits), generators)
+
+
+def _check_possible(logits: Tensor) -> None:
+    best = logits.amax(-1)
+    if not best.isfinite().all():
+        raise ValueError(
+            f"no token can be drawn: the largest logit is {best[~best.isfinite()][0].item()} "
+            "(-inf: every token is excluded)"
+        )
 
 
 GREEDY = Sampling(temperature=0.0)
