@@ -12,9 +12,8 @@ def keep_memory() -> bool:
     they are freed. Then writing to them for the first time costs more than most ops: an addition of
     4 million numbers takes several times as long. Programs that make tensors of the same sizes
     again and again, as training does, should call this once, at their start; `tfkern train` and
-    `tfkern sample` do.
-    It holds for the whole process, which then stays as large as it has ever been. Small tensors
-    that live long between large ones may keep the memory of these from being used again.
+    `tfkern sample` do. It holds for the whole process, which then stays as large as it has ever
+    been. Small tensors that live long between large ones may keep their memory from being reused.
 
     Returns:
         Whether the process keeps memory: only the malloc of the GNU C library can be told.
