@@ -8,9 +8,9 @@
 // (B, Hk, S, Dv); key head h / (H / Hk) serves query head h. Strides are arbitrary except that rows
 // are contiguous. Elements beyond the lengths are never read. Work is cut into tiles of kKeys keys
 // times kBlock rows, so memory is linear in T and S. float16 and bfloat16 are widened and computed
-// in float; only AMX, on processors that have it, multiplies bfloat16 as it is. How the work is cut
-// depends on the shapes only, never on the number of threads, and no sum is shared between tasks,
-// so results are bit-equal from run to run.
+// in float, except that bfloat16 is multiplied as it is on processors with instructions for it that
+// are faster. How the work is cut depends on the shapes only, never on the number of threads, and
+// no sum is shared between tasks, so results are bit-equal from run to run.
 #include "attention.h"
 
 #include <torch/csrc/stable/ops.h>

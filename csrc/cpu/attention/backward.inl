@@ -25,8 +25,8 @@ constexpr int64_t kBlocksPerWalk = 4;
 
 // ---- products of the backward ----
 //
-// There are two implementations with the same functions (the second is in amx_backward.inl). Copies
-// of an object share its buffers for tiles.
+// There are two implementations with the same functions (the second is in pairs_backward.inl).
+// Copies of an object share its buffers for tiles.
 //
 //   allocate_rows: gives a copy buffers of its own for the rows of a block.
 //   load: reads q, do and o of a block (0 for rows with lse = inf), and sets do_o = sum(do o).
@@ -72,7 +72,7 @@ struct WideBackward {
     const C* rest = sums ? sums + keys * padded<C>(a.D) : nullptr;
     const bool wide = !is_narrow<C>(a, block);
     if (!wide) narrow.multiply(a, block, hk, s0, keys, q_rows, s);
-    seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
+    seen_parts(a, block, s0, keys, kLanes<C>, [&](int64_t i, int64_t count, int64_t t) {
       const int64_t begin = s0 + i, n = i * kBlock + t;
       if (wide) {
         product(count, width - t, a.D, k_rows->get(k, begin, begin + count), qt + t, kBlock, s + n,
@@ -93,7 +93,7 @@ struct WideBackward {
            C* dk, C* dv, int64_t stride, C* dqt) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
     const int64_t width = padded<C>(block.rows()), Dp = padded<C>(a.D), Dvp = padded<C>(a.Dv);
-    seen_parts<C>(a, block, s0, keys, [&](int64_t i, int64_t count, int64_t t) {
+    seen_parts(a, block, s0, keys, kLanes<C>, [&](int64_t i, int64_t count, int64_t t) {
       const int64_t end = s0 + i + count, n = i * kBlock + t;
       const BroadcastMatrix<C> p{s + n, kBlock, 1}, ds{dp + n, kBlock, 1};
       product(count, Dvp, width - t, p, do_rows + t * Dvp, Dvp, dv + i * stride, stride, true);
@@ -107,7 +107,7 @@ struct WideBackward {
 };
 
 #if TFKERN_VEC_BYTES == 64
-#include "amx_backward.inl"
+#include "pairs_backward.inl"
 #endif
 
 // ---- a tile of gradients ----
@@ -168,18 +168,21 @@ struct BackwardRows {
 template <class C, class Rows>
 inline void score_gradients(Rows& rows, int64_t keys, C scale, const C* keep, const C* derivative) {
   constexpr int L = kLanes<C>;
-  const int64_t width = rows.width();
-  for (int64_t s = 0; s < keys; s += 2) {
-    for (int64_t t = 0; t < width; t += L) {
+  for (int64_t t = 0; t < rows.width(); t += L) {
+    const Vec<C> lse = load(rows.lse + t), rest = load(rows.rest + t);
+    const Vec<C> do_o = load(rows.do_o + t), dlse = load(rows.dlse + t);
+    for (int64_t s = 0; s < keys; s += 2) {
       Vec<C> p[2] = {}, ds[2] = {};
-      for (int64_t i = 0; i < std::min<int64_t>(2, keys - s); ++i) {
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < 2; ++i) {
+        if (s + i == keys) break;
         const int64_t n = (s + i) * kBlock + t;
         // forward: p = exp(s - lse), o = (p keep) v
         const Vec<C> score = rounded_product(load(rows.products.s + n), broadcast(scale));
-        p[i] = exp2_flush((score - load(rows.lse + t)) * kLog2E<C> - load(rows.rest + t));
+        p[i] = exp2_flush((score - lse) * kLog2E<C> - rest);
         Vec<C> dp = load(rows.products.dp + n);
         if (keep) dp = dp * load(keep + n);
-        ds[i] = p[i] * (dp - load(rows.do_o + t) + load(rows.dlse + t));
+        ds[i] = p[i] * (dp - do_o + dlse);
         if (keep) p[i] = p[i] * load(keep + n);
         // forward: s = softcap tanh(scale q k^T / softcap)
         if (derivative) ds[i] = ds[i] * load(derivative + n);
@@ -267,7 +270,7 @@ template <class C, class Products>
 void backward_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   const int64_t Dp = padded<C>(a.D), sums_width = Dp + padded<C>(a.Dv);
   const int64_t document_tasks = a.Hk * a.chunks;
-  const typename Products::Registers registers;
+  [[maybe_unused]] const typename Products::Registers registers;
   Scratch scratch;
   BackwardRoom<C> room(scratch);
   const Products products(scratch, a);
@@ -344,7 +347,7 @@ void bias_tasks(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
   const int64_t blocks = g.T == 1 ? 1 : (a.T + kBlock - 1) / kBlock;
   const int64_t ranges = g.S == 1 ? 1 : (a.S + kBiasKeys - 1) / kBiasKeys;
   const int64_t total_rows = g.S == 1 ? kKeys : kBiasKeys;
-  const typename Products::Registers registers;
+  [[maybe_unused]] const typename Products::Registers registers;
   Scratch scratch;
   BackwardRoom<C> room(scratch);
   BackwardRows<C, BiasSums<C, Products>> rows(scratch, a, BiasSums<C, Products>(scratch, a));
@@ -396,7 +399,8 @@ template <class C>
 void attention_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
 #if TFKERN_VEC_BYTES == 64
   if constexpr (std::is_same_v<C, float>) {
-    if (a.transposed) return backward_tasks<C, AmxBackward>(a, next);
+    if (a.transposed) return backward_tasks<C, PairBackward<AmxEngine>>(a, next);
+    if (multiplies_pairs(a)) return backward_tasks<C, PairBackward<PairEngine>>(a, next);
   }
 #endif
   backward_tasks<C, WideBackward<C>>(a, next);
@@ -406,7 +410,8 @@ template <class C>
 void attention_bias_backward(const AttentionBackward<C>& a, std::atomic<int64_t>& next) {
 #if TFKERN_VEC_BYTES == 64
   if constexpr (std::is_same_v<C, float>) {
-    if (a.transposed) return bias_tasks<C, AmxBackward>(a, next);
+    if (a.transposed) return bias_tasks<C, PairBackward<AmxEngine>>(a, next);
+    if (multiplies_pairs(a)) return bias_tasks<C, PairBackward<PairEngine>>(a, next);
   }
 #endif
   bias_tasks<C, WideBackward<C>>(a, next);

@@ -22,7 +22,7 @@ template <class C, class Products>
 inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t width, C scale,
                            C* maximum, C* sum, C* factor, Products& products) {
   constexpr int L = kLanes<C>;
-  bool rescale = false;
+  VecIndex<C> rescales{};
   Vec<C> before[kBlock / L];
   for (int64_t t = 0; t < width; t += L) {
     const Vec<C> old = before[t / L] = load(maximum + t);
@@ -36,8 +36,9 @@ inline bool online_softmax(const C* scores, const C* keep, int64_t keys, int64_t
     const Vec<C> m = rounded_product(vmax(m0, m1), broadcast(scale));
     const VecIndex<C> raised = m - old > kHeadroom<C>;
     store(maximum + t, raised ? m : old);
-    rescale |= any(raised);
+    rescales |= raised;
   }
+  const bool rescale = any(rescales);
   for (int64_t t = 0; t < width; t += L) {
     // A row that has seen no key yet has m = -inf; any finite number in its place gives p = 0.
     const Vec<C> m = load(maximum + t);
@@ -225,7 +226,7 @@ inline ForwardTask forward_task(const AttentionForward<C>& a, int64_t task) {
 
 // ---- products of the forward ----
 //
-// There are three implementations with the same functions (the third is in amx.inl):
+// There are three implementations with the same functions (the third is in pairs.inl):
 //
 //   load: reads q of a block.
 //   multiply: scores = q k^T for keys [s0, s0 + keys).
@@ -255,7 +256,7 @@ struct WideForward {
   void multiply(const AttentionForward<C>& a, const Block& block, int64_t hk, int64_t s0,
                 int64_t keys) {
     const HeadRows k = key_rows(a.k, block.document, hk), v = key_rows(a.v, block.document, hk);
-    seen_parts<C>(a, block, s0, keys, [&](int64_t s, int64_t count, int64_t t) {
+    seen_parts(a, block, s0, keys, kLanes<C>, [&](int64_t s, int64_t count, int64_t t) {
       product(count, padded<C>(block.rows()) - t, a.D, k_rows.get(k, s0 + s, s0 + s + count),
               qt + t, kBlock, scores + s * kBlock + t, kBlock, false, v_rows.at(v, s0 + s));
     });
@@ -271,7 +272,7 @@ struct WideForward {
     const HeadRows output = query_rows(a.o, block.document, block.h0);
     const C* ahead = s0 + keys < block.end ? k_rows.at(k, s0 + keys)
                                            : reinterpret_cast<const C*>(output.at(block.t0));
-    seen_parts<C>(a, block, s0, keys, [&](int64_t s, int64_t count, int64_t t) {
+    seen_parts(a, block, s0, keys, kLanes<C>, [&](int64_t s, int64_t count, int64_t t) {
       const BroadcastMatrix<C> tile = v_rows.get(v, s0 + s, s0 + s + count);
       product(a.Dv, padded<C>(block.rows()) - t, count, transposed(tile), scores + s * kBlock + t,
               kBlock, o + t, kBlock, true, ahead + s * a.Dv);
@@ -312,7 +313,7 @@ struct NarrowForward {
     const HeadRows v = narrow_rows(v_buffer, key_rows(a.v, block.document, hk), s0, keys, a.Dv);
     TFKERN_COMPUTED(C, v.dtype, {
       const BroadcastMatrix<T> right = matrix<T>(v);
-      product(block.rows(), Dvp, keys, p, right.data, right.row, o, Dvp, true);
+      product<true>(block.rows(), Dvp, keys, p, right.data, right.row, o, Dvp, true);
     });
   }
 };
@@ -393,7 +394,10 @@ void walk_narrow(const AttentionForward<C>& a, const Block& block, int64_t hk, i
 }
 
 #if TFKERN_VEC_BYTES == 64
+// clang-format off
+#include "pairs.inl"
 #include "amx.inl"
+// clang-format on
 #endif
 
 // Runs forward tasks until none is left.
@@ -455,7 +459,8 @@ template <class C>
 void attention_forward(const AttentionForward<C>& a, std::atomic<int64_t>& next) {
 #if TFKERN_VEC_BYTES == 64
   if constexpr (std::is_same_v<C, float>) {
-    if (a.transposed) return forward_tasks<C, AmxForward>(a, next);
+    if (a.transposed) return forward_tasks<C, PairForward<AmxEngine>>(a, next);
+    if (multiplies_pairs(a)) return forward_tasks<C, PairForward<PairEngine>>(a, next);
   }
 #endif
   forward_tasks<C, WideForward<C>>(a, next);

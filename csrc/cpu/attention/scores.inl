@@ -108,15 +108,15 @@ inline bool band_hides(const AttentionShape& a, const Block& block, int64_t s0, 
 }
 
 // Calls part(s, count, t) for the parts of a tile that hold everything its rows see: keys
-// [s0 + s, s0 + s + count) and the rows from t on. The second half of the keys leaves out the first
-// rows, which see none of it.
-template <class C, class F>
+// [s0 + s, s0 + s + count) and the rows from t on, a multiple of `multiple`. The second half of the
+// keys leaves out the first rows, which see none of it.
+template <class F>
 inline void seen_parts(const AttentionShape& a, const Block& block, int64_t s0, int64_t keys,
-                       F part) {
+                       int64_t multiple, F part) {
   constexpr int64_t kHalf = kKeys / 2;
   const int64_t first = block.t0 + block.document.keys - block.document.queries;
   const int64_t unseeing = block.heads == 1 ? s0 + kHalf - a.right - first : 0;
-  const int64_t t = std::clamp<int64_t>(unseeing, 0, block.rows()) / kLanes<C> * kLanes<C>;
+  const int64_t t = std::clamp<int64_t>(unseeing, 0, block.rows()) / multiple * multiple;
   if (keys <= kHalf || t == 0) return part(0, keys, 0);
   part(0, kHalf, 0);
   part(kHalf, keys - kHalf, t);
