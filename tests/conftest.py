@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 import emulation  # noqa: E402
 import pytest  # noqa: E402
 
-if os.environ.get("TFKERN_CPU_SANITIZED"):
-    emulation.load_sanitized()
+if os.environ.get("TFKERN_CPU_FLAVOUR"):
+    emulation.load_cpu()
 
 import tfkern  # noqa: E402
 from tfkern.ops import OPS  # noqa: E402

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,6 +46,20 @@ def test_kernels_under_every_level(op, level):
     tests = Path(__file__).parent.glob(f"test_{op}*.py")
     chosen = "native and not compile and not opcheck and not vmap"
     result = run("-m", "pytest", "-q", "-k", chosen, "-p", "no:cacheprovider", *tests, level=level)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in _C.cpu_levels, reason="needs AVX-512 and pairs of bfloat16"
+)
+def test_attention_with_tiles_on_every_processor():
+    """AMX is emulated, so that its kernels are tested where there is none."""
+    result = emulation.pytest_on_cpu(
+        "-k", "native and bfloat16 and not compile and not opcheck and not vmap",
+        *Path(__file__).parent.glob("test_attention*.py"),
+        flavour="amx", TFKERN_CPU_CAPABILITY="amx",
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
 

@@ -4,6 +4,7 @@ The library registers its operators as torch.ops.tfkern_host. TFKERN_CUDA_HOST=p
 in the environment makes conftest call `patch`: the tests of `native` then run the CUDA kernels.
 `sanitized` has AddressSanitizer and UndefinedBehaviorSanitizer; it works in processes that preload
 AddressSanitizer, which `pytest` starts. `threads` has ThreadSanitizer, for the kernels of the CPU.
+`amx` gives these the instructions of a processor with AMX, in plain C++.
 """
 
 import fcntl
@@ -26,6 +27,7 @@ _FLAGS = {
     "plain": [],
     "sanitized": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "threads": ["-g1", "-fsanitize=thread"],
+    "amx": ["-include", str(HOST / "amx_host.h")],
 }
 
 
@@ -128,9 +130,9 @@ def _or_double(operator, of_cpu):
     return call
 
 
-def load_sanitized() -> None:
-    """Makes `import tfkern` load the CPU's operators from a library with sanitizers."""
-    flavour = os.environ["TFKERN_CPU_SANITIZED"]
+def load_cpu() -> None:
+    """Makes `import tfkern` load the CPU's operators from a library of another flavour."""
+    flavour = os.environ["TFKERN_CPU_FLAVOUR"]
     sources = [ROOT / "csrc" / "schema.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     if flavour == "threads":
         sources.append(HOST / "threads.cpp")
@@ -150,8 +152,8 @@ def pytest(*arguments, flavour: str, order: int = 0, **environment) -> subproces
 
 
 def pytest_on_cpu(*arguments, flavour: str, **environment) -> subprocess.CompletedProcess:
-    """Runs pytest in a process whose kernels of the CPU are built with sanitizers."""
-    environment |= {"TFKERN_CPU_SANITIZED": flavour}
+    """Runs pytest in a process whose kernels of the CPU are of a flavour."""
+    environment |= {"TFKERN_CPU_FLAVOUR": flavour}
     return python(*_PYTEST, *arguments, flavour=flavour, **environment)
 
 
