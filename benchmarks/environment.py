@@ -1,5 +1,6 @@
 """The facts that every result must state: device, versions, commit, date, command."""
 
+import contextlib
 import datetime
 import os
 import platform
@@ -36,13 +37,17 @@ def device_name(device: str) -> str:
     """The model of the GPU or the processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    facts = {}
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in pairs}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    if not {"cpu family", "model"} <= facts.keys():
+        return facts["model name"]
+    # Virtual machines often hide the name: "AMD EPYC" may be Zen 4 (family 25) or Zen 5 (26).
+    return f"{facts['model name']}, family {facts['cpu family']} model {facts['model']}"
 
 
 def instructions() -> str:

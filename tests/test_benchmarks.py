@@ -676,6 +676,17 @@ def test_file_of_a_processor(device, instructions, name):
     assert report.file_name("cpu", device, instructions) == name
 
 
+def test_processors_of_one_name_differ_by_their_family(monkeypatch):
+    core = "processor\t: {}\ncpu family\t: {}\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
+    text = core.format(0, 25) + core.format(1, 26)
+    monkeypatch.setattr(environment.Path, "read_text", lambda path: text)
+    assert environment.device_name("cpu") == "AMD EPYC, family 25 model 17"
+    monkeypatch.setattr(environment.Path, "read_text", lambda path: "Processor : ARMv8\n")
+    assert environment.device_name("cpu") == (
+        environment.platform.processor() or environment.platform.machine()
+    )
+
+
 @pytest.mark.parametrize(
     "supported, has_mkl, onednn, mkl, amx",
     [
