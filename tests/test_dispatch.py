@@ -50,6 +50,25 @@ def test_explain_gives_the_reason():
     assert "run on the CPU and on CUDA, got meta" in str(explanation)
 
 
+@pytest.mark.parametrize(
+    "level, dtype, way",
+    [
+        ("amx", torch.bfloat16, "tiles of bfloat16"),
+        ("avx512_bf16", torch.bfloat16, "pairs of bfloat16"),
+        ("avx512_bf16", torch.float16, "float32"),
+        ("avx2", torch.bfloat16, "float32"),
+        ("default", torch.float64, "float64"),
+    ],
+)
+def test_explain_tells_how_numbers_are_multiplied(level, dtype, way, monkeypatch):
+    native = pytest.importorskip("tfkern.native")
+    monkeypatch.setattr(native._C, "cpu_capability", lambda: level)
+    q = torch.randn(1, 2, 3, 8, dtype=dtype)
+    told = tfkern.explain("attention", q, q, q, backend="native")
+    assert str(told) == f"attention: native, products of {way} ({level})"
+    assert tfkern.explain("attention", q, q, q, backend="reference").way is None
+
+
 def test_explain_takes_the_arguments_of_the_call_and_draws_nothing():
     torch.manual_seed(3)
     state = torch.get_rng_state()

@@ -1,7 +1,7 @@
 """Chooses the backend that runs an op. No other file names a backend.
 
 A backend is a package with one module per op, and each module has `forward`, `backward` and
-`why_not`, which returns a sentence or None. Backends are imported before the first call that may
+`why_not`, which returns a sentence or None. It may have `way`, which tells how it serves a call. Backends are imported before the first call that may
 use them, and kept in plain dicts: torch.compile cannot trace an import or a context variable.
 """
 
@@ -37,14 +37,19 @@ _blocks: list[tuple] = []  # open use_backend blocks: thread, backend, identity
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that a call would use, and why the backends before it cannot serve."""
+    """The backend that a call would use, and why the backends before it cannot serve.
+
+    `way` tells how the backend computes the call where it has several ways.
+    """
 
     op: str
     backend: str | None
     reasons: dict[str, str]
+    way: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend'}"]
+        way = "" if self.way is None else f", {self.way}"
+        lines = [f"{self.op}: {self.backend or 'no backend'}{way}"]
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.reasons.items()])
 
 
@@ -145,7 +150,8 @@ def explain(op: str, args: tuple, backend: str | None = None) -> Explanation:
     for name in _order(args, backend):
         reason = why_not(op, name, args)
         if reason is None:
-            return Explanation(op, name, reasons)
+            way = getattr(_implementations[name, op], "way", None)
+            return Explanation(op, name, reasons, None if way is None else way(*args))
         reasons[name] = reason
     return Explanation(op, None, reasons)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tfkern.native import unavailable
+from tfkern.native import _C, unavailable
 from tfkern.reference import attention as reference
 from tfkern.reference.attention import Arguments, backward_outputs, forward_outputs
 
@@ -18,6 +18,18 @@ def why_not(*args, needs_grad: bool) -> str | None:
     if reason := reference.why_not(*args, needs_grad=needs_grad):
         return reason
     return _unavailable_on_cuda(a, needs_grad) if a.q.is_cuda else unavailable(a.q)
+
+
+def way(*args) -> str | None:
+    """How the CPU's kernels multiply the numbers of q, k and v."""
+    q = Arguments(*args).q
+    if not q.is_cpu:
+        return None
+    multiplied = "float64" if q.dtype == torch.float64 else "float32"
+    if q.dtype == torch.bfloat16:
+        ways = {"amx": "tiles of bfloat16", "avx512_bf16": "pairs of bfloat16"}
+        multiplied = ways.get(_C.cpu_capability(), multiplied)
+    return f"products of {multiplied} ({_C.cpu_capability()})"
 
 
 def _unavailable_on_cuda(a: Arguments, needs_grad: bool) -> str | None:
