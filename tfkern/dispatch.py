@@ -1,8 +1,9 @@
 """Chooses the backend that runs an op. No other file names a backend.
 
 A backend is a package with one module per op, and each module has `forward`, `backward` and
-`why_not`, which returns a sentence or None. It may have `way`, which tells how it serves a call. Backends are imported before the first call that may
-use them, and kept in plain dicts: torch.compile cannot trace an import or a context variable.
+`why_not`, which returns a sentence or None. It may have `way`, which tells how it serves a call.
+Backends are imported before the first call that may use them, and kept in plain dicts:
+torch.compile cannot trace an import or a context variable.
 """
 
 import contextlib
