@@ -229,40 +229,40 @@ struct BoundArguments {
   }
 };
 
-// Sets the rows of a contiguous (B, heads, rows, size) array that belong to no document to `value`.
-// `keys` tells whether rows are keys or queries.
-template <class T>
-void fill_rest(T* data, int64_t heads, int64_t rows, int64_t size, const AttentionShape& a,
-               bool keys, T value) {
-  const auto fill = [&](int64_t batch, int64_t begin, int64_t end) {
-    for (int64_t h = 0; begin < end && h < heads; ++h) {
-      T* head = data + (batch * heads + h) * rows * size;
-      std::fill(head + begin * size, head + end * size, value);
-    }
-  };
-  int64_t batch = 0, end = 0;  // all rows before row `end` of `batch` are done
-  for (const Document& d : a.documents) {
-    if (d.batch != batch) fill(batch, end, rows), end = 0;
-    batch = d.batch;
-    fill(batch, end, keys ? d.key0 : d.query0);
-    end = keys ? d.key0 + d.keys : d.query0 + d.queries;
-  }
-  if (batch < a.B) fill(batch, end, rows);
+// A new (B, heads, rows, size) tensor in the layout of x, which is such a tensor too: contiguous,
+// or with rows before heads in memory if they are so in x. The latter is how projections give q, k
+// and v, and need o and the gradients. tfkern/native/attention.py has the same rule.
+Tensor empty_in_layout(const Tensor& x, int64_t rows, int64_t size) {
+  const int64_t B = x.size(0), heads = x.size(1);
+  if (x.stride(1) >= x.stride(2)) return empty(x, {B, heads, rows, size}, x.scalar_type());
+  return torch::stable::transpose(empty(x, {B, rows, heads, size}, x.scalar_type()), 1, 2);
 }
 
-void zero_rest(Tensor& x, const AttentionShape& a, bool keys) {
-  const auto fill = [&](auto zero) {
-    fill_rest(static_cast<decltype(zero)*>(x.data_ptr()), x.size(1), x.size(2), x.size(3), a, keys,
-              zero);
-  };
-  switch (x.element_size()) {
-    case 2:
-      return fill(uint16_t{0});
-    case 4:
-      return fill(uint32_t{0});
-    default:
-      return fill(uint64_t{0});
+// Calls f(batch, begin, end) for the ranges of rows that belong to no document. `keys` tells
+// whether rows are keys or queries.
+template <class F>
+void each_rest(const AttentionShape& a, bool keys, const F& f) {
+  int64_t batch = 0, end = 0;  // all rows before row `end` of `batch` are done
+  const int64_t rows = keys ? a.S : a.T;
+  for (const Document& d : a.documents) {
+    if (d.batch != batch) f(batch, end, rows), end = 0;
+    batch = d.batch;
+    f(batch, end, keys ? d.key0 : d.query0);
+    end = keys ? d.key0 + d.keys : d.query0 + d.queries;
   }
+  if (batch < a.B) f(batch, end, rows);
+}
+
+// Sets the rows of x that belong to no document to 0.
+void zero_rest(const Tensor& x, const AttentionShape& a, bool keys) {
+  const HeadView view = heads(x);
+  const int64_t bytes = x.size(3) * size(view.dtype);
+  each_rest(a, keys, [&](int64_t batch, int64_t begin, int64_t end) {
+    for (int64_t h = 0; h < x.size(1); ++h) {
+      char* head = view.data + batch * view.batch + h * view.head;
+      for (int64_t i = begin; i < end; ++i) std::memset(head + i * view.row, 0, bytes);
+    }
+  });
 }
 
 // ---- operators ----
@@ -272,14 +272,20 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& in) {
   AttentionShape sizes = shape(in);
   const BoundArguments<C> converted(in);
   AttentionForward<C> a{converted.scores(in, std::move(sizes))};
-  Tensor o = empty(in.q, {a.B, a.H, a.T, a.Dv}, in.q.scalar_type());
+  Tensor o = empty_in_layout(in.q, a.T, a.Dv);
   Tensor lse = empty(in.q, {2, a.B, a.H, a.T}, kCompute<C>);
   a.o = heads(o);
   a.lse = static_cast<C*>(lse.data_ptr());
   a.lse_rest = a.lse + a.B * a.H * a.T;
   zero_rest(o, a, false);
-  fill_rest(a.lse, a.H, a.T, 1, a, false, -std::numeric_limits<C>::infinity());
-  fill_rest(a.lse_rest, a.H, a.T, 1, a, false, C{0});
+  each_rest(a, false, [&](int64_t batch, int64_t begin, int64_t end) {
+    for (int64_t row = batch * a.H * a.T; row < (batch + 1) * a.H * a.T; row += a.T) {
+      for (int64_t i = row + begin; i < row + end; ++i) {
+        a.lse[i] = -std::numeric_limits<C>::infinity();
+        a.lse_rest[i] = 0;
+      }
+    }
+  });
   // Parts are cut so that there are about 64 tasks. Only the shape counts, not the lengths of the
   // documents.
   const bool shared = a.group() * a.T <= kBlock;
@@ -308,9 +314,8 @@ InputGradients backward(const AttentionArguments& in, const AttentionGradients& 
   const BoundArguments<C> converted(in);
   AttentionBackward<C> a{converted.scores(in, std::move(sizes))};
   const ScalarType type = in.q.scalar_type();
-  Tensor dq = empty(in.q, {a.B, a.H, a.T, a.D}, type);
-  Tensor dk = empty(in.q, {a.B, a.Hk, a.S, a.D}, type);
-  Tensor dv = empty(in.q, {a.B, a.Hk, a.S, a.Dv}, type);
+  Tensor dq = empty_in_layout(in.q, a.T, a.D), dk = empty_in_layout(in.k, a.S, a.D);
+  Tensor dv = empty_in_layout(in.v, a.S, a.Dv);
   zero_rest(dq, a, false);
   zero_rest(dk, a, true);
   zero_rest(dv, a, true);

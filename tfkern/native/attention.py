@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tfkern.native import _C, unavailable
 from tfkern.reference import attention as reference
@@ -55,10 +56,26 @@ def _shared_memory(device: torch.device) -> int:
 
 @torch.library.register_fake("tfkern::attention_forward")
 def _(q, k, v, *others):
-    return forward_outputs(q, v)
+    o, lse = forward_outputs(q, v)
+    return _in_layout(q, o), lse
 
 
 @torch.library.register_fake("tfkern::attention_backward")
 def _(do, dlse, o, lse, *args):
     *arguments, bias_grad = args
-    return backward_outputs(Arguments(*arguments), bias_grad)
+    a = Arguments(*arguments)
+    dq, dk, dv, *others = backward_outputs(a, bias_grad)
+    return _in_layout(a.q, dq), _in_layout(a.k, dk), _in_layout(a.v, dv), *others
+
+
+def _in_layout(x: Tensor, output: Tensor) -> Tensor:
+    """`output` in the layout of x (B, heads, rows, size), as csrc/cpu/attention.cpp allocates it.
+
+    On a GPU outputs are contiguous.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+
+    if x.device.type != "cpu" or not guard_or_false(x.stride(1) < x.stride(2)):
+        return output
+    B, heads, rows, size = output.shape
+    return output.new_empty(B, rows, heads, size).transpose(1, 2)
