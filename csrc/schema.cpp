@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) lengths, Tensor k, Tensor v, "
       "Tensor? counts) -> Tensor used");
   // clang-format on
+  m.def("linear_product(Tensor a, Tensor b, Tensor? bias, Tensor? a2, Tensor? b2) -> Tensor");
   m.def(
       "mlp_activation_forward(Tensor total, Tensor? up, str activation, ScalarType dtype) "
       "-> (Tensor h, Tensor pre)");

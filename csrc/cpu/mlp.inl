@@ -53,15 +53,6 @@ struct QuickGelu {
   }
 };
 
-// Loads or stores a vector, or only its first n elements if a row has no more left.
-template <class T>
-inline Vec<Compute<T>> load_left(const T* p, int64_t n) {
-  return n >= kLanes<Compute<T>> ? load(p) : load(p, static_cast<int>(n));
-}
-template <class T>
-inline void store_left(T* p, Vec<Compute<T>> v, int64_t n) {
-  n >= kLanes<Compute<T>> ? store(p, v) : store(p, v, static_cast<int>(n));
-}
 // p += v, for the first n elements.
 template <class C>
 inline void accumulate(C* p, Vec<C> v, int64_t n) {

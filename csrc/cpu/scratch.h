@@ -53,4 +53,15 @@ class Scratch {
   static inline std::atomic<Array*> spare_{nullptr};
 };
 
+// Memory for n elements that stays with this thread for the next call, until the thread ends. It is
+// not initialised, and starts at a multiple of 64 bytes.
+template <class T>
+T* thread_scratch(int64_t n) {
+  static thread_local std::vector<char> bytes;
+  const size_t needed = n * sizeof(T) + 63;
+  if (bytes.size() < needed) bytes = std::vector<char>(needed);
+  const auto address = reinterpret_cast<uintptr_t>(bytes.data());
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
 }  // namespace tfkern

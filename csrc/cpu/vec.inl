@@ -136,6 +136,15 @@ inline void store(T* p, Vec<Compute<T>> v, int n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
+// Loads or stores a vector, or only its first n elements if a row has no more left.
+template <class T>
+inline Vec<Compute<T>> load_left(const T* p, int64_t n) {
+  return n >= kLanes<Compute<T>> ? load(p) : load(p, static_cast<int>(n));
+}
+template <class T>
+inline void store_left(T* p, Vec<Compute<T>> v, int64_t n) {
+  n >= kLanes<Compute<T>> ? store(p, v) : store(p, v, static_cast<int>(n));
+}
 // Stores the first n elements of v, or all if it has no more. The slow branch serves the rare case
 // that just one of T and v is double.
 template <class T, class V>

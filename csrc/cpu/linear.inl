@@ -1,0 +1,365 @@
+// Fragment of linear.cpp, compiled once per instruction set. It assumes vec.inl and linear.h.
+//
+// A tile of the result, kTileRows rows of kPanel columns, is summed in registers. Units of 32 bits
+// enter it: a float, which may be a widened number of 16 bits, or a pair of bfloat16 numbers that
+// follow one another along K. A unit of a is broadcast; of b, the units of a panel of columns are
+// packed side by side.
+//
+// Each element is the sum, over blocks of kDepth units, of sums in the order of k. So it depends on
+// nothing but its row of a and its row of b: not on the number of rows, not on its place.
+
+constexpr int64_t kPanel = 2 * kLanes<float>;                    // columns
+constexpr int64_t kTileRows = TFKERN_VEC_BYTES == 64 ? 14 : 6;   // as many as registers hold
+constexpr int64_t kDepth = 512;                                  // units of a block
+constexpr int64_t kGroup = 4;                                    // panels that are packed together
+constexpr int64_t kStrip = 8 * kTileRows;                        // rows that are packed together
+constexpr int64_t kChunk = 64;                                   // units of a part of a panel
+
+// What becomes of the sums that a tile finds in memory: they are overwritten, the tile goes on
+// with them, or its own are added to them.
+enum class Sums { overwrite, go_on, add };
+
+using LinearTile = void (*)(int64_t, const uint32_t*, int64_t, const uint32_t*, float*, Sums);
+
+inline VecUint load_units(const uint32_t* p) {
+  VecUint v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// Each namespace has the tiles of one kind of units.
+namespace linear_floats {
+inline VecFloat multiply_add(VecUint a, VecUint b, VecFloat sum) {
+  return (VecFloat)a * (VecFloat)b + sum;
+}
+#include "linear_tile.inl"
+}  // namespace linear_floats
+
+#if TFKERN_VEC_BYTES == 64
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+namespace linear_pairs {
+inline VecFloat multiply_add(VecUint a, VecUint b, VecFloat sum) {
+  return (VecFloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#include "linear_tile.inl"
+}  // namespace linear_pairs
+#pragma GCC pop_options
+#endif
+
+// ---- units ----
+
+// Loads vectors of units from elements of type T: from all that a vector needs, or from the first n,
+// followed by zeros.
+template <class T>
+struct WideUnits {
+  using Element = T;
+  static constexpr int kElements = 1;
+  static constexpr int kVector = kLanes<float>;  // elements
+  static VecFloat along(const T* p) { return load(p); }
+  static VecFloat along(const T* p, int64_t n) { return load_left(p, n); }
+  // Units of elements that lie `stride` apart, of which there are `n`.
+  static VecFloat across(const T* p, int64_t stride, int64_t n, int64_t width) {
+    return load_left(p, width);
+  }
+};
+
+struct PairUnits {
+  using Element = BFloat16;
+  static constexpr int kElements = 2;
+  static constexpr int kVector = 2 * kLanes<float>;
+  static VecFloat along(const BFloat16* p) {
+    VecFloat v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static VecFloat along(const BFloat16* p, int64_t n) {
+    if (n >= kVector) return along(p);
+    BFloat16 part[kVector] = {};
+    std::memcpy(part, p, n * sizeof(BFloat16));
+    return along(part);
+  }
+  static VecFloat across(const BFloat16* p, int64_t stride, int64_t n, int64_t width) {
+    const VecUint first = (VecUint)load_left(p, width) >> 16;
+    if (n < 2) return (VecFloat)first;
+    return (VecFloat)(first | (VecUint)load_left(p + stride, width));
+  }
+};
+
+// ---- packing ----
+
+// Packs `rows` rows (at most kPanel) of n elements that lie one after the other: unit k of all rows
+// stands at out + k * kPanel. What lies `ahead` elements further on is fetched from memory meanwhile.
+template <class U>
+void pack_along(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n,
+                int64_t ahead, float* out) {
+  constexpr int L = kLanes<float>;
+  for (int64_t k = 0; k < n; k += U::kVector, out += L * kPanel) {
+    for (int64_t first = 0; first < kPanel; first += L) {
+      VecFloat v[L];
+      if (first + L <= rows && k + U::kVector <= n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          const typename U::Element* row = p + (first + i) * stride + k;
+          __builtin_prefetch(row + ahead, 0, 2);
+          v[i] = U::along(row);
+        }
+      } else {
+        for (int i = 0; i < L; ++i) {
+          const bool exists = first + i < rows;
+          v[i] = exists ? U::along(p + (first + i) * stride + k, n - k) : VecFloat{};
+        }
+      }
+      transpose<float>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(out + i * kPanel + first, v[i]);
+    }
+  }
+}
+
+// Packs `rows` rows of n elements, where the rows lie one after the other: unit k of all rows
+// stands at out + k * out_stride.
+template <class U>
+void pack_across(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n, float* out,
+                 int64_t out_stride) {
+  for (int64_t k = 0; k < n; k += U::kElements, out += out_stride) {
+    for (int64_t i = 0; i < out_stride; i += kLanes<float>) {
+      const int64_t width = std::clamp<int64_t>(rows - i, 0, kLanes<float>);
+      store(out + i, U::across(p + k * stride + i, stride, n - k, width));
+    }
+  }
+}
+
+// Copies `rows` rows of n elements that lie one after the other, as units.
+template <class U>
+void copy_rows(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n, float* out,
+               int64_t out_stride) {
+  for (int64_t i = 0; i < rows; ++i, p += stride, out += out_stride) {
+    for (int64_t k = 0; k < n; k += U::kVector) {
+      store(out + k / U::kElements, U::along(p + k, n - k));
+    }
+  }
+}
+
+// ---- products ----
+
+// The rows of a that tiles read: where they are, or as packed units.
+struct LinearRows {
+  const uint32_t* data;
+  int64_t stride;
+  bool across;
+
+  LinearRows from(int64_t row, int64_t unit = 0) const {
+    return {data + (across ? row + unit * stride : row * stride + unit), stride, across};
+  }
+};
+
+// Stores sums of `rows` rows and a panel of columns as elements from (m, n) on.
+template <class T>
+void store_sums(const LinearForward& a, const float* sums, int64_t rows, int64_t m, int64_t n) {
+  constexpr int L = kLanes<float>;
+  const T* bias = static_cast<const T*>(a.bias);
+  T* out = static_cast<T*>(a.out) + m * a.N;
+  for (int64_t end = std::min(a.N, n + kPanel); n < end; n += L, sums += L) {
+    const int64_t left = end - n;
+    const VecFloat shift = bias ? load_left(bias + n, left) : VecFloat{};
+    for (int64_t i = 0; i < rows; ++i) {
+      store_left(out + i * a.N + n, load(sums + i * kPanel) + shift, left);
+    }
+  }
+}
+
+template <class U>
+struct LinearKernel {
+  using T = typename U::Element;
+  static constexpr int64_t kBlock = kDepth * U::kElements;  // elements
+
+  const LinearForward& a;
+  float* scratch;
+
+  static int64_t units(int64_t elements) { return (elements + U::kElements - 1) / U::kElements; }
+
+  static const T* at(const Matrix& matrix, int64_t row, int64_t k) {
+    return static_cast<const T*>(matrix.data) + row * matrix.row + k * matrix.column;
+  }
+
+  static void tile(int64_t rows, int64_t depth, LinearRows left, const float* panel, float* sums,
+                   Sums mode) {
+    const auto* right = reinterpret_cast<const uint32_t*>(panel);
+#if TFKERN_VEC_BYTES == 64
+    if constexpr (U::kElements == 2) {
+      return linear_pairs::linear_tile_of(rows, left.across)(depth, left.data, left.stride, right,
+                                                             sums, mode);
+    }
+#endif
+    linear_floats::linear_tile_of(rows, left.across)(depth, left.data, left.stride, right, sums,
+                                                     mode);
+  }
+
+  // Packs n elements from (row, k) on of the next rows of b, at most a panel of them.
+  void pack(const Matrix& b, int64_t row, int64_t k, int64_t n, int64_t ahead, float* out) const {
+    const int64_t rows = std::min(a.N - row, kPanel);
+    if (b.column == 1) {
+      pack_along<U>(at(b, row, k), b.row, rows, n, ahead, out);
+    } else {
+      pack_across<U>(at(b, row, k), b.column, rows, n, out, kPanel);
+    }
+  }
+
+  // Rows of a that are units already are read where they are, unless they lie apart by a multiple
+  // of half a page: they would fight for the same cache lines.
+  static bool in_place(const Matrix& x, int64_t n) {
+    constexpr int64_t kSize = sizeof(T) * U::kElements;
+    const int64_t bytes = x.row * sizeof(T);
+    return kSize == 4 && x.column == 1 && n % U::kElements == 0 && bytes % 4 == 0 &&
+           bytes % 2048 != 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+  }
+
+  LinearRows rows_of(const Matrix& x, int64_t row, int64_t rows, int64_t k, int64_t n,
+                     float* buffer) const {
+    const T* p = at(x, row, k);
+    if (in_place(x, n)) {
+      return {reinterpret_cast<const uint32_t*>(p), x.row / U::kElements, false};
+    }
+    const auto* packed = reinterpret_cast<const uint32_t*>(buffer);
+    if (x.column == 1) {
+      const int64_t stride = row_stride(n);
+      copy_rows<U>(p, x.row, rows, n, buffer, stride);
+      return {packed, stride, false};
+    }
+    pack_across<U>(p, x.column, rows, n, buffer, kStrip);
+    return {packed, kStrip, true};
+  }
+
+  // Units between copied rows of n elements: whole vectors, but not a multiple of half a page.
+  static int64_t row_stride(int64_t n) {
+    const int64_t stride = padded<float>(units(n));
+    return stride % 512 == 0 ? stride + 16 : stride;
+  }
+
+  // Few rows, all of them one tile: b passes by once, a part of a panel at a time.
+  static bool streams(const LinearForward& a) {
+    bool along = true;
+    for (int i = 0; i < a.count; ++i) {
+      along &= a.terms[i].a.column == 1 && a.terms[i].b.column == 1;
+    }
+    return along && a.M <= kTileRows;
+  }
+
+  void stream(int64_t begin, int64_t end) {
+    // Copies of the rows of a; a block of a term after the other.
+    alignas(64) float part[kChunk * kPanel], sums[kTileRows * kPanel], block[kTileRows * kPanel];
+    LinearRows left[2];
+    float* buffer = scratch;
+    for (int i = 0; i < a.count; ++i) {
+      const auto& [x, b, K] = a.terms[i];
+      const int64_t stride = row_stride(K);
+      copy_rows<U>(at(x, 0, 0), x.row, a.M, K, buffer, stride);
+      left[i] = {reinterpret_cast<const uint32_t*>(buffer), stride, false};
+      buffer += a.M * stride;
+    }
+    for (int64_t row = begin * kPanel; row < std::min(end * kPanel, a.N); row += kPanel) {
+      bool first = true;
+      for (int i = 0; i < a.count; ++i) {
+        const auto& [x, b, K] = a.terms[i];
+        int64_t k = 0;
+        do {
+          const int64_t stop = std::min(K, k + kBlock);
+          float* target = first ? sums : block;
+          Sums mode = Sums::overwrite;
+          do {
+            constexpr int64_t kPart = kChunk * U::kElements;
+            const int64_t n = std::min(stop - k, kPart);
+            // The part after the next, which may be one of the next panel.
+            const int64_t ahead = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
+            pack(b, row, k, n, ahead, part);
+            tile(a.M, units(n), left[i].from(0, k / U::kElements), part, target, mode);
+            mode = Sums::go_on;
+            k += n;
+          } while (k < stop);
+          if (!first) {
+            for (int64_t j = 0; j < a.M * kPanel; ++j) sums[j] += block[j];
+          }
+          first = false;
+        } while (k < K);
+      }
+      store_sums<T>(a, sums, a.M, 0, row);
+    }
+  }
+
+  // Rows [m_begin, m_end) of the result, of the columns of panels [begin, end), at most kGroup.
+  void group(int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+    const int64_t M = m_end - m_begin, tiles = (M + kTileRows - 1) / kTileRows;
+    const auto first_row = [&](int64_t t) { return m_begin + M * t / tiles; };
+    float* panels = scratch;
+    float* buffer = panels + kGroup * kDepth * kPanel;
+    float* sums = buffer + kStrip * (kDepth + 16);
+    bool first = true;
+    for (int i = 0; i < a.count; ++i) {
+      const auto& [x, b, K] = a.terms[i];
+      int64_t k = 0;
+      do {
+        const int64_t n = std::min(K - k, kBlock), depth = units(n);
+        for (int64_t p = begin; p < end; ++p) {
+          pack(b, p * kPanel, k, n, 64 * U::kElements, panels + (p - begin) * kDepth * kPanel);
+        }
+        const bool last = i + 1 == a.count && k + n == K;
+        for (int64_t t0 = 0; t0 < tiles; t0 += 8) {
+          const int64_t t1 = std::min(tiles, t0 + 8), m0 = first_row(t0);
+          const LinearRows left = rows_of(x, m0, first_row(t1) - m0, k, n, buffer);
+          for (int64_t p = begin; p < end; ++p) {
+            for (int64_t t = t0; t < t1; ++t) {
+              const int64_t m = first_row(t), rows = first_row(t + 1) - m;
+              const int64_t slot = (first && last ? t - t0 : t) * kGroup + p - begin;
+              float* c = sums + slot * kTileRows * kPanel;
+              tile(rows, depth, left.from(m - m0), panels + (p - begin) * kDepth * kPanel, c,
+                   first ? Sums::overwrite : Sums::add);
+              if (last) store_sums<T>(a, c, rows, m, p * kPanel);
+            }
+          }
+        }
+        first = false;
+        k += n;
+      } while (k < K);
+    }
+  }
+};
+
+// Computes parts [begin, end) of the result: a part is a panel of columns of a chunk of rows.
+template <class U>
+void linear_parts(const LinearForward& a, int64_t begin, int64_t end) {
+  using Kernel = LinearKernel<U>;
+  const int64_t panels = (a.N + kPanel - 1) / kPanel;
+  if (Kernel::streams(a)) {
+    int64_t size = 0;
+    for (int i = 0; i < a.count; ++i) size += a.M * Kernel::row_stride(a.terms[i].K);
+    return Kernel{a, thread_scratch<float>(size)}.stream(begin, end);
+  }
+  const int64_t longest = (a.M + a.chunks - 1) / a.chunks;
+  const int64_t tiles = (longest + kTileRows - 1) / kTileRows;
+  const int64_t size = kGroup * kDepth * kPanel + kStrip * (kDepth + 16) +
+                       (tiles + 8) * kGroup * kTileRows * kPanel;
+  Kernel kernel{a, thread_scratch<float>(size)};
+  while (begin < end) {
+    const int64_t chunk = begin / panels, p = begin % panels;
+    const int64_t stop = std::min({p + kGroup, panels, p + end - begin});
+    kernel.group(a.M * chunk / a.chunks, a.M * (chunk + 1) / a.chunks, p, stop);
+    begin += stop - p;
+  }
+}
+
+inline void linear_forward(const LinearForward& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case Dtype::f32:
+      return linear_parts<WideUnits<float>>(a, begin, end);
+    case Dtype::f16:
+      return linear_parts<WideUnits<Half>>(a, begin, end);
+    default:
+#if TFKERN_VEC_BYTES == 64
+      if (a.pairs) return linear_parts<PairUnits>(a, begin, end);
+#endif
+      return linear_parts<WideUnits<BFloat16>>(a, begin, end);
+  }
+}
+
+inline int64_t linear_panel() { return kPanel; }
