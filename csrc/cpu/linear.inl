@@ -19,7 +19,25 @@ constexpr int64_t kChunk = 64;                                   // units of a p
 // with them, or its own are added to them.
 enum class Sums { overwrite, go_on, add };
 
-using LinearTile = void (*)(int64_t, const uint32_t*, int64_t, const uint32_t*, float*, Sums);
+// Memory that is fetched while tiles are summed: the cache lines of `bytes` bytes from `row` on, then
+// those `stride` bytes further on, and so forth until `last`.
+struct LinearAhead {
+  const char *row, *last;
+  int64_t stride, bytes;
+  int64_t offset = 0;
+
+  void fetch() {
+    __builtin_prefetch(row + offset, 0, 2);
+    offset += 64;
+    if (offset >= bytes) {
+      offset = 0;
+      if (row != last) row += stride;
+    }
+  }
+};
+
+using LinearTile = void (*)(int64_t, const uint32_t*, int64_t, const uint32_t*, float*, Sums,
+                            LinearAhead&);
 
 inline VecUint load_units(const uint32_t* p) {
   VecUint v;
@@ -94,25 +112,25 @@ template <class U>
 void pack_along(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n,
                 int64_t ahead, float* out) {
   constexpr int L = kLanes<float>;
-  for (int64_t k = 0; k < n; k += U::kVector, out += L * kPanel) {
-    for (int64_t first = 0; first < kPanel; first += L) {
+  for (int64_t first = 0; first < kPanel; first += L, p += L * stride, rows -= L) {
+    float* to = out + first;
+    for (int64_t k = 0; k < n; k += U::kVector, to += L * kPanel) {
       VecFloat v[L];
-      if (first + L <= rows && k + U::kVector <= n) {
+      if (L <= rows && k + U::kVector <= n) {
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
-          const typename U::Element* row = p + (first + i) * stride + k;
-          __builtin_prefetch(row + ahead, 0, 2);
+          const typename U::Element* row = p + i * stride + k;
+          __builtin_prefetch(row + ahead);
           v[i] = U::along(row);
         }
       } else {
         for (int i = 0; i < L; ++i) {
-          const bool exists = first + i < rows;
-          v[i] = exists ? U::along(p + (first + i) * stride + k, n - k) : VecFloat{};
+          v[i] = i < rows ? U::along(p + i * stride + k, n - k) : VecFloat{};
         }
       }
       transpose<float>(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(out + i * kPanel + first, v[i]);
+      for (int i = 0; i < L; ++i) store(to + i * kPanel, v[i]);
     }
   }
 }
@@ -184,16 +202,16 @@ struct LinearKernel {
   }
 
   static void tile(int64_t rows, int64_t depth, LinearRows left, const float* panel, float* sums,
-                   Sums mode) {
+                   Sums mode, LinearAhead& ahead) {
     const auto* right = reinterpret_cast<const uint32_t*>(panel);
 #if TFKERN_VEC_BYTES == 64
     if constexpr (U::kElements == 2) {
       return linear_pairs::linear_tile_of(rows, left.across)(depth, left.data, left.stride, right,
-                                                             sums, mode);
+                                                             sums, mode, ahead);
     }
 #endif
     linear_floats::linear_tile_of(rows, left.across)(depth, left.data, left.stride, right, sums,
-                                                     mode);
+                                                     mode, ahead);
   }
 
   // Packs n elements from (row, k) on of the next rows of b, at most a panel of them.
@@ -204,6 +222,22 @@ struct LinearKernel {
     } else {
       pack_across<U>(at(b, row, k), b.column, rows, n, out, kPanel);
     }
+  }
+
+  static LinearAhead fetching_nothing() {
+    static const char line[64] = {};
+    return {line, line, 0, 0};
+  }
+
+  // The next block of rows [begin, end) of a matrix from column k on, of K.
+  LinearAhead lines(const Matrix& x, int64_t begin, int64_t end, int64_t k, int64_t K) const {
+    const int64_t n = std::min(K - k, kBlock), rows = end - begin, size = sizeof(T);
+    if (rows <= 0 || n <= 0) return fetching_nothing();
+    const auto byte = [&](int64_t i, int64_t j) {
+      return reinterpret_cast<const char*>(at(x, i, j));
+    };
+    if (x.column == 1) return {byte(begin, k), byte(end - 1, k), x.row * size, n * size};
+    return {byte(begin, k), byte(begin, k + n - 1), x.column * size, rows * size};
   }
 
   // Rows of a that are units already are read where they are, unless they lie apart by a multiple
@@ -250,6 +284,7 @@ struct LinearKernel {
     // Copies of the rows of a; a block of a term after the other.
     alignas(64) float part[kChunk * kPanel], sums[kTileRows * kPanel], block[kTileRows * kPanel];
     LinearRows left[2];
+    LinearAhead nothing = fetching_nothing();
     float* buffer = scratch;
     for (int i = 0; i < a.count; ++i) {
       const auto& [x, b, K] = a.terms[i];
@@ -273,7 +308,7 @@ struct LinearKernel {
             // The part after the next, which may be one of the next panel.
             const int64_t ahead = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
             pack(b, row, k, n, ahead, part);
-            tile(a.M, units(n), left[i].from(0, k / U::kElements), part, target, mode);
+            tile(a.M, units(n), left[i].from(0, k / U::kElements), part, target, mode, nothing);
             mode = Sums::go_on;
             k += n;
           } while (k < stop);
@@ -304,16 +339,24 @@ struct LinearKernel {
           pack(b, p * kPanel, k, n, 64 * U::kElements, panels + (p - begin) * kDepth * kPanel);
         }
         const bool last = i + 1 == a.count && k + n == K;
+        const int64_t stop = std::min(a.N, end * kPanel), more = (end-begin) * kPanel;
+        const LinearAhead next_block =
+            !last ? k + n < K ? lines(b, begin * kPanel, stop, k + n, K)
+                              : lines(a.terms[1].b, begin * kPanel, stop, 0, a.terms[1].K)
+                  : lines(a.terms[0].b, stop, std::min(a.N, stop + more), 0, a.terms[0].K);
         for (int64_t t0 = 0; t0 < tiles; t0 += 8) {
           const int64_t t1 = std::min(tiles, t0 + 8), m0 = first_row(t0);
           const LinearRows left = rows_of(x, m0, first_row(t1) - m0, k, n, buffer);
+          LinearAhead ahead = t1 < tiles
+                                  ? lines(x, first_row(t1), first_row(std::min(tiles, t1 + 8)), k, K)
+                                  : next_block;
           for (int64_t p = begin; p < end; ++p) {
             for (int64_t t = t0; t < t1; ++t) {
               const int64_t m = first_row(t), rows = first_row(t + 1) - m;
               const int64_t slot = (first && last ? t - t0 : t) * kGroup + p - begin;
               float* c = sums + slot * kTileRows * kPanel;
               tile(rows, depth, left.from(m - m0), panels + (p - begin) * kDepth * kPanel, c,
-                   first ? Sums::overwrite : Sums::add);
+                   first ? Sums::overwrite : Sums::add, ahead);
               if (last) store_sums<T>(a, c, rows, m, p * kPanel);
             }
           }

@@ -7,7 +7,7 @@
 
 template <int R, bool kAcross>
 void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_t* b, float* c,
-                 Sums mode) {
+                 Sums mode, LinearAhead& next) {
   constexpr int L = kLanes<float>;
   VecFloat sum[R][2];
 #pragma GCC unroll 16
@@ -17,7 +17,9 @@ void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_
       sum[r][j] = mode == Sums::go_on ? load(c + r * kPanel + j * L) : VecFloat{};
     }
   }
+  LinearAhead ahead = next;
   for (int64_t k = 0; k < depth; ++k) {
+    ahead.fetch();
     const VecUint b0 = load_units(b + k * kPanel), b1 = load_units(b + k * kPanel + L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -26,6 +28,7 @@ void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_
       sum[r][1] = multiply_add(x, b1, sum[r][1]);
     }
   }
+  next = ahead;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2

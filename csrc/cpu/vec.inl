@@ -408,6 +408,42 @@ inline void transpose(Vec<C>* rows) {
   }
 }
 
+#if TFKERN_VEC_BYTES == 64
+// The same with instructions that move whole lanes of 128 bits, or stay inside of them: most
+// processors run two of these at a time.
+template <>
+inline void transpose<float>(VecFloat* rows) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+  // r[4 i + j]: columns j, j + 4, j + 8 and j + 12 of rows 4 i to 4 i + 3
+  __m512 r[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = (__m512d)t[i], b = (__m512d)t[i + 1];
+    const __m512d c = (__m512d)t[i + 2], d = (__m512d)t[i + 3];
+    r[i] = (__m512)_mm512_unpacklo_pd(a, c);
+    r[i + 1] = (__m512)_mm512_unpackhi_pd(a, c);
+    r[i + 2] = (__m512)_mm512_unpacklo_pd(b, d);
+    r[i + 3] = (__m512)_mm512_unpackhi_pd(b, d);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+    rows[j] = (VecFloat)_mm512_shuffle_f32x4(even, even2, 0x88);
+    rows[j + 4] = (VecFloat)_mm512_shuffle_f32x4(odd, odd2, 0x88);
+    rows[j + 8] = (VecFloat)_mm512_shuffle_f32x4(even, even2, 0xdd);
+    rows[j + 12] = (VecFloat)_mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
+#endif
+
 // ---- random numbers ----
 
 // The high and low words of the product of each lane with b.
