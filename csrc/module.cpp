@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   for (tfkern::Isa level : tfkern::kIsaLevels) {
     if (tfkern::has(level)) levels.push_back(tfkern::name(level));
   }
+  m.attr("amd") = tfkern::is_amd();
   m.attr("cpu_levels") = pybind11::tuple(pybind11::cast(levels));
   const std::vector<const char*> architectures{TFKERN_CUDA_ARCHITECTURES};
   m.attr("cuda_architectures") = pybind11::tuple(pybind11::cast(architectures));

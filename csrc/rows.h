@@ -12,7 +12,7 @@ struct MatrixSize {
 
 inline MatrixSize matrix_size(const Tensor& x, int64_t axes) {
   STD_TORCH_CHECK(axes >= 1 && axes <= x.dim(),
-                  "tfkern::layer_norm: expected at least one axis, and at most those of x");
+                  "tfkern: expected at least one axis, and at most those of x");
   MatrixSize size;
   for (int64_t i = 0; i < x.dim(); ++i) {
     int64_t& factor = i < x.dim() - axes ? size.rows : size.columns;

@@ -1,4 +1,5 @@
-"""The linear layer on processors that multiply 16-bit numbers in different ways."""
+"""The linear layer, by torch or by our own products, which differ in what each processor leaves to
+them."""
 
 import math
 
@@ -16,47 +17,51 @@ native = pytest.importorskip("tfkern.native.linear")
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-WIDENED = {
-    "widens": [torch.bfloat16, torch.float16],
-    "widens float16": [torch.float16],
-    "has a matrix unit": [],
-    "does neither": [],
+ALL = native._ALL
+PROCESSORS = {  # the most rows of our own products
+    "all": dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), ALL),
+    "few": dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 64),
+    "matrix unit": {torch.float32: 64},
+    "none": {},
 }
 
 
-@pytest.fixture(params=WIDENED)
+@pytest.fixture(params=PROCESSORS)
 def processor(request, monkeypatch):
-    monkeypatch.setattr(native, "_MATRIX_UNIT", request.param == "has a matrix unit")
-    monkeypatch.setattr(native, "_WIDENED_FROM", dict.fromkeys(WIDENED[request.param], 65))
+    monkeypatch.setattr(native, "_MATRIX_UNIT", request.param == "matrix unit")
+    monkeypatch.setattr(native, "_MOST_ROWS", PROCESSORS[request.param])
+    monkeypatch.setattr(native, "_LEAST_TRAINED", {})
     return request.param
 
 
 @pytest.mark.parametrize(
-    "x86, level, widened",
+    "level, amd, rows",  # of float32, bfloat16, float16
     [
-        (True, "default", [torch.bfloat16, torch.float16]),
-        (True, "avx512", [torch.bfloat16, torch.float16]),
-        (True, "avx512_bf16", [torch.float16]),  # Zen 4: its products of bfloat16 are the fastest
-        (True, "amx", []),
-        (False, "default", []),
+        ("none", False, []),
+        ("default", False, [0, ALL, ALL]),
+        ("avx2", True, [0, ALL, ALL]),
+        ("avx512", False, [8, ALL, ALL]),
+        ("avx512_bf16", True, [ALL, ALL, ALL]),
+        ("amx", False, [8, 8, 8]),
     ],
 )
-def test_what_each_processor_widens(x86, level, widened, monkeypatch):
-    levels = ("default", "avx2", "avx512", "avx512_bf16", "amx") if x86 else ("default",)
+def test_what_each_processor_leaves_to_our_products(level, amd, rows, monkeypatch):
+    levels = ("default",) if level == "none" else ("default", "avx2")
     monkeypatch.setattr(native._C, "cpu_levels", levels)
-    assert native.widened_from(level) == dict.fromkeys(widened, 128)
+    assert list(native.most_rows(level, amd).values()) == rows
 
 
 class Products(TorchDispatchMode):
-    """The dtypes of the factors of all products."""
+    """Whose each product is, by name."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = []
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "mm" in function.name():
-            self.dtypes.append(args[-1].dtype)
+        name = function.name()
+        if "mm" in name or "product" in name:
+            self.names.append("ours" if name == "tfkern::linear_product" else "torch")
         return function(*args, **(kwargs or {}))
 
 
@@ -67,36 +72,141 @@ def make(shape, out, dtype, bias=True):
     return {name: t.to(dtype) for name, t in inputs.items()}
 
 
-@narrow
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def floors(shape, dtype):
+    """Sums of as many terms, which both round in the same dtype."""
+    rows, K = math.prod(shape[:-1]), shape[-1]
+    terms = {"output": max(K, 1), "x": 33} if dtype == torch.float32 else {}
+    return {name: math.sqrt(n) for name, n in (terms | {"weight": rows, "bias": rows}).items()}
+
+
+@dtypes
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "bias"])
 @pytest.mark.parametrize(
     "shape, out",
     [((64, 33), 7), ((65, 33), 7), ((5, 13, 7), 33), ((9,), 4), ((65, 0), 3), ((0, 3), 5)],
 )
 def test_against_torch(processor, shape, out, bias, dtype):
-    rows = math.sqrt(math.prod(shape[:-1]))
-    report = validate(
-        tfkern.linear,
-        F.linear,
-        make(shape, out, dtype, bias),
-        floor_scale={"weight": rows, "bias": rows},
-    )
-    report.check()
+    inputs = make(shape, out, dtype, bias)
+    validate(tfkern.linear, F.linear, inputs, floor_scale=floors(shape, dtype)).check()
 
 
-@narrow
+@dtypes
 @pytest.mark.parametrize("rows", [64, 65])
-def test_dtype_of_products(processor, rows, dtype):
+def test_whose_the_products_are(processor, rows, dtype):
     inputs = {name: t.requires_grad_() for name, t in make((rows, 3), 5, dtype).items()}
     with Products() as products:
         tfkern.linear(**inputs).sum().backward()
-    widened = dtype in WIDENED[processor] and rows >= 65
-    assert products.dtypes == [torch.float32 if widened else dtype] * 3
+    most = PROCESSORS[processor].get(dtype, -1)
+    if rows > most:  # where torch does the forward, it does the backward
+        assert set(products.names) == {"torch"} and len(products.names) >= 3
+    else:  # dx has as many rows as x, and dweight has 5
+        assert products.names == ["ours"] * 3
 
 
-def test_float32_is_left_to_torch(processor):
+def test_small_products_are_ours_without_gradients_only(monkeypatch):
+    monkeypatch.setattr(native, "_MOST_ROWS", {torch.float32: ALL})
+    monkeypatch.setattr(native, "_LEAST_TRAINED", {torch.float32: 130 * 33 * 7 + 1})
     inputs = make((130, 33), 7, torch.float32)
-    assert dispatch.find("linear", (*inputs.values(), torch.float32)) is None
+    for trained, whose in ((False, "ours"), (True, "torch")):
+        with Products() as products:
+            tfkern.linear(**inputs | {"x": inputs["x"].requires_grad_(trained)})
+        assert products.names == [whose]
+
+
+# ---- our own products ----
+
+KERNEL_SHAPES = [  # M, N, K: 1, primes, one past a tile, a panel and a block; several groups
+    (1, 1, 1),
+    (3, 5, 7),
+    (14, 32, 16),
+    (15, 33, 17),
+    (1, 70, 1000),
+    (8, 65, 1025),
+    (14, 70, 2049),
+    (113, 129, 515),
+    (30, 31, 1024),
+    (5, 40, 0),
+    (40, 5, 0),
+]
+
+
+def product(a, b, bias=None, a2=None, b2=None):
+    return torch.ops.tfkern.linear_product(a, b, bias, a2, b2)
+
+
+def close(ours, wide, dtype, K):
+    """Within the rounding of float32 sums of K terms of variance 1 / K, and that of the result."""
+    limit = torch.finfo(dtype).eps * wide.abs() + (1 + K) ** 0.5 * 2**-22
+    return ours.shape == wide.shape and ((ours.double() - wide).abs() <= limit).all()
+
+
+@dtypes
+@pytest.mark.parametrize("sizes", KERNEL_SHAPES, ids=str)
+def test_native_product(dtype, sizes):
+    """Of factors with either stride 1, or none; with and without a bias and a second term."""
+    M, N, K = sizes
+    scale = max(K, 1) ** -0.5
+
+    def draw(rows, columns):
+        return torch.randn(rows, columns).to(dtype)
+
+    def layouts(x):
+        apart = torch.stack([x, x * math.nan], 2)[..., 0]
+        padded = F.pad(x, (1, 2), value=math.nan)[:, 1 : 1 + x.shape[1]]
+        return x, x.t().contiguous().t(), apart, padded
+
+    a, b, bias = draw(M, K), (draw(N, K) * scale).to(dtype), draw(1, N)[0]
+    wide = a.double() @ b.double().t()
+    for x, w in zip(layouts(a) * 2, layouts(b) + layouts(b)[::-1], strict=True):
+        assert close(product(x, w), wide, dtype, K)
+    assert close(product(a, b, bias), wide + bias, dtype, K)
+    a2, b2 = draw(M, K + 3), (draw(N, K + 3) * (K + 3) ** -0.5).to(dtype)
+    wide += a2.double() @ b2.double().t()
+    assert close(product(a, b, None, a2, b2), wide, dtype, K)
+    assert close(product(a, b, None, a2.t().contiguous().t(), b2), wide, dtype, K)
+
+
+@dtypes
+def test_native_rows_depend_on_themselves_alone(dtype):
+    """Not on how many rows there are, nor on the number of threads: bit for bit."""
+    for K in (33, 64, 1537):
+        x, w, bias = (torch.randn(s).to(dtype) for s in ((2100, K), (70, K), (70,)))
+        threads, all_rows = torch.get_num_threads(), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            all_rows.append(product(x, w, bias))
+        torch.set_num_threads(threads)
+        assert all(torch.equal(y, all_rows[0]) for y in all_rows)
+        for rows in (1, 2, 7, 14, 15, 16, 113, 500):
+            assert torch.equal(product(x[-rows:], w, bias), all_rows[0][-rows:]), rows
+        assert torch.equal(product(x[:9], w[5:6], bias[5:6]), all_rows[0][:9, 5:6])
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [3, 40])
+def test_native_nan_and_infinity_stay_in_their_rows(dtype, rows):
+    x, w = torch.randn(rows, 37).to(dtype), torch.randn(33, 37).to(dtype)
+    expected = product(x, w)
+    x[1, 36], w[32, 0] = math.nan, math.inf
+    y = product(x, w)
+    assert y[1].isnan().all()
+    others = [i for i in range(rows) if i != 1]
+    assert torch.equal(y[others, :32], expected[others, :32])
+    assert torch.equal(y[others, 32], x[others, 0].sign() * math.inf)
+
+
+def test_native_opcheck():
+    a, b = torch.randn(2, 3, 5), torch.randn(4, 5)
+    for args in ((a, b, None, None, None), (a, b, torch.randn(4), a + 1, b)):
+        torch.library.opcheck(torch.ops.tfkern.linear_product.default, args)
+
+
+def test_float64_is_left_to_torch(processor):
+    inputs = make((130, 33), 7, torch.float64)
+    assert dispatch.find("linear", (*inputs.values(), torch.float64)) is None
     torch.testing.assert_close(tfkern.linear(**inputs), F.linear(**inputs))
 
 
@@ -133,7 +243,7 @@ def test_what_no_gradient_needs_is_not_kept(processor):
 def test_a_forced_backend_is_kept_to(processor):
     with tfkern.use_backend("reference"), Products() as products:
         tfkern.linear(**make((130, 33), 7, torch.bfloat16))
-    assert products.dtypes == [torch.bfloat16]
+    assert products.names == ["torch"]
 
 
 def test_autocast(processor):
@@ -186,6 +296,7 @@ def test_compiled(processor, dtype):
         torch.testing.assert_close(eager, traced)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(processor):
     """Gradients for each of several weights."""
     x, weights = torch.randn(130, 5).bfloat16(), torch.randn(3, 4, 5).bfloat16()
@@ -203,11 +314,11 @@ def test_refuses_what_torch_refuses(processor):
 
 
 def test_module_is_torchs(monkeypatch):
-    monkeypatch.setattr(native, "_WIDENED_FROM", {torch.bfloat16: 1})
+    monkeypatch.setattr(native, "_MOST_ROWS", {torch.bfloat16: ALL})
     ours, theirs = Linear(5, 3, dtype=torch.bfloat16), torch.nn.Linear(5, 3, dtype=torch.bfloat16)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 4, 5).bfloat16()
-    with Products() as products:
+    with torch.no_grad(), Products() as products:
         torch.testing.assert_close(ours(x), theirs(x))
-    assert products.dtypes == [torch.float32, torch.bfloat16]
+    assert products.names == ["ours", "torch"]
     assert repr(ours) == repr(theirs)

@@ -196,14 +196,14 @@ needs_native = pytest.mark.skipif(
 @needs_native
 @gatedness
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "bias"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("matrix_unit", [False, True], ids=["float32 products", "matrix unit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ours", [True, False], ids=["own products", "matrix unit"])
 @pytest.mark.parametrize("hidden, out", [(67, 29), (29, 67)])
-def test_products_of_native(monkeypatch, hidden, out, matrix_unit, dtype, bias, gated):
-    """Both ways to form products of 16-bit numbers, whatever this processor has."""
+def test_products_of_native(monkeypatch, hidden, out, ours, dtype, bias, gated):
+    """Both ways to form products, whatever this processor has."""
     native = importlib.import_module("tfkern.native.linear")
-    monkeypatch.setattr(native, "_MATRIX_UNIT", matrix_unit)
-    monkeypatch.setattr(native, "_WIDENED_FROM", {} if matrix_unit else {dtype: 65})
+    monkeypatch.setattr(native, "_MATRIX_UNIT", not ours)
+    monkeypatch.setattr(native, "_MOST_ROWS", {dtype: native._ALL} if ours else {})
     inputs = make((65, 33), hidden, out, dtype, "cpu", gated, bias)
     check(gated, "gelu_tanh", inputs, backend="native")
 

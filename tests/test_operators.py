@@ -62,6 +62,12 @@ def layer_norm_backward(**changes):
     return "layer_norm_backward", named("layer_norm_backward", args) | changes
 
 
+def linear_product(**changes):
+    args = (torch.randn(2, M, N), torch.randn(5, N), torch.randn(5), torch.randn(2, M, 3),
+            torch.randn(5, 3))  # fmt: skip
+    return "linear_product", named("linear_product", args) | changes
+
+
 def mlp_activation_forward(**changes):
     args = (torch.randn(M, N), torch.randn(M, N), "silu", torch.float32)
     return "mlp_activation_forward", named("mlp_activation_forward", args) | changes
@@ -119,13 +125,12 @@ def append_(**changes):
 
 CALLS: list[Callable] = [
     attention_forward, attention_packed, attention_paged, attention_backward, layer_norm_forward,
-    layer_norm_backward, mlp_activation_forward, mlp_activation_backward, cross_entropy_forward,
-    cross_entropy_long, cross_entropy_backward, cross_entropy_in_place, rotary, rotary_inplace,
-    append_,
+    layer_norm_backward, linear_product, mlp_activation_forward, mlp_activation_backward,
+    cross_entropy_forward, cross_entropy_long, cross_entropy_backward, cross_entropy_in_place, rotary,
+    rotary_inplace, append_,
 ]  # fmt: skip
 
-
-ONLY_ON_CPU = {"append_"}
+ONLY_ON_CPU = {"append_", "linear_product"}
 
 # Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
@@ -253,6 +258,21 @@ HOSTILE = [
     (attention_backward, {"dlse": torch.randn(B, H, T - 1)}),
     (attention_backward, {"do": torch.randn(B, H, T, D + 1)}),
     (attention_backward, {"o": torch.randn(B, H, T, D).bfloat16()}),
+    (linear_product, {"a": torch.randn(2, M, N - 1)}),
+    (linear_product, {"a": torch.randn(M, N)}),
+    (linear_product, {"a": torch.randn(())}),
+    (linear_product, {"a": torch.randn(2, M, N).double()}),
+    (linear_product, {x: None for x in ("a2", "b2")} | {
+        x: torch.randn(4, 4).double() for x in ("a", "b")} | {"bias": None}),
+    (linear_product, {"b": torch.randn(4, N)}),
+    (linear_product, {"b": torch.randn(5, N, 1)}),
+    (linear_product, {"b": misaligned(torch.randn(5, N))}),
+    (linear_product, {"bias": torch.randn(4)}),
+    (linear_product, {"bias": torch.randn(5).bfloat16()}),
+    (linear_product, {"a2": None}),
+    (linear_product, {"a2": torch.randn(M, 3)}),
+    (linear_product, {"b2": torch.randn(5, 4)}),
+    (linear_product, {"b2": torch.randn(4, 3)}),
     (mlp_activation_forward, {"total": torch.randn(M, N - 1)}),
     (mlp_activation_forward, {"up": torch.randn(M - 1, N)}),
     (mlp_activation_forward, {"up": torch.randn(M, N).double()}),

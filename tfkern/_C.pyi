@@ -1,5 +1,6 @@
 compiler: str
 torch_version: str
+amd: bool
 cpu_levels: tuple[str, ...]
 cuda_architectures: tuple[str, ...]
 cuda_kernels: tuple[str, ...]

@@ -11,8 +11,8 @@
 
 namespace tfkern {
 
-// avx512_bf16 and amx are avx512 with products of bfloat16 in hardware: of pairs (vdpbf16ps), and of
-// tiles.
+// avx512_bf16 and amx are avx512 with products of bfloat16 in hardware: of pairs (vdpbf16ps), and
+// of tiles.
 enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 constexpr Isa kIsaLevels[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
@@ -59,16 +59,19 @@ inline bool has(Isa level) {
   }
 }
 
+inline bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // Tells whether a level is the fastest choice where it exists. Only avx512_bf16 may not be: a core
 // of AMD (from Zen 4 on) does twice as many multiplications of pairs as of floats a second, one of
 // Intel half as many.
-inline bool pays(Isa level) {
-#if defined(__x86_64__)
-  return level != Isa::avx512_bf16 || __builtin_cpu_is("amd");
-#else
-  return true;
-#endif
-}
+inline bool pays(Isa level) { return level != Isa::avx512_bf16 || is_amd(); }
 
 // The level in use: the fastest of this processor, or the one that TFKERN_CPU_CAPABILITY names, as
 // ATen's ATEN_CPU_CAPABILITY does, if the processor has it.

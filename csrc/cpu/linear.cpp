@@ -2,18 +2,19 @@
 //
 //     out = a b^T + a2 b2^T + bias
 //
-// a is (M, K) and b (N, K), with any strides; a2 and b2, if they are there, have another K. Numbers
-// of 16 bits are widened as they are packed, or, where the processor multiplies pairs of bfloat16,
-// enter the products as they are. Sums are float32.
+// a is (..., K) and b (N, K), with any strides; a2 and b2, if they are there, may have another K.
+// Numbers of 16 bits are widened as they are packed, or, where the processor multiplies pairs of
+// bfloat16, enter the products as they are. Sums are float32.
+#include "linear.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
 #include <utility>
 
-#include "../tensor.h"
+#include "../rows.h"
 #include "isa.h"
-#include "linear.h"
 #include "scratch.h"
 
 #define TFKERN_KERNEL "linear.inl"
@@ -28,11 +29,13 @@ void forward_parts(const LinearForward& a, int64_t begin, int64_t end) {
 
 int64_t panel() { TFKERN_ISA_CALL(linear_panel); }
 
-// The matrix for the kernels. One whose rows and columns both lie apart is replaced by a copy.
+// The matrix for the kernels, whose rows are all axes but the last. One whose rows and columns both
+// lie apart is replaced by a copy.
 Matrix matrix(Tensor& x) {
-  const auto stride = [&](int64_t i) { return x.size(i) > 1 ? x.stride(i) : 1; };
-  if (stride(0) != 1 && stride(1) != 1) x = torch::stable::contiguous(x);
-  return {x.data_ptr(), x.size(0) > 1 ? x.stride(0) : x.size(1), stride(1)};
+  const bool across = x.dim() == 2 && x.size(0) > 1 && x.size(1) > 1 && x.stride(0) == 1;
+  if (across && x.stride(1) != 1) return {x.data_ptr(), 1, x.stride(1)};
+  x = with_row_stride(x, 1);
+  return {x.data_ptr(), *row_stride(x, 1), 1};
 }
 
 Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b2) {
@@ -45,36 +48,41 @@ Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b
                         "tfkern::linear_product: expected tensors of one dtype");
       },
       b, bias, a2, b2);
-  const auto fit = [&](const Tensor& x, const Tensor& w) {
-    return x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && x.size(0) == a.size(0) &&
-           w.size(0) == b.size(0);
-  };
-  STD_TORCH_CHECK(fit(a, b) && a2.has_value() == b2.has_value() && (!a2 || fit(*a2, *b2)) &&
-                      (!bias || is_vector(*bias, b.size(0))),
-                  "tfkern::linear_product: expected a (M, K), b (N, K) and bias (N,)");
-  const int64_t M = a.size(0), N = b.size(0);
-  const int64_t K = a.size(1) + (a2 ? a2->size(1) : 0);
-  check_countable({kPadding, M, N, std::max<int64_t>(K, 1)});
-  Tensor out = empty(a, {M, N}, a.scalar_type());
-  if (out.numel() == 0) return out;
+  const auto [M, K] = matrix_size(a, 1);
+  const auto [N, columns] = matrix_size(b, 1);
+  const MatrixSize size2 = a2 ? matrix_size(*a2, 1) : MatrixSize{M, 0};
+  STD_TORCH_CHECK(
+      b.dim() == 2 && columns == K && (!bias || (bias->dim() == 1 && bias->numel() == N)),
+      "tfkern::linear_product: expected a (..., K), b (N, K) and bias (N,)");
+  STD_TORCH_CHECK(a2.has_value() == b2.has_value() && size2.rows == M &&
+                      (!b2 || (b2->dim() == 2 && b2->size(0) == N && b2->size(1) == size2.columns)),
+                  "tfkern::linear_product: expected a2 and b2 that give a product like a and b");
+  check_countable({kPadding, M, N, K});
+  check_countable({kPadding, M, N, size2.columns});
+  std::vector<int64_t> shape(a.sizes().begin(), a.sizes().end());
+  shape.back() = N;
+  Tensor out = empty(a, shape, a.scalar_type());
+  if (M == 0 || N == 0) return out;
 
   LinearForward product{dtype(a), isa() >= Isa::avx512_bf16, M, N};
-  product.terms[0] = {matrix(a), matrix(b), a.size(1)};
-  if (a2) product.terms[1] = {matrix(*a2), matrix(*b2), a2->size(1)};
+  product.terms[0] = {matrix(a), matrix(b), K};
+  if (a2) product.terms[1] = {matrix(*a2), matrix(*b2), size2.columns};
   product.count = a2 ? 2 : 1;
+  if (bias) bias = torch::stable::contiguous(*bias);
   product.bias = bias ? bias->data_ptr() : nullptr;
   product.out = out.data_ptr();
-  // At least 64 parts for the threads, and chunks of 112 to 2016 rows.
-  const int64_t panels = (N + panel() - 1) / panel();
-  product.chunks = std::max((M + 2015) / 2016, std::min(64 / panels, M / 112));
-  product.chunks = std::max<int64_t>(product.chunks, 1);
+  // How the result is cut does not change it: each element is a sum of its own. There are chunks of
+  // at most 2016 rows, and more of them, down to 112 rows, if there are few panels for each thread.
+  const int64_t panels = (N + panel() - 1) / panel(), threads = torch::stable::get_num_threads();
+  const int64_t wanted = threads > 1 ? 4 * threads / panels : 1;
+  product.chunks = std::max({int64_t{1}, (M + 2015) / 2016, std::min(wanted, M / 112)});
   // Counts in cycles, about: to pack a unit of a panel, and to multiply it. To wake a thread for
   // less than 100000 would not pay.
-  const int64_t cycles = (K + 64) * (2 * M / product.chunks + 24);
+  const int64_t cycles = (K + size2.columns + 64) * (2 * M / product.chunks + 24);
   const int64_t grain = std::max<int64_t>(1, 100000 / cycles);
-  torch::stable::parallel_for(
-      0, panels * product.chunks, grain,
-      [&](int64_t begin, int64_t end) { forward_parts(product, begin, end); });
+  torch::stable::parallel_for(0, panels * product.chunks, grain, [&](int64_t begin, int64_t end) {
+    forward_parts(product, begin, end);
+  });
   return out;
 }
 

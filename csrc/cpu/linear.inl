@@ -8,19 +8,20 @@
 // Each element is the sum, over blocks of kDepth units, of sums in the order of k. So it depends on
 // nothing but its row of a and its row of b: not on the number of rows, not on its place.
 
-constexpr int64_t kPanel = 2 * kLanes<float>;                    // columns
-constexpr int64_t kTileRows = TFKERN_VEC_BYTES == 64 ? 14 : 6;   // as many as registers hold
-constexpr int64_t kDepth = 512;                                  // units of a block
-constexpr int64_t kGroup = 4;                                    // panels that are packed together
-constexpr int64_t kStrip = 8 * kTileRows;                        // rows that are packed together
-constexpr int64_t kChunk = 64;                                   // units of a part of a panel
+constexpr int64_t kPanel = 2 * kLanes<float>;                   // columns
+constexpr int64_t kTileRows = TFKERN_VEC_BYTES == 64 ? 14 : 6;  // as many as registers hold
+constexpr int64_t kDepth = 512;                                 // units of a block
+constexpr int64_t kGroup = 4;                                   // panels that are packed together
+constexpr int64_t kStrip = 8;                                   // tiles that are packed together
+constexpr int64_t kTileWidth = padded<float>(kTileRows);        // rows that are packed for a tile
+constexpr int64_t kChunk = 64;                                  // units of a part of a panel
 
 // What becomes of the sums that a tile finds in memory: they are overwritten, the tile goes on
 // with them, or its own are added to them.
 enum class Sums { overwrite, go_on, add };
 
-// Memory that is fetched while tiles are summed: the cache lines of `bytes` bytes from `row` on, then
-// those `stride` bytes further on, and so forth until `last`.
+// Memory that is fetched while tiles are summed: the cache lines of `bytes` bytes from `row` on,
+// then those `stride` bytes further on, and so forth until `last`.
 struct LinearAhead {
   const char *row, *last;
   int64_t stride, bytes;
@@ -67,8 +68,8 @@ inline VecFloat multiply_add(VecUint a, VecUint b, VecFloat sum) {
 
 // ---- units ----
 
-// Loads vectors of units from elements of type T: from all that a vector needs, or from the first n,
-// followed by zeros.
+// Loads vectors of units from elements of type T: from all that a vector needs, or from the first
+// n, followed by zeros.
 template <class T>
 struct WideUnits {
   using Element = T;
@@ -107,7 +108,8 @@ struct PairUnits {
 // ---- packing ----
 
 // Packs `rows` rows (at most kPanel) of n elements that lie one after the other: unit k of all rows
-// stands at out + k * kPanel. What lies `ahead` elements further on is fetched from memory meanwhile.
+// stands at out + k * kPanel. What lies `ahead` elements further on is fetched from memory
+// meanwhile.
 template <class U>
 void pack_along(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n,
                 int64_t ahead, float* out) {
@@ -135,15 +137,19 @@ void pack_along(const typename U::Element* p, int64_t stride, int64_t rows, int6
   }
 }
 
-// Packs `rows` rows of n elements, where the rows lie one after the other: unit k of all rows
-// stands at out + k * out_stride.
+// Packs `rows` rows of n elements, where the rows lie one after the other. They are cut into parts,
+// the starts of which are `height` rows apart. Unit k of a part of `width` rows, of which the next
+// part may have some too, stands at out + k * width, and the next part out_stride further on.
 template <class U>
-void pack_across(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n, float* out,
-                 int64_t out_stride) {
-  for (int64_t k = 0; k < n; k += U::kElements, out += out_stride) {
-    for (int64_t i = 0; i < out_stride; i += kLanes<float>) {
-      const int64_t width = std::clamp<int64_t>(rows - i, 0, kLanes<float>);
-      store(out + i, U::across(p + k * stride + i, stride, n - k, width));
+void pack_across(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n,
+                 int64_t height, int64_t width, float* out, int64_t out_stride) {
+  for (int64_t k = 0; k < n; k += U::kElements, p += U::kElements * stride, out += width) {
+    float* part = out;
+    for (int64_t row = 0; row < rows; row += height, part += out_stride) {
+      for (int64_t i = 0; i < width; i += kLanes<float>) {
+        const int64_t count = std::clamp<int64_t>(rows - row - i, 0, kLanes<float>);
+        store(part + i, U::across(p + row + i, stride, n - k, count));
+      }
     }
   }
 }
@@ -161,15 +167,18 @@ void copy_rows(const typename U::Element* p, int64_t stride, int64_t rows, int64
 
 // ---- products ----
 
-// The rows of a that tiles read: where they are, or as packed units.
+// M rows are cut into tiles of this many rows, so that the last is not much smaller.
+inline int64_t tile_height(int64_t M) {
+  const int64_t tiles = (M + kTileRows - 1) / kTileRows;
+  return (M + tiles - 1) / tiles;
+}
+
+// The rows of a that a tile reads: unit k of row i is data[i * stride + k], or data[i + k * stride]
+// if they are packed `across`.
 struct LinearRows {
   const uint32_t* data;
   int64_t stride;
   bool across;
-
-  LinearRows from(int64_t row, int64_t unit = 0) const {
-    return {data + (across ? row + unit * stride : row * stride + unit), stride, across};
-  }
 };
 
 // Stores sums of `rows` rows and a panel of columns as elements from (m, n) on.
@@ -220,7 +229,7 @@ struct LinearKernel {
     if (b.column == 1) {
       pack_along<U>(at(b, row, k), b.row, rows, n, ahead, out);
     } else {
-      pack_across<U>(at(b, row, k), b.column, rows, n, out, kPanel);
+      pack_across<U>(at(b, row, k), b.column, rows, n, kPanel, kPanel, out, 0);
     }
   }
 
@@ -249,20 +258,26 @@ struct LinearKernel {
            bytes % 2048 != 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
   }
 
-  LinearRows rows_of(const Matrix& x, int64_t row, int64_t rows, int64_t k, int64_t n,
-                     float* buffer) const {
+  // n elements from k on of the rows of `tiles` tiles, packed in `buffer` if they have to be.
+  void rows_of(const Matrix& x, int64_t row, int64_t rows, int64_t height, int64_t k, int64_t n,
+               float* buffer, LinearRows* tiles) const {
     const T* p = at(x, row, k);
-    if (in_place(x, n)) {
-      return {reinterpret_cast<const uint32_t*>(p), x.row / U::kElements, false};
-    }
     const auto* packed = reinterpret_cast<const uint32_t*>(buffer);
-    if (x.column == 1) {
-      const int64_t stride = row_stride(n);
-      copy_rows<U>(p, x.row, rows, n, buffer, stride);
-      return {packed, stride, false};
+    LinearRows first{packed, row_stride(n), false};
+    int64_t step = height * first.stride;
+    if (x.column != 1) {
+      step = kTileWidth * units(n);
+      pack_across<U>(p, x.column, rows, n, height, kTileWidth, buffer, step);
+      first = {packed, kTileWidth, true};
+    } else if (in_place(x, n)) {
+      first = {reinterpret_cast<const uint32_t*>(p), x.row / U::kElements, false};
+      step = height * first.stride;
+    } else {
+      copy_rows<U>(p, x.row, rows, n, buffer, first.stride);
     }
-    pack_across<U>(p, x.column, rows, n, buffer, kStrip);
-    return {packed, kStrip, true};
+    for (int64_t t = 0; t * height < rows; ++t) {
+      tiles[t] = {first.data + t * step, first.stride, first.across};
+    }
   }
 
   // Units between copied rows of n elements: whole vectors, but not a multiple of half a page.
@@ -308,7 +323,8 @@ struct LinearKernel {
             // The part after the next, which may be one of the next panel.
             const int64_t ahead = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
             pack(b, row, k, n, ahead, part);
-            tile(a.M, units(n), left[i].from(0, k / U::kElements), part, target, mode, nothing);
+            tile(a.M, units(n), {left[i].data + k / U::kElements, left[i].stride, false}, part,
+                 target, mode, nothing);
             mode = Sums::go_on;
             k += n;
           } while (k < stop);
@@ -324,11 +340,11 @@ struct LinearKernel {
 
   // Rows [m_begin, m_end) of the result, of the columns of panels [begin, end), at most kGroup.
   void group(int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
-    const int64_t M = m_end - m_begin, tiles = (M + kTileRows - 1) / kTileRows;
-    const auto first_row = [&](int64_t t) { return m_begin + M * t / tiles; };
+    const int64_t M = m_end - m_begin, height = tile_height(M);
+    const int64_t stop = std::min(a.N, end * kPanel), next_stop = stop + (end - begin) * kPanel;
     float* panels = scratch;
     float* buffer = panels + kGroup * kDepth * kPanel;
-    float* sums = buffer + kStrip * (kDepth + 16);
+    float* sums = buffer + kStrip * kTileWidth * (kDepth + 16);
     bool first = true;
     for (int i = 0; i < a.count; ++i) {
       const auto& [x, b, K] = a.terms[i];
@@ -338,26 +354,25 @@ struct LinearKernel {
         for (int64_t p = begin; p < end; ++p) {
           pack(b, p * kPanel, k, n, 64 * U::kElements, panels + (p - begin) * kDepth * kPanel);
         }
-        const bool last = i + 1 == a.count && k + n == K;
-        const int64_t stop = std::min(a.N, end * kPanel), more = (end-begin) * kPanel;
+        const bool more = k + n < K, last = !more && i + 1 == a.count;
         const LinearAhead next_block =
-            !last ? k + n < K ? lines(b, begin * kPanel, stop, k + n, K)
-                              : lines(a.terms[1].b, begin * kPanel, stop, 0, a.terms[1].K)
-                  : lines(a.terms[0].b, stop, std::min(a.N, stop + more), 0, a.terms[0].K);
-        for (int64_t t0 = 0; t0 < tiles; t0 += 8) {
-          const int64_t t1 = std::min(tiles, t0 + 8), m0 = first_row(t0);
-          const LinearRows left = rows_of(x, m0, first_row(t1) - m0, k, n, buffer);
-          LinearAhead ahead = t1 < tiles
-                                  ? lines(x, first_row(t1), first_row(std::min(tiles, t1 + 8)), k, K)
-                                  : next_block;
+            more    ? lines(b, begin * kPanel, stop, k + n, K)
+            : !last ? lines(a.terms[1].b, begin * kPanel, stop, 0, a.terms[1].K)
+                    : lines(a.terms[0].b, stop, std::min(a.N, next_stop), 0, a.terms[0].K);
+        for (int64_t m0 = 0; m0 < M; m0 += kStrip * height) {
+          const int64_t m1 = std::min(M, m0 + kStrip * height);
+          const int64_t m2 = std::min(M, m1 + kStrip * height);
+          LinearRows left[kStrip];
+          rows_of(x, m_begin + m0, m1 - m0, height, k, n, buffer, left);
+          LinearAhead ahead = m1 < M ? lines(x, m_begin + m1, m_begin + m2, k, K) : next_block;
           for (int64_t p = begin; p < end; ++p) {
-            for (int64_t t = t0; t < t1; ++t) {
-              const int64_t m = first_row(t), rows = first_row(t + 1) - m;
-              const int64_t slot = (first && last ? t - t0 : t) * kGroup + p - begin;
+            for (int64_t m = m0; m < m1; m += height) {
+              const int64_t rows = std::min(height, m1 - m), t = (m - m0) / height;
+              const int64_t slot = (first && last ? t : m / height) * kGroup + p - begin;
               float* c = sums + slot * kTileRows * kPanel;
-              tile(rows, depth, left.from(m - m0), panels + (p - begin) * kDepth * kPanel, c,
+              tile(rows, depth, left[t], panels + (p - begin) * kDepth * kPanel, c,
                    first ? Sums::overwrite : Sums::add, ahead);
-              if (last) store_sums<T>(a, c, rows, m, p * kPanel);
+              if (last) store_sums<T>(a, c, rows, m_begin + m, p * kPanel);
             }
           }
         }
@@ -379,9 +394,9 @@ void linear_parts(const LinearForward& a, int64_t begin, int64_t end) {
     return Kernel{a, thread_scratch<float>(size)}.stream(begin, end);
   }
   const int64_t longest = (a.M + a.chunks - 1) / a.chunks;
-  const int64_t tiles = (longest + kTileRows - 1) / kTileRows;
-  const int64_t size = kGroup * kDepth * kPanel + kStrip * (kDepth + 16) +
-                       (tiles + 8) * kGroup * kTileRows * kPanel;
+  const int64_t height = tile_height(longest), tiles = (longest + height - 1) / height;
+  const int64_t size = kGroup * kDepth * kPanel + kStrip * kTileWidth * (kDepth + 16) +
+                       (tiles + kStrip) * kGroup * kTileRows * kPanel;
   Kernel kernel{a, thread_scratch<float>(size)};
   while (begin < end) {
     const int64_t chunk = begin / panels, p = begin % panels;

@@ -34,7 +34,7 @@ constexpr int kLanes = TFKERN_VEC_BYTES / sizeof(C);
 
 // n rounded up to whole vectors.
 template <class C>
-inline int64_t padded(int64_t n) {
+constexpr int64_t padded(int64_t n) {
   return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
 }
 
@@ -135,6 +135,22 @@ inline void store(T* p, Vec<Compute<T>> v, int n) {
   store(part, v);
   std::memcpy(p, part, n * sizeof(T));
 }
+
+#if TFKERN_VEC_BYTES == 64
+inline VecFloat load(const float* p, int n) {
+  return (VecFloat)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+}
+inline void store(float* p, VecFloat v, int n) {
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+}
+inline VecFloat load(const BFloat16* p, int n) {
+  const __m256i half = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
+  return (VecFloat)((VecUint)_mm512_cvtepu16_epi32(half) << 16);
+}
+inline VecFloat load(const Half* p, int n) {
+  return (VecFloat)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+}
+#endif
 
 // Loads or stores a vector, or only its first n elements if a row has no more left.
 template <class T>

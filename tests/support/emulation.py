@@ -108,7 +108,7 @@ def patch() -> None:
     from tfkern.ops import OPS
 
     ops = load()
-    importlib.import_module("tfkern.native.linear")._WIDENED_FROM = {}  # as on a GPU
+    importlib.import_module("tfkern.native.linear")._MOST_ROWS = {}  # as on a GPU
     for op in OPS:
         native = importlib.import_module(f"tfkern.native.{op}")
         for name, value in list(vars(native).items()):

@@ -1,73 +1,86 @@
-"""Linear layers on CPUs where torch is slow at products of 16-bit numbers or their gradients.
+"""Linear layers by csrc/cpu/linear.cpp, where its products are faster than torch's.
 
-    y = x w^T + b;   dx = dy w,  dw = dy^T x,  db = sum(dy)
+    y = x w^T + b;   dx = dy w,  dw = dy^T x
 
-x is (M, K), w (N, K). All products are torch's.
+x is (..., K), w (N, K). All three are products a b^T: of x and w, of dy and w^T, of dy^T and x^T.
 """
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from tfkern.native import _C
 
+_product = torch.ops.tfkern.linear_product.default
 
-def widened_from(level: str) -> dict[torch.dtype, int]:
-    """For each dtype whose products are computed in float32, the fewest rows for which they are.
+_FEW, _ALL = 8, sys.maxsize
 
-    x86 multiplies 16-bit numbers at half the rate of float32, or less, unless it has a matrix unit
-    or, for bfloat16, fast instructions for pairs of numbers. The cost of widening the weights is
-    made good from about 100 rows on (768 x 3072).
+
+def most_rows(level: str, amd: bool) -> dict[torch.dtype, int]:
+    """For each dtype, the most rows of a result that is left to our own products.
+
+    These read weights at the speed of memory, which torch does not where rows are few. Many rows of
+    float32 are slow in torch's library for AMD's processors with AVX-512, which it takes for others
+    without. Many rows of 16 bits are slow in torch, unless there is a matrix unit.
     """
-    x86 = "avx2" in _C.cpu_levels
-    if not x86 or level == "amx":
+    if "avx2" not in _C.cpu_levels:
         return {}
-    pairs = level == "avx512_bf16"
-    return dict.fromkeys((torch.float16,) if pairs else (torch.bfloat16, torch.float16), 128)
+    avx512 = level in ("avx512", "avx512_bf16", "amx")
+    rows = {torch.float32: _ALL if amd and avx512 else _FEW if avx512 else 0}
+    narrow = _FEW if level == "amx" else _ALL
+    return rows | {torch.bfloat16: narrow, torch.float16: narrow}
 
 
+_MOST_ROWS = most_rows(_C.cpu_capability(), _C.amd)
 _MATRIX_UNIT = _C.cpu_capability() == "amx"
-_WIDENED_FROM = widened_from(_C.cpu_capability())
+# Calls with gradients and fewer multiplications are left to torch: it takes some 20 microseconds
+# less for the steps around the products, which ours must make good.
+_LEAST_TRAINED = {torch.float32: 1 << 22}
+if _C.cpu_capability() == "avx512_bf16":  # where torch's products are nearly as fast
+    _LEAST_TRAINED[torch.bfloat16] = 1 << 27
 
 
-def forward(x, weight, bias):
-    product = product_dtype(x, x.dtype)
-    wide = (t if t is None else t.to(product) for t in (x, weight, bias))
-    y = F.linear(*wide)
-    return y if product == x.dtype else y.to(x.dtype)  # as in mlp.py
+def forward(x, weight, bias=None):
+    """x weight^T + bias"""
+    if is_ours(x, x.dtype):
+        return _product(x, weight, bias, None, None)
+    if not _MATRIX_UNIT or x.is_contiguous() or not _slow_views(x, x.dtype):
+        return F.linear(x, weight, bias)
+    # The gradient of a weight: of its two factors, both transposed, the smaller one is copied.
+    if len(x) <= len(weight):
+        return F.linear(x.contiguous(), weight, bias)
+    return F.linear(weight.contiguous(), x).t().contiguous()
 
 
-def backward(dy, x, weight, want_dbias):
-    """dx, dweight and dbias. dx is None if weight is, and dweight if x is."""
-    dtype, product = dy.dtype, product_dtype(dy, dy.dtype)
-    wide = dy.to(product)
-    dx = None if weight is None else (wide @ weight.to(product)).to(dtype)
-    dweight = None if x is None else weight_gradient(wide, x.to(product)).to(dtype)
-    return dx, dweight, dy.sum(0) if want_dbias else None
+def forward_sum(x, weight, x2, weight2):
+    """x weight^T + x2 weight2^T"""
+    if is_ours(x, x.dtype):
+        return _product(x, weight, None, x2, weight2)
+    return torch.addmm(F.linear(x, weight), x2, weight2.t())
 
 
 def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
-    if product_dtype(x, dtype) != dtype or (needs_grad and _slow_views(x, dtype)):
+    if needs_grad and _slow_views(x, dtype):
         return None
-    return "torch's own is as fast"
+    if not is_ours(x, dtype):
+        return "torch's own is as fast"
+    if needs_grad and x.numel() * weight.shape[0] < _LEAST_TRAINED.get(dtype, 0):
+        return "torch's own takes fewer steps to a gradient, which take longer than the products"
+    return None
 
 
-def product_dtype(x, dtype):
-    """The dtype for products with the rows of x, whose factors have or are cast to `dtype`."""
-    rows = _WIDENED_FROM.get(dtype) if x.is_cpu else None
-    return dtype if rows is None or math.prod(x.shape[:-1]) < rows else torch.float32
-
-
-def weight_gradient(dy, x):
-    """dy^T x. Where torch is slow at transposed views, the smaller factor is copied."""
-    if not _slow_views(x, x.dtype):
-        return dy.t() @ x
-    if dy.shape[1] <= x.shape[1]:
-        return dy.t().contiguous() @ x
-    return (x.t().contiguous() @ dy).t().contiguous()
+def is_ours(x, dtype):
+    """Whether products with the rows of x, whose factors have or are cast to `dtype`, are ours."""
+    return x.is_cpu and math.prod(x.shape[:-1]) <= _MOST_ROWS.get(dtype, -1)
 
 
 def _slow_views(x, dtype):
     """Whether torch is slow at products of transposed views, as it is on the matrix unit."""
     return _MATRIX_UNIT and x.is_cpu and dtype == torch.bfloat16
+
+
+@torch.library.register_fake("tfkern::linear_product")
+def _(a, b, bias, a2, b2):
+    return a.new_empty(*a.shape[:-1], b.shape[0])

@@ -10,17 +10,23 @@ from tfkern.ops import autograd, checks
 
 dispatch.register("linear")
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` that is not slow at 16-bit numbers on a CPU.
+    """`torch.nn.functional.linear` with products of our own where torch's are slow on a CPU.
 
         y = x weight^T + bias
 
-    x86 CPUs without a matrix unit multiply float16 at half the rate of float32, or less; the same
-    holds for bfloat16, except on AMD's with avx512_bf16. There, factors of many rows are widened
-    to float32 for the call. On x86 CPUs with a matrix unit, the gradient of weight takes bfloat16
-    factors in an order at which torch is fast. Everywhere else, for all other dtypes, and where a
-    backend other than "native" is forced, this is torch's function.
+    On x86 CPUs float16 is ours, and so is bfloat16 unless there is a matrix unit. With AVX-512, so
+    are up to 8 rows of any dtype, and on AMD's all of float32. Of these, float32, and bfloat16
+    where the CPU has fast products of pairs, go to torch if gradients are needed and the product
+    is small. On CPUs with a matrix unit, the gradient of weight takes bfloat16 factors in an order
+    at which torch is fast. Everywhere else, for all other dtypes, and where a backend other than
+    "native" is forced, this is torch's function.
+
+    Where all numbers of rows are ours, a row of y depends on its row of x alone, bit for bit: not
+    on how many rows there are. It never depends on the number of threads.
 
     Args:
         x: (..., K).
@@ -34,30 +40,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: shapes, dtypes or devices that torch's function refuses.
     """
     dtype = checks.computed_dtype(x) if x.is_cpu else None
-    if dtype in (torch.bfloat16, torch.float16) and _is_plain(x, weight, bias, dtype):
+    if dtype in _DTYPES and _is_plain(x, weight, bias, dtype):
         backend = dispatch.find("linear", (x, weight, bias, dtype))
         if backend is not None:
-            args = checks.autocast(x.flatten(0, -2), weight, bias)
+            args = checks.autocast(x, weight, bias)
             with dispatch.no_autocast(x.device):
-                y = autograd.apply(_Linear, *dispatch.distinct(args), backend)
-            return y.view(*x.shape[:-1], y.shape[1])
+                return autograd.apply(_Linear, *dispatch.distinct(args), backend)
     return F.linear(x, weight, bias)
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
-    """Whether `_Linear` can serve the call: dense, of one dtype, no vector, no forward mode."""
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    matrices = x.dim() > 1 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
-    alike = all(checks.computed_dtype(t) == dtype and _is_dense(t) for t in tensors)
-    return matrices and alike and forward_ad._current_level < 0
+    """Whether `_Linear` can serve the call: dense, of one dtype and of sizes that fit together, no
+    vector, no forward mode."""
+    return (
+        x.dim() > 1
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and _is_like(x, x, dtype)
+        and _is_like(weight, x, dtype)
+        and (bias is None or (_is_like(bias, x, dtype) and bias.shape == weight.shape[:1]))
+        and forward_ad._current_level < 0
+    )
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.layout is torch.strided and not x.is_nested
+def _is_like(t: Tensor, x: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether t is dense and computed in `dtype`, as x is."""
+    alike = t.dtype == x.dtype or checks.computed_dtype(t) == dtype
+    return alike and t.layout is torch.strided and not t.is_nested
 
 
 class _Linear(torch.autograd.Function):
-    """Linear for autograd. Its backward consists of differentiable operators, as torch's does."""
+    """Linear for autograd. Its backward consists of linear layers, so that it has derivatives of
+    every order, as torch's does."""
 
     generate_vmap_rule = True
 
@@ -74,6 +88,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        backward = dispatch.implementation("linear", ctx.backend).backward
+        (x, weight), backend = ctx.saved_tensors, ctx.backend
+        dx = dweight = dbias = None
         with dispatch.no_autocast(dy.device):
-            return *backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[2]), None
+            if weight is not None:
+                dx = autograd.apply(_Linear, dy, weight.t(), None, backend)
+            dy = dy.flatten(0, -2)
+            if x is not None:
+                dweight = autograd.apply(_Linear, dy.t(), x.flatten(0, -2).t(), None, backend)
+            if ctx.needs_input_grad[2]:
+                dbias = dy.sum(0)
+        return dx, dweight, dbias, None

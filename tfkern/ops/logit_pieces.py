@@ -43,10 +43,8 @@ def _linear(x, weight, bias, backend):
 
 def _linear_backward(dy, x, weight, want_dbias, backend):
     """dx, dweight and dbias. dx is None if weight is, and dweight if x is."""
-    if backend is not None:
-        return dispatch.implementation("linear", backend).backward(dy, x, weight, want_dbias)
-    dx = None if weight is None else dy @ weight
-    dweight = None if x is None else dy.t() @ x
+    dx = None if weight is None else _linear(dy, weight.t(), None, backend)
+    dweight = None if x is None else _linear(dy.t(), x.t(), None, backend)
     return dx, dweight, dy.sum(0) if want_dbias else None
 
 
@@ -70,7 +68,7 @@ def _logits(x, weight, bias, linear):
     memory = x.new_empty(pieces[0].stop if pieces else 0, len(weight))
     for m in pieces:
         out = memory[: m.stop - m.start]
-        if linear is not None:  # it widens the weight: some columns at a time
+        if linear is not None:  # it returns new memory: some columns at a time
             for n in _column_pieces(len(weight)):
                 out[:, n] = _linear(x[m], weight[n], _part(bias, n), linear)
         elif bias is None:
