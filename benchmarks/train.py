@@ -7,10 +7,9 @@ rows stand in one file for each processor; running a case replaces its rows.
 """
 
 import importlib.util
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,12 +249,12 @@ def file_name(facts: Row) -> str:
 
 def peak(name: str, case: Case, precision: str) -> int:
     """Bytes that a process takes at the peak of a step, beyond those with which it started."""
-    worker = Worker("cpu", patience=600)  # a compiler says nothing for long
-    with _memory_given_back():
-        try:
-            return worker.ask(_peak, name, case, precision, torch.get_num_threads())
-        finally:
-            worker.stop()
+    # A compiler says nothing for long.
+    worker = Worker("cpu", patience=600, environment=memory.GIVEN_BACK)
+    try:
+        return worker.ask(_peak, name, case, precision, torch.get_num_threads())
+    finally:
+        worker.stop()
 
 
 def _peak(name: str, case: Case, precision: str, threads: int, tell: Callable[[str], None]) -> int:
@@ -268,20 +267,6 @@ def _peak(name: str, case: Case, precision: str, threads: int, tell: Callable[[s
     memory.reset_peak()
     step()
     return max(memory.resident("VmHWM") - before, 0)
-
-
-@contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """Processes that are started here have `memory.GIVEN_BACK` in their environment."""
-    former = {name: os.environ.get(name) for name in memory.GIVEN_BACK}
-    os.environ |= memory.GIVEN_BACK
-    try:
-        yield
-    finally:
-        for name, value in former.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _disagreement(losses: dict[str, list[float]], precision: str) -> str | None:
