@@ -7,6 +7,10 @@ for work; `linear_cross_entropy.py`, `block.py` and `model.py` do so for larger 
 to all that PyTorch has, in a process of `worker.py`. All three measure them by `measure.py`, which
 compares variants with float64, times them and makes the rows. `report.py` shows rows: files,
 tables, charts.
+
+Whole models have modules of their own: `train.py` times steps of training, `patched.py` models of
+transformers that run on tfkern, and `infer.py` and `generate.py` next to other ways to run a model,
+by what they share in `peers.py`.
 """
 
 from tfkern import ops

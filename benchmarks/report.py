@@ -253,6 +253,30 @@ def models_table(rows: Sequence[Row]) -> Table:
     return made
 
 
+def peers_tables(rows: Sequence[Row]) -> list[Table]:
+    """The ratios of whole models, from rows that are compared with other ways to run them; and for
+    all of them the errors of their results and the memory that they took."""
+    text, ratios = ("case", "pass", "dtype", "against"), ("ratio_p20", "ratio_p50", "ratio_p80")
+    title = f"{rows[0]['op']}: time of the other / time of tfkern, both in ms"
+    numbers = ("p20", "ratio", "p80", "theirs", "tfkern", "tokens/s")
+    times = _table(title, text, numbers)
+    title = "error relative to a more precise model, and peak memory with weights"
+    results = _table(title, ("case", "dtype", "variant"), ("error", "memory"))
+    known = {}
+    for row in rows:
+        cells = [f"{row[name]:.2f}" for name in ratios]
+        cells += [digits(row[name]) for name in ("against_ms", "p50_ms", "tokens_per_second")]
+        times.add_row(*(row[name] for name in text), *cells)
+        for who, error, peak in (
+            ("variant", "error", "peak_bytes"),
+            ("against", "against_error", "against_peak_bytes"),
+        ):
+            known[row["case"], row["dtype"], row[who]] = f"{row[error]:.1e}", size(row[peak])
+    for key, cells in known.items():
+        results.add_row(*key, *cells)
+    return [times, results]
+
+
 def suite_tables(rows: Sequence[Row]) -> list[Table]:
     """For each op of the suite: rates, times from an idle GPU to an idle GPU, and memory."""
     made = []

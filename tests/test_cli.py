@@ -53,6 +53,9 @@ def quick(monkeypatch):
         (["bench", "patched", "--out", "/dev/null/x"], "/dev/null"),
         (["bench", "train", "abacus"], "unknown case 'abacus': expected one of characters, gpt2"),
         (["bench", "train", "--out", "/dev/null/x"], "/dev/null"),
+        (["bench", "infer", "abacus"], "unknown model 'abacus': expected one of minilm, gpt2"),
+        (["bench", "generate", "abacus"], "unknown model 'abacus': expected one of gpt2, llama"),
+        (["bench", "generate", "--out", "/dev/null/x"], "/dev/null"),
         (["train"], "a recipe is needed"),
         (["train", "abacus"], "'abacus' is neither a recipe (.yaml) nor one of bart, bert"),
         (["train", "/nowhere.yaml"], "/nowhere.yaml"),
@@ -132,7 +135,7 @@ ABSURD += [
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
     """Every command does nothing but check its options."""
-    from tfkern.benchmarks import patched, suite, sweep, train
+    from tfkern.benchmarks import patched, peers, suite, sweep, train
     from tfkern.cli import attention_map, sample, validate
     from tfkern.data import prepare
     from tfkern.models import convert
@@ -141,7 +144,7 @@ def idle(monkeypatch, tmp_path):
         raise NotImplementedError("the work began")
 
     for module, name in ((sweep, "run"), (suite, "run"), (against, "run"), (validate, "run"),
-                         (patched, "run"), (train, "run"), (sample, "load"),
+                         (patched, "run"), (train, "run"), (peers, "run"), (sample, "load"),
                          (attention_map, "load"), (convert, "load"),
                          (prepare, "prepare")):  # fmt: skip
         monkeypatch.setattr(module, name, work)

@@ -88,6 +88,11 @@ def answer(number: int, tell) -> int:
     return 2 * number
 
 
+def about(variable: str, tell) -> tuple[int, str | None]:
+    """The number of the process, and a variable of its environment."""
+    return os.getpid(), os.environ.get(variable)
+
+
 def hang(tell) -> None:
     tell("sleeping")
     time.sleep(600)

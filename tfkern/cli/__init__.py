@@ -1,7 +1,8 @@
 """The `tfkern` program: models, benchmarks, validation, what is on or off on this machine.
 
-Each file holds one command, except that `bench.py` holds all sweeps over lengths: they differ only
-in their sizes. `options.py` has the options that several commands share, `output.py` the printing.
+Each file holds one command, except that `bench.py` holds all sweeps over lengths, which differ only
+in their sizes, and `peers.py` both commands that time other ways to run a model. `options.py` has
+the options that several commands share, `output.py` the printing.
 """
 
 from typing import Any
@@ -61,6 +62,7 @@ def _app():
         convert,
         doctor,
         patched,
+        peers,
         prepare,
         sample,
         suite,
@@ -77,6 +79,8 @@ def _app():
     bench.app.command("suite")(suite.command)
     bench.app.command("patched")(patched.command)
     bench.app.command("train")(bench_train.command)
+    bench.app.command("infer")(peers.infer)
+    bench.app.command("generate")(peers.generate)
     app.add_typer(bench.app, name="bench")
     app.command("doctor")(doctor.command)
     app.command("validate")(validate.command)

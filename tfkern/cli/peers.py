@@ -1,0 +1,86 @@
+"""`tfkern bench infer` and `tfkern bench generate`."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+import typer
+
+from tfkern import files
+from tfkern.benchmarks import environment, report
+from tfkern.benchmarks import generate as generating
+from tfkern.benchmarks import infer as inferring
+from tfkern.benchmarks import peers as benchmark
+from tfkern.benchmarks.against import THREADS
+from tfkern.cli.options import OUT_OF_FIXED, Out
+from tfkern.cli.output import console, exit_if_wrong, prepare, with_progress
+
+
+def _command(suite: benchmark.Suite, compiled: benchmark.Peer, told: str) -> Callable[..., None]:
+    """A command that times a suite, and with --compiled one more peer. Its help begins with what
+    is told."""
+    known = ", ".join(suite.models)
+    shipped = ("transformers", "tfkern")
+    others = " and ".join(p.name for p in suite.peers if p.modules[0] not in shipped)
+
+    def command(
+        models: Annotated[
+            list[str] | None,
+            typer.Argument(help=f"Models, from {known}. The default is all.", show_default=False),
+        ] = None,
+        with_compiled: Annotated[
+            bool, typer.Option("--compiled", help="Also times transformers under torch.compile.")
+        ] = False,
+        quick: Annotated[
+            bool,
+            typer.Option(
+                "--quick", help=f"Times one round instead of {suite.rounds}, to see what works."
+            ),
+        ] = False,
+        out: Out = OUT_OF_FIXED / "peers",
+    ) -> None:
+        chosen = list(models or suite.models)
+        for name in chosen:
+            if name not in suite.models:
+                raise ValueError(f"unknown model {files.shown(name)}: expected one of {known}")
+        if importlib.util.find_spec("transformers") is None:
+            raise NotImplementedError("transformers is not installed: pip install transformers")
+        timed = replace(suite, peers=(*suite.peers, compiled)) if with_compiled else suite
+        torch.set_num_threads(THREADS)
+        prepare(out, suite.file_name(environment.facts("cpu")))
+        cases = sum(case.model.name in chosen for case in suite.cases)
+        steps = len(benchmark.PRECISIONS) * (cases + len(chosen) * len(timed.peers))
+        rounds = 1 if quick else suite.rounds
+        results = with_progress(
+            steps, lambda progress: benchmark.run(timed, chosen, rounds=rounds, progress=progress)
+        )
+        screen = console()
+        for note in results.notes:
+            screen.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
+        if results.rows:
+            for table in report.peers_tables(results.rows):
+                screen.print(table)
+            path = suite.write(results.rows, out)
+            screen.print(f"wrote {path}", soft_wrap=True, highlight=False)
+        exit_if_wrong(results.wrong)
+
+    command.__doc__ = (
+        f"{told}\n\nThe others are transformers and, where they are installed, {others}. "
+        "Each runs in a process of its own, in turns, with the same weights, dtype and number of "
+        "threads. The result is the time of another divided by that of tfkern."
+    )
+    return command
+
+
+infer = _command(
+    inferring.SUITE,
+    inferring.COMPILED,
+    "Times an encoder, and a decoder that reads, on a CPU, next to other ways to run them.",
+)
+generate = _command(
+    generating.SUITE,
+    generating.COMPILED,
+    "Times decoders that write on a CPU, next to other ways to run them.",
+)
