@@ -62,6 +62,16 @@ def device():
     return DEVICE
 
 
+def _repeats(metafunc, dtype):
+    """Whether a test shows little of Triton's kernels that others do not, for which the interpreter
+    takes too long. Their code hardly depends on which 16-bit dtype it is: float16 takes part where
+    whole results are compared."""
+    if metafunc.definition.get_closest_marker("slow_in_interpreter"):
+        return True
+    compares = any(word in metafunc.function.__name__ for word in ("match", "sizes"))
+    return dtype == torch.float16 and not compares
+
+
 def pytest_generate_tests(metafunc):
     """`backend` runs a test once per backend of the op that its file is named after."""
     names = metafunc.fixturenames
@@ -77,6 +87,8 @@ def pytest_generate_tests(metafunc):
             if backend == "native" and DEVICE == "cuda" and dtype == torch.float64:
                 continue  # nor of the CUDA kernels
             marks = [pytest.mark.skip(reason=reason)] if reason else []
+            if backend == "triton" and DEVICE == "cpu" and _repeats(metafunc, dtype):
+                marks.append(pytest.mark.slow)
             values = (backend, dtype) if "dtype" in names else (backend,)
             label = backend if dtype is None else f"{backend}-{str(dtype).removeprefix('torch.')}"
             cases.append(pytest.param(*values, marks=marks, id=label))

@@ -77,6 +77,7 @@ def sorted_text(pair):
 PAIRS = pairwise()
 
 
+@pytest.mark.slow_in_interpreter  # the pairs have each value
 @pytest.mark.parametrize("choice", SINGLE)
 def test_each_value(backend, device, choice):
     run(choice, backend, device)

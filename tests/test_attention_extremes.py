@@ -103,7 +103,7 @@ def test_the_only_key_has_weight_1(backend, dtype, device, H, Hk, T, size):
     """The weight is 1 in the backward as well, although scores are rounded by units."""
     if dtype == torch.float16 and size > 1e3:
         pytest.skip("float16 has no such numbers")
-    B, D = 8, 80  # whose scale is no power of two
+    B, D = 2 if backend == "triton" else 8, 80  # whose scale is no power of two
     q = (torch.randn(B, H, T, D, device=device) * size).to(dtype)
     k = (torch.randn(B, Hk, 1, D, device=device) * size).to(dtype)
     v = torch.randn(B, Hk, 1, 8, device=device).to(dtype)

@@ -387,8 +387,9 @@ def test_opcheck(backend, device, with_residual):
     torch.library.opcheck(ops.layer_norm_backward.default, args)
 
 
-def test_compiles_ahead_of_time_without_spills():
-    aot.check("layer_norm")
+@aot.each_arch
+def test_compiles_ahead_of_time_without_spills(arch):
+    aot.check("layer_norm", arch)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -279,8 +279,9 @@ def test_opcheck(backend, device, bias, gated):
     torch.library.opcheck(ops.mlp_activation_backward.default, (dh, pre, up, "gelu", bias))
 
 
-def test_compiles_ahead_of_time_without_spills():
-    aot.check("mlp")
+@aot.each_arch
+def test_compiles_ahead_of_time_without_spills(arch):
+    aot.check("mlp", arch)
 
 
 @gatedness

@@ -454,5 +454,6 @@ def test_vmap_with_inplace(backend, device):
     assert torch.equal(q[:, 0], expected)
 
 
-def test_compiles_ahead_of_time_without_spills():
-    aot.check("rotary")
+@aot.each_arch
+def test_compiles_ahead_of_time_without_spills(arch):
+    aot.check("rotary", arch)

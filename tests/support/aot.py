@@ -7,7 +7,7 @@ of JSON per kernel. To add a group, decorate a function that makes tensors of re
 "cuda" and calls launchers with them. The tensors are fake: they need neither GPU nor memory. (Where
 torch has no CUDA, slices such as `x[1:]` fail on them; methods such as `x.narrow` work.)
 
-Tests call `report`, which starts another process: a process in which TRITON_INTERPRET is set cannot
+Tests call `report` or `check`, which start another process: a process in which TRITON_INTERPRET is set cannot
 compile.
 """
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +42,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 # Bytes of shared memory that a block may opt in to, by architecture (CUDA programming guide, table
 # of technical specifications per compute capability).
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+# Shared memory is least on sm_89, and only products of sm_90 can be serialised.
+each_arch = pytest.mark.parametrize(
+    "arch", [89, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+)
 
 # Messages of ptxas when it makes asynchronous products of sm_90 wait for each other.
 SERIALISED = re.compile(r"C751[0-5]\b.*")
@@ -204,13 +210,13 @@ def report(group: str, *arches: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def check(group: str, spills: Mapping[str, int] | None = None) -> None:
+def check(group: str, arch: int, spills: Mapping[str, int] | None = None) -> None:
     """Fails if a kernel of `group` spills, asks for more shared memory than exists, or has
-    serialised products.
+    serialised products. Of the four architectures, `each_arch` leaves two to the slow tests.
 
     `spills`: kernel -> bytes of stack that it may use, but not in bfloat16.
     """
-    for row in report(group):
+    for row in report(group, arch):
         allowed = (spills or {}).get(row["kernel"], 0) if "bf16" not in row["dtypes"] else 0
         label = {k: row[k] for k in ("kernel", "arch", "dtypes", "constexprs", "num_warps")}
         assert row["stack"] <= allowed, f"{row['stack']} bytes of spills: {label}"
