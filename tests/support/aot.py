@@ -7,8 +7,8 @@ of JSON per kernel. To add a group, decorate a function that makes tensors of re
 "cuda" and calls launchers with them. The tensors are fake: they need neither GPU nor memory. (Where
 torch has no CUDA, slices such as `x[1:]` fail on them; methods such as `x.narrow` work.)
 
-Tests call `report` or `check`, which start another process: a process in which TRITON_INTERPRET is set cannot
-compile.
+Tests call `report` or `check`, which start another process: a process in which TRITON_INTERPRET is
+set cannot compile.
 """
 
 import contextlib
