@@ -4,11 +4,10 @@
 
 #include <string>
 
+#include "activation.h"
 #include "tensor.h"
 
 namespace tfkern {
-
-enum class Activation { relu, gelu, gelu_tanh, silu, quick_gelu };
 
 inline Activation parse_activation(const std::string& name) {
   if (name == "relu") return Activation::relu;

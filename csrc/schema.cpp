@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
   // clang-format on
   m.def("linear_product(Tensor a, Tensor b, Tensor? bias, Tensor? a2, Tensor? b2) -> Tensor");
   m.def(
+      "mlp_hidden(Tensor x, Tensor w, Tensor? b, Tensor? w_up, Tensor? b_up, str activation, bool "
+      "keep) "
+      "-> (Tensor h, Tensor kept)");
+  m.def(
       "mlp_activation_forward(Tensor total, Tensor? up, str activation, ScalarType dtype) "
       "-> (Tensor h, Tensor pre)");
   m.def(

@@ -225,9 +225,9 @@ def _backward(dh, pre, up, activation, bias):
     return dpre, h, partial_db.sum(0).to(db.dtype) if bias else db
 
 
-def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
+def forward(x, w1, b1, w_up, b_up, w2, b2, activation, keep):
     h, pre = _activated_product(x, w1, b1, w_up, b_up, activation)
-    return F.linear(h, w2, b2), *pre.unbind()
+    return F.linear(h, w2, b2), *pre.unbind()  # pre even if not kept
 
 
 def backward(dy, x, w1, b1, w_up, b_up, w2, b2, pre, up, activation, wanted=(True,) * 7):

@@ -31,6 +31,7 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(native, "_MATRIX_UNIT", request.param == "matrix unit")
     monkeypatch.setattr(native, "_MOST_ROWS", PROCESSORS[request.param])
     monkeypatch.setattr(native, "_LEAST_TRAINED", {})
+    monkeypatch.setattr(native, "_LEAST_TERMS", {})
     return request.param
 
 
@@ -315,6 +316,7 @@ def test_refuses_what_torch_refuses(processor):
 
 def test_module_is_torchs(monkeypatch):
     monkeypatch.setattr(native, "_MOST_ROWS", {torch.bfloat16: ALL})
+    monkeypatch.setattr(native, "_LEAST_TERMS", {})
     ours, theirs = Linear(5, 3, dtype=torch.bfloat16), torch.nn.Linear(5, 3, dtype=torch.bfloat16)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 4, 5).bfloat16()

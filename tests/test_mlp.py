@@ -204,8 +204,31 @@ def test_products_of_native(monkeypatch, hidden, out, ours, dtype, bias, gated):
     native = importlib.import_module("tfkern.native.linear")
     monkeypatch.setattr(native, "_MATRIX_UNIT", not ours)
     monkeypatch.setattr(native, "_MOST_ROWS", {dtype: native._ALL} if ours else {})
+    monkeypatch.setattr(native, "_LEAST_TERMS", {})
     inputs = make((65, 33), hidden, out, dtype, "cpu", gated, bias)
     check(gated, "gelu_tanh", inputs, backend="native")
+
+
+@needs_native
+@gatedness
+@activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [5, 31])
+def test_hidden_layer_of_native(rows, dtype, activation, gated):
+    """In one pass: as torch computes it in float64, whether pre and up are kept or not."""
+    inputs = make((rows, 600), 75, 1, dtype, "cpu", gated)
+    args = [inputs.get(name) for name in ("x", "w1", "b1", "w_up", "b_up")]
+    x, w1, b1, w_up, b_up = (t if t is None else t.double() for t in args)
+    h, kept = torch.ops.tfkern.mlp_hidden(*args, activation, True)
+    alone, nothing = torch.ops.tfkern.mlp_hidden(*args, activation, False)
+    assert torch.equal(alone, h) and nothing.numel() == 0
+    factors = [F.linear(x, w1, b1)] + ([F.linear(x, w_up, b_up)] if gated else [])
+    true_h = ACTIVATIONS[activation](factors[0]) * (factors[1] if gated else 1)
+    limit = 2 * torch.finfo(dtype).eps + 1e-5
+    for ours, wide in zip([h, *kept], [true_h, *factors], strict=True):
+        assert (
+            ours.dtype == dtype and ((ours - wide).abs() <= limit * wide.abs().clamp(min=1)).all()
+        )
 
 
 @needs_native
@@ -269,6 +292,9 @@ def test_opcheck(backend, device, bias, gated):
         up = F.linear(x, w_up, b_up) if gated else None
         for dtype in (torch.float32, torch.bfloat16):
             torch.library.opcheck(ops.mlp_activation_forward.default, (pre, up, "gelu", dtype))
+        for keep in (False, True):
+            args = (x, w1, b1, w_up, b_up, "gelu", keep)
+            torch.library.opcheck(ops.mlp_hidden.default, args)
         narrow = up if up is None else up.bfloat16()
         args = (dh, pre.bfloat16(), narrow, "gelu", bias)
         torch.library.opcheck(ops.mlp_activation_backward.default, args)

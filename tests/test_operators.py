@@ -68,6 +68,12 @@ def linear_product(**changes):
     return "linear_product", named("linear_product", args) | changes
 
 
+def mlp_hidden(**changes):
+    args = (torch.randn(M, N), torch.randn(5, N), torch.randn(5), torch.randn(5, N), torch.randn(5),
+            "silu", True)  # fmt: skip
+    return "mlp_hidden", named("mlp_hidden", args) | changes
+
+
 def mlp_activation_forward(**changes):
     args = (torch.randn(M, N), torch.randn(M, N), "silu", torch.float32)
     return "mlp_activation_forward", named("mlp_activation_forward", args) | changes
@@ -125,12 +131,12 @@ def append_(**changes):
 
 CALLS: list[Callable] = [
     attention_forward, attention_packed, attention_paged, attention_backward, layer_norm_forward,
-    layer_norm_backward, linear_product, mlp_activation_forward, mlp_activation_backward,
-    cross_entropy_forward, cross_entropy_long, cross_entropy_backward, cross_entropy_in_place, rotary,
-    rotary_inplace, append_,
+    layer_norm_backward, linear_product, mlp_hidden, mlp_activation_forward,
+    mlp_activation_backward, cross_entropy_forward, cross_entropy_long, cross_entropy_backward,
+    cross_entropy_in_place, rotary, rotary_inplace, append_,
 ]  # fmt: skip
 
-ONLY_ON_CPU = {"append_", "linear_product"}
+ONLY_ON_CPU = {"append_", "linear_product", "mlp_hidden"}
 
 # Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
@@ -273,6 +279,17 @@ HOSTILE = [
     (linear_product, {"a2": torch.randn(M, 3)}),
     (linear_product, {"b2": torch.randn(5, 4)}),
     (linear_product, {"b2": torch.randn(4, 3)}),
+    (mlp_hidden, {"x": torch.randn(M, N - 1)}),
+    (mlp_hidden, {"x": torch.randn(1, M, N)}),
+    (mlp_hidden, {"w": torch.randn(5)}),
+    (mlp_hidden, {"w": torch.randn(4, N)}),
+    (mlp_hidden, {"w": torch.randn(5, N).bfloat16()}),
+    (mlp_hidden, {"b": torch.randn(4)}),
+    (mlp_hidden, {"w_up": None}),
+    (mlp_hidden, {"w_up": torch.randn(5, N + 1)}),
+    (mlp_hidden, {"b_up": torch.randn(5, 1)}),
+    (mlp_hidden, {"b_up": misaligned(torch.randn(5))}),
+    (mlp_hidden, {"activation": "tanh"}),
     (mlp_activation_forward, {"total": torch.randn(M, N - 1)}),
     (mlp_activation_forward, {"up": torch.randn(M - 1, N)}),
     (mlp_activation_forward, {"up": torch.randn(M, N).double()}),

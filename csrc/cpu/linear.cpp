@@ -1,4 +1,5 @@
-// Products of matrices on the CPU: those of a linear layer and of its gradients.
+// Products of matrices on the CPU: those of a linear layer and of its gradients, and the first
+// layer of an MLP with its activation.
 //
 //     out = a b^T + a2 b2^T + bias
 //
@@ -13,6 +14,7 @@
 #include <array>
 #include <utility>
 
+#include "../mlp_arguments.h"
 #include "../rows.h"
 #include "isa.h"
 #include "scratch.h"
@@ -38,52 +40,111 @@ Matrix matrix(Tensor& x) {
   return {x.data_ptr(), *row_stride(x, 1), 1};
 }
 
-Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b2) {
-  check_memory(a, b, bias, a2, b2);
-  STD_TORCH_CHECK(dtype(a) != Dtype::f64,
-                  "tfkern::linear_product: expected float32, bfloat16 or float16");
+// A bias whose elements lie side by side, and its address.
+const void* address(Optional& bias) {
+  if (bias) bias = torch::stable::contiguous(*bias);
+  return bias ? bias->data_ptr() : nullptr;
+}
+
+// The shape of x with another last size.
+std::vector<int64_t> with_columns(const Tensor& x, int64_t N) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  return shape;
+}
+
+template <class... T>
+void check(const Tensor& a, const Tensor& b, const T&... others) {
+  check_memory(a, b, others...);
+  STD_TORCH_CHECK(dtype(a) != Dtype::f64, "tfkern: expected float32, bfloat16 or float16");
   each_tensor(
       [&](const Tensor& t) {
         STD_TORCH_CHECK(t.scalar_type() == a.scalar_type(),
-                        "tfkern::linear_product: expected tensors of one dtype");
+                        "tfkern: expected tensors of one dtype");
       },
-      b, bias, a2, b2);
+      b, others...);
+}
+
+// Tells whether there is no bias, or one of N elements.
+bool fits(const Optional& bias, int64_t N) {
+  return !bias || (bias->dim() == 1 && bias->size(0) == N);
+}
+
+// Tells whether w is an (N, K) matrix.
+bool is_weight(const Tensor& w, int64_t N, int64_t K) {
+  return w.dim() == 2 && w.size(0) == N && w.size(1) == K;
+}
+
+void run(LinearForward& a) {
+  if (a.M == 0 || a.N == 0) return;
+  // How the result is cut does not change it: each element is a sum of its own. There are chunks of
+  // at most 2016 rows, and more of them, down to 112 rows, if there are few panels for each thread.
+  const int64_t panels = (a.N + panel() - 1) / panel(), threads = torch::stable::get_num_threads();
+  const int64_t wanted = threads > 1 ? 4 * threads / panels : 1;
+  a.chunks = std::max({int64_t{1}, (a.M + 2015) / 2016, std::min(wanted, a.M / 112)});
+  // Counts in cycles, about: to pack a unit of a panel, and to multiply it. To wake a thread for
+  // less than 100000 would not pay.
+  const int64_t cycles = (a.terms[0].K + a.terms[1].K + 64) * (2 * a.M / a.chunks + 24);
+  const int64_t grain = std::max<int64_t>(1, 100000 / cycles);
+  torch::stable::parallel_for(0, panels * a.chunks, grain,
+                              [&](int64_t begin, int64_t end) { forward_parts(a, begin, end); });
+}
+
+Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b2) {
+  check(a, b, bias, a2, b2);
   const auto [M, K] = matrix_size(a, 1);
-  const auto [N, columns] = matrix_size(b, 1);
+  const int64_t N = b.dim() == 2 ? b.size(0) : -1;
+  STD_TORCH_CHECK(is_weight(b, N, K) && fits(bias, N),
+                  "tfkern::linear_product: expected a (..., K), b (N, K) and bias (N,)");
   const MatrixSize size2 = a2 ? matrix_size(*a2, 1) : MatrixSize{M, 0};
-  STD_TORCH_CHECK(
-      b.dim() == 2 && columns == K && (!bias || (bias->dim() == 1 && bias->numel() == N)),
-      "tfkern::linear_product: expected a (..., K), b (N, K) and bias (N,)");
   STD_TORCH_CHECK(a2.has_value() == b2.has_value() && size2.rows == M &&
-                      (!b2 || (b2->dim() == 2 && b2->size(0) == N && b2->size(1) == size2.columns)),
+                      (!b2 || is_weight(*b2, N, size2.columns)),
                   "tfkern::linear_product: expected a2 and b2 that give a product like a and b");
   check_countable({kPadding, M, N, K});
   check_countable({kPadding, M, N, size2.columns});
-  std::vector<int64_t> shape(a.sizes().begin(), a.sizes().end());
-  shape.back() = N;
-  Tensor out = empty(a, shape, a.scalar_type());
-  if (M == 0 || N == 0) return out;
+  Tensor out = empty(a, with_columns(a, N), a.scalar_type());
 
   LinearForward product{dtype(a), isa() >= Isa::avx512_bf16, M, N};
   product.terms[0] = {matrix(a), matrix(b), K};
   if (a2) product.terms[1] = {matrix(*a2), matrix(*b2), size2.columns};
   product.count = a2 ? 2 : 1;
-  if (bias) bias = torch::stable::contiguous(*bias);
-  product.bias = bias ? bias->data_ptr() : nullptr;
+  product.bias[0] = address(bias);
   product.out = out.data_ptr();
-  // How the result is cut does not change it: each element is a sum of its own. There are chunks of
-  // at most 2016 rows, and more of them, down to 112 rows, if there are few panels for each thread.
-  const int64_t panels = (N + panel() - 1) / panel(), threads = torch::stable::get_num_threads();
-  const int64_t wanted = threads > 1 ? 4 * threads / panels : 1;
-  product.chunks = std::max({int64_t{1}, (M + 2015) / 2016, std::min(wanted, M / 112)});
-  // Counts in cycles, about: to pack a unit of a panel, and to multiply it. To wake a thread for
-  // less than 100000 would not pay.
-  const int64_t cycles = (K + size2.columns + 64) * (2 * M / product.chunks + 24);
-  const int64_t grain = std::max<int64_t>(1, 100000 / cycles);
-  torch::stable::parallel_for(0, panels * product.chunks, grain, [&](int64_t begin, int64_t end) {
-    forward_parts(product, begin, end);
-  });
+  run(product);
   return out;
+}
+
+// h = act(x w^T + b), or act(x w^T + b) (x w_up^T + b_up) if there is w_up. If `keep`, the second
+// result has the factors x w^T + b and x w_up^T + b_up one after the other.
+std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w_up, Optional b_up,
+                                      std::string activation, bool keep) {
+  check(x, w, b, w_up, b_up);
+  const auto [M, K] = matrix_size(x, 1);
+  const int64_t F = w.dim() == 2 ? w.size(0) : -1;
+  STD_TORCH_CHECK(x.dim() == 2 && is_weight(w, F, K) && fits(b, F),
+                  "tfkern::mlp_hidden: expected x (M, K), w (F, K) and b (F,)");
+  STD_TORCH_CHECK((!w_up || is_weight(*w_up, F, K)) && (!b_up || w_up) && fits(b_up, F),
+                  "tfkern::mlp_hidden: expected w_up and b_up of the sizes of w and b");
+  check_countable({kPadding, M, F, K});
+  LinearForward product{dtype(x), isa() >= Isa::avx512_bf16, M, F};
+  product.activated = true;
+  product.activation = parse_activation(activation);
+  product.gated = w_up.has_value();
+  product.count = w_up ? 2 : 1;
+  Tensor h = empty(x, {M, F}, x.scalar_type());
+  Tensor kept =
+      keep ? empty(x, {product.count, M, F}, x.scalar_type()) : absent(x, x.scalar_type());
+
+  product.terms[0] = {matrix(x), matrix(w), K};
+  if (w_up) product.terms[1] = {product.terms[0].a, matrix(*w_up), K};
+  product.bias[0] = address(b);
+  product.bias[1] = address(b_up);
+  for (int i = 0; i < product.count; ++i) {
+    if (keep) product.kept[i] = data<char>(kept) + i * M * F * h.element_size();
+  }
+  product.out = h.data_ptr();
+  run(product);
+  return {h, kept};
 }
 
 }  // namespace
@@ -91,4 +152,5 @@ Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("linear_product", TORCH_BOX(&tfkern::linear_product));
+  m.impl("mlp_hidden", TORCH_BOX(&tfkern::mlp_hidden));
 }

@@ -1,6 +1,7 @@
 // A product of matrices as the kernels of linear.inl take it.
 #pragma once
 
+#include "../activation.h"
 #include "../dtype.h"
 
 namespace tfkern {
@@ -17,15 +18,20 @@ struct Factors {
   int64_t K;
 };
 
+// out = sum + bias, where the sum is that of the products of all terms. With an activation, it is
+// act(sum + bias), and if it is gated, act(sum0 + bias0) (sum1 + bias1).
 struct LinearForward {
   Dtype dtype;  // of all matrices
   bool pairs;   // the processor multiplies pairs of bfloat16
   int64_t M, N;
-  Factors terms[2];  // out is the sum of the products
-  int count;         // of terms
-  int64_t chunks;    // into which the rows are cut
-  const void* bias;  // (N,) or null
-  void* out;         // (M, N), its rows side by side
+  int64_t chunks = 1;  // into which the rows are cut
+  Factors terms[2] = {};
+  int count = 1;  // of terms
+  bool activated = false, gated = false;
+  Activation activation = {};
+  const void* bias[2] = {};  // (N,) or null
+  void* kept[2] = {};        // sum0 + bias0 and, if gated, sum1 + bias1, unless null
+  void* out = nullptr;       // (M, N), as the kept; rows lie side by side
 };
 
 }  // namespace tfkern

@@ -8,6 +8,8 @@
 // Each element is the sum, over blocks of kDepth units, of sums in the order of k. So it depends on
 // nothing but its row of a and its row of b: not on the number of rows, not on its place.
 
+#include "activation.inl"
+
 constexpr int64_t kPanel = 2 * kLanes<float>;                   // columns
 constexpr int64_t kTileRows = TFKERN_VEC_BYTES == 64 ? 14 : 6;  // as many as registers hold
 constexpr int64_t kDepth = 512;                                 // units of a block
@@ -181,19 +183,42 @@ struct LinearRows {
   bool across;
 };
 
-// Stores sums of `rows` rows and a panel of columns as elements from (m, n) on.
-template <class T>
-void store_sums(const LinearForward& a, const float* sums, int64_t rows, int64_t m, int64_t n) {
-  constexpr int L = kLanes<float>;
-  const T* bias = static_cast<const T*>(a.bias);
-  T* out = static_cast<T*>(a.out) + m * a.N;
-  for (int64_t end = std::min(a.N, n + kPanel); n < end; n += L, sums += L) {
-    const int64_t left = end - n;
-    const VecFloat shift = bias ? load_left(bias + n, left) : VecFloat{};
+struct Identity {
+  static VecFloat value(VecFloat x, VecFloat&) { return x; }
+};
+
+// Stores what becomes of the sums of `rows` rows and a panel of columns from (m, n) on.
+template <class T, class Act>
+void store_activated(const LinearForward& a, const float* const sums[2], int64_t rows, int64_t m,
+                     int64_t n) {
+  const auto shift = [&](int i, int64_t j, int64_t left) {
+    return a.bias[i] ? load_left(static_cast<const T*>(a.bias[i]) + j, left) : VecFloat{};
+  };
+  const int64_t end = std::min(a.N, n + kPanel);
+  for (int64_t j = n; j < end; j += kLanes<float>) {
+    const int64_t left = end - j;
+    const VecFloat shift0 = shift(0, j, left), shift1 = shift(1, j, left);
     for (int64_t i = 0; i < rows; ++i) {
-      store_left(out + i * a.N + n, load(sums + i * kPanel) + shift, left);
+      const int64_t from = i * kPanel + j - n, to = (m + i) * a.N + j;
+      const VecFloat x = load(sums[0] + from) + shift0;
+      VecFloat derivative, value = Act::value(x, derivative);
+      if (a.kept[0]) store_left(static_cast<T*>(a.kept[0]) + to, x, left);
+      if (a.gated) {
+        const VecFloat up = load(sums[1] + from) + shift1;
+        if (a.kept[1]) store_left(static_cast<T*>(a.kept[1]) + to, up, left);
+        value = value * up;
+      }
+      store_left(static_cast<T*>(a.out) + to, value, left);
     }
   }
+}
+
+template <class T>
+void store_sums(const LinearForward& a, const float* sums, int64_t distance, int64_t rows,
+                int64_t m, int64_t n) {
+  const float* const both[] = {sums, sums + distance};
+  if (!a.activated) return store_activated<T, Identity>(a, both, rows, m, n);
+  TFKERN_ACTIVATION(a.activation, float, return store_activated<T, Act>(a, both, rows, m, n));
 }
 
 template <class U>
@@ -297,7 +322,8 @@ struct LinearKernel {
 
   void stream(int64_t begin, int64_t end) {
     // Copies of the rows of a; a block of a term after the other.
-    alignas(64) float part[kChunk * kPanel], sums[kTileRows * kPanel], block[kTileRows * kPanel];
+    constexpr int64_t kTile = kTileRows * kPanel;
+    alignas(64) float part[kChunk * kPanel], sums[2 * kTile], block[kTile];
     LinearRows left[2];
     LinearAhead nothing = fetching_nothing();
     float* buffer = scratch;
@@ -312,10 +338,12 @@ struct LinearKernel {
       bool first = true;
       for (int i = 0; i < a.count; ++i) {
         const auto& [x, b, K] = a.terms[i];
+        float* total = a.gated ? sums + i * kTile : sums;
+        first |= a.gated;
         int64_t k = 0;
         do {
           const int64_t stop = std::min(K, k + kBlock);
-          float* target = first ? sums : block;
+          float* target = first ? total : block;
           Sums mode = Sums::overwrite;
           do {
             constexpr int64_t kPart = kChunk * U::kElements;
@@ -329,12 +357,12 @@ struct LinearKernel {
             k += n;
           } while (k < stop);
           if (!first) {
-            for (int64_t j = 0; j < a.M * kPanel; ++j) sums[j] += block[j];
+            for (int64_t j = 0; j < a.M * kPanel; ++j) total[j] += block[j];
           }
           first = false;
         } while (k < K);
       }
-      store_sums<T>(a, sums, a.M, 0, row);
+      store_sums<T>(a, sums, kTile, a.M, 0, row);
     }
   }
 
@@ -345,9 +373,11 @@ struct LinearKernel {
     float* panels = scratch;
     float* buffer = panels + kGroup * kDepth * kPanel;
     float* sums = buffer + kStrip * kTileWidth * (kDepth + 16);
+    const int64_t distance = ((M + height - 1) / height + kStrip) * kGroup * kTileRows * kPanel;
     bool first = true;
     for (int i = 0; i < a.count; ++i) {
       const auto& [x, b, K] = a.terms[i];
+      first |= a.gated;
       int64_t k = 0;
       do {
         const int64_t n = std::min(K - k, kBlock), depth = units(n);
@@ -355,6 +385,7 @@ struct LinearKernel {
           pack(b, p * kPanel, k, n, 64 * U::kElements, panels + (p - begin) * kDepth * kPanel);
         }
         const bool more = k + n < K, last = !more && i + 1 == a.count;
+        const bool alone = first && last && !a.gated;  // no later block goes on with its sums
         const LinearAhead next_block =
             more    ? lines(b, begin * kPanel, stop, k + n, K)
             : !last ? lines(a.terms[1].b, begin * kPanel, stop, 0, a.terms[1].K)
@@ -368,11 +399,14 @@ struct LinearKernel {
           for (int64_t p = begin; p < end; ++p) {
             for (int64_t m = m0; m < m1; m += height) {
               const int64_t rows = std::min(height, m1 - m), t = (m - m0) / height;
-              const int64_t slot = (first && last ? t : m / height) * kGroup + p - begin;
-              float* c = sums + slot * kTileRows * kPanel;
+              const int64_t slot = (alone ? t : m / height) * kGroup + p - begin;
+              float* c = sums + (a.gated ? i * distance : 0) + slot * kTileRows * kPanel;
               tile(rows, depth, left[t], panels + (p - begin) * kDepth * kPanel, c,
                    first ? Sums::overwrite : Sums::add, ahead);
-              if (last) store_sums<T>(a, c, rows, m_begin + m, p * kPanel);
+              if (last) {
+                store_sums<T>(a, a.gated ? c - distance : c, distance, rows, m_begin + m,
+                              p * kPanel);
+              }
             }
           }
         }
@@ -396,7 +430,7 @@ void linear_parts(const LinearForward& a, int64_t begin, int64_t end) {
   const int64_t longest = (a.M + a.chunks - 1) / a.chunks;
   const int64_t height = tile_height(longest), tiles = (longest + height - 1) / height;
   const int64_t size = kGroup * kDepth * kPanel + kStrip * kTileWidth * (kDepth + 16) +
-                       (tiles + kStrip) * kGroup * kTileRows * kPanel;
+                       (a.gated ? 2 : 1) * (tiles + kStrip) * kGroup * kTileRows * kPanel;
   Kernel kernel{a, thread_scratch<float>(size)};
   while (begin < end) {
     const int64_t chunk = begin / panels, p = begin % panels;

@@ -1,57 +1,7 @@
 // Fragment of mlp.cpp, compiled once per instruction set: the kernels for rows [begin, end) of the
 // arguments. It assumes vec.inl.
 
-// Activations: `value` returns act(x), and sets `derivative` to act'(x). act(NaN) is NaN.
-template <class C>
-struct Relu {
-  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
-    derivative = x <= 0 ? Vec<C>{} : broadcast(C{1});
-    return x <= 0 ? Vec<C>{} : x;
-  }
-};
-
-template <class C>
-struct Gelu {
-  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
-    Vec<C> density;
-    const Vec<C> cdf = normal_cdf(x, density);
-    derivative = cdf + x * density;
-    return x * cdf;
-  }
-};
-
-// x (1 + tanh(u)) / 2 = x sigma(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-template <class C>
-struct GeluTanh {
-  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
-    constexpr C c = C(1.5957691216057308);  // sqrt(8 / pi)
-    // Beyond 30, sigma is 0 or 1, and the square could overflow.
-    const Vec<C> near = vmin(broadcast(C{30}), vmax(broadcast(C{-30}), x));
-    const Vec<C> square = near * near;
-    const Vec<C> sigma = sigmoid<C>(near * (c + c * C(0.044715) * square), derivative);
-    derivative = sigma + x * (derivative * (c + 3 * c * C(0.044715) * square));
-    return x * sigma;
-  }
-};
-
-template <class C>
-struct Silu {
-  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
-    const Vec<C> sigma = sigmoid<C>(x, derivative);
-    derivative = sigma + x * derivative;
-    return x * sigma;
-  }
-};
-
-template <class C>
-struct QuickGelu {
-  static Vec<C> value(Vec<C> x, Vec<C>& derivative) {
-    constexpr C c = C(1.702);
-    const Vec<C> sigma = sigmoid<C>(c * x, derivative);
-    derivative = sigma + x * (derivative * c);
-    return x * sigma;
-  }
-};
+#include "activation.inl"
 
 // p += v, for the first n elements.
 template <class C>
@@ -123,24 +73,11 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>*
   }
 }
 
-#define TFKERN_ACTIVATION(P, activation, function, ...)          \
-  switch (activation) {                                          \
-    case Activation::relu:                                       \
-      return function<T, P, Relu<Compute<T>>>(__VA_ARGS__);      \
-    case Activation::gelu:                                       \
-      return function<T, P, Gelu<Compute<T>>>(__VA_ARGS__);      \
-    case Activation::gelu_tanh:                                  \
-      return function<T, P, GeluTanh<Compute<T>>>(__VA_ARGS__);  \
-    case Activation::silu:                                       \
-      return function<T, P, Silu<Compute<T>>>(__VA_ARGS__);      \
-    case Activation::quick_gelu:                                 \
-      return function<T, P, QuickGelu<Compute<T>>>(__VA_ARGS__); \
-  }
-#define TFKERN_MLP(function, a, ...)                                                      \
-  TFKERN_DTYPE((a).dtype, {                                                               \
-    if ((a).wide) TFKERN_ACTIVATION(Compute<T>, (a).activation, function, a, __VA_ARGS__) \
-    TFKERN_ACTIVATION(T, (a).activation, function, a, __VA_ARGS__)                        \
-  })
+#define TFKERN_MLP(function, a, ...)                                                \
+  TFKERN_DTYPE((a).dtype, TFKERN_ACTIVATION((a).activation, Compute<T>, {           \
+                 if ((a).wide) return function<T, Compute<T>, Act>(a, __VA_ARGS__); \
+                 return function<T, T, Act>(a, __VA_ARGS__);                        \
+               }))
 
 inline void mlp_forward(const MlpForward& a, int64_t begin, int64_t end) {
   TFKERN_MLP(forward_rows, a, begin, end);
@@ -151,4 +88,3 @@ inline void mlp_backward(const MlpBackward& a, int64_t begin, int64_t end, void*
 }
 
 #undef TFKERN_MLP
-#undef TFKERN_ACTIVATION

@@ -38,8 +38,10 @@ _MATRIX_UNIT = _C.cpu_capability() == "amx"
 # Calls with gradients and fewer multiplications are left to torch: it takes some 20 microseconds
 # less for the steps around the products, which ours must make good.
 _LEAST_TRAINED = {torch.float32: 1 << 22}
+_LEAST_TERMS: dict[torch.dtype, int] = {}  # of a sum: with fewer, torch is as fast
 if _C.cpu_capability() == "avx512_bf16":  # where torch's products are nearly as fast
     _LEAST_TRAINED[torch.bfloat16] = 1 << 27
+    _LEAST_TERMS[torch.bfloat16] = 64
 
 
 def forward(x, weight, bias=None):
@@ -49,7 +51,7 @@ def forward(x, weight, bias=None):
     if not _MATRIX_UNIT or x.is_contiguous() or not _slow_views(x, x.dtype):
         return F.linear(x, weight, bias)
     # The gradient of a weight: of its two factors, both transposed, the smaller one is copied.
-    if len(x) <= len(weight):
+    if x.shape[0] <= weight.shape[0]:
         return F.linear(x.contiguous(), weight, bias)
     return F.linear(weight.contiguous(), x).t().contiguous()
 
@@ -73,7 +75,8 @@ def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
 
 def is_ours(x, dtype):
     """Whether products with the rows of x, whose factors have or are cast to `dtype`, are ours."""
-    return x.is_cpu and math.prod(x.shape[:-1]) <= _MOST_ROWS.get(dtype, -1)
+    rows, terms = _MOST_ROWS.get(dtype, -1), _LEAST_TERMS.get(dtype, 0)
+    return x.is_cpu and math.prod(x.shape[:-1]) <= rows and x.shape[-1] >= terms
 
 
 def _slow_views(x, dtype):

@@ -1,18 +1,24 @@
-"""The MLP with products by torch, or on the CPU by csrc/cpu/linear.cpp where it is faster, and the
-activation by csrc/cpu/mlp.cpp and csrc/cuda/mlp.cu."""
+"""The MLP. On the CPU, csrc/cpu/linear.cpp multiplies where it is faster than torch, and applies
+the activation as it does. Otherwise torch multiplies, and csrc/cpu/mlp.cpp or csrc/cuda/mlp.cu has
+the activation."""
 
 import torch
 
 from tfkern.native import unavailable
 from tfkern.native.linear import forward as linear
 from tfkern.native.linear import forward_sum as linear_sum
+from tfkern.native.linear import is_ours
 from tfkern.reference.mlp import activation_backward_outputs
 
+_hidden = torch.ops.tfkern.mlp_hidden.default
 _activate = torch.ops.tfkern.mlp_activation_forward.default
 _activate_backward = torch.ops.tfkern.mlp_activation_backward.default
 
 
-def forward(x, w1, b1, w_up, b_up, w2, b2, activation):
+def forward(x, w1, b1, w_up, b_up, w2, b2, activation, keep):
+    if is_ours(x, x.dtype):
+        h, kept = _hidden(x, w1, b1, w_up, b_up, activation, keep)
+        return linear(h, w2, b2), *(kept.unbind() if keep else ())
     pre = linear(x, w1, b1)
     up = None if w_up is None else linear(x, w_up, b_up)
     h, _ = _activate(pre, up, activation, x.dtype)
@@ -46,6 +52,13 @@ def backward(dy, x, w1, b1, w_up, b_up, w2, b2, pre, up, activation, wanted=(Tru
 
 def why_not(x, *args, needs_grad) -> str | None:
     return unavailable(x)
+
+
+@torch.library.register_fake("tfkern::mlp_hidden")
+def _(x, w, b, w_up, b_up, activation, keep):
+    shape = x.shape[0], w.shape[0]  # len would not be symbolic
+    kept = (1 if w_up is None else 2, *shape) if keep else 0
+    return x.new_empty(shape), x.new_empty(kept)
 
 
 @torch.library.register_fake("tfkern::mlp_activation_forward")

@@ -26,6 +26,15 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def may_need_backward(args: tuple) -> bool:
+    """Whether a backward of `apply` to these arguments could be asked for."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and dispatch.requires_grad(args)
+    return _differentiated(args)
+
+
 def _compiling(function: type[torch.autograd.Function], args: tuple) -> Any:
     """`apply` while Dynamo traces it.
 

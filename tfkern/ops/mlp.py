@@ -142,7 +142,8 @@ def _matrix(x: Tensor) -> Tensor:
 def _apply(x: Tensor, args: tuple, backend: str | None) -> Tensor:
     backend = dispatch.select("mlp", args, backend)
     with dispatch.no_autocast(x.device):
-        y, *_ = autograd.apply(_MLP, *dispatch.distinct(args), backend)
+        keep = autograd.may_need_backward(args)
+        y, *_ = autograd.apply(_MLP, *dispatch.distinct(args), keep, backend)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -159,8 +160,8 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.activation, ctx.backend = inputs
-        _, *kept = output  # pre; and up if gated
+        *tensors, ctx.activation, _keep, ctx.backend = inputs
+        _, *kept = output  # pre; and up if gated; neither where no backward will follow
         ctx.mark_non_differentiable(*kept)
         ctx.save_for_backward(*tensors, *kept, *[None] * (2 - len(kept)))
         ctx.set_materialize_grads(False)  # no zeros for the gradient of pre, which nobody reads
@@ -168,11 +169,11 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _pre, _up=None):
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         wanted = tuple(ctx.needs_input_grad[:7])
         with dispatch.no_autocast(dy.device):
             grads = autograd.apply(
                 _Backward, dy, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend
             )
         grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return *grads, None, None
+        return *grads, None, None, None

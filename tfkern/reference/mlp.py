@@ -63,8 +63,9 @@ def forward(
     w2: Tensor,
     b2: Tensor | None,
     activation: str,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns y (M, N), pre (M, F) and, if gated, up (M, F) in the dtype of x."""
+    """Returns y (M, N) and, if `keep`, pre (M, F) and, if gated, up (M, F) in the dtype of x."""
     wide = _widen(x.dtype)
     pre = F.linear(wide(x), wide(w1), wide(b1))
     h, kept = activate(pre, activation)[0], [pre]
@@ -72,7 +73,7 @@ def forward(
         up = F.linear(wide(x), wide(w_up), wide(b_up))
         h, kept = h * up, [pre, up]
     y = rounded(F.linear(h, wide(w2), wide(b2)), x.dtype)
-    return y, *(t.to(x.dtype) for t in kept)
+    return y, *(t.to(x.dtype) for t in kept if keep)
 
 
 def backward(
