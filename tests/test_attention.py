@@ -198,6 +198,17 @@ def test_outputs_lie_in_memory_as_inputs_do(dtype, tokens):
     check_bits((o, *gradients), (expected, *torch.autograd.grad(expected, same, do)), "native")
 
 
+def test_documents_lie_in_memory_one_after_the_other():
+    q, k, v = torch.randn(3, 70, 4, 16)
+    limits = torch.tensor([0, 33, 70])
+    o = tfkern.attention_varlen(q, k, v, limits, limits, causal=True, backend="native")
+    assert o.is_contiguous()
+    for a, b in ((0, 33), (33, 70)):
+        parts = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+        expected = F.scaled_dot_product_attention(*parts, is_causal=True)[0].transpose(0, 1)
+        torch.testing.assert_close(o[a:b], expected)
+
+
 @pytest.mark.parametrize("window", [None, (150, 0)], ids=["full", "window"])
 def test_more_keys_than_are_kept_in_cache(window):
     """Rows that do not lie side by side are copied, the first 4096 of this size for all queries."""

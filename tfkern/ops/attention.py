@@ -80,7 +80,8 @@ def attention(
         o (B, H, T, Dv) in the dtype of q, or (o, lse) with lse (B, H, T) float32 (float64 for
         float64); lse includes the sink and knows no dropout. Both are differentiable once. A row
         that sees no key gives o = 0, lse = -inf (or sink) and zero gradients. causal, window and
-        mask assume finite keys and values, as in every tiled kernel.
+        mask assume finite keys and values, as in every tiled kernel. With the native backend on
+        the CPU, o has tokens before heads in memory if q has, so that merging heads takes a view.
 
     Raises:
         ValueError: shapes, dtypes, devices, lengths or options that do not fit together.
@@ -151,8 +152,8 @@ def attention_varlen(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        o (total queries, H, Dv), or (o, lse) with lse (H, total queries). o lies in memory with
-        the heads first, so that flattening the heads takes a reshape, not a view.
+        o (total queries, H, Dv), or (o, lse) with lse (H, total queries). On a GPU o lies in memory
+        with the heads first, so that flattening the heads takes a reshape, not a view.
 
     Raises:
         ValueError, NotImplementedError: as `attention`.
