@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
   m.def(
       "rotary_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
       "-> ()");
+  m.def("linear_int8(Tensor x, Tensor w, Tensor scale, Tensor? bias) -> Tensor");
   m.def(
       "append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) lengths, Tensor k, Tensor v, "
       "Tensor? counts) -> Tensor used");

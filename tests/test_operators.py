@@ -129,14 +129,21 @@ def append_(**changes):
     return "append_", named("append_", args) | changes
 
 
+def linear_int8(**changes):
+    weight = torch.randint(-127, 128, (9, N), dtype=torch.int8)
+    args = (torch.randn(M, N), weight, torch.rand(9), torch.rand(9))
+    return "linear_int8", named("linear_int8", args) | changes
+
+
 CALLS: list[Callable] = [
     attention_forward, attention_packed, attention_paged, attention_backward, layer_norm_forward,
     layer_norm_backward, linear_product, mlp_hidden, mlp_activation_forward,
     mlp_activation_backward, cross_entropy_forward, cross_entropy_long, cross_entropy_backward,
     cross_entropy_in_place, rotary, rotary_inplace, append_,
+    linear_int8,
 ]  # fmt: skip
 
-ONLY_ON_CPU = {"append_", "linear_product", "mlp_hidden"}
+ONLY_ON_CPU = {"append_", "linear_int8", "linear_product", "mlp_hidden"}
 
 # Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
@@ -350,6 +357,13 @@ HOSTILE = [
     (rotary_inplace, {"q": torch.randn(B, H, T - 1, D)}),
     (rotary_inplace, {"k": torch.ones(B, 2, T, D, dtype=torch.int32)}),
     (rotary_inplace, {"sin": torch.rand(B, T)}),
+    (linear_int8, {"x": torch.randn(M, N + 1)}),
+    (linear_int8, {"x": torch.randn(M, N).double()}),
+    (linear_int8, {"w": torch.randn(9, N)}),
+    (linear_int8, {"w": torch.zeros(10, N, dtype=torch.int8)}),
+    (linear_int8, {"scale": torch.rand(9).bfloat16()}),
+    (linear_int8, {"bias": torch.rand(9, 2)[:, 0]}),
+    (linear_int8, {"bias": torch.rand(9).bfloat16()}),
     (append_, {"k": torch.randn(B, H, S + 1, D), "v": torch.randn(B, H, S + 1, D)}),
     (append_, {"k": torch.randn(B, H, T, D + 1)}),
     (append_, {"v": torch.randn(B, H - 1, T, D)}),
@@ -463,8 +477,8 @@ CHANGES: dict[str, Callable] = {
     "in a column": lambda x, n: x[..., None].expand(*x.shape, 3)[..., :1],
     "the same everywhere": lambda x, n: x.as_strided(x.shape, [0] * x.dim()),
     "misaligned": lambda x, n: misaligned(x),
-    "far below": lambda x, n: torch.full_like(x, -(2**31)),
-    "far above": lambda x, n: torch.full_like(x, 2**31 - 1),
+    "far below": lambda x, n: torch.full_like(x, -128 if x.itemsize == 1 else -(2**31)),
+    "far above": lambda x, n: torch.full_like(x, 127 if x.itemsize == 1 else 2**31 - 1),
     **{
         str(dtype): lambda x, n, dtype=dtype: x.to(dtype)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.int64,

@@ -1,10 +1,12 @@
 """The linear layer with weights of eight bits."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tfkern import dispatch
 from tfkern.ops import checks
+
+dispatch.register("linear_int8")
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +39,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
             checks.floating(name, t)
             checks.shape(name, t, (len(weight),), "the rows of weight")
             checks.same_device("x", x, name, t)
-    (x,) = checks.autocast(x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.linear(x.to(wide), weight.to(wide)) * scale.to(wide)
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    args = (*checks.autocast(x), weight, scale, bias)
+    backend = dispatch.find("linear_int8", args) or "reference"
+    with dispatch.no_autocast(x.device):
+        return dispatch.implementation("linear_int8", backend).forward(*args)
