@@ -109,31 +109,55 @@ struct PairUnits {
 
 // ---- packing ----
 
+inline void store_halves(float* low, float* high, VecFloat v) {
+#if TFKERN_VEC_BYTES == 64
+  _mm256_storeu_ps(low, _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(high, _mm512_extractf32x8_ps((__m512)v, 1));
+#elif TFKERN_VEC_BYTES == 32
+  _mm_storeu_ps(low, _mm256_castps256_ps128((__m256)v));
+  _mm_storeu_ps(high, _mm256_extractf128_ps((__m256)v, 1));
+#else
+  std::memcpy(low, &v, sizeof(v) / 2);
+  std::memcpy(high, reinterpret_cast<const char*>(&v) + sizeof(v) / 2, sizeof(v) / 2);
+#endif
+}
+
 // Packs `rows` rows (at most kPanel) of n elements that lie one after the other: unit k of all rows
 // stands at out + k * kPanel. What lies `ahead` elements further on is fetched from memory
 // meanwhile.
+//
+// A transposed square consists of two vectors each of half as many rows as a vector has lanes. Rows
+// often lie apart by a multiple of 4096 bytes, and of more of them a cache could not take a line
+// each.
 template <class U>
 void pack_along(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n,
                 int64_t ahead, float* out) {
-  constexpr int L = kLanes<float>;
-  for (int64_t first = 0; first < kPanel; first += L, p += L * stride, rows -= L) {
+  constexpr int L = kLanes<float>, kHalf = L / 2;
+  const int64_t whole = rows < kPanel ? 0 : n / (2 * U::kVector) * (2 * U::kVector);
+  for (int64_t first = 0; first < kPanel && whole > 0; first += kHalf) {
     float* to = out + first;
-    for (int64_t k = 0; k < n; k += U::kVector, to += L * kPanel) {
+    for (int64_t k = 0; k < whole; k += 2 * U::kVector, to += 2 * L * kPanel) {
       VecFloat v[L];
-      if (L <= rows && k + U::kVector <= n) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          const typename U::Element* row = p + i * stride + k;
-          __builtin_prefetch(row + ahead);
-          v[i] = U::along(row);
-        }
-      } else {
-        for (int i = 0; i < L; ++i) {
-          v[i] = i < rows ? U::along(p + i * stride + k, n - k) : VecFloat{};
-        }
+      for (int i = 0; i < L; ++i) {
+        const auto* from = p + (first + i % kHalf) * stride + k + i / kHalf * U::kVector;
+        __builtin_prefetch(from + ahead);
+        v[i] = U::along(from);
       }
       transpose<float>(v);
 #pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store_halves(to + i * kPanel, to + (i + L) * kPanel, v[i]);
+    }
+  }
+  for (int64_t k = whole; k < n; k += U::kVector) {
+    for (int64_t first = 0; first < kPanel; first += L) {
+      VecFloat v[L];
+      for (int i = 0; i < L; ++i) {
+        const bool exists = first + i < rows;
+        v[i] = exists ? U::along(p + (first + i) * stride + k, n - k) : VecFloat{};
+      }
+      transpose<float>(v);
+      float* to = out + k / U::kElements * kPanel + first;
       for (int i = 0; i < L; ++i) store(to + i * kPanel, v[i]);
     }
   }
