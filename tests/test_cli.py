@@ -1,5 +1,6 @@
 """The program `tfkern`: what it says and how it exits."""
 
+import functools
 import json
 import os
 import shutil
@@ -103,11 +104,17 @@ def leaves(command, path=()):
         yield from leaves(inner, (*path, name))
 
 
-def options():
-    """Every option that takes a value, of every command."""
+@functools.cache
+def built():
+    """All commands. Typer builds them in every call of the program, most of whose time this is."""
     import typer
 
-    for path, command in leaves(typer.main.get_command(cli._app())):
+    return typer.main.get_command(cli._app())
+
+
+def options():
+    """Every option that takes a value, of every command."""
+    for path, command in leaves(built()):
         for parameter in command.params:
             if parameter.param_type_name == "option" and not parameter.is_flag:
                 yield pytest.param(path, parameter, id="-".join((*path, parameter.name)))
@@ -148,6 +155,7 @@ def idle(monkeypatch, tmp_path):
                          (attention_map, "load"), (convert, "load"),
                          (prepare, "prepare")):  # fmt: skip
         monkeypatch.setattr(module, name, work)
+    monkeypatch.setattr(cli, "_app", built)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield
