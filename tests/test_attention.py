@@ -1,6 +1,7 @@
 """Attention on every backend against plain PyTorch in float64."""
 
 import aot
+import compiling
 import pytest
 import torch
 import torch.nn.functional as F
@@ -382,7 +383,7 @@ def test_compile(backend, device):
         o, lse = tfkern.attention(q.sin(), k, v, causal=True, return_lse=True, backend=backend)
         return o * 2 + lse[..., None]
 
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    compiled = compiling.compiled(fn, backend, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for T, S in ((5, 8), (9, 31), (70, 70)):
             leaves = [

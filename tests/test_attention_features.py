@@ -6,6 +6,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import compiling
 import pytest
 import torch
 import torch.nn.functional as F
@@ -416,9 +417,7 @@ def test_compile_with_options(backend, device, dynamic):
             backend=backend,
         )  # fmt: skip
 
-    # Philox in torch's own operators takes Inductor minutes.
-    compiler = "aot_eager" if backend == "reference" else "inductor"
-    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=compiler)
+    compiled = compiling.compiled(fn, backend, dynamic=dynamic)
     lengths = ((20, 30), (33, 65)) if dynamic else ((20, 30),)
     guard = torch._dynamo.config.patch(error_on_recompile=True)
     with guard if dynamic else contextlib.nullcontext():

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import aot
+import compiling
 import pytest
 import torch
 import torch.nn.functional as F
@@ -401,7 +402,7 @@ def test_compile(backend, device, residual):
         y = tfkern.layer_norm(x.sin(), weight, bias, backend=backend, **kw)
         return y[0] + y[1] if residual else y
 
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    compiled = compiling.compiled(fn, backend, dynamic=True)
     weight, bias = (torch.randn(24, device=device, requires_grad=True) for _ in range(2))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for M in (5, 9, 23):

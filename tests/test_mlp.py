@@ -4,6 +4,7 @@ import importlib
 import math
 
 import aot
+import compiling
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,7 +322,7 @@ def test_compile(backend, device, gated):
         named = dict(zip(names, parameters, strict=True))
         return ours(gated, "gelu_tanh", backend=backend)(x.sin(), **named).cos()
 
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    compiled = compiling.compiled(fn, backend, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for M in (5, 9, 23):
             x = torch.randn(M, 2, 24, device=device, requires_grad=True)

@@ -1,6 +1,7 @@
 """Rotary positions on every backend against Hugging Face's formula and complex products."""
 
 import aot
+import compiling
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -414,7 +415,7 @@ def test_compile(backend, device, interleaved):
         q, k = tfkern.rotary(q, k, cos, sin, interleaved=interleaved, backend=backend)
         return (q[:, :2] * k).sin() + v
 
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    compiled = compiling.compiled(fn, backend, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for T in (5, 9, 23):
             qkv = torch.randn(2, T, 56, device=device, requires_grad=True)
@@ -436,7 +437,7 @@ def test_compile_inplace(backend, device):
         tfkern.rotary(q, k, cos, sin, inplace=True, backend=backend)
         return q.sum() + qkv[..., -1]
 
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    compiled = compiling.compiled(fn, backend, dynamic=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for T in (5, 9, 23):
             first = torch.randn(2, T, 56, device=device)
