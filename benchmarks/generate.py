@@ -19,8 +19,10 @@ from tfkern import generate, models
 from . import llama_cpp
 from .peers import FIRST, NEXT, OURS, Case, Model, Peer, Suite, Times
 
-_ENDLESS = {"bos_token_id": None, "eos_token_id": None}  # no token ends a row
-GPT2 = Model("gpt2", "GPT2LMHeadModel", {"vocab_size": 50257, **_ENDLESS})
+# No token ends a row. Weights are larger than those of a model before training, which would repeat
+# one token whatever its attention did.
+_WRITER = {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.05}
+GPT2 = Model("gpt2", "GPT2LMHeadModel", {"vocab_size": 50257, **_WRITER})
 LLAMA = Model(
     "llama",
     "LlamaForCausalLM",
@@ -31,7 +33,7 @@ LLAMA = Model(
         "num_hidden_layers": 12,
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
-        **_ENDLESS,
+        **_WRITER,
     },
 )
 CASES = tuple(Case(model, rows, 128, 32) for model in (GPT2, LLAMA) for rows in (1, 8))

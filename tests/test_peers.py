@@ -26,13 +26,20 @@ TINY = {
         "num_attention_heads": 4,
         "intermediate_size": 48,
     },
-    "GPT2LMHeadModel": {"vocab_size": 101, "n_embd": 32, "n_head": 4, "n_layer": 2},
+    "GPT2LMHeadModel": {
+        "vocab_size": 101,
+        "n_embd": 32,
+        "n_head": 4,
+        "n_layer": 2,
+        "initializer_range": 0.3,
+    },
     "LlamaForCausalLM": {
         "vocab_size": 101,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "initializer_range": 0.3,
     },
 }
 
@@ -172,6 +179,24 @@ def test_a_wrong_peer_is_not_timed(suite):
     assert all("of the largest value, the limit is" in told for told in results.wrong.values())
     assert {row["against"] for row in results.rows} == {"transformers sdpa"}
     assert "planted_turn" not in Inline.log
+
+
+def test_texts_show_wrong_positions():
+    """Texts of the models depend on more than the last token."""
+
+    def opened(model, folder, dtype):
+        read = model.read(folder, dtype, "sdpa")
+        if model.kind == "LlamaForCausalLM":
+            read.model.rotary_emb.inv_freq *= 0.5
+        else:
+            read.transformer.wpe.weight.data = read.transformer.wpe.weight.roll(1, 0)
+        return generate._by_generate(read)
+
+    suite = tiny(generate.SUITE, Peer("planted", opened))
+    cases = tuple(replace(case, new=12) for case in suite.cases)
+    results = peers.run(replace(suite, cases=cases), suite.models)
+    assert len(results.wrong) == 2 * len(cases)
+    assert all(name.startswith("planted") for name in results.wrong)
 
 
 def test_a_peer_that_writes_too_little_is_wrong():
