@@ -12,7 +12,7 @@
 
 constexpr int64_t kPanel = 2 * kLanes<float>;                   // columns
 constexpr int64_t kTileRows = TFKERN_VEC_BYTES == 64 ? 14 : 6;  // as many as registers hold
-constexpr int64_t kDepth = 512;                                 // units of a block
+constexpr int64_t kDepth = 256;                                 // units of a block
 constexpr int64_t kGroup = 4;                                   // panels that are packed together
 constexpr int64_t kStrip = 8;                                   // tiles that are packed together
 constexpr int64_t kTileWidth = padded<float>(kTileRows);        // rows that are packed for a tile
