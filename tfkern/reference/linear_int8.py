@@ -1,6 +1,6 @@
 """The linear layer with weights of eight bits, in plain PyTorch.
 
-    y = x (scale * weight)^T + bias
+y = x (scale * weight)^T + bias
 """
 
 import torch
