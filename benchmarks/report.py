@@ -243,9 +243,9 @@ def pairs_table(rows: Sequence[Row]) -> Table:
 
 
 def models_table(rows: Sequence[Row]) -> Table:
-    """The ratios of whole models, from rows that are compared with transformers' own code."""
+    """The ratios of whole models, from rows that are compared with other code."""
     text, numbers = ("op", "case", "dtype", "against"), ("p20", "ratio", "p80", "theirs", "tfkern")
-    made = _table("time of transformers / time with tfkern, both in ms", text, numbers)
+    made = _table("time of others / time with tfkern, both in ms", text, numbers)
     for row in rows:
         ratios = [f"{row[f'ratio_p{p}']:.2f}" for p in (20, 50, 80)]
         times = [f"{row[name]:.3g}" for name in ("against_ms", "p50_ms")]
