@@ -171,6 +171,22 @@ def test_native_product(dtype, sizes):
 
 
 @dtypes
+@pytest.mark.parametrize("sizes", KERNEL_SHAPES, ids=str)
+def test_native_product_into_given_memory(dtype, sizes):
+    """It is overwritten, whatever it holds, or added to."""
+    M, N, K = sizes
+    a, b = torch.randn(M, K).to(dtype), (torch.randn(N, K) * max(K, 1) ** -0.5).to(dtype)
+    bias, before = torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
+    wide, into = a.double() @ b.double().t(), torch.ops.tfkern.linear_product_.default
+    out = torch.full((M, N), math.nan, dtype=dtype)
+    into(out, a, b, bias, False)
+    assert close(out, wide + bias, dtype, K)
+    out = before.clone()
+    into(out, a.t().contiguous().t(), b, None, True)
+    assert close(out, wide + before, dtype, K)
+
+
+@dtypes
 def test_native_rows_depend_on_themselves_alone(dtype):
     """Not on how many rows there are, nor on the number of threads: bit for bit."""
     for K in (33, 64, 1537):
@@ -203,6 +219,9 @@ def test_native_opcheck():
     a, b = torch.randn(2, 3, 5), torch.randn(4, 5)
     for args in ((a, b, None, None, None), (a, b, torch.randn(4), a + 1, b)):
         torch.library.opcheck(torch.ops.tfkern.linear_product.default, args)
+    out = torch.randn(6, 4)
+    for args in ((out, a, b, None, True), (out, a, b, torch.randn(4), False)):
+        torch.library.opcheck(torch.ops.tfkern.linear_product_.default, args)
 
 
 def test_float64_is_left_to_torch(processor):

@@ -341,7 +341,7 @@ def test_operators_are_what_their_schemas_say(device):
     calls = {
         logit_pieces.forward: (*tensors, *options, True, backend, None),
         logit_pieces.backward: (*tensors, lse, rest, loss, None, *options, backend, None, *every),
-        logit_pieces.formed: (*tensors, one, 0.1 * one, *options, backend, *every),
+        logit_pieces.formed: (*tensors, one, 0.1 * one, *options, backend, None, *every),
     }
     for operator, args in calls.items():
         torch.library.opcheck(operator, args)

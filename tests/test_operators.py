@@ -129,6 +129,12 @@ def append_(**changes):
     return "append_", named("append_", args) | changes
 
 
+def linear_product_(**changes):
+    """A product that is added to what there is."""
+    args = (torch.randn(M, 9), torch.randn(M, N), torch.randn(9, N), torch.rand(9), True)
+    return "linear_product_", named("linear_product_", args) | changes
+
+
 def linear_int8(**changes):
     weight = torch.randint(-127, 128, (9, N), dtype=torch.int8)
     args = (torch.randn(M, N), weight, torch.rand(9), torch.rand(9))
@@ -140,10 +146,10 @@ CALLS: list[Callable] = [
     layer_norm_backward, linear_product, mlp_hidden, mlp_activation_forward,
     mlp_activation_backward, cross_entropy_forward, cross_entropy_long, cross_entropy_backward,
     cross_entropy_in_place, rotary, rotary_inplace, append_,
-    linear_int8,
+    linear_int8, linear_product_,
 ]  # fmt: skip
 
-ONLY_ON_CPU = {"append_", "linear_int8", "linear_product", "mlp_hidden"}
+ONLY_ON_CPU = {"append_", "linear_int8", "linear_product", "linear_product_", "mlp_hidden"}
 
 # Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
@@ -357,6 +363,11 @@ HOSTILE = [
     (rotary_inplace, {"q": torch.randn(B, H, T - 1, D)}),
     (rotary_inplace, {"k": torch.ones(B, 2, T, D, dtype=torch.int32)}),
     (rotary_inplace, {"sin": torch.rand(B, T)}),
+    (linear_product_, {"out": torch.randn(M, 10)}),
+    (linear_product_, {"out": torch.randn(9, M).t()}),
+    (linear_product_, {"out": torch.randn(M, 9).bfloat16()}),
+    (linear_product_, {"b": torch.randn(9, N + 1)}),
+    (linear_product_, {"bias": torch.rand(8)}),
     (linear_int8, {"x": torch.randn(M, N + 1)}),
     (linear_int8, {"x": torch.randn(M, N).double()}),
     (linear_int8, {"w": torch.randn(9, N)}),

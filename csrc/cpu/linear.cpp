@@ -114,6 +114,24 @@ Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b
   return out;
 }
 
+// out = a b^T + bias, or out += a b^T + bias, for an `out` whose elements lie one after the other.
+void linear_product_(Tensor out, Tensor a, Tensor b, Optional bias, bool add) {
+  check(a, b, bias, out);
+  const auto [M, K] = matrix_size(a, 1);
+  const int64_t N = b.dim() == 2 ? b.size(0) : -1;
+  STD_TORCH_CHECK(is_weight(b, N, K) && fits(bias, N),
+                  "tfkern::linear_product_: expected a (..., K), b (N, K) and bias (N,)");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == M && out.size(1) == N && out.is_contiguous(),
+                  "tfkern::linear_product_: expected a contiguous out (M, N)");
+  check_countable({kPadding, M, N, K});
+  LinearForward product{dtype(a), isa() >= Isa::avx512_bf16, M, N};
+  product.terms[0] = {matrix(a), matrix(b), K};
+  product.bias[0] = address(bias);
+  product.add = add;
+  product.out = out.data_ptr();
+  run(product);
+}
+
 // h = act(x w^T + b), or act(x w^T + b) (x w_up^T + b_up) if there is w_up. If `keep`, the second
 // result has the factors x w^T + b and x w_up^T + b_up one after the other.
 std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w_up, Optional b_up,
@@ -152,5 +170,6 @@ std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("linear_product", TORCH_BOX(&tfkern::linear_product));
+  m.impl("linear_product_", TORCH_BOX(&tfkern::linear_product_));
   m.impl("mlp_hidden", TORCH_BOX(&tfkern::mlp_hidden));
 }

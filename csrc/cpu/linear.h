@@ -26,7 +26,8 @@ struct LinearForward {
   int64_t M, N;
   int64_t chunks = 1;  // into which the rows are cut
   Factors terms[2] = {};
-  int count = 1;  // of terms
+  int count = 1;     // of terms
+  bool add = false;  // to what is in out already
   bool activated = false, gated = false;
   Activation activation = {};
   const void* bias[2] = {};  // (N,) or null

@@ -232,7 +232,9 @@ void store_activated(const LinearForward& a, const float* const sums[2], int64_t
         if (a.kept[1]) store_left(static_cast<T*>(a.kept[1]) + to, up, left);
         value = value * up;
       }
-      store_left(static_cast<T*>(a.out) + to, value, left);
+      T* out = static_cast<T*>(a.out) + to;
+      if (a.add) value = value + load_left(out, left);
+      store_left(out, value, left);
     }
   }
 }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tfkern.native import _C
 
 _product = torch.ops.tfkern.linear_product.default
+_product_into = torch.ops.tfkern.linear_product_.default
 
 _FEW, _ALL = 8, sys.maxsize
 
@@ -63,6 +64,17 @@ def forward_sum(x, weight, x2, weight2):
     return torch.addmm(F.linear(x, weight), x2, weight2.t())
 
 
+def forward_into(out, x, weight, bias=None, add=False):
+    """Writes x weight^T + bias into out, or with `add`, which goes without bias, adds it. All are
+    matrices, and the elements of out lie one after the other."""
+    if is_ours(x, x.dtype):
+        _product_into(out, x, weight, bias, add)
+    elif bias is None:
+        torch.addmm(out, x, weight.t(), beta=int(add), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
 def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
     if needs_grad and _slow_views(x, dtype):
         return None
@@ -87,3 +99,8 @@ def _slow_views(x, dtype):
 @torch.library.register_fake("tfkern::linear_product")
 def _(a, b, bias, a2, b2):
     return a.new_empty(*a.shape[:-1], b.shape[0])
+
+
+@torch.library.register_fake("tfkern::linear_product_")
+def _(out, a, b, bias, add):
+    pass

@@ -83,7 +83,7 @@ def linear_cross_entropy(
         class_weight=class_weight,
     )
     backend = dispatch.select("cross_entropy", _of_kernels(tensors, options, return_lse), backend)
-    linear = dispatch.find("linear", (x, weight, None, x.dtype)) if x.dtype.itemsize == 2 else None
+    linear = dispatch.find("linear", (x, weight, None, x.dtype))
     tensors, names = dispatch.distinct(tensors), (backend, linear)
     _, _, _, targets, class_weight = tensors
     with dispatch.no_autocast(x.device):
@@ -200,7 +200,7 @@ class _Formed(torch.autograd.Function):
         factors = _row_factors(targets, class_weight, ignore_index, z_loss, reduction, x)
         loss, lse, rest, *grads = logit_pieces.formed(
             x, weight, bias, targets, class_weight, *factors,
-            ignore_index, label_smoothing, softcap, backend, *wanted,
+            ignore_index, label_smoothing, softcap, backend, linear, *wanted,
         )  # fmt: skip
         total = reduced(loss, lse, targets, class_weight, ignore_index, z_loss, reduction)
         return total, lse, rest, *grads

@@ -41,6 +41,16 @@ def _linear(x, weight, bias, backend):
     return dispatch.implementation("linear", backend).forward(x, weight, bias)
 
 
+def _linear_into(out, x, weight, bias, add, backend):
+    """Writes x weight^T + bias into out, or with `add`, which goes without bias, adds it."""
+    if backend is not None:
+        dispatch.implementation("linear", backend).forward_into(out, x, weight, bias, add)
+    elif bias is None:
+        torch.addmm(out, x, weight.t(), beta=int(add), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
 def _linear_backward(dy, x, weight, want_dbias, backend):
     """dx, dweight and dbias. dx is None if weight is, and dweight if x is."""
     dx = None if weight is None else _linear(dy, weight.t(), None, backend)
@@ -68,13 +78,7 @@ def _logits(x, weight, bias, linear):
     memory = x.new_empty(pieces[0].stop if pieces else 0, len(weight))
     for m in pieces:
         out = memory[: m.stop - m.start]
-        if linear is not None:  # it returns new memory: some columns at a time
-            for n in _column_pieces(len(weight)):
-                out[:, n] = _linear(x[m], weight[n], _part(bias, n), linear)
-        elif bias is None:
-            torch.mm(x[m], weight.t(), out=out)
-        else:
-            torch.addmm(bias, x[m], weight.t(), out=out)
+        _linear_into(out, x[m], weight, bias, False, linear)
         yield m, out
 
 
@@ -126,7 +130,7 @@ def _backward(
 
 def _formed(
     x, weight, bias, targets, class_weight, dloss, z,
-    ignore_index, label_smoothing, softcap, backend, want_dx, want_dweight, want_dbias,
+    ignore_index, label_smoothing, softcap, backend, linear, want_dx, want_dweight, want_dbias,
 ):  # fmt: skip
     op, results = dispatch.implementation("cross_entropy", backend), _statistics(x, targets)
     options = ignore_index, label_smoothing, softcap
@@ -135,7 +139,7 @@ def _formed(
     make = torch.zeros if len(x) == 0 else torch.empty
     dx, dweight = _start(x, want_dx, x, make), _start(weight, want_dweight, x, make)
     dbias = _start(bias, want_dbias, x)
-    for m, dz in _logits(x, weight, bias, None):
+    for m, dz in _logits(x, weight, bias, linear):
         loss, lse, rest = op.forward(dz, t[m], class_weight, *options, False)
         dlse = None if z is None else dlse_of(z, lse, t[m], ignore_index)
         op.backward_(
@@ -143,9 +147,9 @@ def _formed(
             *options, 0, len(weight),
         )  # fmt: skip
         if want_dx:
-            torch.mm(dz, weight, out=dx[m])
+            _linear_into(dx[m], dz, weight.t(), None, False, linear)
         if want_dweight:
-            dweight.addmm_(dz.t(), x[m], beta=min(m.start, 1))
+            _linear_into(dweight, dz.t(), x[m].t(), None, m.start > 0, linear)
         if want_dbias:
             dbias += dz.sum(0)
         for result, part in zip(results, (loss, lse, rest), strict=True):
@@ -202,7 +206,7 @@ backward = _register(
 )
 formed = _register(
     f"linear_cross_entropy_formed({_TENSORS}, Tensor dloss, Tensor? z, {_OPTIONS}, "
-    f"str backend, {_WANTED}) -> ({_ROWS}, {_GRADIENTS})",
+    f"str backend, str? linear, {_WANTED}) -> ({_ROWS}, {_GRADIENTS})",
     _formed,
     lambda x, weight, bias, targets, *others: (
         *_statistics(x, targets),
