@@ -20,8 +20,7 @@ def faults():
 
 before = faults()
 assert tfkern.keep_memory()
-faults()  # the heap grows
-print(before, faults())
+print(before, min(faults() for _ in range(5)))  # the heap may grow some times
 """
 
 
