@@ -17,7 +17,7 @@ test: .venv/ready  ## everything that runs without a GPU
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow $(PARALLEL)
 
-CPP = csrc/*.h csrc/*.cpp csrc/*/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cpu/attention/*.inl csrc/cuda/*.cu tests/support/cuda_host/*
+CPP = csrc/*.h csrc/*.cpp csrc/*/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cpu/attention/*.inl csrc/cuda/*.cu tests/support/*.h tests/support/cuda_host/*
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -46,10 +46,6 @@ struct AttentionGradients {
   bool bias_grad = false;
 };
 
-inline Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
 inline void check(const AttentionArguments& in) {
   const Tensor &q = in.q, &k = in.k, &v = in.v;
   check_memory(q, k, v, in.bias, in.mask, in.alibi_slopes, in.sink, in.query_lengths,

@@ -30,5 +30,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = !architectures.empty();
   m.def(
       "cpu_capability", [] { return tfkern::name(tfkern::isa()); },
-      "The one of cpu_levels, the vector instructions that this processor has, that kernels use.");
+      "Returns the level of vector instructions that the kernels use, one of cpu_levels.");
 }

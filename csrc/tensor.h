@@ -107,6 +107,11 @@ inline bool is_vector(const Tensor& x, int64_t n) {
   return x.dim() == 1 && x.size(0) == n && (n <= 1 || x.stride(0) == 1);
 }
 
+// t itself, of four axes, or a contiguous copy where the elements of its last axis lie apart.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
 // ---- operators ----
 
 // The arguments of an operator as the dispatcher hands them over, in the order of its schema; the

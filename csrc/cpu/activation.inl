@@ -53,6 +53,7 @@ struct QuickGelu {
 };
 
 // Evaluates the statement with `Act` naming the activation of vectors of C.
+// (This file is included once for each instruction set.)
 #undef TFKERN_ACTIVATION
 #define TFKERN_ACTIVATION(activation, C, ...) \
   switch (activation) {                       \

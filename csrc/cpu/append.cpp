@@ -56,10 +56,6 @@ void check(const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths, 
   }
 }
 
-Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
 // Token t of batch b goes to place (lengths[b] + t) mod S, for t < counts[b] (all T if absent);
 // lengths grow by that. Returns how many places of each batch are in use.
 Tensor append_(Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor k, Tensor v,

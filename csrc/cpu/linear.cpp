@@ -77,11 +77,13 @@ bool is_weight(const Tensor& w, int64_t N, int64_t K) {
 
 void run(LinearForward& a) {
   if (a.M == 0 || a.N == 0) return;
-  // How the result is cut does not change it: each element is a sum of its own. There are chunks of
-  // at most 2016 rows, and more of them, down to 112 rows, if there are few panels for each thread.
+  // How the result is cut does not change it: each element is a sum of its own. There are more
+  // chunks than kMostRows asks for if there are few panels for each thread.
+  constexpr int64_t kMostRows = 2016, kFewestRows = 112;  // multiples of AVX-512's tiles of 14 rows
   const int64_t panels = (a.N + panel() - 1) / panel(), threads = torch::stable::get_num_threads();
   const int64_t wanted = threads > 1 ? 4 * threads / panels : 1;
-  a.chunks = std::max({int64_t{1}, (a.M + 2015) / 2016, std::min(wanted, a.M / 112)});
+  a.chunks = std::max(
+      {int64_t{1}, (a.M + kMostRows - 1) / kMostRows, std::min(wanted, a.M / kFewestRows)});
   // Counts in cycles, about: to pack a unit of a panel, and to multiply it. To wake a thread for
   // less than 100000 would not pay.
   const int64_t cycles = (a.terms[0].K + a.terms[1].K + 64) * (2 * a.M / a.chunks + 24);
@@ -104,7 +106,7 @@ Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b
   check_countable({kPadding, M, N, size2.columns});
   Tensor out = empty(a, with_columns(a, N), a.scalar_type());
 
-  LinearForward product{dtype(a), isa() >= Isa::avx512_bf16, M, N};
+  LinearForward product{dtype(a), M, N};
   product.terms[0] = {matrix(a), matrix(b), K};
   if (a2) product.terms[1] = {matrix(*a2), matrix(*b2), size2.columns};
   product.count = a2 ? 2 : 1;
@@ -114,7 +116,8 @@ Tensor linear_product(Tensor a, Tensor b, Optional bias, Optional a2, Optional b
   return out;
 }
 
-// out = a b^T + bias, or out += a b^T + bias, for an `out` whose elements lie one after the other.
+// out = a b^T + bias, or out += a b^T + bias. The elements of `out` lie one after the other, and it
+// shares no memory with the other tensors.
 void linear_product_(Tensor out, Tensor a, Tensor b, Optional bias, bool add) {
   check(a, b, bias, out);
   const auto [M, K] = matrix_size(a, 1);
@@ -124,7 +127,7 @@ void linear_product_(Tensor out, Tensor a, Tensor b, Optional bias, bool add) {
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == M && out.size(1) == N && out.is_contiguous(),
                   "tfkern::linear_product_: expected a contiguous out (M, N)");
   check_countable({kPadding, M, N, K});
-  LinearForward product{dtype(a), isa() >= Isa::avx512_bf16, M, N};
+  LinearForward product{dtype(a), M, N};
   product.terms[0] = {matrix(a), matrix(b), K};
   product.bias[0] = address(bias);
   product.add = add;
@@ -144,10 +147,9 @@ std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w
   STD_TORCH_CHECK((!w_up || is_weight(*w_up, F, K)) && (!b_up || w_up) && fits(b_up, F),
                   "tfkern::mlp_hidden: expected w_up and b_up of the sizes of w and b");
   check_countable({kPadding, M, F, K});
-  LinearForward product{dtype(x), isa() >= Isa::avx512_bf16, M, F};
+  LinearForward product{dtype(x), M, F};
   product.activated = true;
   product.activation = parse_activation(activation);
-  product.gated = w_up.has_value();
   product.count = w_up ? 2 : 1;
   Tensor h = empty(x, {M, F}, x.scalar_type());
   Tensor kept =

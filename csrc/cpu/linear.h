@@ -22,17 +22,18 @@ struct Factors {
 // act(sum + bias), and if it is gated, act(sum0 + bias0) (sum1 + bias1).
 struct LinearForward {
   Dtype dtype;  // of all matrices
-  bool pairs;   // the processor multiplies pairs of bfloat16
   int64_t M, N;
   int64_t chunks = 1;  // into which the rows are cut
   Factors terms[2] = {};
   int count = 1;     // of terms
   bool add = false;  // to what is in out already
-  bool activated = false, gated = false;
+  bool activated = false;
   Activation activation = {};
   const void* bias[2] = {};  // (N,) or null
   void* kept[2] = {};        // sum0 + bias0 and, if gated, sum1 + bias1, unless null
   void* out = nullptr;       // (M, N), as the kept; rows lie side by side
+
+  bool gated() const { return activated && count == 2; }
 };
 
 }  // namespace tfkern

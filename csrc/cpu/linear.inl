@@ -85,6 +85,7 @@ struct WideUnits {
   }
 };
 
+#if TFKERN_VEC_BYTES == 64
 struct PairUnits {
   using Element = BFloat16;
   static constexpr int kElements = 2;
@@ -106,6 +107,7 @@ struct PairUnits {
     return (VecFloat)(first | (VecUint)load_left(p + stride, width));
   }
 };
+#endif
 
 // ---- packing ----
 
@@ -163,9 +165,9 @@ void pack_along(const typename U::Element* p, int64_t stride, int64_t rows, int6
   }
 }
 
-// Packs `rows` rows of n elements, where the rows lie one after the other. They are cut into parts,
-// the starts of which are `height` rows apart. Unit k of a part of `width` rows, of which the next
-// part may have some too, stands at out + k * width, and the next part out_stride further on.
+// Packs `rows` rows of n elements, where the rows lie one after the other. They are cut into parts
+// of `height` rows, with room for `width` each: what follows the rows of a part there is not used.
+// Unit k of a part stands at out + k * width, and the next part out_stride further on.
 template <class U>
 void pack_across(const typename U::Element* p, int64_t stride, int64_t rows, int64_t n,
                  int64_t height, int64_t width, float* out, int64_t out_stride) {
@@ -207,6 +209,12 @@ struct LinearRows {
   bool across;
 };
 
+// Up to a vector of the bias from column j on; 0 if there is none.
+template <class T>
+inline VecFloat bias_left(const void* bias, int64_t j, int64_t left) {
+  return bias ? load_left(static_cast<const T*>(bias) + j, left) : VecFloat{};
+}
+
 struct Identity {
   static VecFloat value(VecFloat x, VecFloat&) { return x; }
 };
@@ -215,19 +223,17 @@ struct Identity {
 template <class T, class Act>
 void store_activated(const LinearForward& a, const float* const sums[2], int64_t rows, int64_t m,
                      int64_t n) {
-  const auto shift = [&](int i, int64_t j, int64_t left) {
-    return a.bias[i] ? load_left(static_cast<const T*>(a.bias[i]) + j, left) : VecFloat{};
-  };
   const int64_t end = std::min(a.N, n + kPanel);
   for (int64_t j = n; j < end; j += kLanes<float>) {
     const int64_t left = end - j;
-    const VecFloat shift0 = shift(0, j, left), shift1 = shift(1, j, left);
+    const VecFloat shift0 = bias_left<T>(a.bias[0], j, left);
+    const VecFloat shift1 = bias_left<T>(a.bias[1], j, left);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t from = i * kPanel + j - n, to = (m + i) * a.N + j;
       const VecFloat x = load(sums[0] + from) + shift0;
       VecFloat derivative, value = Act::value(x, derivative);
       if (a.kept[0]) store_left(static_cast<T*>(a.kept[0]) + to, x, left);
-      if (a.gated) {
+      if (a.gated()) {
         const VecFloat up = load(sums[1] + from) + shift1;
         if (a.kept[1]) store_left(static_cast<T*>(a.kept[1]) + to, up, left);
         value = value * up;
@@ -364,8 +370,8 @@ struct LinearKernel {
       bool first = true;
       for (int i = 0; i < a.count; ++i) {
         const auto& [x, b, K] = a.terms[i];
-        float* total = a.gated ? sums + i * kTile : sums;
-        first |= a.gated;
+        float* total = a.gated() ? sums + i * kTile : sums;
+        first |= a.gated();
         int64_t k = 0;
         do {
           const int64_t stop = std::min(K, k + kBlock);
@@ -403,7 +409,7 @@ struct LinearKernel {
     bool first = true;
     for (int i = 0; i < a.count; ++i) {
       const auto& [x, b, K] = a.terms[i];
-      first |= a.gated;
+      first |= a.gated();
       int64_t k = 0;
       do {
         const int64_t n = std::min(K - k, kBlock), depth = units(n);
@@ -411,7 +417,7 @@ struct LinearKernel {
           pack(b, p * kPanel, k, n, 64 * U::kElements, panels + (p - begin) * kDepth * kPanel);
         }
         const bool more = k + n < K, last = !more && i + 1 == a.count;
-        const bool alone = first && last && !a.gated;  // no later block goes on with its sums
+        const bool alone = first && last && !a.gated();  // no later block goes on with its sums
         const LinearAhead next_block =
             more    ? lines(b, begin * kPanel, stop, k + n, K)
             : !last ? lines(a.terms[1].b, begin * kPanel, stop, 0, a.terms[1].K)
@@ -426,11 +432,11 @@ struct LinearKernel {
             for (int64_t m = m0; m < m1; m += height) {
               const int64_t rows = std::min(height, m1 - m), t = (m - m0) / height;
               const int64_t slot = (alone ? t : m / height) * kGroup + p - begin;
-              float* c = sums + (a.gated ? i * distance : 0) + slot * kTileRows * kPanel;
+              float* c = sums + (a.gated() ? i * distance : 0) + slot * kTileRows * kPanel;
               tile(rows, depth, left[t], panels + (p - begin) * kDepth * kPanel, c,
                    first ? Sums::overwrite : Sums::add, ahead);
               if (last) {
-                store_sums<T>(a, a.gated ? c - distance : c, distance, rows, m_begin + m,
+                store_sums<T>(a, a.gated() ? c - distance : c, distance, rows, m_begin + m,
                               p * kPanel);
               }
             }
@@ -456,7 +462,7 @@ void linear_parts(const LinearForward& a, int64_t begin, int64_t end) {
   const int64_t longest = (a.M + a.chunks - 1) / a.chunks;
   const int64_t height = tile_height(longest), tiles = (longest + height - 1) / height;
   const int64_t size = kGroup * kDepth * kPanel + kStrip * kTileWidth * (kDepth + 16) +
-                       (a.gated ? 2 : 1) * (tiles + kStrip) * kGroup * kTileRows * kPanel;
+                       (a.gated() ? 2 : 1) * (tiles + kStrip) * kGroup * kTileRows * kPanel;
   Kernel kernel{a, thread_scratch<float>(size)};
   while (begin < end) {
     const int64_t chunk = begin / panels, p = begin % panels;
@@ -474,7 +480,7 @@ inline void linear_forward(const LinearForward& a, int64_t begin, int64_t end) {
       return linear_parts<WideUnits<Half>>(a, begin, end);
     default:
 #if TFKERN_VEC_BYTES == 64
-      if (a.pairs) return linear_parts<PairUnits>(a, begin, end);
+      if (isa() >= Isa::avx512_bf16) return linear_parts<PairUnits>(a, begin, end);
 #endif
       return linear_parts<WideUnits<BFloat16>>(a, begin, end);
   }

@@ -3,8 +3,9 @@
 //     y = x (scale w)^T + bias
 //
 // x is (M, K), w (N, K) and scale (N,) float32. Sums are float32. The weight passes by once, at the
-// speed of memory; rows of x, widened, stay in the caches. Each element of y is summed by itself in
-// the order of K, so that it depends neither on the number of rows nor on that of threads.
+// speed of memory; rows of x, widened, stay in the caches. Each element of y is summed by itself,
+// in an order that K alone determines, so that it depends neither on the number of rows nor on that
+// of threads.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -47,14 +48,18 @@ Tensor linear_int8(Tensor x, Tensor w, Tensor scale, Optional bias) {
       x.dim() == 2 && w.dim() == 2 && w.size(1) == x.size(1) && w.scalar_type() == ScalarType::Char,
       "tfkern::linear_int8: expected x (M, K) and w (N, K) int8");
   const int64_t M = x.size(0), K = x.size(1), N = w.size(0), stride = round_up(K, 16);
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && is_vector(scale, N),
-                  "tfkern::linear_int8: expected a float32 scale for each row of w");
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && is_vector(*bias, N)),
-                  "tfkern::linear_int8: expected a bias of the dtype of x for each row of w");
+  STD_TORCH_CHECK(
+      scale.scalar_type() == ScalarType::Float && scale.dim() == 1 && scale.size(0) == N,
+      "tfkern::linear_int8: expected a float32 scale for each row of w");
+  STD_TORCH_CHECK(
+      !bias || (bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == N),
+      "tfkern::linear_int8: expected a bias of the dtype of x for each row of w");
   check_countable({kPadding, M, N, K});
   check_countable({kPadding, M, stride});
   x = torch::stable::contiguous(x);
   w = torch::stable::contiguous(w);
+  scale = torch::stable::contiguous(scale);
+  if (bias) bias = torch::stable::contiguous(*bias);
   Scratch scratch;
   float* rows = scratch.get<float>(M * stride);
   for (int64_t m = 0; m < M; ++m) {

@@ -2,8 +2,9 @@
 // once for units of one float, and once for units of two bfloat16 numbers; `multiply_add` says what
 // a product of units is.
 //
-// a[r * (across ? 1 : stride) + k * (across ? stride : 1)] is unit k of row r. b has a panel: unit
-// k of its kPanel columns from b + k * kPanel on. So has c, row by row, whose sums are of floats.
+// a[r * (across ? 1 : stride) + k * (across ? stride : 1)] is unit k of row r. b is a packed
+// panel: unit k of its kPanel columns stands at b + k * kPanel. Row r of c, which has kPanel sums,
+// stands at c + r * kPanel.
 
 template <int R, bool kAcross>
 void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_t* b, float* c,

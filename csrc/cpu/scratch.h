@@ -57,10 +57,16 @@ class Scratch {
 // not initialised, and starts at a multiple of 64 bytes.
 template <class T>
 T* thread_scratch(int64_t n) {
-  static thread_local std::vector<char> bytes;
-  const size_t needed = n * sizeof(T) + 63;
-  if (bytes.size() < needed) bytes = std::vector<char>(needed);
-  const auto address = reinterpret_cast<uintptr_t>(bytes.data());
+  static thread_local std::unique_ptr<char[]> bytes;
+  static thread_local int64_t size = 0;
+  const int64_t needed = n * static_cast<int64_t>(sizeof(T)) + 63;
+  if (size < needed) {
+    size = 0;  // in case there is no memory
+    bytes.reset();
+    bytes.reset(new char[needed]);
+    size = needed;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(bytes.get());
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
 }
 

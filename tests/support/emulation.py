@@ -27,7 +27,7 @@ _FLAGS = {
     "plain": [],
     "sanitized": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "threads": ["-g1", "-fsanitize=thread"],
-    "amx": ["-include", str(HOST / "amx_host.h")],
+    "amx": ["-include", str(HOST.parent / "amx_host.h")],
 }
 
 
@@ -46,7 +46,8 @@ def build(sources: list[Path], flavour: str = "plain") -> Path:
         sources = [*sources, HOST / "cuda_host.cpp"]
     else:
         command += ["-O1", "-ffp-contract=fast", "-w"]  # the ordinary build shows warnings
-    headers = sorted([*HOST.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inl")])
+    folders = (HOST.parent.glob("**/*.h"), ROOT.glob("csrc/**/*.h"), ROOT.glob("csrc/**/*.inl"))
+    headers = sorted(path for folder in folders for path in folder)
     contents = b"".join(path.read_bytes() for path in [*sources, *headers])
     identity = contents + " ".join([*command, torch.__version__]).encode()
     folder = ROOT / "build" / "cuda_host"

@@ -1,5 +1,5 @@
 // Fragment of forward.inl: attention's products of bfloat16 that are summed in float, on processors
-// that have them (see prepare_pairs). It is compiled for AVX-512.
+// that have them (see multiplies_pairs and prepare_amx). It is compiled for AVX-512.
 //
 // The right operand of a product consists of pairs: for even k, pair (k / 2, n) holds elements
 // (k, n) and (k + 1, n). The left operand is rows of bfloat16. Keys stand on the left and are read

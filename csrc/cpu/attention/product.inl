@@ -187,8 +187,9 @@ inline void row_product_part(int64_t M, int64_t K, BroadcastMatrix<T> left, cons
 }
 
 // out[r][m] = sum_k left[m][k] right[r][k], with k along the lanes: for R too small to fill a
-// vector. K fills whole vectors, and so do the rows of out. `left` comes from outer caches, and so
-// are kKeys rows after it next.
+// vector. K fills whole vectors. A row of out has room for whole vectors, of which the elements
+// from M on are undefined. Meanwhile the row of `left` that lies kKeys rows further on is fetched
+// from outer caches.
 template <class C, class T>
 void row_product(int64_t M, int64_t R, int64_t K, BroadcastMatrix<T> left, const C* right,
                  int64_t right_stride, C* out, int64_t out_stride) {

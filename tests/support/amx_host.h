@@ -1,4 +1,4 @@
-// The instructions of Intel AMX that csrc/cpu uses, in plain C++: included in front of its sources,
+// The instructions of Intel AMX that csrc/cpu uses, in plain C++: included in front of these sources,
 // it makes a library whose level "amx" runs on any processor with AVX-512 and pairs of bfloat16.
 #pragma once
 
