@@ -1,5 +1,6 @@
-// The instructions of Intel AMX that csrc/cpu uses, in plain C++: included in front of these sources,
-// it makes a library whose level "amx" runs on any processor with AVX-512 and pairs of bfloat16.
+// The instructions of Intel AMX that csrc/cpu uses, in plain C++: included in front of these
+// sources, it makes a library whose level "amx" runs on any processor with AVX-512 and pairs of
+// bfloat16.
 #pragma once
 
 #include <immintrin.h>
