@@ -71,7 +71,7 @@ def widened(model, quantized):
 @pytest.mark.parametrize(
     "shape, out", [((3, 2, 19), 7), ((19,), 7), ((1, 64), 33), ((0, 5), 4), ((5, 13, 21), 9)]
 )
-def test_layer_is_off_by_half_a_scale(shape, out, dtype):
+def test_native_layer_is_off_by_half_a_scale(shape, out, dtype):
     x, weight, bias = torch.randn(shape), torch.randn(out, shape[-1]), torch.randn(out)
     weight[0] = 0
     layer = Int8Linear(weight, bias)
@@ -89,13 +89,41 @@ def test_layer_is_off_by_half_a_scale(shape, out, dtype):
     assert (y[..., 0] == layer.bias[0]).all()  # the row of zeros
 
 
-def test_weights_that_eight_bits_hold_are_exact():
+def test_native_weights_that_eight_bits_hold_are_exact():
     weight = torch.randint(-127, 128, (9, 40)).float()
     weight[:, 3] = 127
     x = torch.randint(-50, 50, (5, 40)).float()
     layer = Int8Linear(weight / 16)
     assert torch.equal(layer(x), F.linear(x, weight / 16))
     assert torch.equal(layer(x.repeat(9, 1)), F.linear(x, weight / 16).repeat(9, 1))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_transforms(rows):
+    x, weight = torch.randn(2, rows, 8), torch.randint(-127, 128, (5, 8), dtype=torch.int8)
+    scale = torch.rand(5) / 127
+    wide = scale[:, None] * weight
+    function = lambda x: linear_int8(x, weight, scale)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(function)(x), F.linear(x, wide))
+    _, tangent = torch.func.jvp(function, (x[0],), (x[1],))
+    torch.testing.assert_close(tangent, F.linear(x[1], wide))
+
+
+def test_strided_scales_and_biases():
+    x, weight = torch.randn(3, 8), torch.randint(-127, 128, (6, 8), dtype=torch.int8)
+    scale, bias = torch.ones(1).expand(6), torch.randn(12)[::2]
+    expected = F.linear(x, weight.float(), bias)
+    torch.testing.assert_close(linear_int8(x, weight, scale, bias), expected)
+
+
+def test_compiles_without_recompiling():
+    torch._dynamo.reset()
+    weight, scale = torch.randint(-127, 128, (6, 8), dtype=torch.int8), torch.rand(6)
+    compiled = torch.compile(linear_int8, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (3, 5, 9):
+            x = torch.randn(rows, 8)
+            torch.testing.assert_close(compiled(x, weight, scale), linear_int8(x, weight, scale))
 
 
 def test_gradients():

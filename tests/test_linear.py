@@ -46,10 +46,9 @@ def processor(request, monkeypatch):
         ("amx", False, [8, 8, 8]),
     ],
 )
-def test_what_each_processor_leaves_to_our_products(level, amd, rows, monkeypatch):
+def test_what_each_processor_leaves_to_our_products(level, amd, rows):
     levels = ("default",) if level == "none" else ("default", "avx2")
-    monkeypatch.setattr(native._C, "cpu_levels", levels)
-    assert list(native.most_rows(level, amd).values()) == rows
+    assert list(native.most_rows(levels, level, amd).values()) == rows
 
 
 class Products(TorchDispatchMode):
@@ -202,6 +201,14 @@ def test_native_rows_depend_on_themselves_alone(dtype):
         assert torch.equal(product(x[:9], w[5:6], bias[5:6]), all_rows[0][:9, 5:6])
 
 
+def test_rows_depend_on_themselves_alone_where_all_products_are_ours(monkeypatch):
+    monkeypatch.setattr(native, "_MOST_ROWS", PROCESSORS["all"])
+    x, w, bias = torch.randn(300, 129), torch.randn(65, 129), torch.randn(65)
+    y = tfkern.linear(x, w, bias)
+    for rows in (1, 9, 150):
+        assert torch.equal(tfkern.linear(x[:rows], w, bias), y[:rows])
+
+
 @dtypes
 @pytest.mark.parametrize("rows", [3, 40])
 def test_native_nan_and_infinity_stay_in_their_rows(dtype, rows):
@@ -316,7 +323,7 @@ def test_compiled(processor, dtype):
         torch.testing.assert_close(eager, traced)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error")  # of a loop over the weights
 def test_vmap(processor):
     """Gradients for each of several weights."""
     x, weights = torch.randn(130, 5).bfloat16(), torch.randn(3, 4, 5).bfloat16()

@@ -41,7 +41,7 @@ def test_any_level_of_the_processor_can_be_chosen():
 
 
 @pytest.mark.parametrize("level", OTHERS)  # the one in use runs in the tests of each op
-@pytest.mark.parametrize("op", [*OPS, "linear"])
+@pytest.mark.parametrize("op", [*OPS, "linear", "int8"])
 def test_kernels_under_every_level(op, level):
     tests = Path(__file__).parent.glob(f"test_{op}*.py")
     chosen = "native and not compile and not opcheck and not vmap"

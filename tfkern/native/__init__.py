@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import tfkern._C as _C
@@ -39,6 +40,13 @@ def unavailable(x: torch.Tensor) -> str | None:
             return f"takes float32, bfloat16 and float16 on CUDA, got {x.dtype}"
     else:
         return f"its kernels run on the CPU and on CUDA, got {x.device.type}"
+    return None
+
+
+def transformed() -> str | None:
+    """Why an operator without rules for torch.func and forward mode cannot serve now, or None."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "has no rules for torch.func and forward mode"
     return None
 
 

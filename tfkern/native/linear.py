@@ -7,26 +7,28 @@ x is (..., K), w (N, K). All three are products a b^T: of x and w, of dy and w^T
 
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from tfkern.native import _C
+from tfkern.native import _C, transformed
 
 _product = torch.ops.tfkern.linear_product.default
-_product_into = torch.ops.tfkern.linear_product_.default
+product_into = torch.ops.tfkern.linear_product_.default
 
 _FEW, _ALL = 8, sys.maxsize
 
 
-def most_rows(level: str, amd: bool) -> dict[torch.dtype, int]:
-    """For each dtype, the most rows of a result that is left to our own products.
+def most_rows(levels: Sequence[str], level: str, amd: bool) -> dict[torch.dtype, int]:
+    """For each dtype, the most rows of a result that is left to our own products, where `level` is
+    in use of the `levels` that the processor has.
 
     These read weights at the speed of memory, which torch does not where rows are few. Many rows of
     float32 are slow in torch's library for AMD's processors with AVX-512, which it takes for others
     without. Many rows of 16 bits are slow in torch, unless there is a matrix unit.
     """
-    if "avx2" not in _C.cpu_levels:
+    if "avx2" not in levels:
         return {}
     avx512 = level in ("avx512", "avx512_bf16", "amx")
     rows = {torch.float32: _ALL if amd and avx512 else _FEW if avx512 else 0}
@@ -34,10 +36,10 @@ def most_rows(level: str, amd: bool) -> dict[torch.dtype, int]:
     return rows | {torch.bfloat16: narrow, torch.float16: narrow}
 
 
-_MOST_ROWS = most_rows(_C.cpu_capability(), _C.amd)
+_MOST_ROWS = most_rows(_C.cpu_levels, _C.cpu_capability(), _C.amd)
 _MATRIX_UNIT = _C.cpu_capability() == "amx"
-# Calls with gradients and fewer multiplications are left to torch: it takes some 20 microseconds
-# less for the steps around the products, which ours must make good.
+# Calls with gradients and fewer multiplications are left to torch, whose autograd takes some 20
+# microseconds less than ours.
 _LEAST_TRAINED = {torch.float32: 1 << 22}
 _LEAST_TERMS: dict[torch.dtype, int] = {}  # of a sum: with fewer, torch is as fast
 if _C.cpu_capability() == "avx512_bf16":  # where torch's products are nearly as fast
@@ -64,18 +66,9 @@ def forward_sum(x, weight, x2, weight2):
     return torch.addmm(F.linear(x, weight), x2, weight2.t())
 
 
-def forward_into(out, x, weight, bias=None, add=False):
-    """Writes x weight^T + bias into out, or with `add`, which goes without bias, adds it. All are
-    matrices, and the elements of out lie one after the other."""
-    if is_ours(x, x.dtype):
-        _product_into(out, x, weight, bias, add)
-    elif bias is None:
-        torch.addmm(out, x, weight.t(), beta=int(add), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
 def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
+    if (reason := transformed()) is not None:
+        return reason
     if needs_grad and _slow_views(x, dtype):
         return None
     if not is_ours(x, dtype):

@@ -5,7 +5,7 @@ Many rows are multiplied with the weight as it is in a wider dtype, some rows of
 
 import torch
 
-from tfkern.native import unavailable
+from tfkern.native import transformed, unavailable
 from tfkern.native.linear import forward as linear
 
 _few = torch.ops.tfkern.linear_int8.default
@@ -15,14 +15,14 @@ _WIDENED = 1 << 20  # elements of the weight that are widened at a time
 
 def forward(x, weight, scale, bias):
     rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
-    shape = (*x.shape[:-1], len(weight))
-    if len(rows) <= _FEW:
+    shape = (*x.shape[:-1], weight.shape[0])
+    if rows.shape[0] <= _FEW:
         return _few(rows, weight, scale, None if bias is None else bias.to(dtype)).view(shape)
     # bfloat16 holds these integers, and float16 could not hold the sums
     rows = rows.float() if dtype == torch.float16 else rows
     step = max(1, _WIDENED // max(1, weight.shape[1]))
     widened = weight.new_empty(min(step, len(weight)), weight.shape[1], dtype=rows.dtype)
-    y = rows.new_empty(len(rows), len(weight), dtype=torch.float32)
+    y = rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
     for n in range(0, len(weight), step):
         part = widened[: len(weight) - n].copy_(weight[n : n + step])
         torch.mul(linear(rows, part), scale[n : n + step], out=y[:, n : n + step])
@@ -34,9 +34,9 @@ def why_not(x, weight, scale, bias, *, needs_grad) -> str | None:
         return "has no gradients"
     if x.dtype == torch.float64 or scale.dtype != torch.float32:
         return "takes float32, bfloat16 and float16, with scales of float32"
-    return unavailable(x) if x.is_cpu else "runs on the CPU"
+    return transformed() or unavailable(x) if x.is_cpu else "runs on the CPU"
 
 
 @torch.library.register_fake("tfkern::linear_int8")
 def _(x, w, scale, bias):
-    return x.new_empty(len(x), len(w))
+    return x.new_empty(x.shape[0], w.shape[0])  # len would not be symbolic

@@ -43,8 +43,9 @@ def _linear(x, weight, bias, backend):
 
 def _linear_into(out, x, weight, bias, add, backend):
     """Writes x weight^T + bias into out, or with `add`, which goes without bias, adds it."""
-    if backend is not None:
-        dispatch.implementation("linear", backend).forward_into(out, x, weight, bias, add)
+    own = None if backend is None else dispatch.implementation("linear", backend)
+    if own is not None and own.is_ours(x, x.dtype):
+        own.product_into(out, x, weight, bias, add)
     elif bias is None:
         torch.addmm(out, x, weight.t(), beta=int(add), out=out)
     else:
