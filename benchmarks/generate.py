@@ -8,6 +8,7 @@ as likely, rounding decides.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,8 @@ def _tfkern(model: Model, folder: Path, dtype: str) -> Write:
     return write
 
 
-def _sdpa(model: Model, folder: Path, dtype: str) -> Write:
-    return _by_generate(model.read(folder, dtype, "sdpa"))
-
-
-def _eager(model: Model, folder: Path, dtype: str) -> Write:
-    return _by_generate(model.read(folder, dtype, "eager"))
+def _transformers(model: Model, folder: Path, dtype: str, attention: str) -> Write:
+    return _by_generate(model.read(folder, dtype, attention))
 
 
 def _compiled(model: Model, folder: Path, dtype: str) -> Write:
@@ -117,18 +114,18 @@ class _Streamer:
         pass
 
 
-COMPILED = Peer("transformers compiled", _compiled)
 SUITE = Suite(
     op="generate",
     cases=CASES,
     peers=(
         Peer(OURS, _tfkern, modules=("tfkern",)),
-        Peer("transformers sdpa", _sdpa),
-        Peer("transformers eager", _eager),
+        Peer("transformers sdpa", partial(_transformers, attention="sdpa")),
+        Peer("transformers eager", partial(_transformers, attention="eager")),
         Peer("llama.cpp", llama_cpp.read, llama_cpp.write, ("llama_cpp", "gguf")),
     ),
     once=once,
     error=error,
     passes=(FIRST, NEXT),
     rounds=3,
+    compiled=Peer("transformers compiled", _compiled),
 )

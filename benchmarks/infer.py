@@ -7,6 +7,7 @@ any batch and length.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,8 @@ def _tfkern(model: Model, folder: Path, dtype: str) -> Encode:
     return read
 
 
-def _sdpa(model: Model, folder: Path, dtype: str) -> Encode:
-    opened = model.read(folder, dtype, "sdpa")
-    return lambda tokens: output(opened, tokens)
-
-
-def _eager(model: Model, folder: Path, dtype: str) -> Encode:
-    opened = model.read(folder, dtype, "eager")
+def _transformers(model: Model, folder: Path, dtype: str, attention: str) -> Encode:
+    opened = model.read(folder, dtype, attention)
     return lambda tokens: output(opened, tokens)
 
 
@@ -134,14 +130,13 @@ def _openvino(model: Model, folder: Path, dtype: str) -> Encode:
     return lambda tokens: compiled([tokens.numpy()])[0]
 
 
-COMPILED = Peer("transformers compiled", _compiled)
 SUITE = Suite(
     op="infer",
     cases=CASES,
     peers=(
         Peer(OURS, _tfkern, modules=("tfkern",)),
-        Peer("transformers sdpa", _sdpa),
-        Peer("transformers eager", _eager),
+        Peer("transformers sdpa", partial(_transformers, attention="sdpa")),
+        Peer("transformers eager", partial(_transformers, attention="eager")),
         Peer("onnxruntime", _onnxruntime, _write_onnx, ("onnxruntime", "onnxscript"), ("float32",)),
         Peer("openvino", _openvino, _write_openvino, ("openvino",)),
     ),
@@ -149,4 +144,5 @@ SUITE = Suite(
     error=error,
     passes=(FORWARD,),
     rounds=5,
+    compiled=Peer("transformers compiled", _compiled),
 )

@@ -132,6 +132,7 @@ class Suite:
         error: how far a result is from what a precise model computes, relative to the largest
             value. It takes the model, the case, the model's `output` for it, and the result.
         passes: those of `once`.
+        compiled: a further peer, which takes long to compile.
     """
 
     op: str
@@ -141,6 +142,7 @@ class Suite:
     error: Callable[[Any, Case, Tensor, Any], float]
     passes: tuple[str, ...]
     rounds: int
+    compiled: Peer
 
     @property
     def models(self) -> list[str]:
@@ -216,21 +218,27 @@ class _Session:
     def rows(self, case: Case, rounds: int) -> list[Row]:
         """The rows of a case: none if tfkern's result is wrong."""
         errors, calls = self._compared(case)
+        if OURS not in errors:
+            return []
         found: dict[str, list[Times]] = {name: [] for name in errors}
         for name in list(errors) * rounds:
-            with self._or_left_out(name):
-                found[name] += self._ask(name, _turn, self.suite, case, calls)
-        kept = [name for name in errors if name in self._processes]
-        peaks = {name: self._ask(name, _peak) for name in kept}
+            if name in self._processes:
+                with self._or_left_out(name):
+                    found[name] += self._ask(name, _turn, self.suite, case, calls)
+        peaks: dict[str, int] = {}
+        for name in errors:
+            if name in self._processes:
+                with self._or_left_out(name):
+                    peaks[name] = self._ask(name, _peak)
         made = []
-        for pass_ in self.suite.passes if OURS in kept else ():
+        for pass_ in self.suite.passes:
             timings = {
                 name: Timing([(s, 0.0) for times in found[name] for s in times[pass_]])
-                for name in kept
+                for name in peaks
             }
             row = self._key(case, pass_, timings[OURS], errors[OURS], peaks[OURS])
             for peer in self.suite.peers:
-                if peer.name in kept and peer.name != OURS:
+                if peer.name in peaks and peer.name != OURS:
                     row |= measure.comparison(timings, peer.name, timings[OURS], FORWARD)
                     row["against_version"] = peer.version()
                     row["against_error"] = errors[peer.name]
@@ -300,7 +308,8 @@ def _process() -> Worker:
     return Worker("cpu", _PATIENCE, environment=variables, rests=True)
 
 
-# What follows runs in the processes, whose state are these variables.
+# The functions below run in the processes of the author and of the peers, each of which keeps its
+# state in these variables.
 _opened: Callable[..., Any]  # what a peer has opened
 _baseline: int  # bytes that a peer's process held before
 _models: dict[torch.dtype, Any]  # the author's model in its dtype, and in a more precise one
@@ -377,8 +386,8 @@ def _hush() -> None:
 
 def output(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     """The output of a model of transformers: the hidden states (B, T, dim) of an encoder, and of a
-    decoder the logits (B, V) of the token that follows."""
-    if model.config.is_encoder_decoder or not hasattr(model, "lm_head"):
+    decoder the logits (B, V) of the token that follows. Options are for a decoder only."""
+    if not hasattr(model, "lm_head"):
         return model(input_ids=tokens).last_hidden_state
     return model(input_ids=tokens, logits_to_keep=1, **options).logits[:, -1]
 

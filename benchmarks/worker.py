@@ -101,7 +101,7 @@ class Worker:
             self._process = None
 
     def _continue(self) -> None:
-        if self._rests:
+        if self._rests and self._process.is_alive():
             os.kill(self._process.pid, signal.SIGCONT)
 
     def _start(self) -> None:

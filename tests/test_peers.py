@@ -213,6 +213,7 @@ def test_nothing_is_timed_beside_a_wrong_tfkern(suite):
     suite = tiny(suite, half_wrong(suite, "tfkern"), shipped=("transformers sdpa",))
     results = peers.run(suite, suite.models)
     assert not results.rows and len(results.wrong) == 2 * len(suite.cases)
+    assert not any("_turn" in call for call in Inline.log)
 
 
 def test_what_cannot_run_is_left_out_and_said():
@@ -242,12 +243,13 @@ def test_what_cannot_run_is_left_out_and_said():
     ]
 
 
-def test_a_peer_may_be_lost_between_its_turns():
+@pytest.mark.parametrize("lost_after", [3, 5])
+def test_a_peer_may_be_lost_between_its_turns(lost_after):
     calls = []
 
     def fails(call, tokens):
         calls.append(call)
-        if len(calls) > 5:  # two of the comparison, two of the first turn, one of the second
+        if len(calls) > lost_after:  # two of the comparison, then two in each of two turns
             raise RuntimeError("out of luck")
         return call(tokens)
 
@@ -272,7 +274,7 @@ def test_tfkern_may_not_fail():
 OPTIONAL = [
     (suite, peer)
     for suite in (infer.SUITE, generate.SUITE)
-    for peer in (*suite.peers[2:], {"infer": infer, "generate": generate}[suite.op].COMPILED)
+    for peer in (*suite.peers[2:], suite.compiled)
 ]
 
 
@@ -320,7 +322,7 @@ def test_command(monkeypatch, tmp_path, capsys, wrong):
     monkeypatch.setattr(peers, "run", run)
     call = ["bench", "infer", "minilm", "--quick", "--compiled", "--out", str(tmp_path)]
     assert main(call) == (1 if wrong else 0)
-    names = [peer.name for peer in (*infer.SUITE.peers, infer.COMPILED)]
+    names = [peer.name for peer in (*infer.SUITE.peers, infer.SUITE.compiled)]
     assert asked == [(names, ["minilm"], 1)]
     told = capsys.readouterr()
     assert "absent is left out" in told.out and "transformers sdpa" in told.out

@@ -1,6 +1,8 @@
 """Options that several commands have, and what their values stand for."""
 
 import contextlib
+import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,3 +102,19 @@ def load(directory: Path, device: str) -> tuple["Transformer", "Tokenizer"]:
             f"{model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def models_of_transformers(asked: Collection[str] | None, known: Collection[str]) -> list[str]:
+    """The models that a benchmark is asked for, all if none is.
+
+    Raises:
+        ValueError: one is not known.
+        NotImplementedError: transformers, which has the models, is not installed.
+    """
+    for name in asked or ():
+        if name not in known:
+            expected = ", ".join(known)
+            raise ValueError(f"unknown model {files.shown(name)}: expected one of {expected}")
+    if importlib.util.find_spec("transformers") is None:
+        raise NotImplementedError("transformers is not installed: pip install transformers")
+    return list(asked or known)

@@ -1,15 +1,13 @@
 """`tfkern bench patched`."""
 
-import importlib.util
 from typing import Annotated
 
 import torch
 import typer
 
-from tfkern import files
 from tfkern.benchmarks import environment, patched, report
 from tfkern.benchmarks.against import THREADS
-from tfkern.cli.options import OUT_OF_FIXED, Out
+from tfkern.cli.options import OUT_OF_FIXED, Out, models_of_transformers
 from tfkern.cli.output import console, exit_if_wrong, prepare, with_progress
 
 _MODELS = ", ".join(patched.MODELS)
@@ -27,12 +25,7 @@ def command(
     Each model runs on tfkern's attention and is patched (`tfkern.integrations.hf`). The result is
     the time with transformers' own code divided by that time.
     """
-    chosen = tuple(models or patched.MODELS)
-    for name in chosen:
-        if name not in patched.MODELS:
-            raise ValueError(f"unknown model {files.shown(name)}: expected one of {_MODELS}")
-    if importlib.util.find_spec("transformers") is None:
-        raise NotImplementedError("transformers is not installed: pip install transformers")
+    chosen = models_of_transformers(models, patched.MODELS)
     torch.set_num_threads(THREADS)
     prepare(out, patched.file_name(environment.facts("cpu")))
     total = len(patched.DTYPES_OF_MODELS) * sum(len(patched.CALLS[name]) for name in chosen)

@@ -1,6 +1,5 @@
 """`tfkern bench infer` and `tfkern bench generate`."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
@@ -8,17 +7,16 @@ from typing import Annotated
 import torch
 import typer
 
-from tfkern import files
 from tfkern.benchmarks import environment, report
 from tfkern.benchmarks import generate as generating
 from tfkern.benchmarks import infer as inferring
 from tfkern.benchmarks import peers as benchmark
 from tfkern.benchmarks.against import THREADS
-from tfkern.cli.options import OUT_OF_FIXED, Out
+from tfkern.cli.options import OUT_OF_FIXED, Out, models_of_transformers
 from tfkern.cli.output import console, exit_if_wrong, prepare, with_progress
 
 
-def _command(suite: benchmark.Suite, compiled: benchmark.Peer, told: str) -> Callable[..., None]:
+def _command(suite: benchmark.Suite, told: str) -> Callable[..., None]:
     """A command that times a suite, and with --compiled one more peer. Its help begins with what
     is told."""
     known = ", ".join(suite.models)
@@ -41,17 +39,13 @@ def _command(suite: benchmark.Suite, compiled: benchmark.Peer, told: str) -> Cal
         ] = False,
         out: Out = OUT_OF_FIXED / "peers",
     ) -> None:
-        chosen = list(models or suite.models)
-        for name in chosen:
-            if name not in suite.models:
-                raise ValueError(f"unknown model {files.shown(name)}: expected one of {known}")
-        if importlib.util.find_spec("transformers") is None:
-            raise NotImplementedError("transformers is not installed: pip install transformers")
-        timed = replace(suite, peers=(*suite.peers, compiled)) if with_compiled else suite
+        chosen = models_of_transformers(models, suite.models)
+        peers = (*suite.peers, suite.compiled) if with_compiled else suite.peers
+        timed = replace(suite, peers=peers)
         torch.set_num_threads(THREADS)
         prepare(out, suite.file_name(environment.facts("cpu")))
         cases = sum(case.model.name in chosen for case in suite.cases)
-        steps = len(benchmark.PRECISIONS) * (cases + len(chosen) * len(timed.peers))
+        steps = len(benchmark.PRECISIONS) * (cases + len(chosen) * len(peers))
         rounds = 1 if quick else suite.rounds
         results = with_progress(
             steps, lambda progress: benchmark.run(timed, chosen, rounds=rounds, progress=progress)
@@ -76,11 +70,9 @@ def _command(suite: benchmark.Suite, compiled: benchmark.Peer, told: str) -> Cal
 
 infer = _command(
     inferring.SUITE,
-    inferring.COMPILED,
     "Times an encoder, and a decoder that reads, on a CPU, next to other ways to run them.",
 )
 generate = _command(
     generating.SUITE,
-    generating.COMPILED,
     "Times decoders that write on a CPU, next to other ways to run them.",
 )
