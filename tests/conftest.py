@@ -65,7 +65,7 @@ def device():
 def _repeats(metafunc, dtype):
     """Whether a test shows little of Triton's kernels that others do not, for which the interpreter
     takes too long. Their code hardly depends on which 16-bit dtype it is: float16 takes part where
-    whole results are compared."""
+    whole results are compared, in tests that match something or go through sizes."""
     if metafunc.definition.get_closest_marker("slow_in_interpreter"):
         return True
     compares = any(word in metafunc.function.__name__ for word in ("match", "sizes"))

@@ -40,8 +40,8 @@ class VocabularyHead(nn.Module):
     models have none, makes c tanh(x / c) of x.
 
     Attributes:
-        deferred: whether forward returns `DeferredLogits` in training mode, which it cannot if
-            weights are int8. Default False.
+        deferred: whether forward returns `DeferredLogits` in training mode. Default False;
+            without effect if weights are int8.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:

@@ -11,11 +11,13 @@ from tfkern.nn import Int8Linear, Linear
 def quantize(model: Any) -> Any:
     """Makes the weights of the linear layers of a `Transformer` int8, in place, and returns it.
 
-    Decoding reads all weights for every token, and these are a quarter of float32's bytes. Each row
-    of a weight has one scale (see `tfkern.nn.Int8Linear`), and so has each row of the table with
-    which a vocabulary head makes logits; tokens are still looked up in the table as it was. Norms,
-    biases, positions and the layers that `wide_output` keeps in float32 stay as they are. `save`
-    writes the model with form="tfkern".
+    Decoding reads all weights for every token, and these are a quarter of float32's bytes: on a CPU
+    without gradients, where few rows are multiplied with them as they are; elsewhere they are
+    widened in every call. Each row of a weight has one scale (see `tfkern.nn.Int8Linear`), and so
+    has each row of the table with which a vocabulary head makes logits. A tied table is kept beside
+    its int8 copy, since tokens are still looked up in it as it was. Norms, biases, positions and the
+    layers that `wide_output` keeps in float32 stay as they are. `save` writes the model with
+    form="tfkern".
 
     Raises:
         ValueError: the weights are int8 already, or are written as length and direction

@@ -34,7 +34,7 @@ class WideLinear(Linear):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference whose weight is int8: a quarter of float32's memory to read.
+    """A linear layer for inference whose weight is int8, a quarter of float32's memory.
 
         y = x (scale * weight)^T + bias
 

@@ -81,7 +81,8 @@ def attention(
         float64); lse includes the sink and knows no dropout. Both are differentiable once. A row
         that sees no key gives o = 0, lse = -inf (or sink) and zero gradients. causal, window and
         mask assume finite keys and values, as in every tiled kernel. With the native backend on
-        the CPU, o has tokens before heads in memory if q has, so that merging heads takes a view.
+        the CPU, o lies in memory as q does: if that is as (B, T, H, D), to merge its heads copies
+        nothing.
 
     Raises:
         ValueError: shapes, dtypes, devices, lengths or options that do not fit together.
@@ -152,8 +153,9 @@ def attention_varlen(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        o (total queries, H, Dv), or (o, lse) with lse (H, total queries). On a GPU o lies in memory
-        with the heads first, so that flattening the heads takes a reshape, not a view.
+        o (total queries, H, Dv), or (o, lse) with lse (H, total queries). With the native
+        backend on the CPU o is contiguous; elsewhere it lies in memory with the heads first, so
+        that flattening the heads takes a reshape, not a view.
 
     Raises:
         ValueError, NotImplementedError: as `attention`.
