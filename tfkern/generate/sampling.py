@@ -109,8 +109,8 @@ class Sampling:
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """One token for each row of logits from `logits`, as (B,) int64.
 
-        With temperature 0 it is the likeliest token, and generators are not used. Otherwise each row
-        takes one number from its generator, as in `draw`.
+        With temperature 0 it is the likeliest token, and generators are not used. Otherwise each
+        row takes one number from its generator, as in `draw`.
 
         Raises:
             ValueError: as `probabilities`.

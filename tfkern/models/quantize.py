@@ -15,8 +15,8 @@ def quantize(model: Any) -> Any:
     without gradients, where few rows are multiplied with them as they are; elsewhere they are
     widened in every call. Each row of a weight has one scale (see `tfkern.nn.Int8Linear`), and so
     has each row of the table with which a vocabulary head makes logits. A tied table is kept beside
-    its int8 copy, since tokens are still looked up in it as it was. Norms, biases, positions and the
-    layers that `wide_output` keeps in float32 stay as they are. `save` writes the model with
+    its int8 copy, since tokens are still looked up in it as it was. Norms, biases, positions and
+    the layers that `wide_output` keeps in float32 stay as they are. `save` writes the model with
     form="tfkern".
 
     Raises:
