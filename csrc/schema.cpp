@@ -35,9 +35,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "mlp_hidden(Tensor x, Tensor w, Tensor? b, Tensor? w_up, Tensor? b_up, str activation, bool "
       "keep) "
       "-> (Tensor h, Tensor kept)");
-  m.def(
-      "mlp_activation_forward(Tensor total, Tensor? up, str activation, ScalarType dtype) "
-      "-> (Tensor h, Tensor pre)");
+  m.def("mlp_activation_forward(Tensor pre, Tensor? up, str activation) -> Tensor h");
   m.def(
       "mlp_activation_backward(Tensor dh, Tensor pre, Tensor? up, str activation, bool bias) "
       "-> (Tensor dpre, Tensor h, Tensor db)");

@@ -264,9 +264,7 @@ def test_kernels_refuse_to_be_differentiated_in_traces(op):
         "attention": lambda x: torch.ops.tfkern.attention_forward(
             x, x.clone(), x.clone(), *[None] * 12, 1.0, 0.0, 0.0
         )[0],
-        "mlp_activation": lambda x: torch.ops.tfkern.mlp_activation_forward(
-            x[0, 0], None, "relu", torch.float32
-        )[0],
+        "mlp_activation": lambda x: torch.ops.tfkern.mlp_activation_forward(x[0, 0], None, "relu"),
         "rotary": lambda x: torch.ops.tfkern.rotary(
             x, None, x[:, 0].detach(), x[:, 1].detach(), False, False
         )[0],

@@ -19,26 +19,18 @@ inline const T* row(const void* first, int64_t m, int64_t F) {
   return first ? static_cast<const T*>(first) + m * F : nullptr;
 }
 
-// Computes h, and rounds total and up to pre and rounded_up if they are wider. T is the type of
-// pre, P that of all that enters or leaves products.
-template <class T, class P, class Act>
+// Computes h.
+template <class T, class Act>
 void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
   using V = Vec<Compute<T>>;
   const int64_t F = a.F;
   for (int64_t m = begin; m < end; ++m) {
-    const P *total = row<P>(a.total, m, F), *up = row<P>(a.up, m, F);
-    T *pre = row<T>(a.pre, m, F), *rounded_up = row<T>(a.rounded_up, m, F);
-    P* h = row<P>(a.h, m, F);
+    const T *pre = row<T>(a.pre, m, F), *up = row<T>(a.up, m, F);
+    T* h = row<T>(a.h, m, F);
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
-      const V x = load_left(total + n, left);
-      V derivative, value = Act::value(x, derivative);
-      if (pre) store_left(pre + n, x, left);
-      if (up) {
-        const V factor = load_left(up + n, left);
-        if (rounded_up) store_left(rounded_up + n, factor, left);
-        value = value * factor;
-      }
+      V derivative, value = Act::value(load_left(pre + n, left), derivative);
+      if (up) value = value * load_left(up + n, left);
       store_left(h + n, value, left);
     }
   }
@@ -46,14 +38,13 @@ void forward_rows(const MlpForward& a, int64_t begin, int64_t end) {
 
 // Computes dpre, dup and h. Unless db is null, adds the sums of dpre over the rows to its first F
 // elements, and the sums of dup to the next F.
-template <class T, class P, class Act>
+template <class T, class Act>
 void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>* db) {
   using V = Vec<Compute<T>>;
   const int64_t F = a.F;
   for (int64_t m = begin; m < end; ++m) {
-    const P* dh = row<P>(a.dh, m, F);
-    const T *pre = row<T>(a.pre, m, F), *up = row<T>(a.up, m, F);
-    P *dpre = row<P>(a.dpre, m, F), *dup = row<P>(a.dup, m, F), *h = row<P>(a.h, m, F);
+    const T *dh = row<T>(a.dh, m, F), *pre = row<T>(a.pre, m, F), *up = row<T>(a.up, m, F);
+    T *dpre = row<T>(a.dpre, m, F), *dup = row<T>(a.dup, m, F), *h = row<T>(a.h, m, F);
     for (int64_t n = 0; n < F; n += kLanes<Compute<T>>) {
       const int64_t left = F - n;
       V g = load_left(dh + n, left);
@@ -73,11 +64,9 @@ void backward_rows(const MlpBackward& a, int64_t begin, int64_t end, Compute<T>*
   }
 }
 
-#define TFKERN_MLP(function, a, ...)                                                \
-  TFKERN_DTYPE((a).dtype, TFKERN_ACTIVATION((a).activation, Compute<T>, {           \
-                 if ((a).wide) return function<T, Compute<T>, Act>(a, __VA_ARGS__); \
-                 return function<T, T, Act>(a, __VA_ARGS__);                        \
-               }))
+#define TFKERN_MLP(function, a, ...)                                    \
+  TFKERN_DTYPE((a).dtype, TFKERN_ACTIVATION((a).activation, Compute<T>, \
+                                            { return function<T, Act>(a, __VA_ARGS__); }))
 
 inline void mlp_forward(const MlpForward& a, int64_t begin, int64_t end) {
   TFKERN_MLP(forward_rows, a, begin, end);

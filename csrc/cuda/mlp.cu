@@ -191,41 +191,30 @@ Matrix from(const Tensor& t, int64_t first) {
   return m;
 }
 
-// Checks that the products have the dtype of pre: on a GPU they are never wider.
-void check_products(const Tensor& product, ScalarType type) {
-  check_no_float64(product);
-  STD_TORCH_CHECK(!is_wide(product, type),
-                  "tfkern::mlp: the CUDA kernels take products of the dtype of pre");
-}
-
-// `pre` is the schema's `total`: a total that is not wider than pre needs no copy, so the second
-// result is absent.
-std::tuple<Tensor, Tensor> mlp_activation_forward(Tensor pre, Optional up, std::string activation,
-                                                  ScalarType type) {
-  check_mlp_forward(pre, up, type);
-  check_products(pre, type);
+Tensor mlp_activation_forward(Tensor pre, Optional up, std::string activation) {
+  check_mlp_forward(pre, up);
+  check_no_float64(pre);
   const Activation act = parse_activation(activation);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
   const int64_t M = pre.size(0), F = pre.size(1);
-  const auto outputs = mlp_forward_outputs(pre, up, type);
-  const Tensor& h = std::get<0>(outputs);
+  const Tensor h = empty_like(pre, pre);
   const Device device(pre);
   const Forward a{tiling(device, M, F, kForwardRows), act, matrix(pre), matrix(up), matrix(h)};
   launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
-  return outputs;
+  return h;
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre, Optional up,
                                                            std::string activation, bool bias) {
   check_mlp_backward(dh, pre, up);
-  check_products(dh, pre.scalar_type());
+  check_no_float64(pre);
   const Activation act = parse_activation(activation);
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
   const int64_t M = pre.size(0), F = pre.size(1), kinds = up ? 2 : 1;
-  const auto outputs = mlp_backward_outputs(dh, pre, up, bias);
+  const auto outputs = mlp_backward_outputs(pre, up, bias);
   const auto& [dpre, h, db] = outputs;
   const Device device(pre);
   const Tiling tiles = tiling(device, M, F, kBackwardRows);

@@ -21,8 +21,7 @@ def forward(x, w1, b1, w_up, b_up, w2, b2, activation, keep):
         return linear(h, w2, b2), *(kept.unbind() if keep else ())
     pre = linear(x, w1, b1)
     up = None if w_up is None else linear(x, w_up, b_up)
-    h, _ = _activate(pre, up, activation, x.dtype)
-    y = linear(h, w2, b2)
+    y = linear(_activate(pre, up, activation), w2, b2)
     return (y, pre) if up is None else (y, pre, up)
 
 
@@ -62,10 +61,8 @@ def _(x, w, b, w_up, b_up, activation, keep):
 
 
 @torch.library.register_fake("tfkern::mlp_activation_forward")
-def _(total, up, activation, dtype):
-    shape = (1 if up is None else 2, *total.shape)
-    rounded = total.new_empty(shape if total.dtype != dtype else 0, dtype=dtype)
-    return total.new_empty(total.shape), rounded
+def _(pre, up, activation):
+    return pre.new_empty(pre.shape)
 
 
 torch.library.register_fake("tfkern::mlp_activation_backward", activation_backward_outputs)
