@@ -1,0 +1,5 @@
+"""A model on many processes: data, tensor, sequence, context and pipeline parallelism."""
+
+from tfkern.train.parallel.mesh import mesh
+
+__all__ = ["mesh"]

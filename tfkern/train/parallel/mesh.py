@@ -1,0 +1,47 @@
+"""Processes as a grid with an axis for each way to share work."""
+
+import os
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("pp", "dp", "fsdp", "cp", "tp")  # those that send most are innermost: within a machine
+
+
+def mesh(
+    *, dp: int = 1, fsdp: int = 1, tp: int = 1, cp: int = 1, pp: int = 1, device: str | None = None
+) -> DeviceMesh:
+    """The processes that torchrun or Slurm has started, as a mesh with the axes of `AXES`.
+
+    The group of processes is set up from the environment that torchrun makes, if it is not yet.
+
+    Args:
+        dp: replicas of the model, each with a part of the batch (DDP).
+        fsdp: shards of each parameter; each process has a part of the batch (FSDP2).
+        tp: parts of each layer (tensor parallelism).
+        cp: parts of each sequence (context parallelism).
+        pp: stages of the model (pipeline parallelism).
+        device: "cpu" or "cuda"; if None, CUDA where there is one.
+
+    Raises:
+        ValueError: sizes whose product is not the number of processes.
+    """
+    sizes = {"pp": pp, "dp": dp, "fsdp": fsdp, "cp": cp, "tp": tp}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    known = distributed.is_initialized()
+    world = distributed.get_world_size() if known else int(os.environ.get("WORLD_SIZE", "1"))
+    product = dp * fsdp * tp * cp * pp
+    if product != world:
+        told = " * ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1"
+        raise ValueError(f"the mesh needs {told} = {product} processes, and there are {world}")
+    if not known:
+        if "RANK" not in os.environ:
+            raise ValueError("there is no group of processes: start the program with torchrun")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
