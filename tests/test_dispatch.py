@@ -69,6 +69,23 @@ def test_explain_tells_how_numbers_are_multiplied(level, dtype, way, monkeypatch
     assert tfkern.explain("attention", q, q, q, backend="reference").way is None
 
 
+@pytest.mark.parametrize("level", ["amx", "avx512_bf16"])
+@pytest.mark.parametrize("rows, ours", [(8, True), (9, False)])
+def test_explain_tells_whose_products_a_linear_layer_has(level, rows, ours, monkeypatch):
+    native = pytest.importorskip("tfkern.native")
+    monkeypatch.setattr(native._C, "cpu_capability", lambda: level)
+    monkeypatch.setattr("tfkern.native.linear._MOST_ROWS", {torch.bfloat16: 8})
+    x, w = torch.randn(rows, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    told = tfkern.explain("linear", x, w)
+    assert told.backend == ("native" if ours else None)
+    pairs = f"products of pairs of bfloat16 ({level})"
+    assert told.way == (pairs if ours else None)
+    mlp = tfkern.explain("mlp", x, w, None, w.T.contiguous(), None)
+    assert mlp.way == (pairs if ours else "products of torch")
+    with pytest.raises(ValueError, match="weight has"):
+        tfkern.explain("linear", x, w.T)
+
+
 def test_explain_takes_the_arguments_of_the_call_and_draws_nothing():
     torch.manual_seed(3)
     state = torch.get_rng_state()

@@ -50,6 +50,16 @@ def transformed() -> str | None:
     return None
 
 
+def multiplied(dtype: torch.dtype, *, tiles: bool) -> str:
+    """As what the CPU's kernels multiply numbers of a dtype, for `tfkern.explain`. Where the
+    processor has tiles of bfloat16, only kernels with `tiles` use them, and others its pairs."""
+    level = _C.cpu_capability()
+    kind = "float64" if dtype == torch.float64 else "float32"
+    if dtype == torch.bfloat16 and level in ("avx512_bf16", "amx"):
+        kind = "tiles of bfloat16" if tiles and level == "amx" else "pairs of bfloat16"
+    return f"products of {kind} ({level})"
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfkern.native import _C, unavailable
+from tfkern.native import multiplied, unavailable
 from tfkern.reference import attention as reference
 from tfkern.reference.attention import Arguments, backward_outputs, forward_outputs
 
@@ -24,13 +24,7 @@ def why_not(*args, needs_grad: bool) -> str | None:
 def way(*args) -> str | None:
     """How the CPU's kernels multiply the numbers of q, k and v."""
     q = Arguments(*args).q
-    if not q.is_cpu:
-        return None
-    multiplied = "float64" if q.dtype == torch.float64 else "float32"
-    if q.dtype == torch.bfloat16:
-        ways = {"amx": "tiles of bfloat16", "avx512_bf16": "pairs of bfloat16"}
-        multiplied = ways.get(_C.cpu_capability(), multiplied)
-    return f"products of {multiplied} ({_C.cpu_capability()})"
+    return multiplied(q.dtype, tiles=True) if q.is_cpu else None
 
 
 def _unavailable_on_cuda(a: Arguments, needs_grad: bool) -> str | None:

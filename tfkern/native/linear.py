@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from tfkern.native import _C, transformed
+from tfkern.native import _C, multiplied, transformed
 
 _product = torch.ops.tfkern.linear_product.default
 product_into = torch.ops.tfkern.linear_product_.default
@@ -76,6 +76,11 @@ def why_not(x, weight, bias, dtype, *, needs_grad) -> str | None:
     if needs_grad and x.numel() * weight.shape[0] < _LEAST_TRAINED.get(dtype, 0):
         return "torch's own takes fewer steps to a gradient, which take longer than the products"
     return None
+
+
+def way(x, weight, bias, dtype):
+    """How a call multiplies, and whose products they are."""
+    return multiplied(dtype, tiles=False) if is_ours(x, dtype) else "products of torch"
 
 
 def is_ours(x, dtype):

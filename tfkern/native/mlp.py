@@ -8,6 +8,7 @@ from tfkern.native import unavailable
 from tfkern.native.linear import forward as linear
 from tfkern.native.linear import forward_sum as linear_sum
 from tfkern.native.linear import is_ours
+from tfkern.native.linear import way as linear_way
 from tfkern.reference.mlp import activation_backward_outputs
 
 _hidden = torch.ops.tfkern.mlp_hidden.default
@@ -47,6 +48,11 @@ def backward(dy, x, w1, b1, w_up, b_up, w2, b2, pre, up, activation, wanted=(Tru
         linear(dy.t(), h.t()) if want_dw2 else absent,
         db2,
     )
+
+
+def way(x, *args):
+    """How forward multiplies, and whose products they are."""
+    return linear_way(x, None, None, x.dtype) if x.is_cpu else None
 
 
 def why_not(x, *args, needs_grad) -> str | None:

@@ -7,6 +7,7 @@ from tfkern import dispatch
 from tfkern.ops import attention as _attention
 from tfkern.ops import cross_entropy as _cross_entropy
 from tfkern.ops import layer_norm as _layer_norm
+from tfkern.ops import linear as _linear
 from tfkern.ops import linear_cross_entropy as _linear_cross_entropy
 from tfkern.ops import mlp as _mlp
 from tfkern.ops import rotary as _rotary
@@ -51,6 +52,7 @@ _BIND: dict[str, tuple[str, Callable]] = {  # public function -> op and normalis
     "cross_entropy": ("cross_entropy", _cross_entropy.bind),
     "gated_mlp": ("mlp", _mlp.bind_gated),
     "layer_norm": ("layer_norm", _layer_norm.bind),
+    "linear": ("linear", _linear.bind),
     "linear_cross_entropy": ("cross_entropy", _linear_cross_entropy.bind_kernels),
     "mlp": ("mlp", _mlp.bind),
     "rms_norm": ("layer_norm", _layer_norm.bind_rms),
@@ -67,7 +69,7 @@ def explain(function: str, *args: Any, backend: str | None = None, **options: An
 
     Returns:
         An `Explanation` with `backend` (None if none serves) and `reasons`; str() gives a
-        paragraph.
+        paragraph. Where none serves, `tfkern.linear` calls torch's function.
 
     Raises:
         ValueError: an unknown function, or arguments that the function itself would refuse.

@@ -51,6 +51,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
+    """The arguments by which a backend is chosen, for `tfkern.explain`."""
+    checks.columns("weight", weight, x.shape[-1], "the size of the last axis of x")
+    return x, weight, bias, checks.computed_dtype(x)
+
+
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
     """Whether `_Linear` can serve the call: dense, of one dtype and of sizes that fit together, no
     vector, no forward mode."""
