@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tfkern, m) {
       "Tensor? counts) -> Tensor used");
   // clang-format on
   m.def("linear_product(Tensor a, Tensor b, Tensor? bias, Tensor? a2, Tensor? b2) -> Tensor");
+  m.def("linear_pack(Tensor w) -> Tensor");
+  m.def(
+      "linear_packed(Tensor x, Tensor w, Tensor? b, Tensor? w_up, Tensor? b_up, int N, "
+      "str activation) -> Tensor");
   m.def("linear_product_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool add) -> ()");
   m.def(
       "mlp_hidden(Tensor x, Tensor w, Tensor? b, Tensor? w_up, Tensor? b_up, str activation, bool "

@@ -31,6 +31,8 @@ void forward_parts(const LinearForward& a, int64_t begin, int64_t end) {
 
 int64_t panel() { TFKERN_ISA_CALL(linear_panel); }
 
+int64_t unit(Dtype dtype) { TFKERN_ISA_CALL(linear_unit, dtype); }
+
 // The matrix for the kernels, whose rows are all axes but the last. One whose rows and columns both
 // lie apart is replaced by a copy.
 Matrix matrix(Tensor& x) {
@@ -167,6 +169,82 @@ std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w
   return {h, kept};
 }
 
+// ---- weights that are packed ahead ----
+
+// T is any type of the size of an element.
+template <class T>
+void pack_panel(const Matrix& w, int64_t row, int64_t rows, int64_t columns, int64_t K,
+                int64_t elements, int64_t size, T* out) {
+  const T* p = static_cast<const T*>(w.data) + row * w.row;
+  std::fill(out, out + size, T{0});
+  for (int64_t k = 0; k < K; ++k) {
+    T* to = out + k / elements * columns * elements + k % elements;
+    for (int64_t j = 0; j < rows; ++j) to[j * elements] = p[j * w.row + k * w.column];
+  }
+}
+
+// The rows of w (N, K) in panels, as this processor's kernels read them: (panels, units of K, rows
+// of a panel, elements of a unit), with zeros behind the last row and column.
+Tensor linear_pack(Tensor w) {
+  check(w, w);
+  STD_TORCH_CHECK(w.dim() == 2, "tfkern::linear_pack: expected a matrix");
+  const int64_t N = w.size(0), K = w.size(1), columns = panel(), elements = unit(dtype(w));
+  check_countable({kPadding, kPadding, N, K});
+  const int64_t panels = (N + columns - 1) / columns, units = (K + elements - 1) / elements;
+  Tensor out = empty(w, {panels, units, columns, elements}, w.scalar_type());
+  const Matrix rows = matrix(w);
+  const int64_t size = units * columns * elements;
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i * columns, count = std::min(N - row, columns);
+      if (w.element_size() == 2) {
+        pack_panel(rows, row, count, columns, K, elements, size, data<uint16_t>(out) + i * size);
+      } else {
+        pack_panel(rows, row, count, columns, K, elements, size, data<uint32_t>(out) + i * size);
+      }
+    }
+  });
+  return out;
+}
+
+// Tells whether w is what linear_pack makes of an (N, K) matrix of this dtype.
+bool is_packed(const Tensor& w, int64_t N, int64_t K) {
+  const int64_t columns = panel(), elements = unit(dtype(w));
+  return w.dim() == 4 && w.is_contiguous() && w.size(0) == (N + columns - 1) / columns &&
+         w.size(1) == (K + elements - 1) / elements && w.size(2) == columns &&
+         w.size(3) == elements;
+}
+
+Matrix packed_matrix(const Tensor& w) {
+  return {w.data_ptr(), w.size(1) * w.size(2) * w.size(3), 1, true};
+}
+
+// y = x w^T + b of w with N rows. With an activation it is act(x w^T + b), and with w_up, too,
+// act(x w^T + b) (x w_up^T + b_up). w and w_up are packed.
+Tensor linear_packed(Tensor x, Tensor w, Optional b, Optional w_up, Optional b_up, int64_t N,
+                     std::string activation) {
+  check(x, w, b, w_up, b_up);
+  const auto [M, K] = matrix_size(x, 1);
+  STD_TORCH_CHECK(N >= 0 && is_packed(w, N, K) && fits(b, N),
+                  "tfkern::linear_packed: expected x (..., K), w packed from (N, K) and b (N,)");
+  STD_TORCH_CHECK((!w_up || is_packed(*w_up, N, K)) && (!b_up || w_up) && fits(b_up, N),
+                  "tfkern::linear_packed: expected w_up and b_up of the sizes of w and b");
+  STD_TORCH_CHECK(!w_up || !activation.empty(), "tfkern::linear_packed: w_up needs an activation");
+  check_countable({kPadding, M, N, K});
+  Tensor out = empty(x, with_columns(x, N), x.scalar_type());
+  LinearForward product{dtype(x), M, N};
+  product.activated = !activation.empty();
+  if (product.activated) product.activation = parse_activation(activation);
+  product.count = w_up ? 2 : 1;
+  product.terms[0] = {matrix(x), packed_matrix(w), K};
+  if (w_up) product.terms[1] = {product.terms[0].a, packed_matrix(*w_up), K};
+  product.bias[0] = address(b);
+  product.bias[1] = address(b_up);
+  product.out = out.data_ptr();
+  run(product);
+  return out;
+}
+
 }  // namespace
 }  // namespace tfkern
 
@@ -174,4 +252,6 @@ STABLE_TORCH_LIBRARY_IMPL(tfkern, CPU, m) {
   m.impl("linear_product", TORCH_BOX(&tfkern::linear_product));
   m.impl("linear_product_", TORCH_BOX(&tfkern::linear_product_));
   m.impl("mlp_hidden", TORCH_BOX(&tfkern::mlp_hidden));
+  m.impl("linear_pack", TORCH_BOX(&tfkern::linear_pack));
+  m.impl("linear_packed", TORCH_BOX(&tfkern::linear_packed));
 }

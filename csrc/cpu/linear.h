@@ -7,9 +7,11 @@
 namespace tfkern {
 
 // Element (i, k) lies i * row + k * column elements after the first. One of the strides is 1.
+// Or the matrix is packed as `linear_pack` does it: then `row` counts the elements of a panel.
 struct Matrix {
   const void* data;
   int64_t row, column;
+  bool packed = false;
 };
 
 // The product a b^T of a (M, K) and b (N, K).

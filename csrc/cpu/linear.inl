@@ -280,13 +280,37 @@ struct LinearKernel {
                                                      mode, ahead);
   }
 
-  // Packs n elements from (row, k) on of the next rows of b, at most a panel of them.
-  void pack(const Matrix& b, int64_t row, int64_t k, int64_t n, int64_t ahead, float* out) const {
+  // Element (row, k) of a packed matrix, where a panel begins with the row, and a unit with k.
+  static const T* in_panel(const Matrix& b, int64_t row, int64_t k) {
+    return static_cast<const T*>(b.data) + row / kPanel * b.row + k * kPanel;
+  }
+
+  // The units of n elements from (row, k) on of the next rows of b, at most a panel of them: those
+  // of a packed matrix where they are, others in `out`. What follows is fetched from memory
+  // meanwhile: if b is not packed, what lies `ahead` elements further on in each row.
+  const float* panel(const Matrix& b, int64_t row, int64_t k, int64_t n, int64_t ahead,
+                     float* out) const {
+    if (b.packed) return packed_panel(in_panel(b, row, k), units(n) * kPanel, out);
     const int64_t rows = std::min(a.N - row, kPanel);
     if (b.column == 1) {
       pack_along<U>(at(b, row, k), b.row, rows, n, ahead, out);
     } else {
       pack_across<U>(at(b, row, k), b.column, rows, n, kPanel, kPanel, out, 0);
+    }
+    return out;
+  }
+
+  // `count` units of a packed matrix, widened in `out` if need be. The second level of cache gets
+  // what is 8 KB ahead.
+  static const float* packed_panel(const T* p, int64_t count, float* out) {
+    constexpr int64_t kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
+    const int64_t elements = count * U::kElements;
+    for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(p + kAhead + i, 0, 2);
+    if constexpr (sizeof(T) * U::kElements == sizeof(float)) {
+      return reinterpret_cast<const float*>(p);
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes<float>) store(out + i, load(p + i));
+      return out;
     }
   }
 
@@ -299,6 +323,12 @@ struct LinearKernel {
   LinearAhead lines(const Matrix& x, int64_t begin, int64_t end, int64_t k, int64_t K) const {
     const int64_t n = std::min(K - k, kBlock), rows = end - begin, size = sizeof(T);
     if (rows <= 0 || n <= 0) return fetching_nothing();
+    if (x.packed) {
+      const auto panel = [&](int64_t row) {
+        return reinterpret_cast<const char*>(in_panel(x, row, k));
+      };
+      return {panel(begin), panel(end - 1), x.row * size, units(n) * U::kElements * kPanel * size};
+    }
     const auto byte = [&](int64_t i, int64_t j) {
       return reinterpret_cast<const char*>(at(x, i, j));
     };
@@ -381,9 +411,10 @@ struct LinearKernel {
             constexpr int64_t kPart = kChunk * U::kElements;
             const int64_t n = std::min(stop - k, kPart);
             // The part after the next, which may be one of the next panel.
-            const int64_t ahead = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
-            pack(b, row, k, n, ahead, part);
-            tile(a.M, units(n), {left[i].data + k / U::kElements, left[i].stride, false}, part,
+            const bool inside = b.packed || k + 2 * kPart <= K;
+            const int64_t ahead = inside ? kPart : kPanel * b.row + kPart - K;
+            const float* right = panel(b, row, k, n, ahead, part);
+            tile(a.M, units(n), {left[i].data + k / U::kElements, left[i].stride, false}, right,
                  target, mode, nothing);
             mode = Sums::go_on;
             k += n;
@@ -402,8 +433,8 @@ struct LinearKernel {
   void group(int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
     const int64_t M = m_end - m_begin, height = tile_height(M);
     const int64_t stop = std::min(a.N, end * kPanel), next_stop = stop + (end - begin) * kPanel;
-    float* panels = scratch;
-    float* buffer = panels + kGroup * kDepth * kPanel;
+    float* packed = scratch;
+    float* buffer = packed + kGroup * kDepth * kPanel;
     float* sums = buffer + kStrip * kTileWidth * (kDepth + 16);
     const int64_t distance = ((M + height - 1) / height + kStrip) * kGroup * kTileRows * kPanel;
     bool first = true;
@@ -413,8 +444,10 @@ struct LinearKernel {
       int64_t k = 0;
       do {
         const int64_t n = std::min(K - k, kBlock), depth = units(n);
+        const float* panels[kGroup];
         for (int64_t p = begin; p < end; ++p) {
-          pack(b, p * kPanel, k, n, 64 * U::kElements, panels + (p - begin) * kDepth * kPanel);
+          float* out = packed + (p - begin) * kDepth * kPanel;
+          panels[p - begin] = panel(b, p * kPanel, k, n, 64 * U::kElements, out);
         }
         const bool more = k + n < K, last = !more && i + 1 == a.count;
         const bool alone = first && last && !a.gated();  // no later block goes on with its sums
@@ -433,7 +466,7 @@ struct LinearKernel {
               const int64_t rows = std::min(height, m1 - m), t = (m - m0) / height;
               const int64_t slot = (alone ? t : m / height) * kGroup + p - begin;
               float* c = sums + (a.gated() ? i * distance : 0) + slot * kTileRows * kPanel;
-              tile(rows, depth, left[t], panels + (p - begin) * kDepth * kPanel, c,
+              tile(rows, depth, left[t], panels[p - begin], c,
                    first ? Sums::overwrite : Sums::add, ahead);
               if (last) {
                 store_sums<T>(a, a.gated() ? c - distance : c, distance, rows, m_begin + m,
@@ -472,6 +505,14 @@ void linear_parts(const LinearForward& a, int64_t begin, int64_t end) {
   }
 }
 
+// The elements of a unit.
+inline int64_t linear_unit(Dtype dtype) {
+#if TFKERN_VEC_BYTES == 64
+  if (dtype == Dtype::bf16 && isa() >= Isa::avx512_bf16) return PairUnits::kElements;
+#endif
+  return 1;
+}
+
 inline void linear_forward(const LinearForward& a, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
@@ -480,7 +521,7 @@ inline void linear_forward(const LinearForward& a, int64_t begin, int64_t end) {
       return linear_parts<WideUnits<Half>>(a, begin, end);
     default:
 #if TFKERN_VEC_BYTES == 64
-      if (isa() >= Isa::avx512_bf16) return linear_parts<PairUnits>(a, begin, end);
+      if (linear_unit(a.dtype) == 2) return linear_parts<PairUnits>(a, begin, end);
 #endif
       return linear_parts<WideUnits<BFloat16>>(a, begin, end);
   }

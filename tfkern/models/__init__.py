@@ -4,7 +4,7 @@ from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import load, save
 from tfkern.models.loss import cross_entropy
 from tfkern.models.presets import preset, presets
-from tfkern.models.quantize import quantize
+from tfkern.models.quantize import prepack, quantize
 from tfkern.models.report import LayerReport, report_layers
 from tfkern.models.transformer import Transformer
 
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "preset",
     "presets",
+    "prepack",
     "quantize",
     "report_layers",
     "save",

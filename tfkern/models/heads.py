@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
 from tfkern.models.embedding import rows
-from tfkern.nn import Int8Linear, Linear
+from tfkern.nn import Int8Linear, Linear, PackedLinear
 from tfkern.ops import linear
 from tfkern.ops.activation import FUNCTIONS
 
@@ -41,7 +41,7 @@ class VocabularyHead(nn.Module):
 
     Attributes:
         deferred: whether forward returns `DeferredLogits` in training mode. Default False;
-            without effect if weights are int8.
+            without effect if weights are int8 or packed.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
@@ -60,6 +60,7 @@ class VocabularyHead(nn.Module):
             del self.bias
             self.register_buffer("bias", torch.zeros(config.vocab_size))
         self.int8: Int8Linear | None = None  # the table, in a model of int8 weights
+        self.packed: PackedLinear | None = None  # or in one of packed weights
         self.weight: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(rows(config), config.embedding_size))
@@ -72,8 +73,9 @@ class VocabularyHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             y = self.norm(self.act(self.dense(y)))
         y = y if self.scale == 1 else y * self.scale
-        if self.int8 is not None:
-            return self._finished(self.int8(y))
+        layer = self.packed if self.int8 is None else self.int8
+        if layer is not None:
+            return self._finished(layer(y))
         table = table if self.weight is None else self.weight
         if table is None:
             raise ValueError("a tied vocabulary head needs the table of a token embedding")

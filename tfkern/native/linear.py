@@ -89,6 +89,12 @@ def is_ours(x, dtype):
     return x.is_cpu and math.prod(x.shape[:-1]) <= rows and x.shape[-1] >= terms
 
 
+def packs(weight) -> bool:
+    """Whether inference gains from packing a weight ahead: then its products are always ours."""
+    most = _MOST_ROWS.get(weight.dtype, -1)
+    return weight.is_cpu and (most == _ALL or weight.dtype == torch.float32 and most >= 0)
+
+
 def _slow_views(x, dtype):
     """Whether torch is slow at products of transposed views, as it is on the matrix unit."""
     return _MATRIX_UNIT and x.is_cpu and dtype == torch.bfloat16

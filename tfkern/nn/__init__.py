@@ -6,7 +6,7 @@ from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
 from tfkern.nn.cross_entropy import CrossEntropyLoss
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from tfkern.nn.linear import Int8Linear, Linear
+from tfkern.nn.linear import Int8Linear, Linear, PackedLinear
 from tfkern.nn.mlp import MLP, GatedMLP
 from tfkern.nn.rotary import RotaryScaling
 
@@ -20,6 +20,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MultiheadAttention",
+    "PackedLinear",
     "NoNorm",
     "RMSNorm",
     "RotaryScaling",

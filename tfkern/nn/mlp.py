@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfkern.nn.fusible import fusible
+from tfkern.nn.fusible import fusible, unadorned
+from tfkern.nn.linear import PackedLinear
 from tfkern.ops import checks, gated_mlp, mlp
 from tfkern.ops.activation import FUNCTIONS
 from tfkern.ops.mlp import ACTIVATIONS
@@ -13,6 +14,11 @@ from tfkern.ops.mlp import ACTIVATIONS
 def _fusible(*layers: nn.Module) -> bool:
     """Whether one kernel may replace the layers, all of which it takes in one dtype."""
     return all(map(fusible, layers)) and len({layer.weight.dtype for layer in layers}) == 1
+
+
+def _packed(*layers: nn.Module) -> bool:
+    """Whether the layers are packed, so that the first takes the activation."""
+    return all(type(layer) is PackedLinear and unadorned(layer) for layer in layers)
 
 
 class MLP(nn.Module):
@@ -51,6 +57,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
         fc1, fc2 = self.fc1, self.fc2
+        if _packed(fc1):
+            return fc2(fc1(x, self.activation))
         if not _fusible(fc1, fc2):
             return fc2(FUNCTIONS[self.activation](fc1(x)))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
@@ -103,6 +111,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
         gate, up, down = self.gate, self.up, self.down
+        if _packed(gate, up):
+            return down(gate(x, self.activation, up))
         if not _fusible(gate, up, down):
             return down(FUNCTIONS[self.activation](gate(x)) * up(x))
         return gated_mlp(
