@@ -37,6 +37,7 @@ LLAMA = Model(
         **_WRITER,
     },
 )
+_INT8 = 0.05  # of the largest logit: what weights of eight bits may change, with some room
 CASES = tuple(Case(model, rows, 128, 32) for model in (GPT2, LLAMA) for rows in (1, 8))
 
 # Writes a number of tokens behind each row, and passes those of every step on as they come.
@@ -69,8 +70,9 @@ def error(precise: Any, case: Case, expected: Tensor, result: list[list[int]]) -
     return ((logits.amax(1) - chosen).max() / logits.abs().max()).item()
 
 
-def _tfkern(model: Model, folder: Path, dtype: str) -> Write:
+def _tfkern(model: Model, folder: Path, dtype: str, int8: bool = False) -> Write:
     opened = models.load(folder)
+    opened = models.quantize(opened) if int8 else models.prepack(opened)
 
     def write(tokens: Tensor, new: int, take: Callable[[list[int]], None]) -> None:
         for step in generate.stream(opened, tokens, new, sampling=generate.GREEDY):
@@ -122,6 +124,14 @@ SUITE = Suite(
         Peer("transformers sdpa", partial(_transformers, attention="sdpa")),
         Peer("transformers eager", partial(_transformers, attention="eager")),
         Peer("llama.cpp", llama_cpp.read, llama_cpp.write, ("llama_cpp", "gguf")),
+        Peer("tfkern int8", partial(_tfkern, int8=True), modules=("tfkern",), rounding=_INT8),
+        Peer(
+            "llama.cpp q8_0",
+            partial(llama_cpp.read, kept="q8_0"),
+            partial(llama_cpp.write, kept="q8_0"),
+            ("llama_cpp", "gguf"),
+            rounding=_INT8,
+        ),
     ),
     once=once,
     error=error,

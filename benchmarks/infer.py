@@ -56,7 +56,7 @@ def error(precise: Any, case: Case, expected: Tensor, result: Any) -> float:
 
 
 def _tfkern(model: Model, folder: Path, dtype: str) -> Encode:
-    opened = models.load(folder)
+    opened = models.prepack(models.load(folder))
     if opened.decoder is None:
         return opened
 

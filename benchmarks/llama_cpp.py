@@ -12,17 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FILE = "model.gguf"
+
+def _file(kept: str | None) -> str:
+    return f"{kept or 'model'}.gguf"
 
 
-def write(model: Any, folder: Path, dtype: str) -> None:
+def write(model: Any, folder: Path, dtype: str, kept: str | None = None) -> None:
     """Writes a GPT-2 or Llama of transformers as GGUF, matrices in the dtype and vectors in
-    float32."""
+    float32.
+
+    Args:
+        kept: "q8_0" for matrices of eight bits, with a scale for every 32 elements of a row.
+    """
     import gguf
 
-    kind = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
+    kinds = gguf.GGMLQuantizationType
+    kind = {"float32": kinds.F32, "bfloat16": kinds.BF16, "q8_0": kinds.Q8_0}
     config = model.config
-    out = gguf.GGUFWriter(folder / _FILE, config.model_type)
+    out = gguf.GGUFWriter(folder / _file(kept), config.model_type)
     out.add_context_length(config.max_position_embeddings)
     out.add_embedding_length(config.hidden_size)
     out.add_block_count(config.num_hidden_layers)
@@ -41,8 +48,8 @@ def write(model: Any, folder: Path, dtype: str) -> None:
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, weight in _weights(model):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kept = kind[dtype if weight.dim() > 1 else "float32"]
-        out.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), kept), raw_dtype=kept)
+        form = kind[kept or dtype] if weight.dim() > 1 else kinds.F32
+        out.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), form), raw_dtype=form)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -62,14 +69,14 @@ def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, weight.contiguous()
 
 
-def read(model: Any, folder: Path, dtype: str) -> Callable[..., None]:
+def read(model: Any, folder: Path, dtype: str, kept: str | None = None) -> Callable[..., None]:
     """A function that writes: see `generate.Write`. Keys and values are kept in float32 or, for a
     model in 16 bits, in float16, which is llama.cpp's default."""
     import llama_cpp as api
 
     api.llama_backend_init()
     options = api.llama_model_default_params()
-    loaded = api.llama_model_load_from_file(bytes(folder / _FILE), options)
+    loaded = api.llama_model_load_from_file(bytes(folder / _file(kept)), options)
     if loaded is None:
         raise RuntimeError("llama.cpp cannot read the model")
     vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(loaded))

@@ -102,6 +102,8 @@ class Peer:
             in the author's process; None if the peer reads what transformers has saved.
         modules: modules that have to be installed; the first is that of the package that computes.
         precisions: dtypes that the peer computes in.
+        rounding: how far its result may be off because its weights are rounded, relative to the
+            largest value.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Peer:
     write: Callable[[Any, Path, str], None] | None = None
     modules: tuple[str, ...] = ("transformers",)
     precisions: tuple[str, ...] = PRECISIONS
+    rounding: float = 0.0
 
     def missing(self, dtype: str) -> str | None:
         """Why the peer cannot run here, or None."""
@@ -267,9 +270,11 @@ class _Session:
         """The errors of the peers whose results are right, and how many calls a turn has: the same
         for all, so that samples of a round make pairs."""
         least = self._ask_author(_expect, case)
-        limit = 4 * least + 8 * torch.finfo(DTYPES[self.dtype]).eps
+        exact = 4 * least + 8 * torch.finfo(DTYPES[self.dtype]).eps
+        rounding = {peer.name: peer.rounding for peer in self.suite.peers}
         errors, slowest = {}, 0.0
         for name in list(self._processes):
+            limit = exact + rounding[name]
             with self._or_left_out(name):
                 result, seconds = self._ask(name, _result, self.suite, case)
                 error = self._author.ask(_error, self.suite, case, result)

@@ -1,4 +1,4 @@
-"""Weights of eight bits: layers, models, files."""
+"""Weights in other forms: of eight bits (layers, models, files), and packed (models)."""
 
 import copy
 
@@ -11,7 +11,7 @@ import tfkern
 from tfkern import models, train
 from tfkern.generate import Sampling, generate
 from tfkern.models import Transformer, TransformerConfig
-from tfkern.nn import Int8Linear
+from tfkern.nn import Int8Linear, Linear, PackedLinear
 from tfkern.nn.linear import WideLinear
 from tfkern.ops.linear_int8 import linear_int8
 
@@ -234,3 +234,55 @@ def test_errors():
         model.reset_parameters()
     with pytest.raises(ValueError, match="weight_norm"):
         models.quantize(model_of("gpt2", norm="weight_norm"))
+
+
+# ---- weights that are packed ----
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """All that can be packed is packed."""
+    native = pytest.importorskip("tfkern.native.linear")
+    every = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), native._ALL)
+    monkeypatch.setattr(native, "_MOST_ROWS", every)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_models(packing, name, dtype):
+    model = model_of(name).to(dtype)
+    inputs = inputs_of(model)
+    expected = copy.deepcopy(model).double()(**inputs)
+    plain = model(**inputs)
+    assert models.prepack(model) is model
+    layers = [type(layer) for layer in model.modules()]
+    assert PackedLinear in layers and nn.Linear not in layers and Linear not in layers
+    for found, before, right in zip(*map(results, (model(**inputs), plain, expected)), strict=True):
+        error = (before - right).abs().max()
+        assert found.dtype == before.dtype
+        assert (found - right).abs().max() <= 2 * error + torch.finfo(dtype).eps
+
+
+def test_packed_models_write_the_same(packing):
+    model = model_of("llama")
+    prompts, greedy = torch.randint(1, 61, (3, 5)), Sampling(temperature=0)
+    expected = generate(model, prompts, 12, sampling=greedy)
+    found = generate(models.prepack(model), prompts, 12, sampling=greedy)
+    assert all(torch.equal(*rows) for rows in zip(found, expected, strict=True))
+
+
+def test_packed_models_are_not_saved_drawn_or_made_int8(packing, tmp_path):
+    model = models.prepack(model_of("gpt2"))
+    with pytest.raises(ValueError, match="save them before"):
+        models.save(model, tmp_path / "model", form="tfkern")
+    with pytest.raises(ValueError, match="are packed: make them int8 before"):
+        models.quantize(model)
+    with pytest.raises(ValueError, match="packed weights cannot be drawn"):
+        model.reset_parameters()
+
+
+def test_what_is_not_packed(packing):
+    for model in (model_of("gpt2").double(), models.quantize(model_of("gpt2"))):
+        layers = list(model.modules())
+        assert list(models.prepack(model).modules()) == layers

@@ -1,6 +1,7 @@
 """The linear layer, by torch or by our own products, which differ in what each processor leaves to
 them."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfkern
 from tfkern import dispatch
-from tfkern.nn import Linear
+from tfkern.nn import MLP, GatedMLP, Linear, PackedLinear
+from tfkern.ops.activation import FUNCTIONS
+from tfkern.ops.linear_packed import pack, unpack
+from tfkern.ops.mlp import ACTIVATIONS
 from tfkern.testing import validate
 
 native = pytest.importorskip("tfkern.native.linear")
@@ -32,6 +36,7 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(native, "_MOST_ROWS", PROCESSORS[request.param])
     monkeypatch.setattr(native, "_LEAST_TRAINED", {})
     monkeypatch.setattr(native, "_LEAST_TERMS", {})
+    monkeypatch.setattr(native, "_LEAST_ROWS", 1)
     return request.param
 
 
@@ -40,7 +45,8 @@ def processor(request, monkeypatch):
     [
         ("none", False, []),
         ("default", False, [0, ALL, ALL]),
-        ("avx2", True, [0, ALL, ALL]),
+        ("avx2", True, [ALL, ALL, ALL]),
+        ("avx2", False, [0, ALL, ALL]),
         ("avx512", False, [8, ALL, ALL]),
         ("avx512_bf16", True, [ALL, ALL, ALL]),
         ("amx", False, [8, 8, 8]),
@@ -62,6 +68,18 @@ class Products(TorchDispatchMode):
         name = function.name()
         if "mm" in name or "product" in name:
             self.names.append("ours" if name == "tfkern::linear_product" else "torch")
+        return function(*args, **(kwargs or {}))
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
         return function(*args, **(kwargs or {}))
 
 
@@ -203,6 +221,7 @@ def test_native_rows_depend_on_themselves_alone(dtype):
 
 def test_rows_depend_on_themselves_alone_where_all_products_are_ours(monkeypatch):
     monkeypatch.setattr(native, "_MOST_ROWS", PROCESSORS["all"])
+    monkeypatch.setattr(native, "_LEAST_ROWS", 1)
     x, w, bias = torch.randn(300, 129), torch.randn(65, 129), torch.randn(65)
     y = tfkern.linear(x, w, bias)
     for rows in (1, 9, 150):
@@ -229,6 +248,160 @@ def test_native_opcheck():
     out = torch.randn(6, 4)
     for args in ((out, a, b, None, True), (out, a, b, torch.randn(4), False)):
         torch.library.opcheck(torch.ops.tfkern.linear_product_.default, args)
+
+
+# ---- weights that are packed ahead ----
+
+
+def packed_product(x, w, bias=None, up=None, bias_up=None, activation=""):
+    pack = torch.ops.tfkern.linear_pack.default
+    ups = None if up is None else pack(up)
+    return torch.ops.tfkern.linear_packed(
+        x, pack(w), bias, ups, bias_up, len(w), activation
+    )  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("sizes", KERNEL_SHAPES, ids=str)
+def test_native_packed(dtype, sizes):
+    """Of weights with either stride 1: near float64, and bit for bit what packing in the call
+    gives."""
+    M, N, K = sizes
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    w = (torch.randn(N, K) * max(K, 1) ** -0.5).to(dtype)
+    wide = x.double() @ w.double().t() + bias
+    for weight in (w, w.t().contiguous().t(), torch.stack([w, w * math.nan], 2)[..., 0]):
+        packed = torch.ops.tfkern.linear_pack(weight)
+        assert torch.equal(unpack(packed, N, K), w)
+        y = torch.ops.tfkern.linear_packed(x, packed, bias, None, None, N, "")
+        assert close(y, wide, dtype, K)
+        assert torch.equal(y, product(x, w, bias))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [(1,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_native_packed_with_an_activation(dtype, rows, activation, gated):
+    x = torch.randn(*rows, 70).to(dtype)
+    w, up = (torch.randn(33, 70).to(dtype) / 8 for _ in range(2))
+    bias, bias_up = torch.randn(2, 33).to(dtype)
+    expected = FUNCTIONS[activation](F.linear(x.double(), w.double(), bias.double()))
+    ups = (up, bias_up) if gated else (None, None)
+    if gated:
+        expected = expected * F.linear(x.double(), up.double(), bias_up.double())
+    y = packed_product(x, w, bias, *ups, activation)
+    scale = 4 * torch.finfo(dtype).eps + 1e-6
+    assert ((y.double() - expected).abs() <= scale * (1 + expected.abs())).all()
+
+
+def test_native_packed_refuses_what_it_would_read_out_of_bounds():
+    w = torch.randn(40, 7)
+    packed = torch.ops.tfkern.linear_pack(w)
+    for args in (
+        (torch.randn(2, 8), packed, None, None, None, 40, ""),
+        (torch.randn(2, 7), packed, None, None, None, 400, ""),
+        (torch.randn(2, 7), packed, None, None, None, -1, ""),
+        (torch.randn(2, 7), packed[..., ::2, :], None, None, None, 40, ""),
+        (torch.randn(2, 7), w, None, None, None, 40, ""),
+        (torch.randn(2, 7), packed, torch.randn(39), None, None, 40, ""),
+        (torch.randn(2, 7).half(), packed, None, None, None, 40, ""),
+        (torch.randn(2, 7), packed, None, packed, None, 40, ""),
+        (torch.randn(2, 7), packed, None, packed[1:], None, 40, "silu"),
+        (torch.randn(2, 7), packed, None, None, torch.randn(40), 40, "silu"),
+        (torch.randn(2, 7), packed, None, None, None, 40, "sine"),
+    ):
+        with pytest.raises(RuntimeError, match="tfkern"):
+            torch.ops.tfkern.linear_packed(*args)
+
+
+def test_native_packed_opcheck():
+    w, x = torch.randn(40, 7), torch.randn(2, 3, 7)
+    packed = torch.ops.tfkern.linear_pack(w)
+    for args in (
+        (x, packed, None, None, None, 40, ""),
+        (x, packed, torch.randn(40), packed, torch.randn(40), 40, "silu"),
+    ):
+        torch.library.opcheck(torch.ops.tfkern.linear_packed.default, args)
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """All that can be packed is packed."""
+    monkeypatch.setattr(native, "_MOST_ROWS", PROCESSORS["all"])
+
+
+@dtypes
+def test_packed_module(packing, dtype):
+    plain = torch.nn.Linear(37, 70, dtype=dtype)
+    layer = PackedLinear(plain.weight, plain.bias)
+    x = torch.randn(2, 5, 37, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain(x))
+        torch.testing.assert_close(copy.deepcopy(layer)(x), plain(x))
+    assert torch.equal(layer.weight, plain.weight)
+    assert not any(p is plain.bias for p in layer.parameters())
+    with pytest.raises(ValueError, match="save them before"):
+        layer.state_dict()
+
+
+def test_packed_module_where_the_kernels_cannot_serve(packing):
+    """Gradients, autocast, vmap and other dtypes give what the plain layer gives."""
+    plain = torch.nn.Linear(6, 5)
+    layer, x = PackedLinear(plain.weight, plain.bias), torch.randn(3, 6, requires_grad=True)
+    for found, expected in zip(
+        torch.autograd.grad(layer(x).square().sum(), (x, layer.bias)),
+        torch.autograd.grad(plain(x).square().sum(), (x, plain.bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+            torch.testing.assert_close(layer(x), plain(x))
+        torch.testing.assert_close(torch.vmap(layer)(x), plain(x))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            layer.to(dtype), plain.to(dtype)
+            assert layer.packed.dtype == layer.weight.dtype == dtype
+            torch.testing.assert_close(layer(x.to(dtype)), plain(x.to(dtype)))
+        with tfkern.use_backend("reference"):
+            torch.testing.assert_close(layer(x), plain(x))
+    with pytest.raises(ValueError, match="float64 on cpu are not packed here"):
+        layer.double()
+
+
+def test_packed_layers_are_fused_with_an_activation(packing, monkeypatch):
+    """In MLP and GatedMLP, unless a layer has hooks."""
+    x = torch.randn(3, 8)
+    for module in (MLP(8, 12), GatedMLP(8, 12)):
+        with torch.no_grad():
+            expected = module(x)
+            for name, layer in list(module.named_children()):
+                setattr(module, name, PackedLinear(layer.weight, layer.bias))
+            with Calls() as calls:
+                torch.testing.assert_close(module(x), expected)
+            assert calls.names.count("tfkern::linear_packed") == 2
+            seen = []
+            first = next(iter(module.children()))
+            first.register_forward_hook(lambda layer, args, y, seen=seen: seen.append(y))
+            torch.testing.assert_close(module(x), expected)
+            assert seen[0].shape == (3, 12)
+
+
+def test_packed_compiled(packing):
+    torch._dynamo.reset()
+    plain = torch.nn.Linear(6, 5)
+    layer, x = PackedLinear(plain.weight, plain.bias), torch.randn(3, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), plain(x))
+
+
+@pytest.mark.parametrize("processor", ["matrix unit", "none"], indirect=True)
+def test_weights_that_are_not_packed(processor):
+    assert pack(torch.randn(3, 4, dtype=torch.bfloat16)) is None
+    assert pack(torch.randn(3, 4, dtype=torch.float64)) is None
+    assert (pack(torch.randn(3, 4)) is None) == (processor == "none")
+    assert pack(torch.randn(3, 4, device="meta")) is None
 
 
 def test_float64_is_left_to_torch(processor):

@@ -39,7 +39,7 @@ struct LinearAhead {
   }
 };
 
-using LinearTile = void (*)(int64_t, const uint32_t*, int64_t, const uint32_t*, float*, Sums,
+using LinearTile = void (*)(int64_t, const uint32_t*, int64_t, const void*, float*, Sums,
                             LinearAhead&);
 
 inline VecUint load_units(const uint32_t* p) {
@@ -47,6 +47,8 @@ inline VecUint load_units(const uint32_t* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
+inline VecUint load_units(const BFloat16* p) { return (VecUint)load(p); }
+inline VecUint load_units(const Half* p) { return (VecUint)load(p); }
 
 // Each namespace has the tiles of one kind of units.
 namespace linear_floats {
@@ -267,17 +269,26 @@ struct LinearKernel {
     return static_cast<const T*>(matrix.data) + row * matrix.row + k * matrix.column;
   }
 
-  static void tile(int64_t rows, int64_t depth, LinearRows left, const float* panel, float* sums,
-                   Sums mode, LinearAhead& ahead) {
-    const auto* right = reinterpret_cast<const uint32_t*>(panel);
-#if TFKERN_VEC_BYTES == 64
-    if constexpr (U::kElements == 2) {
-      return linear_pairs::linear_tile_of(rows, left.across)(depth, left.data, left.stride, right,
-                                                             sums, mode, ahead);
+  // The function for a tile whose panel has units, or, if `narrow`, elements of 16 bits.
+  static LinearTile tile_of(int64_t rows, bool across, bool narrow) {
+    if constexpr (U::kElements == 1 && sizeof(T) == 2) {
+      if (narrow) return linear_floats::linear_tile_of<T>(rows, across);
     }
+#if TFKERN_VEC_BYTES == 64
+    if constexpr (U::kElements == 2) return linear_pairs::linear_tile_of<uint32_t>(rows, across);
 #endif
-    linear_floats::linear_tile_of(rows, left.across)(depth, left.data, left.stride, right, sums,
-                                                     mode, ahead);
+    return linear_floats::linear_tile_of<uint32_t>(rows, across);
+  }
+
+  // Packs n elements from (row, k) on of the next rows of b, at most a panel of them. What lies
+  // `ahead` elements further on in each row is fetched from memory meanwhile.
+  void pack(const Matrix& b, int64_t row, int64_t k, int64_t n, int64_t ahead, float* out) const {
+    const int64_t rows = std::min(a.N - row, kPanel);
+    if (b.column == 1) {
+      pack_along<U>(at(b, row, k), b.row, rows, n, ahead, out);
+    } else {
+      pack_across<U>(at(b, row, k), b.column, rows, n, kPanel, kPanel, out, 0);
+    }
   }
 
   // Element (row, k) of a packed matrix, where a panel begins with the row, and a unit with k.
@@ -285,31 +296,17 @@ struct LinearKernel {
     return static_cast<const T*>(b.data) + row / kPanel * b.row + k * kPanel;
   }
 
-  // The units of n elements from (row, k) on of the next rows of b, at most a panel of them: those
-  // of a packed matrix where they are, others in `out`. What follows is fetched from memory
-  // meanwhile: if b is not packed, what lies `ahead` elements further on in each row.
-  const float* panel(const Matrix& b, int64_t row, int64_t k, int64_t n, int64_t ahead,
-                     float* out) const {
-    if (b.packed) return packed_panel(in_panel(b, row, k), units(n) * kPanel, out);
-    const int64_t rows = std::min(a.N - row, kPanel);
-    if (b.column == 1) {
-      pack_along<U>(at(b, row, k), b.row, rows, n, ahead, out);
-    } else {
-      pack_across<U>(at(b, row, k), b.column, rows, n, kPanel, kPanel, out, 0);
+  // The units of n elements of a panel of b: packed in `out`, or where they are, if they are units.
+  const float* panel(const Matrix& b, int64_t row, int64_t k, int64_t n, float* out) const {
+    if (!b.packed) {
+      pack(b, row, k, n, 64 * U::kElements, out);
+      return out;
     }
-    return out;
-  }
-
-  // `count` units of a packed matrix, widened in `out` if need be. The second level of cache gets
-  // what is 8 KB ahead.
-  static const float* packed_panel(const T* p, int64_t count, float* out) {
-    constexpr int64_t kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
-    const int64_t elements = count * U::kElements;
-    for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(p + kAhead + i, 0, 2);
+    const T* p = in_panel(b, row, k);
     if constexpr (sizeof(T) * U::kElements == sizeof(float)) {
       return reinterpret_cast<const float*>(p);
     } else {
-      for (int64_t i = 0; i < count; i += kLanes<float>) store(out + i, load(p + i));
+      for (int64_t i = 0; i < n * kPanel; i += kLanes<float>) store(out + i, load(p + i));
       return out;
     }
   }
@@ -373,6 +370,13 @@ struct LinearKernel {
     return stride % 512 == 0 ? stride + 16 : stride;
   }
 
+  // p, whose elements are about to be read. The second level of cache gets what is 8 KB ahead.
+  static const T* fetching(const T* p, int64_t elements) {
+    constexpr int64_t kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(p + kAhead + i, 0, 2);
+    return p;
+  }
+
   // Few rows, all of them one tile: b passes by once, a part of a panel at a time.
   static bool streams(const LinearForward& a) {
     bool along = true;
@@ -400,6 +404,7 @@ struct LinearKernel {
       bool first = true;
       for (int i = 0; i < a.count; ++i) {
         const auto& [x, b, K] = a.terms[i];
+        const LinearTile run = tile_of(a.M, false, b.packed);
         float* total = a.gated() ? sums + i * kTile : sums;
         first |= a.gated();
         int64_t k = 0;
@@ -410,12 +415,16 @@ struct LinearKernel {
           do {
             constexpr int64_t kPart = kChunk * U::kElements;
             const int64_t n = std::min(stop - k, kPart);
-            // The part after the next, which may be one of the next panel.
-            const bool inside = b.packed || k + 2 * kPart <= K;
-            const int64_t ahead = inside ? kPart : kPanel * b.row + kPart - K;
-            const float* right = panel(b, row, k, n, ahead, part);
-            tile(a.M, units(n), {left[i].data + k / U::kElements, left[i].stride, false}, right,
-                 target, mode, nothing);
+            const void* right = part;
+            if (b.packed) {
+              right = fetching(in_panel(b, row, k), units(n) * U::kElements * kPanel);
+            } else {
+              // The part after the next, which may be one of the next panel.
+              const int64_t ahead = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
+              pack(b, row, k, n, ahead, part);
+            }
+            run(units(n), left[i].data + k / U::kElements, left[i].stride, right, target, mode,
+                nothing);
             mode = Sums::go_on;
             k += n;
           } while (k < stop);
@@ -436,7 +445,7 @@ struct LinearKernel {
     float* packed = scratch;
     float* buffer = packed + kGroup * kDepth * kPanel;
     float* sums = buffer + kStrip * kTileWidth * (kDepth + 16);
-    const int64_t distance = ((M + height - 1) / height + kStrip) * kGroup * kTileRows * kPanel;
+    const int64_t distance = ((M + height - 1) / height) * kGroup * kTileRows * kPanel;
     bool first = true;
     for (int i = 0; i < a.count; ++i) {
       const auto& [x, b, K] = a.terms[i];
@@ -447,7 +456,7 @@ struct LinearKernel {
         const float* panels[kGroup];
         for (int64_t p = begin; p < end; ++p) {
           float* out = packed + (p - begin) * kDepth * kPanel;
-          panels[p - begin] = panel(b, p * kPanel, k, n, 64 * U::kElements, out);
+          panels[p - begin] = panel(b, p * kPanel, k, n, out);
         }
         const bool more = k + n < K, last = !more && i + 1 == a.count;
         const bool alone = first && last && !a.gated();  // no later block goes on with its sums
@@ -466,8 +475,9 @@ struct LinearKernel {
               const int64_t rows = std::min(height, m1 - m), t = (m - m0) / height;
               const int64_t slot = (alone ? t : m / height) * kGroup + p - begin;
               float* c = sums + (a.gated() ? i * distance : 0) + slot * kTileRows * kPanel;
-              tile(rows, depth, left[t], panels[p - begin], c,
-                   first ? Sums::overwrite : Sums::add, ahead);
+              tile_of(rows, left[t].across, false)(depth, left[t].data, left[t].stride,
+                                                   panels[p - begin], c,
+                                                   first ? Sums::overwrite : Sums::add, ahead);
               if (last) {
                 store_sums<T>(a, a.gated() ? c - distance : c, distance, rows, m_begin + m,
                               p * kPanel);
@@ -495,7 +505,7 @@ void linear_parts(const LinearForward& a, int64_t begin, int64_t end) {
   const int64_t longest = (a.M + a.chunks - 1) / a.chunks;
   const int64_t height = tile_height(longest), tiles = (longest + height - 1) / height;
   const int64_t size = kGroup * kDepth * kPanel + kStrip * kTileWidth * (kDepth + 16) +
-                       (a.gated() ? 2 : 1) * (tiles + kStrip) * kGroup * kTileRows * kPanel;
+                       (a.gated() ? 2 : 1) * tiles * kGroup * kTileRows * kPanel;
   Kernel kernel{a, thread_scratch<float>(size)};
   while (begin < end) {
     const int64_t chunk = begin / panels, p = begin % panels;

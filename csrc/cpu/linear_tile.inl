@@ -3,11 +3,11 @@
 // a product of units is.
 //
 // a[r * (across ? 1 : stride) + k * (across ? stride : 1)] is unit k of row r. b is a packed
-// panel: unit k of its kPanel columns stands at b + k * kPanel. Row r of c, which has kPanel sums,
-// stands at c + r * kPanel.
+// panel: unit k of its kPanel columns stands at b + k * kPanel, as a number of 16 bits if that is
+// B. Row r of c, which has kPanel sums, stands at c + r * kPanel.
 
-template <int R, bool kAcross>
-void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_t* b, float* c,
+template <class B, int R, bool kAcross>
+void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const void* panel, float* c,
                  Sums mode, LinearAhead& next) {
   constexpr int L = kLanes<float>;
   VecFloat sum[R][2];
@@ -18,6 +18,7 @@ void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_
       sum[r][j] = mode == Sums::go_on ? load(c + r * kPanel + j * L) : VecFloat{};
     }
   }
+  const auto* b = static_cast<const B*>(panel);
   LinearAhead ahead = next;
   for (int64_t k = 0; k < depth; ++k) {
     ahead.fetch();
@@ -40,14 +41,16 @@ void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const uint32_
   }
 }
 
-template <bool kAcross, int... R>
+template <class B, bool kAcross, int... R>
 constexpr std::array<LinearTile, sizeof...(R)> linear_tiles(std::integer_sequence<int, R...>) {
-  return {linear_tile<R + 1, kAcross>...};
+  return {linear_tile<B, R + 1, kAcross>...};
 }
 
 // The function for a tile of `rows` rows.
+template <class B>
 inline LinearTile linear_tile_of(int64_t rows, bool across) {
   using Rows = std::make_integer_sequence<int, kTileRows>;
-  static constexpr auto kAlong = linear_tiles<false>(Rows()), kAcross = linear_tiles<true>(Rows());
+  static constexpr auto kAlong = linear_tiles<B, false>(Rows());
+  static constexpr auto kAcross = linear_tiles<B, true>(Rows());
   return (across ? kAcross : kAlong)[rows - 1];
 }

@@ -62,6 +62,7 @@ def command(
 
     The same seed writes the same text.
     """
+    from tfkern import models
     from tfkern.generate import Sampling
 
     if bool(prompt) + unconditional + interactive != 1:
@@ -79,6 +80,7 @@ def command(
     )
     keep_memory()
     transformer, tokenizer = load(model, device)
+    models.prepack(transformer)
     options: dict[str, Any] = {"sampling": sampling, "stop": stop or []}
 
     def write(text: str | None, number: int) -> None:

@@ -80,5 +80,5 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear
     """All plain linear layers, with the modules that have them and their names there."""
     for module in list(model.modules()):
         for name, layer in module.named_children():
-            if type(layer) in (Linear, nn.Linear):
+            if isinstance(layer, nn.Linear) and type(layer) in (Linear, nn.Linear):
                 yield module, name, layer

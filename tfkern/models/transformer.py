@@ -24,7 +24,7 @@ from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
 from tfkern.models.initialise import initialise
 from tfkern.models.quantize import replace_linear
 from tfkern.models.stack import Mask, Stack
-from tfkern.nn import Int8Linear, KVCache, Linear
+from tfkern.nn import Int8Linear, KVCache, Linear, PackedLinear
 from tfkern.ops import packing
 
 
@@ -89,10 +89,11 @@ class Transformer(nn.Module):
         """Draws all weights as `config.init` says.
 
         Raises:
-            ValueError: weights are int8.
+            ValueError: weights are int8 or packed.
         """
-        if any(isinstance(module, Int8Linear) for module in self.modules()):
-            raise ValueError("int8 weights cannot be drawn")
+        for kind, told in ((Int8Linear, "int8"), (PackedLinear, "packed")):
+            if any(isinstance(module, kind) for module in self.modules()):
+                raise ValueError(f"{told} weights cannot be drawn")
         initialise(self, self.config)
 
     def forward(

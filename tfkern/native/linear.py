@@ -25,18 +25,19 @@ def most_rows(levels: Sequence[str], level: str, amd: bool) -> dict[torch.dtype,
     in use of the `levels` that the processor has.
 
     These read weights at the speed of memory, which torch does not where rows are few. Many rows of
-    float32 are slow in torch's library for AMD's processors with AVX-512, which it takes for others
-    without. Many rows of 16 bits are slow in torch, unless there is a matrix unit.
+    float32 are slow in torch's library for AMD's processors, of which it uses AVX2 at most. Many
+    rows of 16 bits are slow in torch, unless there is a matrix unit.
     """
     if "avx2" not in levels:
         return {}
     avx512 = level in ("avx512", "avx512_bf16", "amx")
-    rows = {torch.float32: _ALL if amd and avx512 else _FEW if avx512 else 0}
+    rows = {torch.float32: _ALL if amd and level != "default" else _FEW if avx512 else 0}
     narrow = _FEW if level == "amx" else _ALL
     return rows | {torch.bfloat16: narrow, torch.float16: narrow}
 
 
 _MOST_ROWS = most_rows(_C.cpu_levels, _C.cpu_capability(), _C.amd)
+_LEAST_ROWS = 2 if _C.cpu_capability() == "avx2" else 1  # one is slow to be packed there
 _MATRIX_UNIT = _C.cpu_capability() == "amx"
 # Calls with gradients and fewer multiplications are left to torch, whose autograd takes some 20
 # microseconds less than ours.
@@ -86,7 +87,7 @@ def way(x, weight, bias, dtype):
 def is_ours(x, dtype):
     """Whether products with the rows of x, whose factors have or are cast to `dtype`, are ours."""
     rows, terms = _MOST_ROWS.get(dtype, -1), _LEAST_TERMS.get(dtype, 0)
-    return x.is_cpu and math.prod(x.shape[:-1]) <= rows and x.shape[-1] >= terms
+    return x.is_cpu and _LEAST_ROWS <= math.prod(x.shape[:-1]) <= rows and x.shape[-1] >= terms
 
 
 def packs(weight) -> bool:

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is packed ahead, in the order in which csrc/cpu/linear.cpp reads it."""
+"""Linear layers whose weight is packed ahead, as csrc/cpu/linear.cpp reads it."""
 
 import torch
 

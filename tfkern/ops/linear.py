@@ -19,12 +19,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = x weight^T + bias
 
     On x86 CPUs float16 is ours, and so is bfloat16 unless there is a matrix unit. With AVX-512, so
-    are up to 8 rows of each dtype but float64, and on AMD's all of float32. Of these, float32, and
-    bfloat16 where the CPU has fast products of pairs, go to torch if gradients are needed and the
-    product is small, and so does such bfloat16 with K < 64. On CPUs with a matrix unit, the
-    gradient of weight takes bfloat16 factors in an order at which torch is fast. Everywhere else,
-    for all other dtypes, and where a backend other than "native" is forced, this is torch's
-    function.
+    are up to 8 rows of each dtype but float64, and on AMD's all of float32. Without AVX-512, a
+    single row goes to torch. So do float32, and bfloat16 where the CPU has fast products of pairs,
+    if gradients are needed and the product is small, and such bfloat16 with K < 64. On CPUs with a
+    matrix unit, the gradient of weight takes bfloat16 factors in an order at which torch is fast.
+    Everywhere else, for all other dtypes, and where a backend other than "native" is forced, this
+    is torch's function.
 
     Where every number of rows is ours, and no gradient is needed, a row of y depends on its row of
     x alone, bit for bit, and not on how many rows there are. Our products do not depend on the

@@ -1,11 +1,9 @@
 """The linear layer with a weight that is packed ahead, for inference on a CPU."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tfkern import dispatch
-from tfkern.ops import checks
 from tfkern.ops.activation import FUNCTIONS
 
 dispatch.register("linear_packed")
