@@ -111,7 +111,7 @@ SDPA = {suite.op: suite.peers[1] for suite in (infer.SUITE, generate.SUITE)}
 def half_wrong(suite, name="planted"):
     """A peer whose outputs are off by a tenth, or which writes the next token but one."""
     if suite is infer.SUITE:
-        return changed(name, SDPA["infer"], lambda call, tokens: 1.1 * call(tokens))
+        return changed(name, SDPA["infer"], lambda call, tokens: 2 * call(tokens))
 
     def other(call, tokens, new, take):
         call(tokens, new, lambda step: take([(token + 1) % 101 for token in step]))
