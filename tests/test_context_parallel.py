@@ -1,5 +1,7 @@
 """Attention over ranks against plain PyTorch on one process, in float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import Ranks
@@ -207,3 +209,210 @@ def test_matches_one_rank(two, method, placement, sizes, dtype):
 def test_options_match_one_rank(two, method, placement, name):
     two(compare, method, placement, SIZES["grouped"], torch.float64, OPTIONS[name], {})
     two(compare, method, placement, SIZES["grouped"], torch.float32, OPTIONS[name], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("method, placement", METHODS)
+def test_options_match_one_rank_on_four(four, method, placement, name):
+    sizes = (2, 4, 4, 32, 32, 16, 8) if method == "all_to_all" else SIZES["grouped"]
+    four(compare, method, placement, sizes, torch.float64, OPTIONS[name], {})
+    four(compare, method, placement, sizes, torch.bfloat16, OPTIONS[name], {})
+
+
+@pytest.mark.parametrize("name", ["plain", "documents and all", "causal lengths"])
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_reference_backend_matches_one_rank(two, method, name):
+    more = {"backend": "reference"}
+    two(compare, method, "zigzag", SIZES["grouped"], torch.float64, OPTIONS[name], more)
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "documents and all", "causal lengths", "lengths apart", "alibi both sides"]
+)
+def test_dropout_drops_the_elements_of_one_rank(two, name):
+    options = OPTIONS[name] | {"dropout_p": 0.4, "seed": 11}
+    two(compare, None, "zigzag", SIZES["grouped"], torch.float64, options, {})
+
+
+def refuse(sizes, method, placement, options, error, message):
+    inputs, options = make(sizes, torch.float32, options)
+    split = SequenceSplit(placement=placement)
+    T = inputs["q"].shape[2]
+    with pytest.raises(error, match=message):
+        over_ranks(split, T, options, method=method)(**inputs)
+
+
+@pytest.mark.parametrize(
+    "method, options, error, message",
+    [
+        ("ring", {"dropout_p": 0.1}, NotImplementedError, "dropout_p by the ring"),
+        (
+            "all_to_all",
+            {"dropout_p": 0.1, "bias": (1, 1, 1, "S")},
+            NotImplementedError,
+            "dropout_p beside a bias",
+        ),
+        (
+            "ring",
+            {"alibi": "heads", "lengths": [(3, 4), (5, 5)]},
+            NotImplementedError,
+            "as many queries as keys",
+        ),
+        ("rings", {}, ValueError, "method must be one of ring, all_to_all, got 'rings'"),
+        (None, {"lengths": [(3, 3), (5, 40)]}, ValueError, "key_lengths must lie in 0 to 32"),
+        (None, {"lengths": [(3, 3), (40, 5)]}, ValueError, "query_lengths must lie in 0 to 32"),
+        (None, {"documents": torch.ones(2, 30).long()}, ValueError, "documents has shape"),
+        (None, {"documents": torch.ones(2, 32)}, ValueError, "documents must be integers"),
+        (None, {"bias": (1, 1, "T", 5)}, ValueError, "bias has shape"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(two, method, options, error, message):
+    options = dict(options)
+    documents = options.get("documents")
+    if isinstance(documents, torch.Tensor):
+        del options["documents"]
+        two(refuse_documents, documents, error, message)
+    else:
+        two(refuse, SIZES["grouped"], method, "zigzag", options, error, message)
+
+
+def refuse_documents(documents, error, message):
+    inputs, _ = make(SIZES["grouped"], torch.float32, {})
+    with pytest.raises(error, match=message):
+        over_ranks(SequenceSplit(), 32, {"documents": documents})(**inputs)
+
+
+def test_heads_that_cannot_be_split(two):
+    sizes = (1, 3, 3, 8, 8, 4, 4)
+    message = "3 and 3 heads cannot be split over 2 ranks"
+    two(refuse, sizes, "all_to_all", "zigzag", {}, NotImplementedError, message)
+    two(compare, None, "zigzag", sizes, torch.float64, {"causal": True}, {})  # by the ring
+
+
+def refuse_lengths():
+    split = SequenceSplit()
+    with pytest.raises(ValueError, match="30 cannot be split over 2 ranks by 'zigzag'"):
+        split.split(torch.zeros(2, 30), 1)
+    with pytest.raises(ValueError, match="pad it to a multiple of 4"):
+        context_parallel_attention(*torch.zeros(3, 1, 2, 15, 4), split)
+    assert SequenceSplit(placement="blocks").split(torch.zeros(2, 30), 1).shape == (2, 15)
+    with pytest.raises(ValueError, match="placement must be one of zigzag, blocks, got 'zag'"):
+        SequenceSplit(placement="zag")
+
+
+def test_lengths_that_cannot_be_split(two):
+    two(refuse_lengths)
+
+
+def second_derivative(method):
+    q, k, v = torch.randn(3, 1, 2, 8, 4).double().requires_grad_()
+    o = context_parallel_attention(q, k, v, SequenceSplit(), method=method)
+    (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_second_derivatives_raise(two, method):
+    two(second_derivative, method)
+
+
+def split_and_gather(placement):
+    """Each rank scales the sequence by its own weights, and gathers: sums over ranks are known."""
+    split = SequenceSplit(placement=placement)
+    n = split.ranks
+    x = torch.arange(3.0 * 8 * n).view(3, 8 * n).double().requires_grad_()
+    part = split.split(x, 1)
+    torch.testing.assert_close(part, x[:, split.positions(8 * n)])
+    whole = split.gather(part, 1)
+    torch.testing.assert_close(whole, x)
+    weights = torch.arange(8.0 * n).double() * (split.rank + 1)
+    (whole * weights).sum().backward()
+    # The sum over the losses of all ranks, at the positions of this rank.
+    expected = torch.zeros_like(x)
+    mine = split.positions(8 * n)
+    expected[:, mine] = torch.arange(8.0 * n).double()[mine] * (n * (n + 1) // 2)
+    torch.testing.assert_close(x.grad, expected)
+    return mine.tolist()
+
+
+@pytest.mark.parametrize("placement", ["zigzag", "blocks"])
+def test_split_and_gather(two, placement):
+    found = two(split_and_gather, placement)
+    if placement == "blocks":
+        assert found == [list(range(8)), list(range(8, 16))]
+    else:
+        assert found == [[*range(4), *range(12, 16)], list(range(4, 12))]
+
+
+def bytes_sent(method, placement, dtype, options):
+    split = SequenceSplit(placement=placement)
+    q, k, v = (torch.randn(2, 4, 16, size).to(dtype).requires_grad_() for size in (8, 8, 4))
+    with traffic() as forward:
+        o = context_parallel_attention(q, k, v, split, method=method, **options)
+    with traffic() as backward:
+        o.sum().backward()
+    return forward["bytes"], backward["bytes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_sent(two, dtype):
+    size, elements = dtype.itemsize, 2 * 4 * 16
+    blocks = elements * (8 + 4)
+    options = {"causal": True}
+    expected = blocks * size, blocks * size + 2 * blocks * 4
+    assert two(bytes_sent, "ring", "zigzag", dtype, options) == [expected] * 2
+    assert two(bytes_sent, "ring", "blocks", dtype, {"window": (0, 0)}) == [(0, 0)] * 2
+    lse = elements * 4
+    half = (elements * (8 + 8 + 4 + 4) * size + lse) // 2
+    found = two(bytes_sent, "all_to_all", "zigzag", dtype, options)
+    assert found == [(half, half - lse // 2)] * 2  # nothing has asked for lse
+
+
+@pytest.mark.slow
+def test_bytes_sent_by_four(four):
+    block = 2 * 4 * 16 * (8 + 4) * 4
+    full = 3 * block, 3 * block + 4 * block
+    assert four(bytes_sent, "ring", "zigzag", torch.float32, {"causal": True}) == [full] * 4
+    # A window of 17 keys reaches into the block before, and no further.
+    near = block, block + 2 * block
+    options = {"causal": True, "window": (16, None)}
+    assert four(bytes_sent, "ring", "blocks", torch.float32, options) == [near] * 4
+
+
+def peak(method, length):
+    """The growth of the resident size, in MiB, while attention of a length runs."""
+    torch.use_deterministic_algorithms(False)
+    split = SequenceSplit()
+
+    def resident(name):
+        with open("/proc/self/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines[name].split()[0]) / 1024
+
+    def run(length):
+        leaves = [torch.ones(1, 4, length // split.ranks, 64).requires_grad_() for _ in range(3)]
+        options = {"causal": True, "window": (63, None), "method": method}
+        context_parallel_attention(*leaves, split, **options).sum().backward()
+
+    run(4096)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = resident("VmRSS")
+    run(length)
+    return resident("VmHWM") - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_memory_falls_with_the_ranks(two, four, method):
+    one = Ranks(1)
+    try:
+        (alone,) = one(peak, method, 65536)
+    finally:
+        one.close()
+    for n, ranks in ((2, two), (4, four)):
+        assert max(ranks(peak, method, 65536)) < 1.25 * alone / n

@@ -50,21 +50,22 @@ def context_parallel_attention(
     for tokens is 1 / n of that on one rank. There are two methods:
 
     "ring" (Liu et al. 2023): keys and values travel from rank to rank while the block that arrived
-    before is computed. It serves any number of heads. Blocks that no query of any rank sees, because
-    of causal, window, lengths or documents, do not travel. Per rank with m blocks that do, its own
-    among them, (m - 1) X bytes are sent forward, where X is the size of its keys and values, and
-    backward (m - 1) X + m Y if m > 1, where Y is their size in float32 (float64 for float64).
+    before is computed. It serves any number of heads. Blocks that no query of any rank sees,
+    because of causal, window, lengths or documents, do not travel. Where m blocks have queries,
+    each rank's own among them, a rank sends (m - 1) X bytes forward, where X is the size of its
+    keys and values. Backward it sends (m - 1) X + m Y, where Y is the size of their gradients in
+    float32 (float64 for float64), and nothing if m = 1.
 
-    "all_to_all" (Jacobs et al. 2023, DeepSpeed Ulysses): each rank gets the whole sequence of 1 / n
-    of the heads. n must divide the heads of q and of k. Forward a rank sends (n - 1) / n of the size
-    of its q, k, v, o and lse, and with rows of a bias or mask of their size as well (or n - 1 times
-    that size, if they are the same for all heads); backward as much, without what has no gradient.
+    "all_to_all" (Jacobs et al. 2023, "DeepSpeed Ulysses"): each rank gets the whole sequence of
+    1 / n of the heads. n must divide the heads of q and of k. Forward a rank sends (n - 1) / n of
+    the size of its q, k, v, o and lse, and backward as much again. Rows of a bias or mask add as
+    much of their size, or n - 1 times their size if they are the same for all heads.
 
     Args:
         q: (B, H, T / n, D), this rank's part.
         k, v: (B, Hk, S / n, D) and (B, Hk, S / n, Dv), this rank's parts.
         split: which positions are this rank's.
-        method: "ring" or "all_to_all"; if None, all_to_all where it serves, and else the ring.
+        method: "ring" or "all_to_all"; if None, all_to_all where it serves, else the ring.
         causal, window, scale, softcap, sink: as in `tfkern.attention`, for the whole sequence.
         bias, mask: broadcastable to (B, H, T / n, S): the rows of this rank's queries, with the
             keys of all ranks in the order of the sequence.

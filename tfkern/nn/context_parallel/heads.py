@@ -58,7 +58,6 @@ def all_to_all_attention(
             **options,
         )  # fmt: skip
     else:
-        # Each row of q has the same slopes.
         o, lse = _by_documents(q, k, v, a, split, documents, slopes, options)
     return _part(o, split), _part(lse[..., None], split)[..., 0]
 
@@ -81,7 +80,7 @@ def _by_documents(
     that this number is that of the head in the whole call.
     """
     B, H, T, _ = q.shape
-    S, n, r = k.shape[2], split.ranks, split.rank
+    n, r = split.ranks, split.rank
     rows = _lengths(a.query_lengths, q)
     keys = _lengths(a.key_lengths, k)
     packed = [unpad(x.transpose(1, 2), lengths) for x, lengths in ((q, rows), (k, keys), (v, keys))]
