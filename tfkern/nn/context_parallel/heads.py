@@ -79,25 +79,37 @@ def _by_documents(
     are ranks with lower heads, and followed by as many as there are ranks with higher ones, so
     that this number is that of the head in the whole call.
     """
-    B, H, T, _ = q.shape
-    n, r = split.ranks, split.rank
-    rows = _lengths(a.query_lengths, q)
-    keys = _lengths(a.key_lengths, k)
-    packed = [unpad(x.transpose(1, 2), lengths) for x, lengths in ((q, rows), (k, keys), (v, keys))]
-    if documents is None:
-        limits = [packed[0].cu_seqlens, packed[1].cu_seqlens]
-    else:
-        limits = [cu_seqlens(documents)] * 2
+    B, _, T, _ = q.shape
+    rows, keys = _lengths(a.query_lengths, q), _lengths(a.key_lengths, k)
+    queries, packed_k, packed_v = (
+        unpad(x.transpose(1, 2), lengths) for x, lengths in ((q, rows), (k, keys), (v, keys))
+    )
+    limits_q, limits_k = queries.cu_seqlens, packed_k.cu_seqlens
+    batch = torch.arange(B, device=q.device)  # of each document
+    if documents is not None:
+        limits_q = limits_k = cu_seqlens(documents)
+        batch = limits_q[:-1].long() // T
     if slopes is not None:
-        batch = limits[0][:-1] // T if documents is not None else torch.arange(B, device=q.device)
-        slopes = slopes[batch.long()].repeat_interleave(n, 0)
-    limits = [torch.cat([x[:1].expand(r + 1), x[1:].repeat_interleave(n)[: (len(x) - 1) * n - r]])
-              for x in limits]  # fmt: skip
-    o, lse = attention_varlen(*(x.packed for x in packed), *limits, alibi_slopes=slopes, **options)
-    o = pad(o, packed[0].indices, B, T).transpose(1, 2)
-    fill = pad(lse.mT, packed[0].indices, B, T).transpose(1, 2)
-    exists = torch.arange(T, device=q.device) < rows[:, None, None]
-    return o, fill.masked_fill(~exists, -torch.inf)
+        slopes = slopes[batch].repeat_interleave(split.ranks, 0)
+    o, lse = attention_varlen(
+        queries.packed,
+        packed_k.packed,
+        packed_v.packed,
+        _amid_empty(limits_q, split),
+        _amid_empty(limits_k, split),
+        alibi_slopes=slopes,
+        **options,
+    )
+    o, lse = (pad(x, queries.indices, B, T).transpose(1, 2) for x in (o, lse.mT))
+    exist = torch.arange(T, device=q.device) < rows[:, None, None]
+    return o, lse.masked_fill(~exist, -torch.inf)
+
+
+def _amid_empty(limits: Tensor, split: SequenceSplit) -> Tensor:
+    """The limits of documents with empty ones around each of them, `ranks` for each in all."""
+    n, documents = split.ranks, len(limits) - 1
+    limits = torch.cat([limits[:1].expand(split.rank + 1), limits[1:].repeat_interleave(n)])
+    return limits[: documents * n + 1]
 
 
 def _lengths(lengths: Tensor | None, x: Tensor) -> Tensor:

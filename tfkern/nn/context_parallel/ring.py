@@ -155,11 +155,12 @@ def _tile_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of the parts of q, k, v, and of bias if wanted, that a tile uses."""
     with torch.enable_grad():
-        inputs = [q[tile.batch, :, tile.rows], *(x[tile.batch, :, tile.keys] for x in (k, v))]
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        cut = None if bias is None else bias[_cut(bias, tile)].detach().requires_grad_(bias_grad)
-        inputs += [cut] if bias_grad else []
-        part, part_lse = _attention(ring, tile, *inputs[:3], cut)
+        q = q[tile.batch, :, tile.rows].detach().requires_grad_()
+        k, v = (x[tile.batch, :, tile.keys].detach().requires_grad_() for x in (k, v))
+        if bias is not None:
+            bias = bias[_cut(bias, tile)].detach().requires_grad_(bias_grad)
+        part, part_lse = _attention(ring, tile, q, k, v, bias)
+        inputs = (q, k, v, bias) if bias_grad else (q, k, v)
     with torch.no_grad():
         seen = part_lse != -torch.inf
         weight = torch.where(seen, (part_lse - lse).exp(), 0)
