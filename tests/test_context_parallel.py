@@ -419,3 +419,56 @@ def test_memory_falls_with_the_ranks(two, four, method, backward):
         one.close()
     for n, ranks in ((2, two), (4, four)):
         assert max(ranks(peak, method, 131072, backward)) < 1.25 * alone / n
+
+
+def compiled(method):
+    """The largest differences between a compiled and an eager call, and its gradients."""
+    torch.manual_seed(1)
+    split = SequenceSplit()
+    leaves = [torch.randn(2, 4, 16, 8).requires_grad_() for _ in range(3)]
+
+    def call(q, k, v):
+        return 3 * context_parallel_attention(2 * q, k, v, split, method=method, causal=True)
+
+    found = []
+    for fn in (call, torch.compile(call, backend="aot_eager")):
+        o = fn(*leaves)
+        found.append((o.detach(), *torch.autograd.grad(o.square().sum(), leaves)))
+    return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_compiled_calls_are_those_of_eager_mode(two, method):
+    assert two(compiled, method) == [[0.0] * 4] * 2
+
+
+def chosen(shape, options):
+    """Whether a call without a method sends what the ring sends."""
+    inputs, options = make(SIZES["equal"], torch.float32, options)
+    split = SequenceSplit()
+    q, k, v = (split.split(inputs[x], 2) for x in "qkv")
+    bias = None if shape is None else torch.zeros(shape)
+    sent = []
+    for method in (None, "ring", "all_to_all"):
+        with traffic() as counted:
+            context_parallel_attention(q, k, v, split, method=method, bias=bias, **options)
+        sent.append(counted["bytes"])
+    assert sent[1] != sent[2]
+    return "ring" if sent[0] == sent[1] else "all_to_all"
+
+
+@pytest.mark.parametrize(
+    "shape, options, expected",
+    [
+        (None, {"causal": True}, "all_to_all"),
+        (None, {"documents": True}, "all_to_all"),
+        ((1, 4, 16, 32), {}, "all_to_all"),
+        ((2, 1, 1, 32), {}, "all_to_all"),
+        ((2, 1, 16, 32), {}, "ring"),
+        ((1, 4, 16, 32), {"documents": True}, "ring"),
+    ],
+    ids=str,
+)
+def test_default_method_is_the_one_whose_memory_falls(two, shape, options, expected):
+    assert two(chosen, shape, options) == [expected] * 2

@@ -47,7 +47,8 @@ def context_parallel_attention(
         o = split.gather(o, 2)  # what tfkern.attention(q, k, v, causal=True) returns
 
     All ranks must call it together, with the same options and tensors of the same shapes. Memory
-    for tokens is 1 / n of that on one rank. There are two methods:
+    for tokens is 1 / n of that on one rank. torch.compile breaks its graph here. There are two
+    methods:
 
     "ring" (Liu et al. 2023): keys and values travel from rank to rank while the block that arrived
     before is computed. It serves any number of heads. Blocks that no query of any rank sees,
@@ -65,7 +66,8 @@ def context_parallel_attention(
         q: (B, H, T / n, D), this rank's part.
         k, v: (B, Hk, S / n, D) and (B, Hk, S / n, Dv), this rank's parts.
         split: which positions are this rank's.
-        method: "ring" or "all_to_all"; if None, all_to_all where it serves, else the ring.
+        method: "ring" or "all_to_all"; if None, all_to_all where it serves and its memory falls
+            with n (not with rows of a bias or mask that all heads share), else the ring.
         causal, window, scale, softcap, sink: as in `tfkern.attention`, for the whole sequence.
         bias, mask: broadcastable to (B, H, T / n, S): the rows of this rank's queries, with the
             keys of all ranks in the order of the sequence.
@@ -121,7 +123,8 @@ def context_parallel_attention(
     a = a._replace(k=k, v=v, query_lengths=query_lengths)
     reason = heads.why_not(a, split)
     if method is None:
-        method = "ring" if reason else "all_to_all"
+        ring = reason is not None or heads.needs_whole_scores(a, documents)
+        method = "ring" if ring else "all_to_all"
     with dispatch.no_autocast(a.q.device):
         if method == "all_to_all":
             if reason is not None:

@@ -23,6 +23,13 @@ def why_not(a: Arguments, split: SequenceSplit) -> str | None:
     return None
 
 
+def needs_whole_scores(a: Arguments, documents: Tensor | None) -> bool:
+    """Whether each rank would hold rows of a bias or mask for all queries, as they are the same
+    for all heads, so that memory would not fall with the ranks."""
+    rows = [x for x in (a.bias, a.mask) if x is not None]
+    return bool(rows and documents is not None) or any(x.shape[1] == 1 < x.shape[2] for x in rows)
+
+
 def all_to_all_attention(
     a: Arguments, split: SequenceSplit, documents: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
