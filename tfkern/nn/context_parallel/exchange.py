@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:  # builds of torch without processes have no such class
+    from torch.distributed import ProcessGroup
 
 _open: list[Counter[str]] = []
 
@@ -35,7 +38,7 @@ class Passing:
     The transfer runs beside what is computed until `wait`, which returns what has arrived.
     """
 
-    def __init__(self, x: Tensor, group: ProcessGroup | None, hop: int, tag: int = 0) -> None:
+    def __init__(self, x: Tensor, group: "ProcessGroup | None", hop: int, tag: int = 0) -> None:
         rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
         self._sent, self._received = x, torch.empty_like(x)
         _count(x.nbytes, 1)
@@ -53,12 +56,12 @@ class Passing:
         return self._received
 
 
-def all_to_all(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_to_all(x: Tensor, group: "ProcessGroup | None") -> Tensor:
     """x[j] goes to rank j, and [i] of the result has come from rank i. Differentiable."""
     return _AllToAll.apply(x, group)
 
 
-def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather(x: Tensor, group: "ProcessGroup | None") -> Tensor:
     """The tensors of all ranks, (ranks, *x.shape). In backward their gradients are summed."""
     return _AllGather.apply(x, group)
 

@@ -33,15 +33,17 @@ class Ring:
     """What a call needs beside the tensors that have a gradient.
 
     Attributes:
-        arguments: those of the whole call, of which only those without a gradient are used.
+        mask, alibi_slopes: as in `Arguments`.
+        options: further arguments of `tfkern.attention`.
         steps: from which rank, counted backwards from this one, each block comes. No rank needs
             the blocks that are left out.
         tiles: for each step what this rank computes.
     """
 
     split: SequenceSplit
-    arguments: Arguments
-    backend: str | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    options: dict[str, Any]
     steps: list[int]
     tiles: list[list[Tile]]
 
@@ -76,7 +78,9 @@ def ring_attention(
         return tiles(segments, queries[r], keys[(r - step) % n], a.left, a.right)
 
     steps = [i for i in range(n) if i == 0 or any(any(True for _ in of(r, i)) for r in range(n))]
-    ring = Ring(split, a, backend, steps, [list(of(rank, i)) for i in steps])
+    options = {"scale": a.scale, "softcap": a.softcap, "backend": backend, "return_lse": True}
+    found = [list(of(rank, i)) for i in steps]
+    ring = Ring(split, a.mask, a.alibi_slopes, options, steps, found)
     return autograd.apply(_Ring, a.q, a.k, a.v, a.bias, ring)
 
 
@@ -177,16 +181,13 @@ def _attend(ring: Ring, tile: Tile, q, k, v, bias) -> tuple[Tensor, Tensor]:
 
 
 def _attention(ring: Ring, tile: Tile, q, k, v, bias) -> tuple[Tensor, Tensor]:
-    a = ring.arguments
-    options: dict[str, Any] = {"scale": a.scale, "softcap": a.softcap, "backend": ring.backend}
-    options["window"] = tile.left, tile.right
-    options["mask"] = None if a.mask is None else a.mask[_cut(a.mask, tile)]
-    slopes = None if a.alibi_slopes is None else a.alibi_slopes[tile.batch]
+    options = ring.options | {"window": (tile.left, tile.right)}
+    options["mask"] = None if ring.mask is None else ring.mask[_cut(ring.mask, tile)]
+    slopes = None if ring.alibi_slopes is None else ring.alibi_slopes[tile.batch]
     if slopes is None or tile.shift == 0:
-        return attention(q, k, v, bias=bias, alibi_slopes=slopes, return_lse=True, **options)
+        return attention(q, k, v, bias=bias, alibi_slopes=slopes, **options)
     of_keys, of_rows = _alibi(slopes, q.shape[2], k.shape[2], tile.shift, q.dtype)
-    bias = of_keys if bias is None else bias + of_keys
-    o, lse = attention(q, k, v, bias=bias, return_lse=True, **options)
+    o, lse = attention(q, k, v, bias=of_keys if bias is None else bias + of_keys, **options)
     return o, lse + of_rows
 
 

@@ -1,14 +1,16 @@
 """How a sequence is split over the ranks of a group."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
 
 from tfkern.nn.context_parallel.exchange import all_gather
 from tfkern.ops import checks
+
+if TYPE_CHECKING:  # builds of torch without processes have no such class
+    from torch.distributed import ProcessGroup
 
 PLACEMENTS = ("zigzag", "blocks")
 
@@ -31,7 +33,7 @@ class SequenceSplit:
         ValueError: an unknown placement.
     """
 
-    group: ProcessGroup | None = None
+    group: "ProcessGroup | None" = None
     placement: str = "zigzag"
 
     def __post_init__(self) -> None:
