@@ -21,6 +21,7 @@ from tfkern.nn import (
     ZeroCenteredRMSNorm,
 )
 from tfkern.nn.batch_norm import drop_and_add
+from tfkern.nn.context_parallel import SequenceSplit, context_parallel_attention
 from tfkern.nn.linear import WideLinear
 from tfkern.ops import attention, attention_varlen, attention_weights, rotary
 from tfkern.ops.packing import same_document
@@ -57,7 +58,12 @@ class Attention(nn.Module):
 
     Args:
         window: how many tokens a token sees, itself among them; all that causal leaves if None.
+
+    Attributes:
+        split: how sequences are split over processes, None if they are whole here.
     """
+
+    split: SequenceSplit | None = None
 
     def __init__(
         self,
@@ -105,13 +111,16 @@ class Attention(nn.Module):
             cu_seqlens: the limits (n + 1,) of the documents in all rows of x, if each token may see
                 its own document only.
             options: further arguments of `tfkern.attention`, or of `attention_varlen` beside
-                cu_seqlens.
+                cu_seqlens, or of `context_parallel_attention` where sequences are split. T and S
+                are then those of this process.
         """
         q, k, v = self._project(x, memory, rotation)
         if cache is not None:
             k, v, options["key_lengths"] = cache.append(k, v, options.get("query_lengths"))
         options |= self._options | {"dropout_p": self.dropout if self.training else 0.0}
-        if cu_seqlens is None:
+        if self.split is not None:
+            o = context_parallel_attention(q, k, v, self.split, **options).transpose(1, 2)
+        elif cu_seqlens is None:
             o = attention(q, k, v, **options).transpose(1, 2)
         else:
             B, T = q.shape[0], q.shape[2]
@@ -130,6 +139,8 @@ class Attention(nn.Module):
         **options: Any,
     ) -> Tensor:
         """The weights (B, H, T, S) with which `forward` sums values, before dropout."""
+        if self.split is not None:
+            raise ValueError("there are no weights of sequences that are split over processes")
         q, k, v = self._project(x, memory, rotation)
         options |= self._options
         if cu_seqlens is not None:

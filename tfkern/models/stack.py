@@ -13,6 +13,7 @@ from tfkern.models.config import TransformerConfig
 from tfkern.models.positions import RelativeBias, alibi_slopes, sinusoids
 from tfkern.nn import KVCache
 from tfkern.nn.batch_norm import drop_and_add
+from tfkern.nn.context_parallel import SequenceSplit
 from tfkern.nn.rotary import rotary_table
 from tfkern.ops.packing import cu_seqlens, same_document
 
@@ -24,7 +25,12 @@ class Stack(nn.Module):
 
     In a stage of a pipeline, the blocks of other stages are None, and the norm is None except in
     the last stage. The modules that are left keep their names.
+
+    Attributes:
+        split: how sequences are split over processes, None if they are whole here.
     """
+
+    split: SequenceSplit | None = None
 
     def __init__(
         self, config: TransformerConfig, layers: int, causal: bool, cross: bool = False
@@ -67,7 +73,8 @@ class Stack(nn.Module):
         Args:
             x: embedded tokens; if not `embedded`, what the previous stage of a pipeline returned.
                 T is that of `positions`, never the length of x: where the stream is spread over
-                devices, x is only a part.
+                devices, x is only a part. With `split`, T is that of this process, and so are
+                all arguments except for lengths (B,).
             positions: (B or 1, T) int64, of the tokens.
 
         Returns:
@@ -78,6 +85,8 @@ class Stack(nn.Module):
             raise ValueError("this model has no segments to tell apart, and takes no token_types")
         if mask is not None and mask.dim() == 2 and caches is not None:
             raise ValueError("with caches a mask must be lengths (B,)")
+        if caches is not None and self.split is not None:
+            raise ValueError("there are no caches of sequences that are split over processes")
         dropout_p = config.dropout if self.training else 0.0
         context = self._context(x, positions, mask, memory_mask, caches, documents)
         if embedded:
@@ -128,7 +137,7 @@ class Stack(nn.Module):
     ) -> Context:
         """The arguments that all blocks share. x tells only the dtype and the device."""
         config, steps = self.config, torch.arange(positions.shape[1], device=x.device)
-        options: dict[str, Any] = _visible(mask)
+        options = self._visible(mask)
         if mask is not None and mask.dim() == 1:
             options["query_lengths"] = mask
         window_options: dict[str, Any] = {}
@@ -143,10 +152,17 @@ class Stack(nn.Module):
         elif isinstance(self.positions, RelativeBias):
             for cache in caches or ():
                 cache.reserve(positions.shape[1])
-            S = positions.shape[1] if caches is None else caches[0].capacity
-            keys = torch.arange(S, device=x.device)
-            options["bias"] = self.positions(keys[None] if caches is None else positions, keys)
-        if documents is not None:
+            if self.split is not None:
+                S = positions.shape[1] * self.split.ranks
+                positions = self.split.positions(S, device=x.device)[None]
+            elif caches is None:
+                S, positions = positions.shape[1], steps[None]
+            else:
+                S = caches[0].capacity
+            options["bias"] = self.positions(positions, torch.arange(S, device=x.device))
+        if documents is not None and self.split is not None:
+            options["documents"] = self.split.gather(documents, 1)
+        elif documents is not None:
             # attention_varlen takes no bias, and a trace cannot depend on the number of documents.
             if "bias" in options or torch.compiler.is_compiling():
                 options["mask"] = same_document(documents)
@@ -155,11 +171,14 @@ class Stack(nn.Module):
         norm_options = {}
         if config.norm == "batch_norm" and mask is not None:
             norm_options["mask"] = mask if mask.dim() == 2 else steps < mask[:, None]
-        return Context(options, window_options, _visible(memory_mask), norm_options)
+        return Context(options, window_options, self._visible(memory_mask), norm_options)
 
-
-def _visible(mask: Mask) -> dict[str, Any]:
-    """A mask as an option of attention."""
-    if mask is None:
-        return {}
-    return {"key_lengths": mask} if mask.dim() == 1 else {"mask": mask[:, None, None]}
+    def _visible(self, mask: Mask) -> dict[str, Any]:
+        """A mask of keys as an option of attention."""
+        if mask is None:
+            return {}
+        if mask.dim() == 1:
+            return {"key_lengths": mask}
+        if self.split is not None:
+            mask = self.split.gather(mask, 1)
+        return {"mask": mask[:, None, None]}

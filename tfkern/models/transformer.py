@@ -25,6 +25,7 @@ from tfkern.models.initialise import initialise
 from tfkern.models.quantize import replace_linear
 from tfkern.models.stack import Mask, Stack
 from tfkern.nn import Int8Linear, KVCache, Linear, PackedLinear
+from tfkern.nn.context_parallel import SequenceSplit
 from tfkern.ops import packing
 
 
@@ -310,23 +311,52 @@ class Transformer(nn.Module):
             T = positions.shape[1]
         if documents is not None:
             _check_numbers("documents", documents, (B,), T)
+            T = documents.shape[1]
         # Dynamo takes tuples with symbolic sizes for unequal, so sizes are compared one by one.
         if mask is not None and not (
             mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
         ):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
         if positions is None:
-            pad = self.config.pad_token
-            if self.config.skip_pad and pad is not None and embedding is not None:
-                positions = _counted_without(tokens.eq(pad), documents)
-            elif documents is not None:
-                positions = packing.positions(documents)
-            else:
-                assert T is not None  # without an embedding there are positions or documents
-                positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)
+            assert T is not None  # without an embedding there are positions or documents
+            positions = self._positions(stack.split, tokens, T, mask, caches, documents)
         options |= {"mask": mask, "caches": caches, "documents": documents}
         options["recompute"] = self.recompute
         return stack(x, positions, embedded=embedding is not None, **options)
+
+    def _positions(
+        self,
+        split: SequenceSplit | None,
+        tokens: Tensor,
+        T: int,
+        mask: Mask,
+        caches: Sequence[KVCache] | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        """Positions (B or 1, T) of tokens. Those of a split sequence are counted in the whole."""
+        pad = self.config.pad_token
+        padding = None
+        if self.config.skip_pad and pad is not None and self.embedding is not None:
+            padding = tokens.eq(pad)
+        if split is not None:
+            T *= split.ranks
+            if self.config.max_length is not None and T > self.config.max_length:
+                raise ValueError(
+                    f"the whole sequence has length {T}, padding included, and the limit is "
+                    f"{self.config.max_length}"
+                )
+            padding, documents = (
+                None if x is None else split.gather(x, 1) for x in (padding, documents)
+            )
+            if mask is not None and mask.dim() == 2:
+                mask = split.gather(mask, 1)
+        if padding is not None:
+            positions = _counted_without(padding, documents)
+        elif documents is not None:
+            positions = packing.positions(documents)
+        else:
+            positions = _counted(torch.arange(T, device=tokens.device)[None], mask, caches)
+        return positions if split is None else split.split(positions, 1)
 
 
 def _check_takes_documents(config: TransformerConfig, head: str = "none") -> None:

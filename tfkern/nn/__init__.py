@@ -4,6 +4,7 @@ from tfkern.nn import functional
 from tfkern.nn.attention import MultiheadAttention
 from tfkern.nn.batch_norm import BatchNorm, NoNorm
 from tfkern.nn.cache import KVCache
+from tfkern.nn.context_parallel import SequenceSplit, context_parallel_attention
 from tfkern.nn.cross_entropy import CrossEntropyLoss
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from tfkern.nn.linear import Int8Linear, Linear, PackedLinear
@@ -24,6 +25,8 @@ __all__ = [
     "NoNorm",
     "RMSNorm",
     "RotaryScaling",
+    "SequenceSplit",
     "ZeroCenteredRMSNorm",
+    "context_parallel_attention",
     "functional",
 ]
