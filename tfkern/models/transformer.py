@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tfkern.models import heads
 from tfkern.models.blocks import Attention, KeysValues, normalise_weights
 from tfkern.models.config import TransformerConfig
-from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
+from tfkern.models.embedding import PatchEmbedding, TokenEmbedding, length
 from tfkern.models.initialise import initialise
 from tfkern.models.quantize import replace_linear
 from tfkern.models.stack import Mask, Stack
@@ -44,8 +44,9 @@ class Transformer(nn.Module):
     A stage of a pipeline is a model with one stack, in which modules that belong to other stages
     are None. Only the first stage has the embedding, only the last one the norm, the layer
     `narrow`, the vocabulary, the pooler and the classifier, and each stage has some of the blocks.
-    Other stages take the residual stream in place of tokens, and return it in place of logits. With
-    tied embeddings the last stage has the table as `vocabulary.weight`.
+    Other stages take the residual stream (B, T, dim) in place of tokens, and return it in place of
+    logits. With tied embeddings the last stage has the embedding, too, or the table alone as
+    `vocabulary.weight`.
 
     Attributes:
         recompute: whether a training step keeps only the inputs of the blocks, and computes what is
@@ -132,13 +133,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or inputs that the architecture lacks.
         """
-        both = self.encoder is not None and self.decoder is not None
-        if both != (source is not None):
-            raise ValueError("encoder-decoders need source, and other models do not take one")
-        if source is None and source_mask is not None:
-            raise ValueError("source_mask needs source")
-        if documents is not None:
-            _check_takes_documents(self.config, self.config.head)
+        self.check_inputs(source, source_mask, documents)
         if self.config.head == "choice":
             return self._choose(tokens, mask, token_types, positions)
         if self.decoder is None:
@@ -152,6 +147,18 @@ class Transformer(nn.Module):
             if self.config.head.endswith("classification") and self.embedding is not None:
                 mask = heads.ends(self.config, tokens, source, mask)
         return self.project(y, mask)
+
+    def check_inputs(
+        self, source: Tensor | None, source_mask: Mask, documents: Tensor | None
+    ) -> None:
+        """Raises ValueError for arguments of `forward` that the architecture or the head lacks."""
+        both = self.encoder is not None and self.decoder is not None
+        if both != (source is not None):
+            raise ValueError("encoder-decoders need source, and other models do not take one")
+        if source is None and source_mask is not None:
+            raise ValueError("source_mask needs source")
+        if documents is not None:
+            _check_takes_documents(self.config, self.config.head)
 
     def _choose(
         self, tokens: Tensor, mask: Mask, token_types: Tensor | None, positions: Tensor | None
@@ -294,7 +301,8 @@ class Transformer(nn.Module):
         **options: Any,
     ) -> Tensor:
         """Runs a stack on tokens, or on the residual stream in a stage without embedding."""
-        embedding = self.embedding
+        is_stream = tokens.is_floating_point() and tokens.dim() == 3
+        embedding = None if is_stream else self.embedding
         if documents is not None:
             _check_takes_documents(self.config)
             if mask is not None or caches is not None:
@@ -303,7 +311,7 @@ class Transformer(nn.Module):
         if embedding is None and positions is None and documents is None:
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
         x = tokens if embedding is None else embedding(tokens)
-        B, T = x.shape[0], None if embedding is None else embedding.length(tokens)
+        B, T = x.shape[0], None if embedding is None else length(self.config, tokens)
         if positions is not None:
             _check_numbers("positions", positions, (B, 1), T)
             T = positions.shape[1]
@@ -314,18 +322,31 @@ class Transformer(nn.Module):
             mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
         ):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
-        if positions is None:
-            pad = self.config.pad_token
-            if self.config.skip_pad and pad is not None and embedding is not None:
-                positions = _counted_without(tokens.eq(pad), documents)
-            elif documents is not None:
-                positions = packing.positions(documents)
-            else:
-                assert T is not None  # without an embedding there are positions or documents
-                positions = _counted(torch.arange(T, device=x.device)[None], mask, caches)
+        if positions is None and embedding is None:
+            assert documents is not None
+            positions = packing.positions(documents)
+        elif positions is None:
+            positions = count_positions(self.config, tokens, mask, documents, caches)
         options |= {"mask": mask, "caches": caches, "documents": documents}
         options["recompute"] = self.recompute
         return stack(x, positions, embedded=embedding is not None, **options)
+
+
+def count_positions(
+    config: TransformerConfig,
+    tokens: Tensor,
+    mask: Mask = None,
+    documents: Tensor | None = None,
+    caches: Sequence[KVCache] | None = None,
+) -> Tensor:
+    """The positions (B or 1, T) of tokens or images, as a model counts them if it is told none."""
+    pad = config.pad_token
+    if config.skip_pad and pad is not None:
+        return _counted_without(tokens.eq(pad), documents)
+    if documents is not None:
+        return packing.positions(documents)
+    steps = torch.arange(length(config, tokens), device=tokens.device)
+    return _counted(steps[None], mask, caches)
 
 
 def _check_takes_documents(config: TransformerConfig, head: str = "none") -> None:
