@@ -1,0 +1,38 @@
+"""Work that one process does for all, or all do, and whose errors are raised in all of them.
+
+A process that went on while another has failed would wait for it until the time limit of the group.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import distributed
+
+T = TypeVar("T")
+
+
+def first(function: Callable[[], T], many: bool) -> T:
+    """What a function returns that only the first process calls; all do if they are not `many`."""
+    if not many:
+        return function()
+    told: list[Any] = [None]
+    each(lambda: told.__setitem__(0, function()) if distributed.get_rank() == 0 else None, many)
+    distributed.broadcast_object_list(told, 0)
+    return told[0]
+
+
+def each(function: Callable[[], T], many: bool) -> T:
+    """What a function returns in this process. An error of any process is raised in all."""
+    if not many:
+        return function()
+    found, error = None, None
+    try:
+        found = function()
+    except Exception as raised:
+        error = raised
+    errors: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(errors, error)
+    for raised in errors:
+        if raised is not None:
+            raise raised
+    return found  # type: ignore[return-value]
