@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from tfkern.models.loss import IGNORED
 from tfkern.train.objective import Batch, Objective
+from tfkern.train.parallel.model import Parallel
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +41,8 @@ def evaluate(
 
     Args:
         model, objective, precision: see `steps`.
-        batches: one at least.
+        batches: one at least. Of a model on many processes, each data rank has its part of them,
+            and all have equally many.
 
     Raises:
         ValueError: there are no batches.
@@ -62,9 +64,11 @@ def evaluate(
             module.training = training
     if not losses:
         raise ValueError("there are no batches to evaluate")
-    whole = torch.stack([loss.count for loss in losses]).sum(0)
-    terms = torch.stack([loss.share(whole) for loss in losses]).double().sum(0).tolist()
-    hits = torch.tensor(right).sum(0).tolist() if right[0] else []
+    ranks = Parallel.of(model)
+    whole = ranks.sum(torch.stack([loss.count for loss in losses]).sum(0))
+    shares = torch.stack([loss.share(whole) for loss in losses])
+    terms = ranks.sum(shares.double().sum(0)).tolist()
+    hits = ranks.sum(torch.tensor(right, device=device).sum(0)).tolist() if right[0] else []
     accuracies = tuple(hit / max(n, 1) for hit, n in zip(hits, whole.tolist(), strict=True))
     return Evaluation(sum(terms), tuple(terms), accuracies)
 

@@ -1,5 +1,7 @@
 """A model on many processes: data, tensor, sequence, context and pipeline parallelism."""
 
 from tfkern.train.parallel.mesh import mesh
+from tfkern.train.parallel.model import Parallel
+from tfkern.train.parallel.parallelise import parallelise
 
-__all__ = ["mesh"]
+__all__ = ["Parallel", "mesh", "parallelise"]
