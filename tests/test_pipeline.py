@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 from ranks import Ranks
-from torch import distributed
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 from weights import perturb
 
 from tfkern.models import Transformer, TransformerConfig
-from tfkern.train import CrossEntropy, adamw
-from tfkern.train.parallel.pipeline import Pipeline, Stage
+from tfkern.train import CrossEntropy, adamw, evaluate, steps
+from tfkern.train.parallel import mesh, parallelise
+from tfkern.train.parallel.pipeline import Stage
 
 B, T, S, V = 8, 7, 5, 13
 SIZES = {"dim": 16, "layers": 4, "heads": 4, "vocab_size": V, "max_length": 9}
@@ -39,6 +41,13 @@ CASES = {
 @pytest.fixture(scope="module")
 def two():
     ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = Ranks(4)
     yield ranks
     ranks.close()
 
@@ -83,53 +92,50 @@ def batch_of(case, step):
     return batch
 
 
-def training(model, case, step_of, steps=3):
-    """Losses, norms and weights of some steps of AdamW, with gradients by step_of(batch)."""
-    optimiser = adamw(model, 1e-3)
-    found = []
-    for step in range(steps):
-        optimiser.zero_grad()
-        found.append(step_of(batch_of(case, step)))
-        optimiser.step()
-    return found, {name: p.detach() for name, p in model.named_parameters()}
+class Batches:
+    """The part of each batch that a data rank has."""
+
+    def __init__(self, case, rank=0, world=1):
+        self.case, self.mine = case, slice(rank * B // world, (rank + 1) * B // world)
+
+    def __getitem__(self, step):
+        return pytree.tree_map(lambda x: x[self.mine], batch_of(self.case, step))
 
 
-def alone(case):
-    model, objective = make(case).train(), CrossEntropy()
-
-    def step(batch):
-        inputs = {name: x for name, x in batch.items() if name != "targets"}
-        loss = objective(model(**inputs), batch)
-        loss.mean.sum().backward()
-        return loss.mean.detach()
-
-    return training(model, case, step)
-
-
-def staged(case, schedule, microbatches):
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    stage = Stage(make(case), rank, world).train()
-    group = distributed.group.WORLD
-    pipeline = Pipeline(stage, stage, group, schedule=schedule, microbatches=microbatches)
-    objective = CrossEntropy()
-
-    def step(batch):
-        whole = objective.count(batch)
-        terms = pipeline.train(batch, lambda y, part: objective(y, part).share(whole))
-        pipeline.reduce()
-        return terms
-
-    return training(stage, case, step)
+def trained(model, batches, **options):
+    """Records, an evaluation, and the weights behind some steps."""
+    found = steps(
+        model, batches, CrossEntropy(), adamw(model, 1e-3), stop=3, clip_norm=0.5, **options
+    )
+    told = [(*r.terms, r.norm, r.tokens) for r in found]
+    told.append(evaluate(model, [batches[i] for i in (7, 8)], CrossEntropy())[1:])
+    inner = getattr(model, "module", model)
+    weights = {name: whole(p.detach()) for name, p in inner.named_parameters()}
+    return pytree.tree_leaves(told), weights
 
 
-def check(ranks, case, schedule, microbatches):
-    losses, weights = alone(case)
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def alone(case, accumulate=1):
+    return trained(make(case).train(), Batches(case), accumulate=accumulate)
+
+
+def staged(case, sizes, options, accumulate=1):
+    grid = mesh(device="cpu", **sizes)
+    model = parallelise(make(case), grid, **options)
+    batches = Batches(case, model.data_rank, model.data_world)
+    return trained(model, batches, accumulate=accumulate)
+
+
+def check(ranks, case, sizes, accumulate=1, **options):
+    """Training on ranks is that on one process, and all ranks tell the same."""
+    expected, weights = alone(case, accumulate)
     left = set(weights)
-    for found, stage in ranks(staged, case, schedule, microbatches):
-        for ours, expected in zip(found, losses, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    for found, stage in ranks(staged, case, sizes, options, accumulate):
+        assert found == pytest.approx(expected, rel=1e-10)
         for name, p in stage.items():
-            name = name.removeprefix("model.")
             torch.testing.assert_close(p, weights[name], rtol=0, atol=1e-9, msg=name)
             left.discard(name)
     assert not left
@@ -137,62 +143,74 @@ def check(ranks, case, schedule, microbatches):
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_that_of_one_process(two, case):
-    check(two, case, "1f1b", 4)
+    check(two, case, {"pp": 2}, microbatches=4)
 
 
 @pytest.mark.parametrize("case", ["tied", "t5"])
 def test_gpipe(two, case):
-    check(two, case, "gpipe", 2)
+    check(two, case, {"pp": 2}, schedule="gpipe", microbatches=2)
+
+
+def test_batches_in_parts(two):
+    check(two, "tied", {"pp": 2}, accumulate=2, microbatches=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tied", "both"])
+@pytest.mark.parametrize("other", ["dp", "fsdp"])
+def test_with_data_parallelism(four, case, other):
+    check(four, case, {"pp": 2, other: 2}, accumulate=2, microbatches=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_three_stages(three, case):
     """Of which the middle one has neither end, or in some models both ends of stacks."""
-    check(three, case, "1f1b", 4)
+    check(three, case, {"pp": 3}, microbatches=4)
 
 
 def evaluated(rows):
-    rank = distributed.get_rank()
-    stage = Stage(make("tied"), rank, 2).eval()
-    pipeline = Pipeline(stage, stage, distributed.group.WORLD, microbatches=4)
+    """A loss, and the sum of the logits that the last stage returns."""
+    model = parallelise(make("tied"), mesh(pp=2, device="cpu"), microbatches=4).eval()
     batch = {name: x[:rows] for name, x in batch_of("tied", 0).items()}
-    return pipeline.evaluate(batch, lambda y, part: y.logsumexp(-1).sum()[None]).item()
+    loss = evaluate(model, [batch], CrossEntropy()).loss
+    with torch.no_grad():
+        logits = model(tokens=batch["tokens"], mask=batch["mask"])
+    return loss, logits
 
 
 @pytest.mark.parametrize("rows", [8, 5])
 def test_evaluation(two, rows):
-    batch = {name: x[:rows] for name, x in batch_of("tied", 0).items() if name != "targets"}
-    expected = make("tied").eval()(**batch).logsumexp(-1).sum().item()
-    assert two(evaluated, rows) == pytest.approx([expected] * 2, rel=1e-12)
+    """Also of a batch that cannot be cut into equal parts."""
+    batch = {name: x[:rows] for name, x in batch_of("tied", 0).items()}
+    model = make("tied").eval()
+    expected = evaluate(model, [batch], CrossEntropy()).loss
+    (first, nothing), (last, logits) = two(evaluated, rows)
+    assert nothing is None
+    assert (first, last) == pytest.approx((expected, expected), rel=1e-12)
+    torch.testing.assert_close(logits, model(tokens=batch["tokens"], mask=batch["mask"]))
+
+
+class Shorter(Batches):
+    """Batches of other lengths, one after the other."""
+
+    def __getitem__(self, step):
+        return {name: x[:, : (7, 4, 7)[step % 3]] for name, x in super().__getitem__(step).items()}
 
 
 def lengths_differ():
-    """Losses of batches with other lengths, one after the other."""
-    stage = Stage(make("tied"), distributed.get_rank(), 2)
-    pipeline = Pipeline(stage, stage, distributed.group.WORLD, microbatches=2)
-    found = []
-    for length in (7, 4, 7):
-        batch = {name: x[:, :length] for name, x in batch_of("tied", 0).items()}
-        whole = CrossEntropy().count(batch)
-        measure = lambda y, part, whole=whole: CrossEntropy()(y, part).share(whole)  # noqa: E731
-        found.append(pipeline.train(batch, measure).item())
-    return found
+    model = parallelise(make("tied"), mesh(pp=2, device="cpu"), microbatches=2)
+    return trained(model, Shorter("tied"))[0]
 
 
 def test_lengths_may_differ_between_batches(two):
-    expected = []
-    for length in (7, 4, 7):
-        batch = {name: x[:, :length] for name, x in batch_of("tied", 0).items()}
-        inputs = {name: x for name, x in batch.items() if name != "targets"}
-        expected.append(CrossEntropy()(make("tied")(**inputs), batch).mean.item())
+    expected, _ = trained(make("tied"), Shorter("tied"))
     for found in two(lengths_differ):
-        assert found == pytest.approx(expected, rel=1e-12)
+        assert found == pytest.approx(expected, rel=1e-10)
 
 
 def tables():
-    found, weights = staged("tied", "1f1b", 4)
-    return weights["model.embedding.weight"]
+    return staged("tied", {"pp": 2}, {})[1]["embedding.weight"]
 
 
 def test_tied_weights_stay_equal_bit_by_bit(two):
@@ -224,10 +242,9 @@ def test_more_stages_than_blocks():
 
 
 def refused(options, rows):
-    stage = Stage(make("tied"), distributed.get_rank(), 2)
     try:
-        pipeline = Pipeline(stage, stage, distributed.group.WORLD, **options)
-        pipeline.train({"tokens": torch.zeros(rows, T, dtype=torch.long)}, None)
+        model = parallelise(make("tied"), mesh(pp=2, device="cpu"), **options)
+        model.backward({"tokens": torch.zeros(rows, T, dtype=torch.long)}, None, None, True)
     except ValueError as error:
         return str(error)
 
@@ -237,7 +254,7 @@ def refused(options, rows):
     [
         ({"schedule": "zero"}, "schedule must be one of gpipe, 1f1b, got 'zero'"),
         ({"microbatches": 1}, "microbatches must be at least 2"),
-        ({"microbatches": 3}, "a batch of 8 rows cannot be cut into 3 equal microbatches"),
+        ({"microbatches": 3}, "8 rows cannot be cut into 3 equal microbatches"),
     ],
 )
 def test_wrong_values(two, options, message):

@@ -133,7 +133,7 @@ def _run(
         began = time.perf_counter()
         batch = batches[number]
         rate = set_learning_rate(step.optimiser, 1.0 if schedule is None else schedule(number))
-        with _random_numbers(seed, number, step.model.data_rank, step.device):
+        with _random_numbers(seed, number, step.model.random_rank, step.device):
             terms, norm, tokens, skipped = step(number, batch)
         number += 1
         yield Record(
@@ -175,7 +175,9 @@ class _Step:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError("no parameter of the optimiser has a gradient")
-        norm = total_norm(gradients, self.model.stages).item()
+        counted = [p for p in self.parameters if p not in self.model.borrowed]
+        norms = (p.grad for p in counted if p.grad is not None)
+        norm = total_norm(norms, self.model.stages).item()
         found = tuple(terms.tolist())
         finite = math.isfinite(norm)
         if not all(map(math.isfinite, found)) or not finite and self.scaler is None:
@@ -273,8 +275,7 @@ def size(batch: Mapping[str, Any]) -> int:
 
 @contextmanager
 def _random_numbers(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that a seed, a step and a part of the data determine, from torch's own
-    generators."""
+    """Random numbers that a seed, a step and a process determine, from torch's own generators."""
     told = f"{seed} {step} {rank}" if rank else f"{seed} {step}"
     digest = hashlib.blake2b(told.encode(), digest_size=8).digest()
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):

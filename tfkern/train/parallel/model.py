@@ -16,6 +16,8 @@ from tfkern.train.objective import Batch, Objective
 
 AVERAGED = ("dp", "fsdp", "cp")  # axes of a mesh along which ranks have other data each
 
+Measure = Callable[[Any, Batch], Tensor]
+
 
 @dataclass(frozen=True)
 class Share:
@@ -47,17 +49,23 @@ class Parallel(nn.Module):
         module: the model. Its parameters may be DTensors.
         mesh: the processes; None for this one alone.
         data_rank, data_world: which part of a batch this process has, and how many there are.
+        borrowed: parameters that an earlier stage of a pipeline has, too.
     """
 
-    def __init__(self, module: nn.Module, mesh: DeviceMesh | None = None) -> None:
+    borrowed: frozenset[nn.Parameter] = frozenset()
+    _terms: Any
+
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh | None = None, inner: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.module, self.mesh = module, mesh
         self.data_world = self.size("dp") * self.size("fsdp")
         self.data_rank = self._place("dp") * self.size("fsdp") + self._place("fsdp")
-        # Not a module of this one, which would have all parameters twice.
-        self.__dict__["_terms"] = _Terms(module)
-        if self.averaged > 1 and not isinstance(module, FSDPModule):
-            # The loss is made inside, so that DDP sees which parameters have a gradient.
+        # The loss is made inside, so that DDP sees which parameters have a gradient. It is not a
+        # module of this one, which would have all parameters twice.
+        self.__dict__["_terms"] = _Terms(module) if inner is None else inner
+        if self.averaged > 1 and self.size("fsdp") == 1:
             self.__dict__["_terms"] = DistributedDataParallel(
                 self._terms, process_group=self._group("dp"), gradient_as_bucket_view=True,
                 find_unused_parameters=True,
@@ -89,6 +97,18 @@ class Parallel(nn.Module):
             scale(terms.sum() * self.averaged).backward()
         return terms.detach()
 
+    def measure(
+        self, batch: Batch, measure: Measure, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """What a function finds in the model's output, or the sum of that for parts of the batch.
+
+        Args:
+            measure: takes the output and the batch, or a part of both, and returns numbers (n,).
+            autocast: makes the context of forward and of the function.
+        """
+        with autocast():
+            return measure(self(**inputs(batch)), batch)
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks that have other data, in place."""
         for axis in AVERAGED:
@@ -100,6 +120,11 @@ class Parallel(nn.Module):
     def averaged(self) -> int:
         """Over how many ranks gradients are averaged."""
         return self.data_world * self.size("cp")
+
+    @property
+    def random_rank(self) -> int:
+        """A number for each process whose dropout differs from that of the others."""
+        return self.data_rank + self.data_world * self._place("pp")
 
     @property
     def stages(self) -> ProcessGroup | None:
@@ -137,6 +162,10 @@ class _Terms(nn.Module):
         self.module = module
 
     def forward(self, part: Batch, share: Share) -> Tensor:
-        inputs = {name: x for name, x in part.items() if name != "targets"}
         with share.autocast():
-            return share(self.module(**inputs), part)
+            return share(self.module(**inputs(part)), part)
+
+
+def inputs(batch: Batch) -> dict[str, Any]:
+    """What the model takes of a batch."""
+    return {name: x for name, x in batch.items() if name != "targets"}

@@ -5,13 +5,20 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tfkern.models import Transformer
 from tfkern.models.stack import Stack
 from tfkern.train.parallel.mesh import AXES
 from tfkern.train.parallel.model import Parallel
+from tfkern.train.parallel.pipeline import Pipeline, Stage
 
 
 def parallelise(
-    model: nn.Module, mesh: DeviceMesh, precision: torch.dtype | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    precision: torch.dtype | None = None,
+    *,
+    schedule: str = "1f1b",
+    microbatches: int | None = None,
 ) -> Parallel:
     """Spreads a model over the processes of a mesh, in place.
 
@@ -25,7 +32,8 @@ def parallelise(
 
     By axis of the mesh: dp replicates the model and averages gradients (DDP, Li et al. 2020), fsdp
     cuts each parameter and gathers those of a block while it runs (FSDP2, Zhao et al. 2023); with
-    both, there are dp replicas of what fsdp ranks have cut.
+    both, there are dp replicas of what fsdp ranks have cut. pp gives each process some of the
+    blocks of a `Transformer`, and sends the parts of a batch through them.
 
     Args:
         model: on the device of the mesh.
@@ -33,9 +41,11 @@ def parallelise(
         precision: with fsdp, the dtype in which parameters are gathered and blocks compute, as
             torch.bfloat16; that of the parameters if None. The parameters that the optimiser sees
             and the sums of gradients stay as they are.
+        schedule, microbatches: of pp, see `tfkern.train.parallel.pipeline.Pipeline`.
 
     Raises:
-        ValueError: a mesh with other axes, a model on another device, or a precision without fsdp.
+        ValueError: a mesh with other axes, a model on another device, a precision without fsdp, or
+            what `Pipeline` and `Stage` refuse.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
@@ -44,9 +54,17 @@ def parallelise(
         raise ValueError(f"the mesh is of {mesh.device_type}, and the model on {sorted(kinds)}")
     if precision is not None and mesh["fsdp"].size() == 1:
         raise ValueError(f"precision {precision} needs fsdp: use that of steps")
+    stage = None
+    if mesh["pp"].size() > 1:
+        if not isinstance(model, Transformer):
+            raise ValueError(f"pp needs a tfkern.models.Transformer, got {type(model).__name__}")
+        index = mesh.get_local_rank("pp")
+        stage = Stage(model, index, mesh["pp"].size(), precision)
     if mesh["fsdp"].size() > 1:
-        _shard(model, mesh, precision)
-    return Parallel(model, mesh)
+        _shard(model if stage is None else stage, mesh, precision)
+    if stage is None:
+        return Parallel(model, mesh)
+    return Pipeline(stage, mesh, schedule=schedule, microbatches=microbatches)
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, precision: torch.dtype | None) -> None:

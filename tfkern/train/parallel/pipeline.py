@@ -6,14 +6,15 @@ as soon as it can be (1F1B, Narayanan et al. 2019), which keeps the activations 
 memory than there are stages.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import DTensor
 
 from tfkern.models import Transformer
 from tfkern.models.embedding import length
@@ -21,10 +22,11 @@ from tfkern.models.heads import ends
 from tfkern.models.positions import RelativeBias
 from tfkern.models.stack import Stack
 from tfkern.models.transformer import count_positions
+from tfkern.train.objective import Batch
+from tfkern.train.parallel.gradients import local
+from tfkern.train.parallel.model import Measure, Parallel, Share
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-
-Measure = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
 class Stage(nn.Module):
@@ -38,12 +40,15 @@ class Stage(nn.Module):
     Args:
         model: loses all modules that belong to other stages. Those that are left keep their names.
         index, count: the number of this stage, and how many there are.
+        dtype: of the streams between stages; that of the parameters if None.
 
     Raises:
         ValueError: more stages than blocks, or a head that needs several rows for an item.
     """
 
-    def __init__(self, model: Transformer, index: int, count: int) -> None:
+    def __init__(
+        self, model: Transformer, index: int, count: int, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         if model.config.head == "choice":
             raise ValueError("head 'choice' has several rows for an item: it takes no pipeline")
@@ -76,6 +81,7 @@ class Stage(nn.Module):
             else:
                 model.embedding = None
         self.model = model
+        self.dtype = next(model.parameters()).dtype if dtype is None else dtype
 
     def streams(self, index: int) -> tuple[str, ...]:
         """The inputs of the model that have the lengths of the streams into a stage."""
@@ -96,6 +102,7 @@ class Stage(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         measure: Measure | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **others: Any,
     ) -> Any:
         """The streams for the next stage, or from the last one what the model returns.
@@ -105,6 +112,7 @@ class Stage(nn.Module):
                 of the encoder, or where the decoder has begun its own and the encoder's output.
             measure: makes of what the model returns, and of `others`, what the last stage returns
                 in its place.
+            autocast: makes the context of all that is computed.
         """
         model = self.model
         model.check_inputs(source, source_mask, documents)
@@ -114,23 +122,24 @@ class Stage(nn.Module):
             "mask": mask, "token_types": token_types, "positions": positions,
             "documents": documents,
         }  # fmt: skip
-        if source is not None:
-            memory = source if self.first else streams[-1]
-            if self.encodes:
-                places = count_positions(model.config, source, source_mask)
-                memory = model.encode(memory, source_mask, positions=places)
-            if not self.decodes:
-                return (memory,)
-            options |= {"memory": memory, "memory_mask": source_mask}
-        run = model.encode if model.decoder is None else model.decode
-        y = run(tokens if self.begins else streams[0], **options)
-        streams = (y,) if source is None else (y, memory)
-        if not self.last:
-            return streams
-        if model.decoder is not None and model.config.head.endswith("classification"):
-            mask = ends(model.config, tokens, source, mask)
-        output = model.project(streams[0], mask)
-        return output if measure is None else measure(output, others)
+        with autocast():
+            if source is not None:
+                memory = source if self.first else streams[-1]
+                if self.encodes:
+                    places = count_positions(model.config, source, source_mask)
+                    memory = model.encode(memory, source_mask, positions=places)
+                if not self.decodes:
+                    return (memory.to(self.dtype),)
+                options |= {"memory": memory, "memory_mask": source_mask}
+            run = model.encode if model.decoder is None else model.decode
+            y = run(tokens if self.begins else streams[0], **options)
+            if not self.last:
+                streams = (y,) if source is None else (y, memory)
+                return tuple(stream.to(self.dtype) for stream in streams)
+            if model.decoder is not None and model.config.head.endswith("classification"):
+                mask = ends(model.config, tokens, source, mask)
+            output = model.project(y, mask)
+            return output if measure is None else measure(output, others)
 
 
 def _keep(stack: Stack, own: list[int]) -> None:
@@ -146,37 +155,38 @@ def _keep(stack: Stack, own: list[int]) -> None:
         stack.norm = None
 
 
-class Pipeline:
-    """A stage, and the schedule by which it works with those of other processes.
+class Pipeline(Parallel):
+    """A model whose stages are on different processes, and the schedule by which they work.
+
+    A batch is cut into equal parts, the microbatches. What the model returns is in the last stage
+    alone, and numbers that are computed from it, such as losses, are in all of them.
 
     Args:
-        stage: what this process has; `module` may be it, or DDP or FSDP around it.
-        group: the processes with the stages, in their order.
+        stage: what this process has of the model.
+        mesh: see `parallelise`.
         schedule: "gpipe" or "1f1b".
-        microbatches: into how many parts a batch is cut.
-
-    Attributes:
-        shared: parameters that other stages have, too, each with the group of these processes.
-        borrowed: those of them that an earlier stage has, which is where they are counted.
+        microbatches: how many; twice as many as stages if None.
 
     Raises:
-        ValueError: an unknown schedule, or fewer parts than 1F1B needs.
+        ValueError: an unknown schedule, or fewer microbatches than 1F1B needs.
     """
+
+    stage: Stage
 
     def __init__(
         self,
         stage: Stage,
-        module: nn.Module,
-        group: ProcessGroup,
+        mesh: DeviceMesh,
         *,
         schedule: str = "1f1b",
         microbatches: int | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        self.stage, self.module, self.group = stage, module, group
-        self.index, self.count = distributed.get_rank(group), distributed.get_world_size(group)
-        self.schedule = schedule
+        super().__init__(stage.model, mesh, stage)
+        self.__dict__["stage"] = stage  # its model is the module of this one already
+        self.group, self.schedule = mesh.get_group("pp"), schedule
+        self.index, self.count = mesh.get_local_rank("pp"), self.size("pp")
         self.microbatches = 2 * self.count if microbatches is None else microbatches
         least = self.count if schedule == "1f1b" else 1
         if self.microbatches < least:
@@ -185,55 +195,56 @@ class Pipeline:
                 f"{schedule}, got {self.microbatches}"
             )
         self._made: dict[bool, tuple[Any, Any]] = {}
-        parameter = next(stage.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
-        self.shared, self.borrowed = self._find_shared()
+        self.device = next(stage.parameters()).device
+        self._find_shared()
 
-    def train(self, batch: Mapping[str, Any], measure: Measure) -> Tensor:
-        """Adds the gradients of a batch to those of the stage's parameters, and returns the terms
-        of the loss, whose sum the gradients are of, in all processes.
+    def forward(self, **inputs: Any) -> Any:
+        """As the model's in the last stage, and None in the others. All of them have to call it."""
+        parts = self._parts(inputs)
+        return self._schedule(inputs, parts, False).step(**inputs)
 
-        Gradients of `shared` have to be summed by `reduce` once all batches of a step are done.
-
-        Args:
-            batch: "tokens" and whatever else the model takes, and what `measure` needs.
-            measure: takes what the model returns and the rest of a part of the batch, and returns
-                (terms,), the part's share of each term.
+    def backward(
+        self, part: Batch, share: Share, scale: Callable[[Tensor], Tensor], last: bool
+    ) -> Tensor:
+        """As `Parallel.backward`.
 
         Raises:
-            ValueError: a batch that cannot be cut into parts of equal size.
+            ValueError: a part of the batch that cannot be cut into equal microbatches.
         """
-        rows = len(batch["tokens"])
-        if rows % self.microbatches:
-            raise ValueError(
-                f"a batch of {rows} rows cannot be cut into {self.microbatches} equal microbatches"
-            )
-        return self._run(batch, measure, self.microbatches, True)
+        rows, count = len(part["tokens"]), self.microbatches
+        if rows % count:
+            raise ValueError(f"{rows} rows cannot be cut into {count} equal microbatches")
+        scale(torch.ones((), device=self.device))  # a scaler is set up by its first use
+        self._scale = scale
+        terms = self._run(part, share, share.autocast, count, True)
+        if last:
+            self._reduce()
+        return terms
 
-    def evaluate(self, batch: Mapping[str, Any], measure: Measure) -> Tensor:
-        """The sum of what `measure`, see `train`, finds for the parts of a batch."""
-        rows = len(batch["tokens"])
-        with torch.no_grad():
-            return self._run(
-                batch, measure, self.microbatches if rows % self.microbatches == 0 else 1, False
-            )
+    @torch.no_grad()
+    def measure(
+        self, batch: Batch, measure: Measure, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """As `Parallel.measure`. A batch that cannot be cut into equal parts is not cut."""
+        return self._run(batch, measure, autocast, self._parts(batch), False)
 
-    def reduce(self) -> None:
-        """Sums the gradients of parameters that several stages have over these stages."""
-        for p, group in self.shared:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            distributed.all_reduce(local, group=group)
+    def _parts(self, batch: Batch) -> int:
+        return 1 if len(batch["tokens"]) % self.microbatches else self.microbatches
 
     def _run(
-        self, batch: Mapping[str, Any], measure: Measure, parts: int, training: bool
+        self,
+        batch: Batch,
+        measure: Measure,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        parts: int,
+        backward: bool,
     ) -> Tensor:
-        schedule = self._schedule(batch, parts, training)
-        # torch wants targets for a loss, which the last stage returns by itself.
-        target = torch.zeros(parts) if training else None
+        """The sum over all parts of what `measure` finds; gradients if it makes terms of a loss."""
+        schedule = self._schedule(batch, parts, backward)
+        # torch wants targets for a loss, and the last stage knows them already.
+        target = torch.zeros(parts) if backward else None
         try:
-            found = schedule.step(target=target, measure=measure, **batch)
+            found = schedule.step(target=target, measure=measure, autocast=autocast, **batch)
         except RuntimeError as error:
             if error.__cause__ is None:
                 raise
@@ -245,26 +256,33 @@ class Pipeline:
         distributed.broadcast_object_list(told, last, self.group)
         return torch.tensor(told[0], dtype=torch.float64, device=self.device)
 
-    def _schedule(self, batch: Mapping[str, Any], parts: int, training: bool) -> Any:
-        """The schedule for batches of the size of this one: buffers of messages have its shape."""
-        shapes = {name: batch[name].shape for name in ("tokens", "source") if name in batch}
-        key = (shapes, parts)
-        known, made = self._made.get(training, (None, None))
-        if known == key:
-            return made
-        stage = PipelineStage(
-            self.module, self.index, self.count, self.device,
-            input_args=self._streams(batch, parts, self.index),
-            output_args=self._streams(batch, parts, self.index + 1),
-            group=self.group,
-        )  # fmt: skip
-        kind = SCHEDULES[self.schedule] if training else ScheduleGPipe
-        loss = (lambda terms, target: terms.sum()) if training else None
-        made = kind(stage, parts, loss_fn=loss, scale_grads=False)
-        self._made[training] = (key, made)
+    def _reduce(self) -> None:
+        """Sums the gradients of parameters that several stages have over these stages."""
+        for p, group in self._shared:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            distributed.all_reduce(local(p.grad), group=group)
+
+    def _loss(self, terms: Tensor, targets: Tensor) -> Tensor:
+        return self._scale(terms.sum() * self.averaged)
+
+    def _schedule(self, batch: Batch, parts: int, backward: bool) -> Any:
+        """The schedule for batches like this one: torch's have buffers of the streams' shape."""
+        shapes = [(name, batch[name].shape) for name in ("tokens", "source") if name in batch]
+        known, made = self._made.get(backward, (None, None))
+        if known != (shapes, parts):
+            stage = PipelineStage(
+                self._terms, self.index, self.count, self.device,
+                input_args=self._streams(batch, parts, self.index),
+                output_args=self._streams(batch, parts, self.index + 1),
+                group=self.group,
+            )  # fmt: skip
+            kind = SCHEDULES[self.schedule] if backward else ScheduleGPipe
+            made = kind(stage, parts, loss_fn=self._loss if backward else None, scale_grads=False)
+            self._made[backward] = ((shapes, parts), made)
         return made
 
-    def _streams(self, batch: Mapping[str, Any], parts: int, index: int) -> tuple[Tensor, ...]:
+    def _streams(self, batch: Batch, parts: int, index: int) -> tuple[Tensor, ...]:
         """Tensors without memory like those that the stage with this index takes."""
         if index == self.count:  # at most two results of a model, which torch sends nowhere
             return (torch.empty(0, device="meta"),) * 2
@@ -272,18 +290,21 @@ class Pipeline:
         tokens = self.stage.streams(index)
         return tuple(
             torch.empty(
-                rows, length(config, batch[name]), config.dim, dtype=self.dtype, device="meta",
+                rows, length(config, batch[name]), config.dim, dtype=self.stage.dtype,
+                device="meta",
                 requires_grad=True,
             )
             for name in tokens
         )  # fmt: skip
 
-    def _find_shared(self) -> tuple[list[tuple[nn.Parameter, ProcessGroup]], set[nn.Parameter]]:
+    def _find_shared(self) -> None:
+        """Finds the parameters that other stages have, too, and groups of these stages."""
         parameters = dict(self.stage.named_parameters())
         names: list[Any] = [None] * self.count
         distributed.all_gather_object(names, list(parameters), self.group)
         groups: dict[tuple[int, ...], Any] = {tuple(range(self.count)): self.group}
-        shared, borrowed = [], set()
+        self._shared: list[tuple[nn.Parameter, ProcessGroup]] = []
+        borrowed = set()
         for name in sorted(parameters):
             stages = tuple(i for i in range(self.count) if name in names[i])
             if len(stages) == 1:
@@ -291,7 +312,7 @@ class Pipeline:
             if stages not in groups:
                 ranks = [distributed.get_global_rank(self.group, i) for i in stages]
                 groups[stages] = distributed.new_group(ranks, use_local_synchronization=True)
-            shared.append((parameters[name], groups[stages]))
+            self._shared.append((parameters[name], groups[stages]))
             if stages[0] != self.index:
                 borrowed.add(parameters[name])
-        return shared, borrowed
+        self.borrowed = frozenset(borrowed)

@@ -3,6 +3,7 @@
 A process that went on while another has failed would wait for it until the time limit of the group.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,10 +30,18 @@ def each(function: Callable[[], T], many: bool) -> T:
     try:
         found = function()
     except Exception as raised:
-        error = raised
+        error = _sendable(raised)
     errors: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(errors, error)
-    for raised in errors:
-        if raised is not None:
-            raise raised
+    for error in filter(None, errors):
+        raise error
     return found  # type: ignore[return-value]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or if it does not survive pickling one with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
