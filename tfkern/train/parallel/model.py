@@ -49,6 +49,8 @@ class Parallel(nn.Module):
         data_rank, data_world: which part of a batch this process has, and how many there are.
     """
 
+    _terms: Any
+
     def __init__(self, module: nn.Module, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
         self.module, self.mesh = module, mesh

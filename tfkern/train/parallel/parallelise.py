@@ -6,6 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tfkern.models.stack import Stack
+from tfkern.train.parallel import tensor
 from tfkern.train.parallel.mesh import AXES
 from tfkern.train.parallel.model import Parallel
 
@@ -25,7 +26,8 @@ def parallelise(
 
     By axis of the mesh: dp replicates the model and averages gradients (DDP, Li et al. 2020), fsdp
     cuts each parameter and gathers those of a block while it runs (FSDP2, Zhao et al. 2023); with
-    both, there are dp replicas of what fsdp ranks have cut.
+    both, there are dp replicas of what fsdp ranks have cut. tp cuts each layer, see
+    `tfkern.train.parallel.tensor`.
 
     Args:
         model: on the device of the mesh.
@@ -35,7 +37,8 @@ def parallelise(
             and the sums of gradients stay as they are.
 
     Raises:
-        ValueError: a mesh with other axes, a model on another device, or a precision without fsdp.
+        ValueError: a mesh with other axes, a model on another device or of which tp cannot have
+            equal parts, or a precision without fsdp.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
@@ -44,7 +47,10 @@ def parallelise(
         raise ValueError(f"the mesh is of {mesh.device_type}, and the model on {sorted(kinds)}")
     if precision is not None and mesh["fsdp"].size() == 1:
         raise ValueError(f"precision {precision} needs fsdp: use that of steps")
-    if mesh["fsdp"].size() > 1:
+    if mesh["tp"].size() > 1:
+        tensor.split(model, mesh["tp"])
+    # DDP takes no DTensors: beside tp, FSDP replicates, with whole parameters for its shards.
+    if mesh["fsdp"].size() > 1 or mesh["tp"].size() > 1 and mesh["dp"].size() > 1:
         _shard(model, mesh, precision)
     return Parallel(model, mesh)
 
