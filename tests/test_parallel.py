@@ -109,12 +109,12 @@ def check(ranks, kind, sizes, changes=None, **options):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
 def test_two_processes_train_as_one(two, kind, sizes, one_thread):
     check(two, kind, sizes)
 
 
-@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
 def test_batches_in_parts(two, sizes, one_thread):
     check(two, "decoder", sizes, accumulate=3)
 

@@ -15,7 +15,7 @@ from tfkern.train.parallel import mesh, parallelise
 from tfkern.train.parallel.pipeline import Stage
 
 B, T, S, V = 8, 7, 5, 13
-SIZES = {"dim": 16, "layers": 4, "heads": 4, "vocab_size": V, "max_length": 9}
+SIZES = {"dim": 16, "layers": 4, "heads": 4, "vocab_size": V, "vocab_multiple": 2, "max_length": 9}
 BOTH = {"architecture": "encoder_decoder", "layers": 3, "encoder_layers": 3}
 CASES = {
     "tied": {},
@@ -156,9 +156,9 @@ def test_batches_in_parts(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tied", "both"])
-@pytest.mark.parametrize("other", ["dp", "fsdp"])
-def test_with_data_parallelism(four, case, other):
+@pytest.mark.parametrize("case", ["tied", "both", "long encoder"])
+@pytest.mark.parametrize("other", ["dp", "fsdp", "tp"])
+def test_with_other_axes(four, case, other):
     check(four, case, {"pp": 2, other: 2}, accumulate=2, microbatches=2)
 
 

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tfkern.models import Transformer
 from tfkern.models.stack import Stack
+from tfkern.train.parallel import tensor
 from tfkern.train.parallel.mesh import AXES
 from tfkern.train.parallel.model import Parallel
 from tfkern.train.parallel.pipeline import Pipeline, Stage
@@ -32,8 +33,9 @@ def parallelise(
 
     By axis of the mesh: dp replicates the model and averages gradients (DDP, Li et al. 2020), fsdp
     cuts each parameter and gathers those of a block while it runs (FSDP2, Zhao et al. 2023); with
-    both, there are dp replicas of what fsdp ranks have cut. pp gives each process some of the
-    blocks of a `Transformer`, and sends the parts of a batch through them.
+    both, there are dp replicas of what fsdp ranks have cut. tp cuts each layer, see
+    `tfkern.train.parallel.tensor`. pp gives each process some of the blocks of a `Transformer`, and
+    sends the parts of a batch through them.
 
     Args:
         model: on the device of the mesh.
@@ -44,8 +46,8 @@ def parallelise(
         schedule, microbatches: of pp, see `tfkern.train.parallel.pipeline.Pipeline`.
 
     Raises:
-        ValueError: a mesh with other axes, a model on another device, a precision without fsdp, or
-            what `Pipeline` and `Stage` refuse.
+        ValueError: a mesh with other axes, a model on another device or of which tp cannot have
+            equal parts, a precision without fsdp, or what `Pipeline` and `Stage` refuse.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
@@ -60,7 +62,10 @@ def parallelise(
             raise ValueError(f"pp needs a tfkern.models.Transformer, got {type(model).__name__}")
         index = mesh.get_local_rank("pp")
         stage = Stage(model, index, mesh["pp"].size(), precision)
-    if mesh["fsdp"].size() > 1:
+    if mesh["tp"].size() > 1:
+        tensor.split(model, mesh["tp"])
+    # DDP takes no DTensors: beside tp, FSDP replicates, with whole parameters for its shards.
+    if mesh["fsdp"].size() > 1 or mesh["tp"].size() > 1 and mesh["dp"].size() > 1:
         _shard(model if stage is None else stage, mesh, precision)
     if stage is None:
         return Parallel(model, mesh)
