@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from tfkern.train.objective import Batch, Objective
+from tfkern.train.parallel.mesh import AXES
 
 AVERAGED = ("dp", "fsdp", "cp")  # axes of a mesh along which ranks have other data each
 
@@ -120,6 +121,11 @@ class Parallel(nn.Module):
     def averaged(self) -> int:
         """Over how many ranks gradients are averaged."""
         return self.data_world * self.size("cp")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the first of those with its stage of the model."""
+        return not any(self._place(axis) for axis in AXES if axis != "pp")
 
     @property
     def random_rank(self) -> int:

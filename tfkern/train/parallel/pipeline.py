@@ -25,6 +25,7 @@ from tfkern.models.transformer import count_positions
 from tfkern.train.objective import Batch
 from tfkern.train.parallel.gradients import local
 from tfkern.train.parallel.model import Measure, Parallel, Share
+from tfkern.train.parallel.together import gathered
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -300,8 +301,7 @@ class Pipeline(Parallel):
     def _find_shared(self) -> None:
         """Finds the parameters that other stages have, too, and groups of these stages."""
         parameters = dict(self.stage.named_parameters())
-        names: list[Any] = [None] * self.count
-        distributed.all_gather_object(names, list(parameters), self.group)
+        names = gathered(list(parameters), self.group)
         groups: dict[tuple[int, ...], Any] = {tuple(range(self.count)): self.group}
         self._shared: list[tuple[nn.Parameter, ProcessGroup]] = []
         borrowed = set()

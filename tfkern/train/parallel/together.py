@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import distributed
+from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -29,13 +30,21 @@ def each(function: Callable[[], T], many: bool) -> T:
     found, error = None, None
     try:
         found = function()
-    except Exception as raised:
-        error = _sendable(raised)
-    errors: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise error
+    except Exception as failure:
+        error = _sendable(failure)
+    for raised in gathered(error, distributed.group.WORLD):
+        if raised is not None:
+            raise raised
     return found  # type: ignore[return-value]
+
+
+def gathered(value: T, group: ProcessGroup | None) -> list[T]:
+    """The values of all processes of a group; without one that of this process."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, value, group)
+    return found
 
 
 def _sendable(error: Exception) -> Exception:
