@@ -3,12 +3,14 @@
 import pytest
 import torch
 from ranks import Ranks
+from torch.distributed.tensor import DTensor
 
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.train.evaluate import evaluate
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import adamw
 from tfkern.train.parallel import mesh, parallelise
+from tfkern.train.parallel.gradients import total_norm
 from tfkern.train.steps import steps
 
 VOCAB, LENGTH, BATCH, STEPS = 24, 17, 8, 6
@@ -121,6 +123,107 @@ def test_batches_in_parts(two, sizes, one_thread):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("sizes", [{"dp": 4}, {"fsdp": 4}, {"dp": 2, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"dp": 4}, {"fsdp": 4}, {"tp": 4}]
+    + [{"dp": 2, "fsdp": 2}, {"dp": 2, "tp": 2}, {"fsdp": 2, "tp": 2}],
+    ids=str,
+)
 def test_four_processes_train_as_one(four, kind, sizes, one_thread):
     check(four, kind, sizes, accumulate=2)
+
+
+# Tensor parallelism by the gradients of each parameter
+
+VARIANTS = {
+    "rotary": ("decoder", {"positions": "rotary", "kv_heads": 2, "gated": True, "recompute": True}),
+    "alibi": ("decoder", {"positions": "alibi", "post_norm": True, "documents": True}),
+    "norms": (
+        "decoder",
+        {"norm_place": "both", "query_key_norm": "head", "norm": "rms_norm", "window": 5},
+    ),
+    "parallel": ("decoder", {"parallel": True, "bias": False, "attention_softcap": 5.0}),
+    "padded": (
+        "decoder", {"vocab_size": 28, "vocab_multiple": 16, "logit_bias": True, "pad_token": 20}
+    ),
+    "softcap": ("decoder", {"logit_softcap": 2.0, "logit_scale": 0.5, "scale_embedding": True}),
+    "narrow": ("decoder", {"embedding_dim": 8, "positions": "none", "norm": "none"}),
+    "segments": ("encoder", {"token_types": 2, "embedding_norm": True, "post_norm": False}),
+    "two heads": ("encoder", {"head": "pretraining", "pooler": True}),
+    "classes": ("decoder", {"head": "lm_classification", "classes": 3, "tie_embeddings": False}),
+    "translation": ("encoder_decoder", {"norm": "layer_norm", "post_norm": True, "gated": False}),
+    "t5": ("encoder_decoder", {"wide_output": True, "attention_scale": 1.0}),
+}  # fmt: skip
+
+
+def batch_of(model, kind):
+    batch = Batches(kind)[3]
+    batch["tokens"][:2, 3:5] = 20
+    if model.config.head in ("pretraining", "lm_classification"):
+        batch["targets"] = batch["targets"], torch.arange(BATCH) % 2
+    if kind == "encoder":
+        batch["mask"] = torch.arange(LENGTH) < torch.tensor([17, 3, 9, 16, 17, 17, 2, 5])[:, None]
+    return batch
+
+
+def gradients(name, sizes, objective):
+    """The loss, all gradients as whole tensors, and logits in evaluation mode."""
+    kind, changes = VARIANTS[name]
+    changes = {"layers": 2} | changes
+    recompute, documents = (changes.pop(name, False) for name in ("recompute", "documents"))
+    model = tiny(kind, torch.float64, **changes)
+    model.recompute = recompute
+    batch, inner = batch_of(model, kind), model
+    if documents:
+        batch["documents"] = torch.arange(LENGTH).div(7, rounding_mode="floor").expand(BATCH, -1)
+    if sizes is not None:
+        model = parallelise(model, mesh(**sizes, device="cpu"))
+    inputs = {name: x for name, x in batch.items() if name != "targets"}
+    loss = objective(model(**inputs), batch).mean.sum()
+    loss.backward()
+    grads = {name: p.grad for name, p in inner.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        logits = model.eval()(**inputs)
+    return {
+        "loss": loss.item(),
+        "norm": total_norm(grads.values()).item(),
+        "logits": [x.numpy() for x in (logits if isinstance(logits, tuple) else (logits,))],
+        "gradients": {name: whole(g).numpy() for name, g in grads.items()},
+    }
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def assert_same(found, expected):
+    """All gradients, and logits, differ by less than rounding of float64."""
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-12)
+    for a, b in zip(found["logits"], expected["logits"], strict=True):
+        assert abs(a - b).max() < 1e-12
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    size = max(abs(g).max() for g in expected["gradients"].values())
+    wrong = {
+        name: abs(found["gradients"][name] - g).max() / size
+        for name, g in expected["gradients"].items()
+        if not abs(found["gradients"][name] - g).max() <= 1e-12 * size
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parts_of_layers_have_the_gradients_of_whole_ones(two, name, one_thread):
+    objective = CrossEntropy(0.1, 1e-3)
+    expected = gradients(name, None, objective)
+    for found in two(gradients, name, {"tp": 2}, objective):
+        assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "rotary"])  # 2 key heads
+def test_four_parts_of_layers(four, name, one_thread):
+    objective = CrossEntropy()
+    expected = gradients(name, None, objective)
+    for found in four(gradients, name, {"tp": 4}, objective):
+        assert_same(found, expected)
