@@ -20,13 +20,13 @@ class VocabularyPart(NamedTuple):
     Attributes:
         mesh: the processes, along one axis.
         first: its first token.
-        count: how many tokens it has.
+        size: how many tokens it has.
         classes: how many tokens all parts have.
     """
 
     mesh: DeviceMesh
     first: int
-    count: int
+    size: int
     classes: int
 
 
@@ -99,15 +99,15 @@ class VocabularyHead(nn.Module):
         if table is None:
             raise ValueError("a tied vocabulary head needs the table of a token embedding")
         if self.deferred and self.training:
-            bias, count = self._own()
-            table = table[:count] if len(table) > count else table
+            bias, size = self._own()
+            table = table[:size] if len(table) > size else table
             return DeferredLogits(y, table, bias, self.softcap or 0.0, self.part)
         return self._finished(linear(y, table))
 
     def _finished(self, logits: Tensor) -> Tensor:
         """Logits (..., vocab_size) of products (..., rows of the table)."""
-        bias, count = self._own()
-        logits = logits[..., :count]  # without the rows that pad the table
+        bias, size = self._own()
+        logits = logits[..., :size]  # without the rows that pad the table
         logits = logits if bias is None else logits + bias
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
@@ -115,8 +115,8 @@ class VocabularyHead(nn.Module):
         """The bias, and how many tokens there are, of the part."""
         if self.part is None:
             return self.bias, self.vocab_size
-        _, first, count, _ = self.part
-        return None if self.bias is None else self.bias[first : first + count], count
+        _, first, size, _ = self.part
+        return None if self.bias is None else self.bias[first : first + size], size
 
 
 _POOLER = {"tanh": torch.tanh, "relu": torch.relu}

@@ -37,18 +37,18 @@ def partial_cross_entropy(
 
     Args:
         x: (..., K), the same on all processes. Its gradient is one of the parts of the whole one.
-        weight, bias: (count, K) and (count,) of the part.
+        weight, bias: (size, K) and (size,) of the part.
         targets: (...), of the whole vocabulary, or -100; the same on all processes.
 
     Raises:
         ValueError: what `tfkern.linear_cross_entropy` refuses.
     """
-    mesh, first, count, classes = part
+    mesh, first, size, classes = part
     exists = targets != IGNORED
     wrong = exists & ((targets < 0) | (targets >= classes))
     if checks.values_at_hand(targets) and wrong.any():
         raise ValueError(f"targets must lie in [0, {classes}) or be {IGNORED}")
-    mine = (targets >= first) & (targets < first + count)
+    mine = (targets >= first) & (targets < first + size)
     own = torch.where(mine, targets - first, IGNORED)
     loss, lse = _rows(x, weight, bias, own, softcap)
     given = (1 - label_smoothing) * torch.where(mine, lse - loss, 0)  # lse - loss is s_t

@@ -79,7 +79,10 @@ class Parallel(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """As the model's."""
-        return self.module(**inputs)
+        output = self.module(**inputs)
+        if isinstance(self.module, FSDPModule) and not self.training:
+            self.module.reshard()  # backward would, and an evaluation has none
+        return output
 
     def backward(
         self, part: Batch, share: Share, scale: Callable[[Tensor], Tensor], last: bool

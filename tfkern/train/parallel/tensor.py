@@ -13,7 +13,6 @@ with whole gradients, the same ones on all processes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -118,14 +117,14 @@ def _compute_with_parts(module: nn.Module, mesh: DeviceMesh, summed: bool = Fals
         uses.append((layer, name, use))
     kept: list[Any] = []
 
-    def before(*_: Any) -> None:
+    def before(module: nn.Module, args: Any) -> None:
         for layer, name, use in uses:
-            p: Any = layer._parameters[name]
-            kept.append(p)
-            layer._parameters[name] = use(p)  # type: ignore[assignment]
+            held: dict[str, Any] = layer._parameters
+            kept.append(held[name])
+            held[name] = use(held[name])
 
-    def after(*_: Any) -> None:
-        for (layer, name, _), p in zip(uses, kept, strict=False):
+    def after(module: nn.Module, args: Any, y: Any) -> None:
+        for (layer, name, _), p in zip(uses, kept, strict=False):  # a failure may leave some out
             layer._parameters[name] = p
         kept.clear()
 
@@ -216,22 +215,22 @@ def _split_stack(stack: Stack, mesh: DeviceMesh, gradient: Placement) -> None:
             _compute_with_parts(child, mesh, summed=name == "norm")
     for block in blocks:
         _compute_with_parts(block, mesh, summed=True)
-        sublayers = [block.attention, block.mlp, *([block.cross] if block.has_cross else [])]
-        for sublayer in sublayers:
-            _split_sublayer(sublayer, stream)
+        for name, child in block.named_children():
+            if name in ("attention", "cross", "mlp"):
+                _split_sublayer(child, stream)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if random is not None and module.training:
-            random.enter()
+            random.enter()  # also when the block is computed again in backward
         return stream.cut(args[0]), *args[1:]
 
-    def leave(module: nn.Module, args: Any, y: Tensor | None) -> Tensor | None:
-        if random is not None:
+    def leave(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        if random is not None and module.training:
             random.leave()
-        return None if y is None else stream.gather(y, gradient)
+        return stream.gather(y, gradient)
 
     blocks[0].register_forward_pre_hook(enter)
-    stack.register_forward_hook(leave, always_call=True)
+    stack.register_forward_hook(leave)
 
 
 def _split_sublayer(sublayer: nn.Module, stream: _Stream) -> None:
@@ -252,20 +251,19 @@ class _Random:
     """Random numbers that differ by process, for dropout where each has its own part."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.rank, self.device = mesh.get_local_rank(), mesh.device_type
-        self.forked: AbstractContextManager[None] | None = None
+        self.rank = mesh.get_local_rank()
+        self.generators: list[Any] = [torch.random]
+        if mesh.device_type == "cuda":
+            self.generators.append(torch.cuda)
 
     def enter(self) -> None:
         seed = int(torch.randint(2**48, ()))  # the same on all processes
-        devices = [] if self.device == "cpu" else [torch.cuda.current_device()]
-        self.forked = torch.random.fork_rng(devices)
-        self.forked.__enter__()
+        self.states = [generator.get_rng_state() for generator in self.generators]
         torch.manual_seed(seed + self.rank)
 
     def leave(self) -> None:
-        if self.forked is not None:
-            self.forked.__exit__(None, None, None)
-            self.forked = None
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_rng_state(state)
 
 
 # The vocabulary
@@ -274,8 +272,9 @@ class _Random:
 def _split_embedding(embedding: TokenEmbedding, mesh: DeviceMesh) -> None:
     """Looks up the tokens whose vectors are here, and sums over processes."""
     rows = _Rows(embedding.num_embeddings, mesh)
-    pad, own = embedding.padding_idx, range(rows.first, rows.last)
-    embedding.padding_idx = pad - rows.first if pad in own else None
+    pad = embedding.padding_idx
+    elsewhere = pad is None or not rows.first <= pad < rows.last
+    embedding.padding_idx = None if elsewhere else pad - rows.first
     embedding.register_forward_pre_hook(rows.before)
     embedding.register_forward_hook(rows.after)
 
