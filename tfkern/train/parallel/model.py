@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from tfkern.train.objective import Batch, Objective
-from tfkern.train.parallel.mesh import AXES
+from tfkern.train.parallel.mesh import AXES, data_place
 
 AVERAGED = ("dp", "fsdp", "cp")  # axes of a mesh along which ranks have other data each
 
@@ -61,8 +61,7 @@ class Parallel(nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.mesh = module, mesh
-        self.data_world = self.size("dp") * self.size("fsdp")
-        self.data_rank = self._place("dp") * self.size("fsdp") + self._place("fsdp")
+        self.data_rank, self.data_world = (0, 1) if mesh is None else data_place(mesh)
         # The loss is made inside, so that DDP sees which parameters have a gradient. It is not a
         # module of this one, which would have all parameters twice.
         self.__dict__["_terms"] = _Terms(module) if inner is None else inner

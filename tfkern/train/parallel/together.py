@@ -5,6 +5,8 @@ A process that went on while another has failed would wait for it until the time
 
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -19,7 +21,7 @@ def first(function: Callable[[], T], many: bool) -> T:
         return function()
     told: list[Any] = [None]
     each(lambda: told.__setitem__(0, function()) if distributed.get_rank() == 0 else None, many)
-    distributed.broadcast_object_list(told, 0)
+    distributed.broadcast_object_list(told, 0, everybody())
     return told[0]
 
 
@@ -32,10 +34,23 @@ def each(function: Callable[[], T], many: bool) -> T:
         found = function()
     except Exception as failure:
         error = _sendable(failure)
-    for raised in gathered(error, distributed.group.WORLD):
+    for raised in gathered(error, everybody()):
         if raised is not None:
             raise raised
     return found  # type: ignore[return-value]
+
+
+def everybody() -> ProcessGroup:
+    """All processes, as a group that may wait as long as the preparation of data takes.
+
+    A process that has died is noticed all the same.
+    """
+    return _patient(distributed.group.WORLD)
+
+
+@cache
+def _patient(world: ProcessGroup) -> ProcessGroup:
+    return distributed.new_group(timeout=timedelta(days=30), backend="gloo")
 
 
 def gathered(value: T, group: ProcessGroup | None) -> list[T]:
