@@ -27,7 +27,7 @@ from tfkern.train.log import Log, read
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import optimiser
 from tfkern.train.parallel import gather, mesh, parallelise
-from tfkern.train.parallel.mesh import AXES, data_place, processes
+from tfkern.train.parallel.mesh import AXES, check_sizes, data_place, processes
 from tfkern.train.parallel.together import each, everybody, first, gathered
 from tfkern.train.recipe import Recipe, plain
 from tfkern.train.schedules import schedule
@@ -340,14 +340,14 @@ def export(model: Transformer, found: Task, folder: Path) -> None:
 
 
 def _mesh(recipe: Recipe, kind: str) -> DeviceMesh | None:
-    """The processes that take part, if there are several or the recipe asks for them."""
-    sizes = {axis: size for axis, size in recipe.parallel.items() if axis in AXES}
-    world, product = processes(), math.prod(sizes.values())
-    if world == product == 1:
+    """The processes that take part, if there are several."""
+    world = processes()
+    sizes = check_sizes(recipe.parallel, world)
+    if world == 1:
         return None
     if recipe.compile:
         raise ValueError("compile must be false with several processes")
-    return mesh(**{"dp": max(1, world // product), **sizes}, device=kind.partition(":")[0])
+    return mesh(**sizes, device=kind.partition(":")[0])
 
 
 def _device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """Processes as a grid with an axis for each way to share work."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -36,10 +37,7 @@ def mesh(
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     known, world = distributed.is_initialized(), processes()
-    product = dp * fsdp * tp * cp * pp
-    if product != world:
-        told = " * ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1"
-        raise ValueError(f"the mesh needs {told} = {product} processes, and there are {world}")
+    check_sizes(sizes, world)
     if not known:
         if "RANK" not in os.environ:
             raise ValueError("there is no group of processes: start the program with torchrun")
@@ -47,6 +45,21 @@ def mesh(
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def check_sizes(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """The sizes of a mesh, of which dp follows from the number of processes if it is not told.
+
+    Raises:
+        ValueError: sizes whose product is not the number of processes.
+    """
+    told = {name: size for name, size in sizes.items() if name in AXES}
+    product = math.prod(told.values())
+    found = {"dp": max(1, world // product), **told}
+    if math.prod(found.values()) != world:
+        shown = " * ".join(f"{name} {size}" for name, size in told.items() if size > 1) or "1"
+        raise ValueError(f"the mesh needs {shown} = {product} processes, and there are {world}")
+    return found
 
 
 def data_place(mesh: DeviceMesh) -> tuple[int, int]:
