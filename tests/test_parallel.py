@@ -169,11 +169,24 @@ VARIANTS = {
     "classes": ("decoder", {"head": "lm_classification", "classes": 3, "tie_embeddings": False}),
     "translation": ("encoder_decoder", {"norm": "layer_norm", "post_norm": True, "gated": False}),
     "t5": ("encoder_decoder", {"wide_output": True, "attention_scale": 1.0}),
+    "one token": ("decoder", {}),
+    "images": (
+        "encoder",
+        {
+            "vocab_size": None, "max_length": None, "image_size": 8, "patch_size": 4, "classes": 3,
+            "head": "classification",
+        },
+    ),
 }  # fmt: skip
 
 
-def batch_of(model, kind):
+def batch_of(name, model, kind):
     batch = Batches(kind)[3]
+    if name == "one token":
+        return {name: x[:, :1] for name, x in batch.items()}
+    if name == "images":
+        images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        return {"tokens": images.double(), "targets": torch.arange(BATCH) % 3}
     batch["tokens"][:2, 3:5] = 20
     if model.config.head in ("pretraining", "lm_classification"):
         batch["targets"] = batch["targets"], torch.arange(BATCH) % 2
@@ -189,7 +202,7 @@ def gradients(name, sizes, objective):
     recompute, documents = (changes.pop(name, False) for name in ("recompute", "documents"))
     model = tiny(kind, torch.float64, **changes)
     model.recompute = recompute
-    batch, inner = batch_of(model, kind), model
+    batch, inner = batch_of(name, model, kind), model
     if documents:
         batch["documents"] = torch.arange(LENGTH).div(7, rounding_mode="floor").expand(BATCH, -1)
     if sizes is not None:
