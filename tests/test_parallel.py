@@ -15,8 +15,8 @@ from tfkern.models import Transformer, TransformerConfig, cross_entropy
 from tfkern.train.evaluate import evaluate
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import adamw, optimiser
-from tfkern.train.parallel import mesh, parallelise
-from tfkern.train.parallel.gradients import clamp, clip, total_norm
+from tfkern.train.parallel import Parallel, mesh, parallelise
+from tfkern.train.parallel.gradients import agree_on_overflow, clamp, clip, total_norm
 from tfkern.train.steps import steps
 
 VOCAB, LENGTH, BATCH, STEPS = 24, 17, 8, 6
@@ -114,8 +114,7 @@ def check(ranks, kind, sizes, changes=None, updates="adamw", tolerance=5e-6, **o
     found = ranks(train, kind, sizes, changes, options, updates)
     assert all(f == found[0] for f in found)
     assert found[0]["losses"] == pytest.approx(expected["losses"], abs=tolerance)
-    assert found[0]["norms"] == pytest.approx(expected["norms"], rel=4 * tolerance)
-    assert found[0]["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-6)
+    assert found[0]["norms"] == pytest.approx(expected["norms"], rel=tolerance / 5)
     assert found[0]["counts"] == expected["counts"]
 
 
@@ -131,7 +130,7 @@ def test_batches_in_parts(two, sizes, one_thread):
 
 
 # Muon computes in bfloat16, and so rounds sums over processes in another way.
-@pytest.mark.parametrize("updates, tolerance", [("lion", 5e-6), ("muon", 1e-4)])
+@pytest.mark.parametrize("updates, tolerance", [("lion", 5e-6), ("muon", 2e-3)])
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
 def test_optimisers(two, sizes, updates, tolerance, one_thread):
     check(two, "decoder", sizes, updates=updates, tolerance=tolerance)
@@ -332,10 +331,12 @@ def overflowing(sizes):
     model = parallelise(tiny("decoder"), mesh(**sizes, device="cpu"))
     calls = iter(range(9))
 
-    def broken(gradient):
-        return gradient * math.inf if next(calls) == 2 and distributed.get_rank() else gradient
+    def broken(p):
+        if next(calls) == 2 and distributed.get_rank() == 1:
+            p.grad.to_local().fill_(math.inf)
 
-    model.module.decoder.blocks[0].mlp.fc1.weight.register_hook(broken)
+    first = model.module.decoder.blocks[0].mlp.fc1.weight
+    first.register_post_accumulate_grad_hook(broken)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     batches = Batches("decoder", model.data_rank, model.data_world)
     told = []
@@ -348,7 +349,7 @@ def overflowing(sizes):
     return told
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"tp": 2}], ids=str)
 def test_an_overflow_on_one_process_leaves_the_step_out_on_all(two, sizes, one_thread):
     found = two(overflowing, sizes)
     assert found[0] == found[1]
@@ -356,6 +357,23 @@ def test_an_overflow_on_one_process_leaves_the_step_out_on_all(two, sizes, one_t
     assert skipped == (False, False, True, False)
     assert scales == (256.0, 256.0, 128.0, 128.0)
     assert weights[2] == weights[1] != weights[3]
+
+
+def disagreeing():
+    """What a scaler makes of a gradient that is infinite in rank 1 only, as in a stage."""
+    p = torch.nn.Parameter(torch.ones(2))
+    sgd = torch.optim.SGD([p], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(p.sum() * (math.inf if distributed.get_rank() == 1 else 1.0)).backward()
+    scaler.unscale_(sgd)
+    agree_on_overflow(scaler, sgd)
+    scaler.step(sgd)
+    scaler.update()
+    return p.tolist(), scaler.get_scale()
+
+
+def test_scalers_agree(two):
+    assert two(disagreeing) == [([1.0, 1.0], 128.0)] * 2
 
 
 def diverging():
@@ -476,6 +494,35 @@ def test_shards_are_gathered_in_a_narrower_dtype(two, one_thread):
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
 def test_parameters_may_be_unused(two, sizes, one_thread):
     check(two, "encoder", sizes, {"pooler": True, "layers": 1})
+
+
+# Compiled models
+
+
+def compiled(kind, sizes):
+    torch._dynamo.reset()
+    model = tiny(kind, layers=1)
+    model.compile(backend="aot_eager")
+    model = parallelise(model, mesh(**sizes, device="cpu"))
+    batches = Batches(kind, model.data_rank, model.data_world)
+    return [r.loss for r in steps(model, batches, CrossEntropy(), adamw(model, 1e-3), stop=2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+def test_compiled_models(two, sizes, one_thread):
+    model = tiny("decoder", layers=1)
+    expected = [
+        r.loss for r in steps(model, Batches("decoder"), CrossEntropy(), adamw(model, 1e-3), stop=2)
+    ]
+    for found in two(compiled, "decoder", sizes):
+        assert found == pytest.approx(expected, abs=5e-6)
+
+
+def test_a_model_is_compiled_before_it_is_spread():
+    model = torch.compile(Parallel(torch.nn.Linear(2, 2)), backend="eager")
+    with pytest.raises(ValueError, match=r"compile the model before: model.compile\(\)"):
+        steps(model, [], CrossEntropy(), torch.optim.SGD(model.parameters()))
 
 
 # Refusals

@@ -67,7 +67,16 @@ class Parallel(nn.Module):
 
     @staticmethod
     def of(model: nn.Module) -> "Parallel":
-        """The model itself if it is one, or the model on this process alone."""
+        """The model itself if it is one, or the model on this process alone.
+
+        Raises:
+            ValueError: `torch.compile` has been applied to one. It would hide the other processes.
+        """
+        if isinstance(getattr(model, "_orig_mod", None), Parallel):
+            raise ValueError(
+                "what parallelise returns cannot be compiled: compile the model before: "
+                "model.compile()"
+            )
         return model if isinstance(model, Parallel) else Parallel(model)
 
     def forward(self, **inputs: Any) -> Any:

@@ -19,7 +19,7 @@ def parallelise(
     """Spreads a model over the processes of a mesh, in place.
 
     All processes need the same weights beforehand. Make the optimiser behind it, of the parameters
-    that the model then has.
+    that the model then has. To compile the model, call `model.compile()` before.
 
         grid = mesh(dp=2, tp=2)
         model = parallelise(Transformer(config), grid)
