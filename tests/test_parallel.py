@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from tfkern.models import Transformer, TransformerConfig, cross_entropy
 from tfkern.train.evaluate import evaluate
 from tfkern.train.objective import CrossEntropy
-from tfkern.train.optimisers import adamw
-from tfkern.train.parallel import mesh, parallelise
-from tfkern.train.parallel.gradients import clamp, clip, total_norm
+from tfkern.train.optimisers import adamw, optimiser
+from tfkern.train.parallel import Parallel, mesh, parallelise
+from tfkern.train.parallel.gradients import agree_on_overflow, clamp, clip, total_norm
 from tfkern.train.steps import steps
 
 VOCAB, LENGTH, BATCH, STEPS = 24, 17, 8, 6
@@ -75,7 +75,7 @@ class Batches:
         return {name: x[mine] for name, x in batch.items()}
 
 
-def train(kind, sizes, changes, options):
+def train(kind, sizes, changes, options, updates="adamw"):
     """What training tells: losses, norms and tokens of steps, and an evaluation. On one process if
     there are no sizes of a mesh."""
     model = tiny(kind, **changes)
@@ -86,7 +86,8 @@ def train(kind, sizes, changes, options):
     batches = Batches(kind, **part)
     records = list(
         steps(
-            model, batches, CrossEntropy(0.1, 1e-3), adamw(model, 1e-3), stop=STEPS, clip_norm=1.0,
+            model, batches, CrossEntropy(0.1, 1e-3), optimiser(updates, model, 1e-3), stop=STEPS,
+            clip_norm=1.0,
             **options,
         )
     )  # fmt: skip
@@ -103,18 +104,17 @@ def train(kind, sizes, changes, options):
 _alone = {}
 
 
-def check(ranks, kind, sizes, changes=None, **options):
+def check(ranks, kind, sizes, changes=None, updates="adamw", tolerance=5e-6, **options):
     """Training on ranks is that on one process, and all ranks tell the same."""
     changes = changes or {}
-    key = str((kind, changes, options))
+    key = str((kind, changes, updates, options))
     if key not in _alone:
-        _alone[key] = train(kind, None, changes, options)
+        _alone[key] = train(kind, None, changes, options, updates)
     expected = _alone[key]
-    found = ranks(train, kind, sizes, changes, options)
+    found = ranks(train, kind, sizes, changes, options, updates)
     assert all(f == found[0] for f in found)
-    assert found[0]["losses"] == pytest.approx(expected["losses"], abs=5e-6)
-    assert found[0]["norms"] == pytest.approx(expected["norms"], rel=2e-5)
-    assert found[0]["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-6)
+    assert found[0]["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+    assert found[0]["norms"] == pytest.approx(expected["norms"], rel=tolerance / 5)
     assert found[0]["counts"] == expected["counts"]
 
 
@@ -127,6 +127,13 @@ def test_two_processes_train_as_one(two, kind, sizes, one_thread):
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
 def test_batches_in_parts(two, sizes, one_thread):
     check(two, "decoder", sizes, accumulate=3)
+
+
+# Muon computes in bfloat16, and so rounds sums over processes in another way.
+@pytest.mark.parametrize("updates, tolerance", [("lion", 5e-6), ("muon", 2e-3)])
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+def test_optimisers(two, sizes, updates, tolerance, one_thread):
+    check(two, "decoder", sizes, updates=updates, tolerance=tolerance)
 
 
 @pytest.mark.slow
@@ -161,11 +168,24 @@ VARIANTS = {
     "classes": ("decoder", {"head": "lm_classification", "classes": 3, "tie_embeddings": False}),
     "translation": ("encoder_decoder", {"norm": "layer_norm", "post_norm": True, "gated": False}),
     "t5": ("encoder_decoder", {"wide_output": True, "attention_scale": 1.0}),
+    "one token": ("decoder", {}),
+    "images": (
+        "encoder",
+        {
+            "vocab_size": None, "max_length": None, "image_size": 8, "patch_size": 4, "classes": 3,
+            "head": "classification",
+        },
+    ),
 }  # fmt: skip
 
 
-def batch_of(model, kind):
+def batch_of(name, model, kind):
     batch = Batches(kind)[3]
+    if name == "one token":
+        return {name: x[:, :1] for name, x in batch.items()}
+    if name == "images":
+        images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        return {"tokens": images.double(), "targets": torch.arange(BATCH) % 3}
     batch["tokens"][:2, 3:5] = 20
     if model.config.head in ("pretraining", "lm_classification"):
         batch["targets"] = batch["targets"], torch.arange(BATCH) % 2
@@ -181,7 +201,7 @@ def gradients(name, sizes, objective):
     recompute, documents = (changes.pop(name, False) for name in ("recompute", "documents"))
     model = tiny(kind, torch.float64, **changes)
     model.recompute = recompute
-    batch, inner = batch_of(model, kind), model
+    batch, inner = batch_of(name, model, kind), model
     if documents:
         batch["documents"] = torch.arange(LENGTH).div(7, rounding_mode="floor").expand(BATCH, -1)
     if sizes is not None:
@@ -311,10 +331,12 @@ def overflowing(sizes):
     model = parallelise(tiny("decoder"), mesh(**sizes, device="cpu"))
     calls = iter(range(9))
 
-    def broken(gradient):
-        return gradient * math.inf if next(calls) == 2 and distributed.get_rank() else gradient
+    def broken(p):
+        if next(calls) == 2 and distributed.get_rank() == 1:
+            p.grad.to_local().fill_(math.inf)
 
-    model.module.decoder.blocks[0].mlp.fc1.weight.register_hook(broken)
+    first = model.module.decoder.blocks[0].mlp.fc1.weight
+    first.register_post_accumulate_grad_hook(broken)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     batches = Batches("decoder", model.data_rank, model.data_world)
     told = []
@@ -327,7 +349,7 @@ def overflowing(sizes):
     return told
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"tp": 2}], ids=str)
 def test_an_overflow_on_one_process_leaves_the_step_out_on_all(two, sizes, one_thread):
     found = two(overflowing, sizes)
     assert found[0] == found[1]
@@ -335,6 +357,23 @@ def test_an_overflow_on_one_process_leaves_the_step_out_on_all(two, sizes, one_t
     assert skipped == (False, False, True, False)
     assert scales == (256.0, 256.0, 128.0, 128.0)
     assert weights[2] == weights[1] != weights[3]
+
+
+def disagreeing():
+    """What a scaler makes of a gradient that is infinite in rank 1 only, as in a stage."""
+    p = torch.nn.Parameter(torch.ones(2))
+    sgd = torch.optim.SGD([p], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(p.sum() * (math.inf if distributed.get_rank() == 1 else 1.0)).backward()
+    scaler.unscale_(sgd)
+    agree_on_overflow(scaler, sgd)
+    scaler.step(sgd)
+    scaler.update()
+    return p.tolist(), scaler.get_scale()
+
+
+def test_scalers_agree(two):
+    assert two(disagreeing) == [([1.0, 1.0], 128.0)] * 2
 
 
 def diverging():
@@ -455,6 +494,35 @@ def test_shards_are_gathered_in_a_narrower_dtype(two, one_thread):
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
 def test_parameters_may_be_unused(two, sizes, one_thread):
     check(two, "encoder", sizes, {"pooler": True, "layers": 1})
+
+
+# Compiled models
+
+
+def compiled(kind, sizes):
+    torch._dynamo.reset()
+    model = tiny(kind, layers=1)
+    model.compile(backend="aot_eager")
+    model = parallelise(model, mesh(**sizes, device="cpu"))
+    batches = Batches(kind, model.data_rank, model.data_world)
+    return [r.loss for r in steps(model, batches, CrossEntropy(), adamw(model, 1e-3), stop=2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+def test_compiled_models(two, sizes, one_thread):
+    model = tiny("decoder", layers=1)
+    expected = [
+        r.loss for r in steps(model, Batches("decoder"), CrossEntropy(), adamw(model, 1e-3), stop=2)
+    ]
+    for found in two(compiled, "decoder", sizes):
+        assert found == pytest.approx(expected, abs=5e-6)
+
+
+def test_a_model_is_compiled_before_it_is_spread():
+    model = torch.compile(Parallel(torch.nn.Linear(2, 2)), backend="eager")
+    with pytest.raises(ValueError, match=r"compile the model before: model.compile\(\)"):
+        steps(model, [], CrossEntropy(), torch.optim.SGD(model.parameters()))
 
 
 # Refusals

@@ -1,10 +1,9 @@
 """The layers behind the last block: from hidden states to logits."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from tfkern.models.blocks import norm
 from tfkern.models.config import TransformerConfig
@@ -12,6 +11,9 @@ from tfkern.models.embedding import rows
 from tfkern.nn import Int8Linear, Linear
 from tfkern.ops import linear
 from tfkern.ops.activation import FUNCTIONS
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class VocabularyPart(NamedTuple):
@@ -24,7 +26,7 @@ class VocabularyPart(NamedTuple):
         classes: how many tokens all parts have.
     """
 
-    mesh: DeviceMesh
+    mesh: "DeviceMesh"
     first: int
     size: int
     classes: int

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from tfkern import ops
 from tfkern.models.heads import DeferredLogits
-from tfkern.models.partial_loss import IGNORED, partial_cross_entropy
 from tfkern.ops import checks
 
+IGNORED = -100  # the target of what has no loss
 Logits = Tensor | DeferredLogits
 
 
@@ -42,7 +42,11 @@ def cross_entropy(
         x, weight, bias = checks.autocast(x, logits.weight, logits.bias)
         options["softcap"] = logits.softcap
         if logits.part is not None:
-            return partial_cross_entropy(x, weight, bias, targets, logits.part, **options)
+            # It imports DTensors, which takes longer than all else in this package.
+            from tfkern.models.partial_loss import partial_cross_entropy
+
+            part = logits.part
+            return partial_cross_entropy(x, weight, bias, targets, part, IGNORED, **options)
         if x.device.type == "cpu" and x.dtype.itemsize == 2:  # pieces take thrice as long there
             return ops.cross_entropy(ops.linear(x, weight, bias), targets, **options)
         return ops.linear_cross_entropy(x, weight, targets, bias=bias, **options)

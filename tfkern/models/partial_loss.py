@@ -15,8 +15,6 @@ from tfkern import ops
 from tfkern.models.heads import VocabularyPart
 from tfkern.ops import checks
 
-IGNORED = -100  # the target of what has no loss
-
 
 def partial_cross_entropy(
     x: Tensor,
@@ -24,6 +22,7 @@ def partial_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     part: VocabularyPart,
+    ignore_index: int,
     *,
     label_smoothing: float,
     z_loss: float,
@@ -38,18 +37,18 @@ def partial_cross_entropy(
     Args:
         x: (..., K), the same on all processes. Its gradient is one of the parts of the whole one.
         weight, bias: (size, K) and (size,) of the part.
-        targets: (...), of the whole vocabulary, or -100; the same on all processes.
+        targets: (...), of the whole vocabulary, or ignore_index; the same on all processes.
 
     Raises:
         ValueError: what `tfkern.linear_cross_entropy` refuses.
     """
     mesh, first, size, classes = part
-    exists = targets != IGNORED
+    exists = targets != ignore_index
     wrong = exists & ((targets < 0) | (targets >= classes))
     if checks.values_at_hand(targets) and wrong.any():
-        raise ValueError(f"targets must lie in [0, {classes}) or be {IGNORED}")
+        raise ValueError(f"targets must lie in [0, {classes}) or be {ignore_index}")
     mine = (targets >= first) & (targets < first + size)
-    own = torch.where(mine, targets - first, IGNORED)
+    own = torch.where(mine, targets - first, ignore_index)
     loss, lse = _rows(x, weight, bias, own, softcap)
     given = (1 - label_smoothing) * torch.where(mine, lse - loss, 0)  # lse - loss is s_t
     if label_smoothing:

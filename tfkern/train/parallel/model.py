@@ -1,6 +1,5 @@
 """A model and the processes that train it, as the loop of training sees them."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from tfkern.models import Transformer
 from tfkern.train.objective import Batch, Objective
 from tfkern.train.parallel.mesh import AXES, data_place
 
@@ -68,12 +68,21 @@ class Parallel(nn.Module):
         if self.averaged > 1 and self.size("fsdp") == 1:
             self.__dict__["_terms"] = DistributedDataParallel(
                 self._terms, process_group=self._group("dp"), gradient_as_bucket_view=True,
-                find_unused_parameters=True,
+                find_unused_parameters=_leaves_out(module),
             )  # fmt: skip
 
     @staticmethod
     def of(model: nn.Module) -> "Parallel":
-        """The model itself if it is one, or the model on this process alone."""
+        """The model itself if it is one, or the model on this process alone.
+
+        Raises:
+            ValueError: `torch.compile` has been applied to one. It would hide the other processes.
+        """
+        if isinstance(getattr(model, "_orig_mod", None), Parallel):
+            raise ValueError(
+                "what parallelise returns cannot be compiled: compile the model before: "
+                "model.compile()"
+            )
         return model if isinstance(model, Parallel) else Parallel(model)
 
     def forward(self, **inputs: Any) -> Any:
@@ -156,10 +165,16 @@ class Parallel(nn.Module):
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         alone = isinstance(self._terms, DistributedDataParallel) and not last
-        with self._terms.no_sync() if alone else nullcontext(), warnings.catch_warnings():
-            # Whether all parameters are used is the model's affair, and may change.
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        with self._terms.no_sync() if alone else nullcontext():
             yield
+
+
+def _leaves_out(module: nn.Module) -> bool:
+    """Whether a step may leave parameters without a gradient, for which DDP has to search, and
+    which it warns of if there are none."""
+    if isinstance(module, Transformer):
+        return module.pooler is not None and module.classifier is None
+    return True
 
 
 class _Terms(nn.Module):

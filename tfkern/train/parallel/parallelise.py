@@ -1,5 +1,7 @@
 """From a model and a mesh to a model on the mesh."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +26,7 @@ def parallelise(
     """Spreads a model over the processes of a mesh, in place.
 
     All processes need the same weights beforehand. Make the optimiser behind it, of the parameters
-    that the model then has.
+    that the model then has. To compile the model, call `model.compile()` before.
 
         grid = mesh(dp=2, tp=2)
         model = parallelise(Transformer(config), grid)
@@ -81,6 +83,9 @@ def _shard(model: nn.Module, mesh: DeviceMesh, precision: torch.dtype | None) ->
         reduce_dtype=None if precision is None else torch.float32,
         cast_forward_inputs=False,
     )
+    # It warns of views that could be changed in place, which neither blocks nor loop do.
+    told = r"FSDP2-wrapped module \(FSDP(Block|Transformer)\) returned a view"
+    warnings.filterwarnings("ignore", told)
     blocks = [b for m in model.modules() if isinstance(m, Stack) for b in m.blocks if b is not None]
     for module in (*blocks, model):
         fully_shard(module, mesh=axes, mp_policy=policy)

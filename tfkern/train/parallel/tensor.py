@@ -273,8 +273,9 @@ def _split_embedding(embedding: TokenEmbedding, mesh: DeviceMesh) -> None:
     """Looks up the tokens whose vectors are here, and sums over processes."""
     rows = _Rows(embedding.num_embeddings, mesh)
     pad = embedding.padding_idx
-    elsewhere = pad is None or not rows.first <= pad < rows.last
-    embedding.padding_idx = None if elsewhere else pad - rows.first
+    embedding.padding_idx = None
+    if pad is not None and rows.first <= pad < rows.last:
+        embedding.padding_idx = pad - rows.first
     embedding.register_forward_pre_hook(rows.before)
     embedding.register_forward_hook(rows.after)
 
