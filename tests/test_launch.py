@@ -161,6 +161,7 @@ def ended(pid):
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_that_is_killed_ends_all(tmp_path, data):
     process = started(tmp_path, written(tmp_path, data, steps=10**6), "--nproc", 2)

@@ -127,6 +127,8 @@ class _Run:
         self.precision = _DTYPES[recipe.precision]
         if grid is not None:  # a model that is spread over processes cannot be counted
             self.flops = first(lambda: self._count_flops(0), self.many) * world
+            if recipe.compile:
+                self.model.compile()
             options = {name: x for name, x in recipe.parallel.items() if name not in AXES}
             self.model = parallelise(self.model, grid, **options)
         self.optimiser = optimiser(model=self.model, **recipe.optimiser)
@@ -188,7 +190,8 @@ class _Run:
                 self.ceiling = first(self.measure, self.many) * processes()
             if not self.many:
                 self.flops = self._count_flops(start)
-        compiled: Any = torch.compile(self.model) if recipe.compile else self.model
+        compile_here = recipe.compile and not self.many
+        compiled: Any = torch.compile(self.model) if compile_here else self.model
         loop = steps(
             compiled,
             self.task.batches,
@@ -345,8 +348,8 @@ def _mesh(recipe: Recipe, kind: str) -> DeviceMesh | None:
     sizes = check_sizes(recipe.parallel, world)
     if world == 1:
         return None
-    if recipe.compile:
-        raise ValueError("compile must be false with several processes")
+    if recipe.compile and sizes.get("pp", 1) > 1:
+        raise ValueError("compile must be false with pp: stages are parts of a model")
     return mesh(**sizes, device=kind.partition(":")[0])
 
 
