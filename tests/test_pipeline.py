@@ -260,3 +260,53 @@ def refused(options, rows):
 def test_wrong_values(two, options, message):
     for told in two(refused, options, 8):
         assert message in told
+
+
+def half(sizes, kind):
+    """Losses in 16 bits: by autocast, in float16 with a scaler, or of what FSDP casts."""
+    model = make("tied").float()
+    options, part = {}, (0, 1)
+    cast = torch.bfloat16 if kind == "fsdp" and sizes else None
+    if kind != "fsdp":
+        options["precision"] = getattr(torch, kind)
+        if kind == "float16":
+            options["scaler"] = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    if sizes:
+        model = parallelise(model, mesh(device="cpu", **sizes), cast, microbatches=2)
+        part = model.data_rank, model.data_world
+    records = steps(
+        model, Batches("tied", *part), CrossEntropy(), adamw(model, 1e-2), stop=4, **options
+    )
+    return [record.loss for record in records if not record.skipped]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_autocast(two, kind):
+    expected = half({}, kind)
+    first, last = two(half, {"pp": 2}, kind)
+    assert first == last == pytest.approx(expected, rel=2e-2)
+    assert len(first) == 4
+
+
+@pytest.mark.slow
+def test_parameters_cast_by_fsdp(four):
+    expected = half({}, "fsdp")
+    for found in four(half, {"pp": 2, "fsdp": 2}, "fsdp"):
+        assert found == pytest.approx(expected, rel=2e-2)
+
+
+def dropped():
+    """Random numbers in front of each part of a batch, as dropout would draw them."""
+    model = parallelise(make("tied"), mesh(pp=2, device="cpu"))
+    seen = []
+
+    hook = model.stage.register_forward_pre_hook(lambda *_: seen.append(torch.rand(())))
+    next(steps(model, Batches("tied"), CrossEntropy(), adamw(model, 1e-3), stop=1))
+    hook.remove()
+    return seen
+
+
+def test_stages_draw_other_random_numbers(two):
+    first, last = two(dropped)
+    assert len(first) == len(last) == 4
+    assert len({x.item() for x in (*first, *last)}) == 8
