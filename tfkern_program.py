@@ -82,7 +82,8 @@ class _Stop:
         number = signal.Signals(self.number)
         if sys.stderr.isatty():
             os.write(2, b"\r\x1b[K\x1b[?25h")  # a progress bar may have hidden the cursor
-        os.write(2, f"tfkern: {_SIGNALS[number.name]}\n".encode())
+        if "TFKERN_LAUNCHED" not in os.environ:  # else the process that has started this one tells
+            os.write(2, f"tfkern: {_SIGNALS[number.name]}\n".encode())
         os._exit(128 + number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -135,8 +136,16 @@ def _flush() -> int:
 def attached(parent: int, module: str, function: str, *arguments: Any) -> Any:
     """Calls a function of a module in a process that is to end when its parent does.
 
-    The module is imported only after this is set up. Only Linux ends a process with its parent;
-    elsewhere the function itself has to end.
+    The module is imported only after this is set up.
+    """
+    end_with(parent)
+    return getattr(importlib.import_module(module), function)(*arguments)
+
+
+def end_with(parent: int) -> None:
+    """Makes this process end when its parent does.
+
+    Only Linux ends a process with its parent; elsewhere it has to end by itself.
     """
     if sys.platform == "linux":
         import ctypes
@@ -144,7 +153,6 @@ def attached(parent: int, module: str, function: str, *arguments: Any) -> Any:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(os, "getppid") and os.getppid() != parent:  # the parent has ended meanwhile
         os._exit(1)
-    return getattr(importlib.import_module(module), function)(*arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """`tfkern train`."""
 
 import contextlib
+import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -13,9 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tfkern.benchmarks.timing import product_ceiling
+from tfkern.cli.launch import launch, reported
 from tfkern.cli.options import check_device, values
 from tfkern.cli.output import console
 from tfkern.memory import keep_memory
+
+if TYPE_CHECKING:
+    from tfkern.train import Recipe
 
 
 def command(
@@ -27,15 +32,22 @@ def command(
     list_: Annotated[
         bool, typer.Option("--list", help="Lists the recipes that come with the package.")
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Starts so many processes, which share the work by parallel."),
+    ] = None,
 ) -> None:
     """Trains a model by a recipe, and goes on where the last checkpoint of its folder is.
 
     The folder `out` of the recipe gets the model with the best evaluation, checkpoints, all values
     of the recipe, metrics.jsonl and a chart of the loss. Ctrl-C saves and ends; the same command
     goes on. All values of a recipe: see tfkern.train.Recipe.
+
+    With --nproc, or under torchrun or srun, many processes share the work, as the value `parallel`
+    of the recipe tells: parallel.tp=2 parallel.fsdp=2, for instance. If one of them fails, all end.
     """
+    from tfkern.train.parallel.mesh import check_sizes
     from tfkern.train.recipe import load, shipped
-    from tfkern.train.run import run
 
     if list_:
         if recipe or changes:
@@ -48,10 +60,23 @@ def command(
     if not recipe:
         raise ValueError("a recipe is needed: see tfkern train --list")
     found = load(recipe, values(changes or []))
+    if nproc is not None:
+        if "RANK" in os.environ:
+            raise ValueError("--nproc starts processes, and torchrun has started this one already")
+        check_sizes(found.parallel, nproc)
+        raise typer.Exit(launch(nproc, ["train", recipe, *(changes or [])]))
+    with reported():
+        _train(found)
+
+
+def _train(found: "Recipe") -> None:
+    from tfkern.train.run import run
+
     device = check_device(found.device or "")
     dtype = getattr(torch, found.precision)
     keep_memory()
-    with _Screen(found.steps) as screen, _Interrupt() as interrupt:
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    with _Screen(found.steps, first) as screen, _Interrupt() as interrupt:
         outcome = run(
             found,
             told=screen.show,
@@ -60,11 +85,14 @@ def command(
             preparing=screen.prepare,
         )
     if outcome.reason == "stopped":
-        print(f"interrupted after step {outcome.step}: the same command goes on", file=sys.stderr)
-        raise typer.Exit(128 + interrupt.number)
-    print(f"ended after step {outcome.step} ({outcome.reason}), ", end="")
-    print(f"best validation loss {outcome.validation_loss:.4f}")
-    print(outcome.model)
+        if first:
+            told = f"interrupted after step {outcome.step}: the same command goes on"
+            print(told, file=sys.stderr)
+        raise typer.Exit(128 + (interrupt.number or signal.SIGTERM))
+    if first:
+        print(f"ended after step {outcome.step} ({outcome.reason}), ", end="")
+        print(f"best validation loss {outcome.validation_loss:.4f}")
+        print(outcome.model)
 
 
 class _Interrupt:
@@ -109,7 +137,7 @@ class _Interrupt:
 class _Screen:
     """A bar with the loss of the last step, and a line for each evaluation."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, shown: bool) -> None:
         columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
         screen = Console(stderr=True)
         self._bar = Progress(
@@ -118,7 +146,7 @@ class _Screen:
             console=screen,
             transient=True,
             redirect_stdout=False,  # else lines for a file would go to the terminal
-            disable=not screen.is_terminal,
+            disable=not (shown and screen.is_terminal),
         )
         self._task = self._bar.add_task("", total=steps)
         self._loss = float("nan")

@@ -14,6 +14,15 @@ def rows(config: TransformerConfig) -> int:
     return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
+def length(config: TransformerConfig, tokens: Tensor) -> int:
+    """The length of the sequences of tokens (B, T), or that images (B, channels, height, width)
+    become: one class token and the patches."""
+    if config.patch_size is None:
+        return tokens.shape[1]
+    height, width = (n // config.patch_size for n in tokens.shape[2:])
+    return 1 + height * width
+
+
 class TokenEmbedding(nn.Embedding):
     """A vector for each token. The head may use the same table.
 
@@ -37,10 +46,6 @@ class TokenEmbedding(nn.Embedding):
         x = super().forward(tokens)
         x = x if self.widen is None else self.widen(x)
         return x if self.scale == 1 else x * x.new_full((), self.scale)
-
-    def length(self, tokens: Tensor) -> int:
-        """The length of the sequences."""
-        return tokens.shape[1]
 
 
 class PatchEmbedding(nn.Module):
@@ -72,11 +77,6 @@ class PatchEmbedding(nn.Module):
         positions = self._positions(x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
         return torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + positions
-
-    def length(self, images: Tensor) -> int:
-        """The length of the sequences that images become: one class token and the patches."""
-        height, width = (n // self.projection.kernel_size[0] for n in images.shape[2:])
-        return 1 + height * width
 
     def _positions(self, height: int, width: int) -> Tensor:
         if (height, width) == (self.side, self.side):

@@ -1,6 +1,6 @@
 """The layers behind the last block: from hidden states to logits."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,25 @@ from tfkern.models.embedding import rows
 from tfkern.nn import Int8Linear, Linear, PackedLinear
 from tfkern.ops import linear
 from tfkern.ops.activation import FUNCTIONS
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class VocabularyPart(NamedTuple):
+    """The part of a vocabulary that a process has, of several ones with the parts in their order.
+
+    Attributes:
+        mesh: the processes, along one axis.
+        first: its first token.
+        size: how many tokens it has.
+        classes: how many tokens all parts have.
+    """
+
+    mesh: "DeviceMesh"
+    first: int
+    size: int
+    classes: int
 
 
 class DeferredLogits(NamedTuple):
@@ -24,12 +43,14 @@ class DeferredLogits(NamedTuple):
         weight: (V, K).
         bias: (V,) or None.
         softcap: the cap, 0 for none.
+        part: which logits these are, if other processes have the others; None if they are all.
     """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     softcap: float
+    part: VocabularyPart | None = None
 
 
 class VocabularyHead(nn.Module):
@@ -42,6 +63,7 @@ class VocabularyHead(nn.Module):
     Attributes:
         deferred: whether forward returns `DeferredLogits` in training mode. Default False;
             without effect if weights are int8 or packed.
+        part: which logits are made, by a table that has their rows only; all if None.
     """
 
     def __init__(self, config: TransformerConfig, masked: bool) -> None:
@@ -50,6 +72,7 @@ class VocabularyHead(nn.Module):
         self.vocab_size, self.scale = config.vocab_size, config.logit_scale
         self.softcap = config.logit_softcap
         self.deferred = False
+        self.part: VocabularyPart | None = None
         self.act = FUNCTIONS[config.activation]
         self.dense = Linear(config.dim, config.dim) if masked else None
         self.norm = norm(config) if masked else None
@@ -80,16 +103,24 @@ class VocabularyHead(nn.Module):
         if table is None:
             raise ValueError("a tied vocabulary head needs the table of a token embedding")
         if self.deferred and self.training:
-            if len(table) > self.vocab_size:
-                table = table[: self.vocab_size]
-            return DeferredLogits(y, table, self.bias, self.softcap or 0.0)
+            bias, size = self._own()
+            table = table[:size] if len(table) > size else table
+            return DeferredLogits(y, table, bias, self.softcap or 0.0, self.part)
         return self._finished(linear(y, table))
 
     def _finished(self, logits: Tensor) -> Tensor:
         """Logits (..., vocab_size) of products (..., rows of the table)."""
-        logits = logits[..., : self.vocab_size]  # without the rows that pad the table
-        logits = logits if self.bias is None else logits + self.bias
+        bias, size = self._own()
+        logits = logits[..., :size]  # without the rows that pad the table
+        logits = logits if bias is None else logits + bias
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def _own(self) -> tuple[Tensor | None, int]:
+        """The bias, and how many tokens there are, of the part."""
+        if self.part is None:
+            return self.bias, self.vocab_size
+        _, first, size, _ = self.part
+        return None if self.bias is None else self.bias[first : first + size], size
 
 
 _POOLER = {"tanh": torch.tanh, "relu": torch.relu}

@@ -25,7 +25,8 @@ def cross_entropy(
     Args:
         logits: (..., classes), as a model returns them, or a tuple with the logits of each head.
             Of `DeferredLogits` the loss is made in pieces. On a CPU it leaves out rows without a
-            target where these are most, and logits of 16 bits are whole.
+            target where these are most, and logits of 16 bits are whole. With a part of a
+            vocabulary, all processes that share it call this at once, and get the same loss.
         targets: (...) int64 or int32, -100 where there is none; for several heads, one tensor for
             each. For a language model (B, T): the token that follows each token.
         label_smoothing, z_loss: see `tfkern.cross_entropy`.
@@ -40,6 +41,12 @@ def cross_entropy(
         x, targets = _with_targets(logits.x, targets)
         x, weight, bias = checks.autocast(x, logits.weight, logits.bias)
         options["softcap"] = logits.softcap
+        if logits.part is not None:
+            # It imports DTensors, which takes longer than all else in this package.
+            from tfkern.models.partial_loss import partial_cross_entropy
+
+            part = logits.part
+            return partial_cross_entropy(x, weight, bias, targets, part, IGNORED, **options)
         if x.device.type == "cpu" and x.dtype.itemsize == 2:  # pieces take thrice as long there
             return ops.cross_entropy(ops.linear(x, weight, bias), targets, **options)
         return ops.linear_cross_entropy(x, weight, targets, bias=bias, **options)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tfkern.models import heads
 from tfkern.models.blocks import Attention, KeysValues, normalise_weights
 from tfkern.models.config import TransformerConfig
-from tfkern.models.embedding import PatchEmbedding, TokenEmbedding
+from tfkern.models.embedding import PatchEmbedding, TokenEmbedding, length
 from tfkern.models.initialise import initialise
 from tfkern.models.quantize import replace_linear
 from tfkern.models.stack import Mask, Stack
@@ -45,8 +45,9 @@ class Transformer(nn.Module):
     A stage of a pipeline is a model with one stack, in which modules that belong to other stages
     are None. Only the first stage has the embedding, only the last one the norm, the layer
     `narrow`, the vocabulary, the pooler and the classifier, and each stage has some of the blocks.
-    Other stages take the residual stream in place of tokens, and return it in place of logits. With
-    tied embeddings the last stage has the table as `vocabulary.weight`.
+    Other stages take the residual stream (B, T, dim) in place of tokens, and return it in place of
+    logits. With tied embeddings the last stage has the embedding, too, or the table alone as
+    `vocabulary.weight`.
 
     Attributes:
         recompute: whether a training step keeps only the inputs of the blocks, and computes what is
@@ -134,13 +135,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or inputs that the architecture lacks.
         """
-        both = self.encoder is not None and self.decoder is not None
-        if both != (source is not None):
-            raise ValueError("encoder-decoders need source, and other models do not take one")
-        if source is None and source_mask is not None:
-            raise ValueError("source_mask needs source")
-        if documents is not None:
-            _check_takes_documents(self.config, self.config.head)
+        self.check_inputs(source, source_mask, documents)
         if self.config.head == "choice":
             return self._choose(tokens, mask, token_types, positions)
         if self.decoder is None:
@@ -154,6 +149,18 @@ class Transformer(nn.Module):
             if self.config.head.endswith("classification") and self.embedding is not None:
                 mask = heads.ends(self.config, tokens, source, mask)
         return self.project(y, mask)
+
+    def check_inputs(
+        self, source: Tensor | None, source_mask: Mask, documents: Tensor | None
+    ) -> None:
+        """Raises ValueError for arguments of `forward` that the architecture or the head lacks."""
+        both = self.encoder is not None and self.decoder is not None
+        if both != (source is not None):
+            raise ValueError("encoder-decoders need source, and other models do not take one")
+        if source is None and source_mask is not None:
+            raise ValueError("source_mask needs source")
+        if documents is not None:
+            _check_takes_documents(self.config, self.config.head)
 
     def _choose(
         self, tokens: Tensor, mask: Mask, token_types: Tensor | None, positions: Tensor | None
@@ -296,7 +303,8 @@ class Transformer(nn.Module):
         **options: Any,
     ) -> Tensor:
         """Runs a stack on tokens, or on the residual stream in a stage without embedding."""
-        embedding = self.embedding
+        is_stream = tokens.is_floating_point() and tokens.dim() == 3
+        embedding = None if is_stream else self.embedding
         if documents is not None:
             _check_takes_documents(self.config)
             if mask is not None or caches is not None:
@@ -305,7 +313,7 @@ class Transformer(nn.Module):
         if embedding is None and positions is None and documents is None:
             raise ValueError("a model without embedding needs positions: it has no tokens to count")
         x = tokens if embedding is None else embedding(tokens)
-        B, T = x.shape[0], None if embedding is None else embedding.length(tokens)
+        B, T = x.shape[0], None if embedding is None else length(self.config, tokens)
         if positions is not None:
             _check_numbers("positions", positions, (B, 1), T)
             T = positions.shape[1]
@@ -317,46 +325,52 @@ class Transformer(nn.Module):
             mask.dim() in (1, 2) and all(n == m for n, m in zip(mask.shape, (B, T), strict=False))
         ):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)} or {(B,)}")
-        if positions is None:
-            assert T is not None  # without an embedding there are positions or documents
-            positions = self._positions(stack.split, tokens, T, mask, caches, documents)
+        if positions is None and embedding is None:
+            assert documents is not None
+            split = stack.split
+            whole = documents if split is None else split.gather(documents, 1)
+            positions = packing.positions(whole)
+            positions = positions if split is None else split.split(positions, 1)
+        elif positions is None:
+            positions = count_positions(self.config, tokens, mask, documents, caches, stack.split)
         options |= {"mask": mask, "caches": caches, "documents": documents}
         options["recompute"] = self.recompute
         return stack(x, positions, embedded=embedding is not None, **options)
 
-    def _positions(
-        self,
-        split: SequenceSplit | None,
-        tokens: Tensor,
-        T: int,
-        mask: Mask,
-        caches: Sequence[KVCache] | None,
-        documents: Tensor | None,
-    ) -> Tensor:
-        """Positions (B or 1, T) of tokens. Those of a split sequence are counted in the whole."""
-        pad = self.config.pad_token
-        padding = None
-        if self.config.skip_pad and pad is not None and self.embedding is not None:
-            padding = tokens.eq(pad)
-        if split is not None:
-            T *= split.ranks
-            if self.config.max_length is not None and T > self.config.max_length:
-                raise ValueError(
-                    f"the whole sequence has length {T}, padding included, and the limit is "
-                    f"{self.config.max_length}"
-                )
-            padding, documents = (
-                None if x is None else split.gather(x, 1) for x in (padding, documents)
+
+def count_positions(
+    config: TransformerConfig,
+    tokens: Tensor,
+    mask: Mask = None,
+    documents: Tensor | None = None,
+    caches: Sequence[KVCache] | None = None,
+    split: SequenceSplit | None = None,
+) -> Tensor:
+    """The positions (B or 1, T) of tokens or images, as a model counts them if it is told none.
+
+    Those of a split sequence are counted in the whole.
+    """
+    T, pad = length(config, tokens), config.pad_token
+    padding = tokens.eq(pad) if config.skip_pad and pad is not None else None
+    if split is not None:
+        T *= split.ranks
+        if config.max_length is not None and T > config.max_length:
+            raise ValueError(
+                f"the whole sequence has length {T}, padding included, and the limit is "
+                f"{config.max_length}"
             )
-            if mask is not None and mask.dim() == 2:
-                mask = split.gather(mask, 1)
-        if padding is not None:
-            positions = _counted_without(padding, documents)
-        elif documents is not None:
-            positions = packing.positions(documents)
-        else:
-            positions = _counted(torch.arange(T, device=tokens.device)[None], mask, caches)
-        return positions if split is None else split.split(positions, 1)
+        padding, documents = (
+            None if x is None else split.gather(x, 1) for x in (padding, documents)
+        )
+        if mask is not None and mask.dim() == 2:
+            mask = split.gather(mask, 1)
+    if padding is not None:
+        positions = _counted_without(padding, documents)
+    elif documents is not None:
+        positions = packing.positions(documents)
+    else:
+        positions = _counted(torch.arange(T, device=tokens.device)[None], mask, caches)
+    return positions if split is None else split.split(positions, 1)
 
 
 def _check_takes_documents(config: TransformerConfig, head: str = "none") -> None:

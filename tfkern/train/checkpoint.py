@@ -3,6 +3,10 @@
 A folder of checkpoints has one folder for each, "step-00002000", with the tensors of model and
 optimiser as `torch.distributed.checkpoint` writes them, and `training.json`. A new one is written
 beside the others and appears by one rename, so that whatever ends a process leaves whole ones.
+
+Of a model on many processes each writes and reads its part, in a folder that all of them see.
+Tensors have the names and the shapes of the whole model, so that a checkpoint can be read by other
+numbers of processes, and with other kinds of parallelism.
 """
 
 import json
@@ -10,9 +14,9 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,6 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tfkern import files
+from tfkern.train.parallel.model import Parallel
+from tfkern.train.parallel.together import each, first, gathered
 
 _NAME = re.compile(r"step-\d{8,}")
 _TOLD = "training.json"
@@ -62,7 +68,6 @@ def save(
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be positive, got {keep}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08}"
     told = {
         "step": step,
@@ -70,22 +75,40 @@ def save(
         "optimiser": _kind(optimiser),
         "torch": torch.__version__,
     }
-    with files.beside(folder) as new:
-        last = latest(folder)
-        if last is not None and _step(last) > step:
-            raise ValueError(
-                f"{folder} has {last.name} already, which is later than step {step}: load it, or "
-                "choose another folder"
-            )
-        if not path.exists():
-            fresh = new.folder / path.name
-            _write(_tensors(model, optimiser, scaler), fresh)
-            files.write(fresh / _TOLD, json.dumps(told, indent=2) + "\n")
-            new.place(path.name)
+    many = _many(model)
+    with ExitStack() as held:
+        tensors = each(lambda: _tensors(model, optimiser, scaler), many)
+        new = first(lambda: _begin(folder, step, held), many)
+        fresh = new / path.name
+        if not first(path.exists, many):
+            _write(tensors, fresh, many)
+            first(lambda: _finish(fresh, path, told), many)
         if keep is not None:
-            for old in _found(folder)[:-keep]:
-                os.rename(old, new.folder / old.name)  # gone at once, also if this ends here
+            first(lambda: _remove_first(folder, keep, new), many)
     return path
+
+
+def _begin(folder: Path, step: int, held: ExitStack) -> Path:
+    """A folder for new files, which is there until `held` ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = held.enter_context(files.beside(folder))
+    last = latest(folder)
+    if last is not None and _step(last) > step:
+        raise ValueError(
+            f"{folder} has {last.name} already, which is later than step {step}: load it, or "
+            "choose another folder"
+        )
+    return new.folder
+
+
+def _finish(fresh: Path, path: Path, told: Mapping[str, Any]) -> None:
+    files.write(fresh / _TOLD, json.dumps(told, indent=2) + "\n")
+    files.place(fresh, path)
+
+
+def _remove_first(folder: Path, keep: int, new: Path) -> None:
+    for old in _found(folder)[:-keep]:
+        os.rename(old, new / old.name)  # gone at once, also if this ends here
 
 
 def load(
@@ -105,10 +128,27 @@ def load(
         ValueError: the checkpoint is of another configuration, model or optimiser, or damaged. It
             names what differs, and nothing has been read into the model.
     """
-    found = _found(Path(folder))
-    if not found:
+    many = _many(model)
+    path = first(lambda: latest(folder), many)
+    if path is None:
         return 0
-    path = found[-1]
+    each(lambda: _check_run(path, optimiser, configuration), many)
+    trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in _parameters(model).items() if id(p) in trained}
+    room = each(lambda: _room(path, _model(model), parameters, scaler), many)
+    each_has = gathered(room.ours, model.stages if isinstance(model, Parallel) else None)
+    ours = {name: form for ours in each_has for name, form in ours.items()}
+    if differing := _differing(room.theirs, ours):
+        raise ValueError(f"{path} has other tensors: {'; '.join(differing[:_SHOWN])}")
+    each(lambda: _read(path, room.tensors), many)
+    _put(room.tensors, model, optimiser, scaler)
+    return _step(path)
+
+
+def _check_run(
+    path: Path, optimiser: torch.optim.Optimizer, configuration: Mapping[str, Any] | None
+) -> None:
+    """Raises ValueError if a checkpoint is of another run."""
     told = files.read_object(path / _TOLD)
     if told.get("step") != _step(path):
         raise ValueError(f"{path / _TOLD}: step is {files.shown(told.get('step'))}")
@@ -116,16 +156,17 @@ def load(
     ours = {"configuration": configuration, "optimiser": _kind(optimiser)}
     if differing := _differing(theirs, json.loads(json.dumps(ours))):
         raise ValueError(f"{path} is of another run: {'; '.join(differing[:_SHOWN])}")
-    trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
-    parameters = {name: p for name, p in _parameters(model).items() if id(p) in trained}
-    _put(_read(path, _model(model), parameters, scaler), model, optimiser, scaler)
-    return _step(path)
 
 
 def latest(folder: str | Path) -> Path | None:
     """The last checkpoint of a folder, None if there is none."""
     found = _found(Path(folder))
     return found[-1] if found else None
+
+
+def _many(model: nn.Module) -> bool:
+    """Whether a model is on many processes."""
+    return isinstance(model, Parallel) and model.mesh is not None and model.mesh.size() > 1
 
 
 _SHOWN = 4
@@ -149,7 +190,7 @@ def _kind(optimiser: torch.optim.Optimizer) -> str:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return model.module if isinstance(model, DistributedDataParallel | Parallel) else model
 
 
 def _plain(name: str) -> str:
@@ -214,27 +255,42 @@ def _put(
         scaler.load_state_dict(scaler.state_dict() | told)
 
 
-def _write(tensors: dict[str, Tensor], folder: Path) -> None:
+def _write(tensors: dict[str, Tensor], folder: Path, many: bool) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=many)
     with _own_errors():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=not many)
 
 
-def _read(
+class _Room(NamedTuple):
+    """Tensors for what a process needs of a checkpoint.
+
+    Attributes:
+        tensors: distributed as those here are.
+        ours: the shapes and dtypes that they have.
+        theirs: those of all tensors of the checkpoint.
+    """
+
+    tensors: dict[str, Tensor]
+    ours: dict[str, str]
+    theirs: dict[str, str]
+
+
+def _room(
     path: Path,
     model: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     scaler: torch.amp.GradScaler | None,
-) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, distributed as those here are.
+) -> _Room:
+    """Room for the tensors of a checkpoint that are here.
 
     Raises:
-        ValueError: the checkpoint has other tensors, or cannot be read.
+        ValueError: the checkpoint cannot be read.
     """
-    reader = HuggingFaceStorageReader(str(path))
     try:
         with _own_errors():
+            reader = HuggingFaceStorageReader(str(path))
             told: dict[str, Any] = reader.read_metadata().state_dict_metadata
-            found = {name: _form(x.size, x.properties.dtype) for name, x in told.items()}
+            theirs = {name: _form(x.size, x.properties.dtype) for name, x in told.items()}
     except Exception as error:  # whatever a damaged file makes of its reader
         raise ValueError(f"{path} cannot be read: {files.one_line(error)}") from None
     tensors = {name: x.clone() for name, x in (*model.items(), *_scaler(scaler).items())}
@@ -243,15 +299,21 @@ def _read(
         p = parameters.get(name.removeprefix("optimiser.").rpartition(".")[0])
         if name.startswith("optimiser.") and p is not None:
             tensors[name] = _like(p, x.size, x.properties.dtype)
-            ours[name] = found[name]
-    if differing := _differing(found, ours):
-        raise ValueError(f"{path} has other tensors: {'; '.join(differing[:_SHOWN])}")
+            ours[name] = theirs[name]
+    return _Room(tensors, ours, theirs)
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Reads tensors of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
     try:
         with _own_errors():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {files.one_line(error)}") from None
-    return tensors
 
 
 def _like(p: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from tfkern.models.loss import IGNORED
 from tfkern.train.objective import Batch, Objective
+from tfkern.train.parallel.model import Parallel
 
 
 class Evaluation(NamedTuple):
@@ -40,33 +41,42 @@ def evaluate(
 
     Args:
         model, objective, precision: see `steps`.
-        batches: one at least.
+        batches: one at least. Of a model on many processes, each data rank has its part of them,
+            and all have equally many.
 
     Raises:
         ValueError: there are no batches.
     """
+    ranks = Parallel.of(model)
     device = next(model.parameters()).device
-    mixed = nullcontext() if precision is None else torch.autocast(device.type, precision)
-    losses, right = [], []
+    found = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+
+    def autocast() -> Any:
+        return nullcontext() if precision is None else torch.autocast(device.type, precision)
+
+    def measure(output: Any, batch: Batch) -> Tensor:
+        loss = objective(output, batch)
+        right = torch.tensor(_right(output, batch["targets"]), device=device)
+        count = loss.count.to(device)
+        return torch.cat([loss.mean.double() * count, count.double(), right.double()])
+
     try:
         for batch in batches:
             batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
-            with mixed:
-                output = model(**{name: x for name, x in batch.items() if name != "targets"})
-                losses.append(objective(output, batch))
-            right.append(_right(output, batch["targets"]))
+            terms = objective.count(batch).numel()
+            found.append(ranks.measure(batch, measure, autocast))
     finally:
         for module, training in modes:
             module.training = training
-    if not losses:
+    if not found:
         raise ValueError("there are no batches to evaluate")
-    whole = torch.stack([loss.count for loss in losses]).sum(0)
-    terms = torch.stack([loss.share(whole) for loss in losses]).double().sum(0).tolist()
-    hits = torch.tensor(right).sum(0).tolist() if right[0] else []
-    accuracies = tuple(hit / max(n, 1) for hit, n in zip(hits, whole.tolist(), strict=True))
-    return Evaluation(sum(terms), tuple(terms), accuracies)
+    sums, counts, *right = ranks.sum(torch.stack(found).sum(0)).split(terms)
+    counts = counts.clamp(min=1)
+    means = tuple((sums / counts).tolist())
+    accuracies = tuple((right[0] / counts).tolist()) if right else ()
+    return Evaluation(sum(means), means, accuracies)
 
 
 def _right(output: Any, targets: Any) -> list[int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from tfkern import files
 from tfkern.train.kinds import check_choice, check_integer, check_number
+from tfkern.train.parallel.mesh import AXES
+from tfkern.train.parallel.pipeline import SCHEDULES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -45,6 +47,9 @@ class Recipe:
         keep: how many checkpoints stay.
         seed: of weights, order, corruption and dropout.
         device: that computes, such as "cpu" or "cuda"; the best one if None.
+        parallel: how many processes share the work, and how: sizes of `tfkern.train.parallel.mesh`,
+            of which dp follows from the number of processes, and "schedule" and "microbatches" of
+            pp, see `tfkern.train.parallel.parallelise`.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -78,13 +83,14 @@ class Recipe:
     keep: int = 2
     seed: int = 0
     device: str | None = None
+    parallel: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("out", "task"):
             if not isinstance(getattr(self, name), str | Path):
                 raise ValueError(f"{name} must be a string, got {files.shown(getattr(self, name))}")
             object.__setattr__(self, name, str(getattr(self, name)))
-        for name in ("options", "model", "optimiser", "schedule"):
+        for name in ("options", "model", "optimiser", "schedule", "parallel"):
             told = getattr(self, name)
             if not isinstance(told, Mapping) or not all(isinstance(key, str) for key in told):
                 raise ValueError(f"{name} must be a mapping of names, got {files.shown(told)}")
@@ -121,6 +127,14 @@ class Recipe:
         for name, taken in _TAKEN.items():
             for key in taken & getattr(self, name).keys():
                 raise ValueError(f"{name} has no option {key!r}: that is a value of the recipe")
+        for name, value in self.parallel.items():
+            check_choice("parallel", name, (*AXES, "schedule", "microbatches"))
+            if name != "schedule":
+                check_integer(f"parallel.{name}", value, 1)
+        if "schedule" in self.parallel:
+            check_choice("parallel.schedule", self.parallel["schedule"], tuple(SCHEDULES))
+        if "pp" not in self.parallel and {"schedule", "microbatches"} & self.parallel.keys():
+            raise ValueError("parallel: schedule and microbatches need pp")
         if self.device is not None and not isinstance(self.device, str):
             raise ValueError(f"device must be a string, got {files.shown(self.device)}")
 
@@ -135,7 +149,7 @@ _TAKEN = {  # what the run itself tells these functions
     "optimiser": {"model"},
     "schedule": {"steps"},
 }
-_NESTED = ("options", "model", "optimiser", "schedule", "data")
+_NESTED = ("options", "model", "optimiser", "schedule", "data", "parallel")
 
 
 def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:

@@ -1,26 +1,34 @@
-"""Runs a recipe: data, model, loop, evaluations, checkpoints and the record of it all."""
+"""Runs a recipe: data, model, loop, evaluations, checkpoints and the record of it all.
+
+On many processes all of them do the same, but for the first one, which prepares data and writes the
+files other than checkpoints.
+"""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from tfkern import files, models, tokenize
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.train import chart, checkpoint
-from tfkern.train.evaluate import evaluate
+from tfkern.train.evaluate import Evaluation, evaluate
 from tfkern.train.flops import count_flops
 from tfkern.train.log import Log, read
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import optimiser
+from tfkern.train.parallel import gather, mesh, parallelise
+from tfkern.train.parallel.mesh import AXES, check_sizes, data_place, processes
+from tfkern.train.parallel.together import each, everybody, first, gathered
 from tfkern.train.recipe import Recipe, plain
 from tfkern.train.schedules import schedule
 from tfkern.train.steps import Record, size, steps
@@ -35,6 +43,7 @@ _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16
 _FREE = (
     "out", "data", "model", "compile", "recompute", "schedule", "steps", "tokens", "minutes",
     "evaluate_every", "evaluation_batches", "patience", "save_every", "keep", "device",
+    "parallel",
 )  # fmt: skip
 
 
@@ -69,9 +78,12 @@ def run(
     checkpoints, and "model" with the weights of the best evaluation. On a CPU, a run that was
     stopped and one that was not have the same weights, bit by bit, with as many threads.
 
+    If torchrun or Slurm has started many processes, all of them call this, with a folder that all
+    see. How they share the work is in `recipe.parallel`.
+
     Args:
-        told: is called with each line of metrics.jsonl.
-        stopped: is asked after each step whether to save and end.
+        told: is called with each line of metrics.jsonl; of many processes, in the first one.
+        stopped: is asked after each step whether to save and end; of many processes, one suffices.
         ceiling: measures FLOP/s of the device, of which the lines then tell the share.
         preparing: is told what the preparation of data does, if there is one, how much of that is
             done, and of how much.
@@ -95,25 +107,35 @@ class _Run:
     ) -> None:
         self.recipe, self.told, self.measure = recipe, told, ceiling
         self.folder = Path(recipe.out)
-        _check_foreign(self.folder)
         kind = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = _device(kind)
+        grid = _mesh(recipe, kind)
+        self.many = grid is not None
+        self.leads = grid is None or distributed.get_rank() == 0
+        first(lambda: _check_foreign(self.folder), self.many)
+        self.device = _device(kind if grid is None else grid.device_type)
         if isinstance(recipe.data, Mapping):  # all that is known before they are prepared
             _check_alone(recipe)
-            if not (self.folder / _RECIPE).exists():
-                self._claim()
-        data = _data(recipe, preparing)
-        self.task = _task(recipe, data)
+            if first(lambda: not (self.folder / _RECIPE).exists(), self.many):
+                first(self._claim, self.many)
+        data = first(lambda: _data(recipe, preparing), self.many)
+        rank, world = (0, 1) if grid is None else data_place(grid)
+        self.task = each(lambda: _task(recipe, data, rank, world), self.many)
         config = _config(recipe, self.task)
-        self.model = _model(config, recipe, self.device)
+        self.model: Any = _model(config, recipe, self.device)
+        self.flops, self.tokens = 0, size(self.task.batches[0]) * world
+        self.objective = CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
+        self.precision = _DTYPES[recipe.precision]
+        if grid is not None:  # a model that is spread over processes cannot be counted
+            self.flops = first(lambda: self._count_flops(0), self.many) * world
+            if recipe.compile:
+                self.model.compile()
+            options = {name: x for name, x in recipe.parallel.items() if name not in AXES}
+            self.model = parallelise(self.model, grid, **options)
         self.optimiser = optimiser(model=self.model, **recipe.optimiser)
-        self.tokens = size(self.task.batches[0])
         self.total = recipe.steps
         if recipe.tokens is not None:
             self.total = min(self.total, -(-recipe.tokens // self.tokens))
         self.schedule = schedule(steps=self.total, **recipe.schedule)
-        self.objective = CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
-        self.precision = _DTYPES[recipe.precision]
         half = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type) if half else None
         self.configuration = {
@@ -135,6 +157,11 @@ class _Run:
         files.write(self.folder / _RECIPE, f"{_MARK}\n{told}")
 
     def run(self, stopped: Callable[[], bool]) -> Outcome:
+        with ExitStack() as held:
+            first(lambda: self._lock(held), self.many)
+            return self._run(stopped)
+
+    def _lock(self, held: ExitStack) -> None:
         lock = self.folder / ".lock"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,8 +169,7 @@ class _Run:
         except OSError as error:
             raise ValueError(f"out: {self.folder}: {error.strerror}") from None
         try:
-            with files.locked(lock, wait=False):
-                return self._run(stopped)
+            held.enter_context(files.locked(lock, wait=False))
         except BlockingIOError:
             raise ValueError(f"out: another run is at work in {self.folder}") from None
 
@@ -156,24 +182,16 @@ class _Run:
             scaler=self.scaler,
             configuration=self.configuration,
         )
-        if not start and any("validation_loss" in line for line in read(self.folder / _METRICS)):
-            raise ValueError(
-                f"out: {self.folder} holds a run without its checkpoints: delete it, or choose "
-                "another folder"
-            )
-        self._claim()
-        self.flops, self.ceiling = 0, None
+        first(lambda: self._check_kept(start), self.many)
+        first(self._claim, self.many)
+        self.ceiling = None
         if start < self.total:
-            self.ceiling = None if self.measure is None else self.measure()
-            batch = self.task.batches[start]
-            self.flops = count_flops(
-                self.model,
-                self.objective,
-                batch,
-                accumulate=recipe.accumulate,
-                precision=self.precision,
-            )
-        compiled: Any = torch.compile(self.model) if recipe.compile else self.model
+            if self.measure is not None:
+                self.ceiling = first(self.measure, self.many) * processes()
+            if not self.many:
+                self.flops = self._count_flops(start)
+        compile_here = recipe.compile and not self.many
+        compiled: Any = torch.compile(self.model) if compile_here else self.model
         loop = steps(
             compiled,
             self.task.batches,
@@ -189,23 +207,56 @@ class _Run:
             clip_value=recipe.clip_value,
             seed=recipe.seed,
         )
-        with closing(Log(self.folder, start)) as self.log:
-            step, reason = start, self._ended(start)
+        with ExitStack() as held:
+            first(lambda: self._open(start, held), self.many)
+            step, reason = start, self._agreed(start)
             for record in () if reason else loop:
                 step = record.step
-                self._write(self._line(record))
-                reason = self._ended(step)
+                if self.leads:
+                    self._write(self._line(record))
+                reason = self._agreed(step)
                 if reason or step % recipe.evaluate_every == 0:
                     self._evaluate(step)
-                    reason = self._ended(step)
-                if not reason and stopped():
+                    reason = self._agreed(step)
+                if not reason and any(self._gathered(stopped())):
                     reason = "stopped"
                 if reason or step % recipe.save_every == 0:
                     self._save(step)
                 if reason:
                     break
-            best = min((loss for _, loss in self.log.evaluations), default=math.nan)
+            best = first(self._best, self.many)
         return Outcome(step, reason or "steps", best, self.folder / "model")
+
+    def _check_kept(self, start: int) -> None:
+        if not start and any("validation_loss" in line for line in read(self.folder / _METRICS)):
+            raise ValueError(
+                f"out: {self.folder} holds a run without its checkpoints: delete it, or choose "
+                "another folder"
+            )
+
+    def _open(self, start: int, held: ExitStack) -> None:
+        self.log = held.enter_context(closing(Log(self.folder, start)))
+
+    def _count_flops(self, step: int) -> int:
+        """Of the part of a batch that this process has."""
+        return count_flops(
+            self.model,
+            self.objective,
+            self.task.batches[step],
+            accumulate=self.recipe.accumulate,
+            precision=self.precision,
+        )
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The values of all processes."""
+        return gathered(value, everybody() if self.many else None)
+
+    def _agreed(self, step: int) -> str | None:
+        """Why the run is at its end by the record, which the first process has."""
+        return self._gathered(self._ended(step) if self.leads else None)[0]
+
+    def _best(self) -> float:
+        return min((loss for _, loss in self.log.evaluations), default=math.nan)
 
     def _ended(self, step: int) -> str | None:
         """Why the run is at its end, None if it is not."""
@@ -238,11 +289,21 @@ class _Run:
 
         What has been evaluated has a checkpoint, so that a run without any is one that lost them.
         """
-        if not self.log.evaluations and checkpoint.latest(self.folder / "checkpoints") is None:
+        if first(self._is_fresh, self.many):
             self._save(step)
         # The loss of training may have more terms than the cross entropy.
         objective = CrossEntropy(weights=self.recipe.weights)
         found = evaluate(self.model, self.task.validation, objective, precision=self.precision)
+        if first(lambda: self._note(step, found), self.many):
+            whole = gather(self.model)
+            first(lambda: export(whole, self.task, self.folder / "model"), self.many)
+
+    def _is_fresh(self) -> bool:
+        """Whether nothing has been evaluated or saved yet."""
+        return not self.log.evaluations and checkpoint.latest(self.folder / "checkpoints") is None
+
+    def _note(self, step: int, found: Evaluation) -> bool:
+        """Writes an evaluation to the record. Returns whether it is the best so far."""
         line: dict[str, Any] = {"step": step, "validation_loss": found.loss}
         if found.accuracies:
             line["accuracy"] = found.accuracies[-1]
@@ -250,11 +311,11 @@ class _Run:
         self._write(line)
         self.log.flush()
         chart.draw(self.log.losses, self.log.evaluations, self.folder / _CHART)
-        if best:
-            export(self.model, self.task, self.folder / "model")
+        return best
 
     def _save(self, step: int) -> None:
-        self.log.flush()
+        if self.leads:
+            self.log.flush()
         checkpoint.save(
             self.folder / "checkpoints",
             step,
@@ -279,6 +340,17 @@ def export(model: Transformer, found: Task, folder: Path) -> None:
         tokenize.save(found.tokenizer, folder)
     if found.labels:
         files.write(folder / "labels.json", json.dumps(list(found.labels)) + "\n")
+
+
+def _mesh(recipe: Recipe, kind: str) -> DeviceMesh | None:
+    """The processes that take part, if there are several."""
+    world = processes()
+    sizes = check_sizes(recipe.parallel, world)
+    if world == 1:
+        return None
+    if recipe.compile and sizes.get("pp", 1) > 1:
+        raise ValueError("compile must be false with pp: stages are parts of a model")
+    return mesh(**sizes, device=kind.partition(":")[0])
 
 
 def _device(name: str) -> torch.device:
@@ -342,7 +414,7 @@ def _preparation(recipe: Recipe) -> Any:
     return made({**recipe.data, "output": str(Path(recipe.out) / "data")})
 
 
-def _task(recipe: Recipe, data: Path) -> Task:
+def _task(recipe: Recipe, data: Path, rank: int, world: int) -> Task:
     return task(
         recipe.task,
         data,
@@ -350,6 +422,8 @@ def _task(recipe: Recipe, data: Path) -> Task:
         batch=recipe.batch,
         seed=recipe.seed,
         validation_batches=recipe.evaluation_batches,
+        rank=rank,
+        world=world,
         **recipe.options,
     )
 

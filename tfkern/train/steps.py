@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfkern.train.objective import Batch, Objective
+from tfkern.train.parallel.gradients import agree_on_overflow, clamp, clip, total_norm
+from tfkern.train.parallel.model import Parallel, Share
 from tfkern.train.schedules import set_learning_rate
 
 
@@ -24,7 +26,7 @@ class Record(NamedTuple):
         terms: the means that the loss is the sum of.
         norm: of all gradients together, before they are clipped.
         learning_rate: that of the first group of parameters.
-        tokens: in the batch, or images.
+        tokens: in the batch, or images, of all processes together.
         seconds: that the step took, without what the caller does between steps.
         skipped: whether gradients had overflowed in float16, so that no weight was changed.
     """
@@ -75,6 +77,9 @@ def steps(
     optimiser and the number of steps are all that a run has to keep: learning rates and random
     numbers depend on the number of the step alone. The states of torch's generators of the CPU and
     of the model's device are the caller's again whenever a record is yielded.
+
+    A model that `tfkern.train.parallel.parallelise` has spread over processes is trained by all of
+    them together: each runs this loop, on its part of the batches, and has the same records.
 
     Args:
         model: is called with all of a batch but its targets, in training mode, and compiled if it
@@ -128,11 +133,11 @@ def _run(
         began = time.perf_counter()
         batch = batches[number]
         rate = set_learning_rate(step.optimiser, 1.0 if schedule is None else schedule(number))
-        with _random_numbers(seed, number, step.device):
-            terms, norm, skipped = step(number, batch)
+        with _random_numbers(seed, number, step.model.random_rank, step.device):
+            terms, norm, tokens, skipped = step(number, batch)
         number += 1
         yield Record(
-            number, sum(terms), terms, norm, rate, size(batch), time.perf_counter() - began, skipped
+            number, sum(terms), terms, norm, rate, tokens, time.perf_counter() - began, skipped
         )  # fmt: skip
 
 
@@ -150,7 +155,7 @@ class _Step:
         clip_norm: float | None,
         clip_value: float | None,
     ) -> None:
-        self.model, self.objective, self.optimiser = model, objective, optimiser
+        self.model, self.objective, self.optimiser = Parallel.of(model), objective, optimiser
         self.accumulate, self.precision, self.scaler = accumulate, precision, scaler
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.parameters = [p for group in optimiser.param_groups for p in group["params"]]
@@ -158,45 +163,46 @@ class _Step:
             raise ValueError("the optimiser has no parameters")
         self.device = self.parameters[0].device
 
-    def __call__(self, number: int, batch: Batch) -> tuple[tuple[float, ...], float, bool]:
-        """The terms of the loss, the norm of the gradients, and whether the step was skipped."""
-        if not self.model.training:
+    def __call__(self, number: int, batch: Batch) -> tuple[tuple[float, ...], float, int, bool]:
+        """The terms of the loss, the norm of the gradients, how many tokens the batch has, and
+        whether the step was skipped."""
+        if not self.model.module.training:
             self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
-        terms = self._backward(batch)
+        terms, tokens = self._backward(batch)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimiser)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError("no parameter of the optimiser has a gradient")
-        norm = torch.nn.utils.get_total_norm(gradients)
+        counted = [p for p in self.parameters if p not in self.model.borrowed]
+        norms = (p.grad for p in counted if p.grad is not None)
+        norm = total_norm(norms, self.model.stages).item()
         found = tuple(terms.tolist())
-        length = norm.item()
-        finite = math.isfinite(length)
+        finite = math.isfinite(norm)
         if not all(map(math.isfinite, found)) or not finite and self.scaler is None:
-            raise FloatingPointError(self._diverged(number + 1, found, length))
-        if finite:
-            self._clip(gradients, norm, length)
+            raise FloatingPointError(self._diverged(number + 1, found, norm))
+        if finite and self.clip_norm is not None and norm > self.clip_norm:
+            clip(gradients, self.clip_norm, norm)
+        if finite and self.clip_value is not None:
+            clamp(gradients, self.clip_value)
         self._update(number + 1, not finite)
-        return found, length, not finite
+        return found, norm, int(tokens), not finite
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Adds up gradients over the parts of a batch, and returns the terms of its loss."""
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Adds up gradients over the parts of a batch. Returns the terms of its loss, and how many
+        tokens it has: on all ranks."""
         cut = parts(batch, self.accumulate)
-        whole = None
-        if len(cut) > 1:
-            whole = torch.stack([self.objective.count(part) for part in cut]).sum(0)
-        losses = []
-        for part in cut:
+        counts = torch.stack([self.objective.count(part) for part in cut]).sum(0)
+        counts = torch.cat([counts, counts.new_tensor([size(batch)])]).to(self.device)
+        *_, tokens = counts = self.model.sum(counts)
+        share = Share(self.objective, counts[:-1], self._autocast)
+        scale = _unscaled if self.scaler is None else self.scaler.scale
+        terms = []
+        for i, part in enumerate(cut):
             part = pytree.tree_map(self._moved, part)
-            inputs = {name: x for name, x in part.items() if name != "targets"}
-            with self._autocast():
-                loss = self.objective(self.model(**inputs), part)
-            terms = loss.mean if whole is None else loss.share(whole.to(self.device))
-            total = terms.sum()
-            (total if self.scaler is None else self.scaler.scale(total)).backward()
-            losses.append(terms.detach())
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+            terms.append(self.model.backward(part, share, scale, last=i == len(cut) - 1))
+        return self.model.sum(torch.stack(terms).sum(0)), tokens
 
     def _moved(self, x: Any) -> Any:
         return x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x
@@ -206,16 +212,12 @@ class _Step:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision)
 
-    def _clip(self, gradients: list[Tensor], norm: Tensor, length: float) -> None:
-        if self.clip_norm is not None and length > self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        if self.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(self.parameters, self.clip_value)
-
     def _update(self, number: int, skipped: bool) -> None:
         if self.scaler is None:
             self.optimiser.step()
             return
+        if self.model.mesh is not None:
+            agree_on_overflow(self.scaler, self.optimiser)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if skipped and self.scaler.get_scale() < _LEAST_SCALE:
@@ -225,13 +227,14 @@ class _Step:
             )
 
     def _diverged(self, number: int, terms: tuple[float, ...], norm: float) -> str:
-        inner = getattr(self.model, "_orig_mod", self.model)  # of a compiled model
+        module = self.model.module
+        inner = getattr(module, "_orig_mod", module)  # of a compiled model
         name_of = {id(p): name for name, p in inner.named_parameters()}
         sizes = [
             (math.inf if math.isnan(size) else size, name_of.get(id(p), "?"), size)
             for p in self.parameters
             if p.grad is not None
-            for size in [p.grad.norm().item()]
+            for size in [total_norm([p.grad]).item()]
         ]
         first = sorted(sizes, reverse=True)[:_SHOWN]
         largest = ", ".join(f"{name} {size:.3g}" for _, name, size in first)
@@ -244,6 +247,10 @@ class _Step:
 
 _LEAST_SCALE = 2.0**-24
 _SHOWN = 3  # gradients in an error
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
 
 
 def parts(batch: Batch, count: int) -> list[dict[str, Any]]:
@@ -267,9 +274,10 @@ def size(batch: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _random_numbers(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that a seed and a step determine, from torch's own generators."""
-    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+def _random_numbers(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that a seed, a step and a process determine, from torch's own generators."""
+    told = f"{seed} {step} {rank}" if rank else f"{seed} {step}"
+    digest = hashlib.blake2b(told.encode(), digest_size=8).digest()
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(int.from_bytes(digest, "little"))
         yield

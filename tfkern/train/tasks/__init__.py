@@ -39,6 +39,8 @@ def task(
     batch: int,
     seed: int = 0,
     validation_batches: int = 50,
+    rank: int = 0,
+    world: int = 1,
     **options: Any,
 ) -> Task:
     """The batches of a kind of training, and what a model needs for them.
@@ -48,16 +50,17 @@ def task(
         data: a folder that `tfkern.data.prepare.prepare` returned; for "pairs" and "classification"
             a file of JSON lines; for "images" a file, or "digits".
         length: most tokens of a row.
-        batch: rows of a batch, or images.
+        batch: rows of a batch, or images, of all data ranks together.
         seed: of the order and of whatever is random, in [0, 2**32).
         validation_batches: the greatest number of batches in an evaluation.
+        rank, world: which part of each batch this process has, and how many parts there are.
 
     Raises:
         ValueError: an unknown kind or option, a value out of its range, or data that are missing
             or too short.
     """
     check_options(kind, options)
-    sizes = check_sizes(length, batch, seed, validation_batches)
+    sizes = check_sizes(length, batch, seed, validation_batches, rank, world)
     return KINDS[kind](Path(data), sizes, **options)
 
 

@@ -44,19 +44,25 @@ class Sizes(NamedTuple):
     batch: int
     seed: int
     validation_batches: int
+    rank: int = 0
+    world: int = 1
 
 
-def check_sizes(length: int, batch: int, seed: int, validation_batches: int) -> Sizes:
+def check_sizes(
+    length: int, batch: int, seed: int, validation_batches: int, rank: int, world: int
+) -> Sizes:
     """The sizes, if they are integers in their ranges.
 
     Raises:
         ValueError: they are not.
     """
-    found = Sizes(length, batch, seed, validation_batches)
+    found = Sizes(length, batch, seed, validation_batches, rank, world)
     for name, value in found._asdict().items():
-        least = 0 if name == "seed" else 1
+        least = 0 if name in ("seed", "rank") else 1
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
+    if batch % world:
+        raise ValueError(f"batch must be a multiple of the {world} data ranks, got {batch}")
     return found
 
 
@@ -104,11 +110,24 @@ class Validation(Sequence[Batch]):
         source: the items.
         batch: items of a batch.
         most: the greatest number of batches.
+        rank, world: which part of each batch this is, and how many there are.
+
+    Raises:
+        ValueError: fewer items than parts.
     """
 
     source: Source
     batch: int
     most: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.source) < self.world:
+            raise ValueError(
+                f"an evaluation needs an item for each of {self.world} data ranks, and there are "
+                f"{len(self.source)}"
+            )
 
     def __len__(self) -> int:
         return min(max(len(self.source) // self.batch, 1), self.most)
@@ -117,7 +136,10 @@ class Validation(Sequence[Batch]):
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
         size = min(self.batch, len(self.source))
-        places = range(number * size, (number + 1) * size)
+        first = number * size
+        places = range(
+            first + size * self.rank // self.world, first + size * (self.rank + 1) // self.world
+        )
         every = len(self.source) / (size * len(self))
         return stack([self.source[int(place * every)] for place in places])
 
@@ -139,11 +161,12 @@ def batches_of(
     source, change = make(training)
     if static and change is not None:
         source, change = Changed(source, change, sizes.seed), None
-    batches = order([source], sizes.batch, sizes.seed, change=change)
+    part: dict[str, Any] = {"rank": sizes.rank, "world": sizes.world}
+    batches = order([source], sizes.batch, sizes.seed, change=change, **part)
     held, change = make(validation)
     if change is not None:
         held = Changed(held, change, 0)  # evaluations of runs with other seeds compare
-    return batches, Validation(held, sizes.batch, sizes.validation_batches)
+    return batches, Validation(held, sizes.batch, sizes.validation_batches, **part)
 
 
 def decoder_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -1,0 +1,44 @@
+"""The whole of a model that is spread over processes."""
+
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+
+from tfkern.models import Transformer
+from tfkern.train.parallel.model import Parallel
+
+
+def gather(model: nn.Module) -> Any:
+    """A model on one process, with the weights that it has now.
+
+    All processes of the model have to call this.
+
+    Returns:
+        The model itself if it is on this process alone. Otherwise a new `Transformer` on the CPU in
+        the first process, and None in the others.
+    """
+    if not isinstance(model, Parallel):
+        return model
+    module: Any = model.module
+    if model.mesh is None or model.mesh.size() == 1:
+        return module
+    first = distributed.get_rank() == 0
+    state = {}
+    for name, x in module.state_dict().items():
+        whole = x.full_tensor() if isinstance(x, DTensor) else x
+        if model.leads:
+            state[name.replace("_orig_mod.", "")] = whole.cpu()
+        del whole
+    if model.stages is not None and model.leads:
+        states: list[Any] = [None] * model.size("pp")
+        distributed.gather_object(state, states if first else None, 0, model.stages)
+        state = {name: x for part in filter(None, states) for name, x in part.items()}
+    if not first:
+        return None
+    with torch.device("meta"):
+        found = Transformer(module.config)
+    found.load_state_dict(state, assign=True)
+    found.family = module.family
+    return found.train(module.training)
