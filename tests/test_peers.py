@@ -109,7 +109,7 @@ SDPA = {suite.op: suite.peers[1] for suite in (infer.SUITE, generate.SUITE)}
 
 
 def half_wrong(suite, name="planted"):
-    """A peer whose outputs are twice what they should be, or which writes the next token but one."""
+    """A peer with outputs twice as large, or one that writes the next token but one."""
     if suite is infer.SUITE:
         return changed(name, SDPA["infer"], lambda call, tokens: 2 * call(tokens))
 
