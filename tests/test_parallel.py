@@ -119,12 +119,12 @@ def check(ranks, kind, sizes, changes=None, updates="adamw", tolerance=5e-6, **o
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"cp": 2}], ids=str)
 def test_two_processes_train_as_one(two, kind, sizes, one_thread):
     check(two, kind, sizes)
 
 
-@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"cp": 2}], ids=str)
 def test_batches_in_parts(two, sizes, one_thread):
     check(two, "decoder", sizes, accumulate=3)
 
@@ -136,12 +136,24 @@ def test_optimisers(two, sizes, updates, tolerance, one_thread):
     check(two, "decoder", sizes, updates=updates, tolerance=tolerance)
 
 
+def cp_beside(axis):
+    with pytest.raises(ValueError, match=f"cp 2 cannot be combined with {axis} yet"):
+        parallelise(tiny("decoder"), mesh(**{"cp": 2, axis: 2}, device="cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_sequences_are_not_cut_beside_layers_or_stages(four, axis):
+    four(cp_beside, axis)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
     "sizes",
     [{"dp": 4}, {"fsdp": 4}, {"tp": 4}]
-    + [{"dp": 2, "fsdp": 2}, {"dp": 2, "tp": 2}, {"fsdp": 2, "tp": 2}],
+    + [{"dp": 2, "fsdp": 2}, {"dp": 2, "tp": 2}, {"fsdp": 2, "tp": 2}]
+    + [{"cp": 4}, {"dp": 2, "cp": 2}, {"fsdp": 2, "cp": 2}],
     ids=str,
 )
 def test_four_processes_train_as_one(four, kind, sizes, one_thread):
@@ -548,6 +560,8 @@ def refusals():
         found.append(told)
     with pytest.raises(ValueError, match="needs a Transformer, got Linear"):
         parallelise(torch.nn.Linear(2, 2), mesh(tp=2, device="cpu"))
+    with pytest.raises(ValueError, match="cp needs a tfkern.models.Transformer, got Linear"):
+        parallelise(torch.nn.Linear(2, 2), mesh(cp=2, device="cpu"))
     with pytest.raises(ValueError, match="precision torch.bfloat16 needs fsdp"):
         parallelise(torch.nn.Linear(2, 2), mesh(dp=2, device="cpu"), torch.bfloat16)
     with pytest.raises(ValueError, match="the mesh must have the axes"):

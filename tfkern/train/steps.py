@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tfkern.train.objective import Batch, Objective
 from tfkern.train.parallel.gradients import agree_on_overflow, clamp, clip, total_norm
-from tfkern.train.parallel.model import Parallel, Share
+from tfkern.train.parallel.model import ROWS, Parallel, Share
 from tfkern.train.schedules import set_learning_rate
 
 
@@ -195,7 +195,7 @@ class _Step:
         cut = parts(batch, self.accumulate)
         counts = torch.stack([self.objective.count(part) for part in cut]).sum(0)
         counts = torch.cat([counts, counts.new_tensor([size(batch)])]).to(self.device)
-        *_, tokens = counts = self.model.sum(counts)
+        *_, tokens = counts = self.model.sum(counts, ROWS)
         share = Share(self.objective, counts[:-1], self._autocast)
         scale = _unscaled if self.scaler is None else self.scaler.scale
         terms = []

@@ -62,6 +62,12 @@ def check_sizes(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     return found
 
 
+def joined(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
+    """The processes along several axes of a mesh as a mesh of one axis. All processes call this."""
+    wide = [axis for axis in axes if mesh[axis].size() > 1] or axes[:1]
+    return mesh[wide[0]] if len(wide) == 1 else mesh[tuple(wide)]._flatten("_".join(wide))
+
+
 def data_place(mesh: DeviceMesh) -> tuple[int, int]:
     """Which part of a batch this process has, and how many parts there are."""
     dp, fsdp = mesh["dp"], mesh["fsdp"]

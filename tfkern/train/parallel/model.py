@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tfkern.models import Transformer
 from tfkern.train.objective import Batch, Objective
-from tfkern.train.parallel.mesh import AXES, data_place
+from tfkern.train.parallel.context import cut
+from tfkern.train.parallel.mesh import AXES, data_place, joined
 
-AVERAGED = ("dp", "fsdp", "cp")  # axes of a mesh along which ranks have other data each
+ROWS = ("dp", "fsdp")  # axes of a mesh along which ranks have other rows of a batch each
+TOKENS = (*ROWS, "cp")  # and those along which they have other tokens each
 
 Measure = Callable[[Any, Batch], Tensor]
 
@@ -44,7 +46,8 @@ class Parallel(nn.Module):
 
     Each data rank trains on its part of a batch, `batches[step]`. The parts of all data ranks, one
     after the other, are the batch that one process would have. Processes that differ in other axes
-    of the mesh have the same part.
+    of the mesh have the same part. Those along cp take whole sequences of it, and each computes
+    its own part of them, which `tfkern.train.parallel.cut` makes.
 
     Attributes:
         module: the model. Its parameters may be DTensors.
@@ -67,7 +70,8 @@ class Parallel(nn.Module):
         self.__dict__["_terms"] = _Terms(module) if inner is None else inner
         if self.averaged > 1 and self.size("fsdp") == 1:
             self.__dict__["_terms"] = DistributedDataParallel(
-                self._terms, process_group=self._group("dp"), gradient_as_bucket_view=True,
+                self._terms, process_group=joined(mesh, "dp", "cp").get_group(),
+                gradient_as_bucket_view=True,
                 find_unused_parameters=_leaves_out(module),
             )  # fmt: skip
 
@@ -86,7 +90,10 @@ class Parallel(nn.Module):
         return model if isinstance(model, Parallel) else Parallel(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """As the model's."""
+        """As the model's, of this process's part of the sequences."""
+        return self._call(self._own(inputs))
+
+    def _call(self, inputs: Batch) -> Any:
         output = self.module(**inputs)
         if isinstance(self.module, FSDPModule) and not self.training:
             self.module.reshard()  # backward would, and an evaluation has none
@@ -104,7 +111,7 @@ class Parallel(nn.Module):
                 behind it, and not before.
         """
         with self._synchronised(last):
-            terms = self._terms(part, share)
+            terms = self._terms(self._own(part), share)
             # Gradients are averaged over ranks whose losses are to be summed.
             scale(terms.sum() * self.averaged).backward()
         return terms.detach()
@@ -118,12 +125,18 @@ class Parallel(nn.Module):
             measure: takes the output and the batch, or a part of both, and returns numbers (n,).
             autocast: makes the context of forward and of the function.
         """
+        own = self._own(batch)
         with autocast():
-            return measure(self(**inputs(batch)), batch)
+            return measure(self._call(inputs(own)), own)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks that have other data, in place."""
-        for axis in AVERAGED:
+    def sum(self, x: Tensor, axes: tuple[str, ...] = TOKENS) -> Tensor:
+        """The sum over all ranks along some axes of the mesh, in place.
+
+        Args:
+            axes: `TOKENS` for what depends on the part of the sequences that a process computes,
+                `ROWS` for what depends on the batch it is given.
+        """
+        for axis in axes:
             if self.size(axis) > 1:
                 distributed.all_reduce(x, group=self._group(axis))
         return x
@@ -141,7 +154,8 @@ class Parallel(nn.Module):
     @property
     def random_rank(self) -> int:
         """A number for each process whose dropout differs from that of the others."""
-        return self.data_rank + self.data_world * self._place("pp")
+        other = self._place("pp") * self.size("cp") + self._place("cp")
+        return self.data_rank + self.data_world * other
 
     @property
     def stages(self) -> ProcessGroup | None:
@@ -151,6 +165,13 @@ class Parallel(nn.Module):
     def size(self, axis: str) -> int:
         """The number of ranks along an axis of the mesh."""
         return 1 if self.mesh is None else self.mesh[axis].size()
+
+    def _own(self, batch: Batch) -> Batch:
+        """This process's part of the sequences of a batch."""
+        if self.size("cp") == 1:
+            return batch
+        assert isinstance(self.module, Transformer)
+        return cut(batch, self.module)
 
     def _place(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tfkern.models import Transformer
 from tfkern.models.stack import Stack
 from tfkern.train.parallel import tensor
-from tfkern.train.parallel.mesh import AXES
+from tfkern.train.parallel.context import spread
+from tfkern.train.parallel.mesh import AXES, joined
 from tfkern.train.parallel.model import Parallel
 from tfkern.train.parallel.pipeline import Pipeline, Stage
 
@@ -36,7 +37,8 @@ def parallelise(
     By axis of the mesh: dp replicates the model and averages gradients (DDP, Li et al. 2020), fsdp
     cuts each parameter and gathers those of a block while it runs (FSDP2, Zhao et al. 2023); with
     both, there are dp replicas of what fsdp ranks have cut. tp cuts each layer, see
-    `tfkern.train.parallel.tensor`. pp gives each process some of the blocks of a `Transformer`, and
+    `tfkern.train.parallel.tensor`. cp cuts each sequence, see `tfkern.train.parallel.spread`; its
+    ranks average gradients like those of dp, or cut parameters like those of fsdp. pp gives each process some of the blocks of a `Transformer`, and
     sends the parts of a batch through them.
 
     Args:
@@ -49,7 +51,8 @@ def parallelise(
 
     Raises:
         ValueError: a mesh with other axes, a model on another device or of which tp cannot have
-            equal parts, a precision without fsdp, or what `Pipeline` and `Stage` refuse.
+            equal parts, cp beside tp or pp, a precision without fsdp, or what `spread`, `Pipeline`
+            and `Stage` refuse.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
@@ -58,6 +61,13 @@ def parallelise(
         raise ValueError(f"the mesh is of {mesh.device_type}, and the model on {sorted(kinds)}")
     if precision is not None and mesh["fsdp"].size() == 1:
         raise ValueError(f"precision {precision} needs fsdp: use that of steps")
+    if mesh["cp"].size() > 1:
+        for axis in ("tp", "pp"):
+            if mesh[axis].size() > 1:
+                raise ValueError(f"cp {mesh['cp'].size()} cannot be combined with {axis} yet")
+        if not isinstance(model, Transformer):
+            raise ValueError(f"cp needs a tfkern.models.Transformer, got {type(model).__name__}")
+        spread(model, mesh.get_group("cp"))
     stage = None
     if mesh["pp"].size() > 1:
         if not isinstance(model, Transformer):
@@ -76,7 +86,9 @@ def parallelise(
 
 def _shard(model: nn.Module, mesh: DeviceMesh, precision: torch.dtype | None) -> None:
     """Cuts the parameters of each block, and those of the whole model that are not in blocks."""
-    axes = mesh["fsdp"] if mesh["dp"].size() == 1 else mesh["dp", "fsdp"]
+    shards = joined(mesh, "fsdp", "cp")
+    assert shards.mesh_dim_names is not None
+    axes = shards if mesh["dp"].size() == 1 else mesh["dp", shards.mesh_dim_names[0]]
     # The residual stream enters blocks in its own dtype, which may be wider than the parameters.
     policy = MixedPrecisionPolicy(
         param_dtype=precision,
