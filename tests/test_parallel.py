@@ -20,7 +20,7 @@ from tfkern.train.parallel.gradients import agree_on_overflow, clamp, clip, tota
 from tfkern.train.steps import steps
 
 VOCAB, LENGTH, BATCH, STEPS = 24, 17, 8, 6
-SMALL = {"vocab_size": VOCAB, "max_length": 20, "dim": 16, "layers": 4, "heads": 4}
+SMALL = {"vocab_size": VOCAB, "max_length": 24, "dim": 16, "layers": 4, "heads": 4}
 MODELS = {
     "decoder": {},
     "encoder": {"architecture": "encoder", "head": "mlm", "post_norm": True},

@@ -38,8 +38,8 @@ def parallelise(
     cuts each parameter and gathers those of a block while it runs (FSDP2, Zhao et al. 2023); with
     both, there are dp replicas of what fsdp ranks have cut. tp cuts each layer, see
     `tfkern.train.parallel.tensor`. cp cuts each sequence, see `tfkern.train.parallel.spread`; its
-    ranks average gradients like those of dp, or cut parameters like those of fsdp. pp gives each process some of the blocks of a `Transformer`, and
-    sends the parts of a batch through them.
+    ranks average gradients like those of dp, or cut parameters like those of fsdp. pp gives each
+    process some of the blocks of a `Transformer`, and sends the parts of a batch through them.
 
     Args:
         model: on the device of the mesh.
