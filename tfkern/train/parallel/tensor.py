@@ -105,7 +105,7 @@ def _compute_with_parts(module: nn.Module, mesh: DeviceMesh, summed: bool = Fals
             each has seen only a part of the stream, or only a part of what follows.
     """
     uses: list[tuple[nn.Module, str, Use]] = []
-    for layer, name, placement, use in _placed(module, mesh):
+    for layer, name, placement, use in placed(module):
         p = layer._parameters[name]
         if p is None:
             continue
@@ -132,9 +132,7 @@ def _compute_with_parts(module: nn.Module, mesh: DeviceMesh, summed: bool = Fals
     module.register_forward_hook(after, always_call=True)
 
 
-def _placed(
-    module: nn.Module, mesh: DeviceMesh
-) -> Iterator[tuple[nn.Module, str, Placement, Use | None]]:
+def placed(module: nn.Module) -> Iterator[tuple[nn.Module, str, Placement, Use | None]]:
     """The parameters in a module, how each is cut, and what is made of it for a call, if that does
     not follow from how it is cut."""
     cut: dict[nn.Module, Placement] = {}
