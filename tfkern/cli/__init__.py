@@ -63,6 +63,7 @@ def _app():
         doctor,
         patched,
         peers,
+        plan,
         prepare,
         sample,
         suite,
@@ -89,4 +90,5 @@ def _app():
     app.command("convert")(convert.command)
     app.command("prepare")(prepare.command)
     app.command("train")(train.command)
+    app.command("plan")(plan.command)
     return app

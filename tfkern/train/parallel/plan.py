@@ -68,8 +68,8 @@ class Work:
             raise ValueError(
                 f"plans are for norm layer_norm or rms_norm before sublayers, got {c.norm}"
             )
-        if c.norm_place != "before" or c.query_key_norm != "none" or c.dropout:
-            raise ValueError("plans are for blocks without dropout, output and query norms")
+        if c.norm_place != "before" or c.query_key_norm != "none":
+            raise ValueError("plans are for blocks without norms of outputs and of queries")
         if c.positions == "learned" and c.max_length is not None and self.length > c.max_length:
             raise ValueError(f"length {self.length} is above max_length {c.max_length}")
 
@@ -236,7 +236,7 @@ def _memory(
     here = work.length // sizes["cp"] * kept
     activations = here * len(own) * each
     if work.recompute:
-        activations = here * (len(own) * 2 * 4 * c.dim // tp) + work.length // sizes[
+        activations = here * (len(own) * (4 + b) * c.dim // tp) + work.length // sizes[
             "cp"
         ] * each * (1 if pp > 1 else rows_here)
     if stage == pp - 1:  # the last norm, its output, and the gradient of that by the loss in pieces
