@@ -39,6 +39,9 @@ class Work:
         flops: operations a second of a process.
         inside, between: bytes a second that a process sends within a machine and to others.
 
+    A pipeline has micro-batches of one row by the schedule 1f1b, and the loss makes the logits in
+    pieces. What operators need while they run does not count.
+
     Raises:
         ValueError: a value out of its range, or a model of another kind.
     """
@@ -136,7 +139,7 @@ def plan(work: Work, sizes: dict[str, int], counted: list[Weight] | None = None)
     if (problem := why_not(work, sizes)) is not None:
         raise ValueError(problem)
     counted = weights(work.config) if counted is None else counted
-    stages = [_memory(work, sizes, counted, stage) for stage in range(sizes["pp"])]
+    stages = [stage_memory(work, sizes, counted, stage) for stage in range(sizes["pp"])]
     memory, held = max(stages, key=lambda found: sum(found[0].values()))
     sent = _sent(work, sizes, max(stages, key=lambda found: sum(found[1]))[1])
     return Plan(sizes, memory, sent, _seconds(work, sizes, sent))
@@ -206,10 +209,12 @@ def why_not(work: Work, sizes: dict[str, int]) -> str | None:
     return None
 
 
-def _memory(
+def stage_memory(
     work: Work, sizes: dict[str, int], counted: list[Weight], stage: int
 ) -> tuple[dict[str, int], tuple[int, int]]:
-    """The memory of a stage's rank, and its parameters in and outside of blocks before fsdp."""
+    """The bytes that a rank of a stage of the pipeline holds, by what they are, and how many
+    parameters it has in and outside of blocks before fsdp cuts them.
+    """
     c, tp, pp = work.config, sizes["tp"], sizes["pp"]
     shards = sizes["fsdp"] * sizes["cp"] if sizes["fsdp"] > 1 else 1
     own = torch.arange(c.layers).tensor_split(pp)[stage].tolist()
@@ -309,18 +314,21 @@ def _sent(work: Work, sizes: dict[str, int], held: tuple[int, int]) -> dict[str,
     else:
         n = dp * cp
         sent["dp"] = 2 * (n - 1) / n * 4 * sum(held)
+    stream = b * tokens * c.dim
     if tp > 1:  # two gathers and two sums cut along T in forward, and as many in backward
-        sent["tp"] = layers * (8 + 4 * again) * (tp - 1) / tp * b * tokens * c.dim
+        ends = 6  # two gathers, and the sums of what is embedded and of the gradient of the head
+        sent["tp"] = (layers * (8 + 4 * again) + ends) * (tp - 1) / tp * stream
     q = c.heads * c.head_size
     kv = (c.kv_heads or c.heads) * c.head_size
     if cp > 1 and (c.kv_heads or c.heads) % cp == 0:  # by heads
-        each = b * (2 * q + 2 * kv) + 4 * c.heads
-        sent["cp"] = layers * (2 + again) * (cp - 1) / cp * tokens * each
+        each = (2 + again) * b * (2 * q + 2 * kv) + (1 + again) * 4 * c.heads  # lse has no gradient
+        sent["cp"] = layers * (cp - 1) / cp * tokens * each
     elif cp > 1:  # around a ring, with gradients in float32
         X = tokens * 2 * kv * b
         sent["cp"] = layers * ((2 + again) * (cp - 1) * X + cp * tokens * 2 * kv * 4)
-    if pp > 1:  # two streams forward, and their gradients to the stage before
-        sent["pp"] = 2 * 2 * b * tokens * c.dim
+    if pp > 1:  # the stream to the next stage, its gradient to the one before, and a tied table's
+        table = 4 * rows(c) * (c.embedding_dim or c.dim) / tp if c.tie_embeddings else 0
+        sent["pp"] = (1 if pp == 2 else 2) * stream + table
     return sent
 
 
