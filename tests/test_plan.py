@@ -141,10 +141,12 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def state(name, sizes, updates):
+def state(name, sizes, recompute):
     """Bytes of parameters, gradients and optimiser of a rank, and what it sends in a step."""
-    model = parallelise(Transformer(work(name).config), mesh(**sizes, device="cpu"))
-    made = optimiser(updates, model, 1e-3)
+    inner = Transformer(work(name).config)
+    inner.recompute = recompute
+    model = parallelise(inner, mesh(**sizes, device="cpu"))
+    made = optimiser("adamw", model, 1e-3)
     with traffic() as ring, Sent() as sent:
         list(steps(model, batches(model), CrossEntropy(), made, stop=1))
     found = [local(p) for p in model.parameters()]
@@ -158,14 +160,14 @@ def state(name, sizes, updates):
     }
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name, recompute", [("gpt", False), ("llama", False), ("llama", True)])
 @pytest.mark.parametrize(
     "sizes", [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=str
 )
-def test_state_and_traffic_of_ranks(two, name, sizes, one_thread):
-    told = plan(work(name), sizes)
+def test_state_and_traffic_of_ranks(two, name, recompute, sizes, one_thread):
+    told = plan(work(name, recompute=recompute), sizes)
     counted = weights(work(name).config)
-    for rank, found in enumerate(two(state, name, sizes, "adamw")):
+    for rank, found in enumerate(two(state, name, sizes, recompute)):
         stage = rank if "pp" in sizes else 0
         memory, _ = stage_memory(work(name), told.sizes, counted, stage)
         for kind in ("parameters", "gradients", "optimiser"):

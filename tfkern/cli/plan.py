@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +11,10 @@ from rich.table import Table
 from tfkern import files
 from tfkern.cli.options import number, values
 from tfkern.cli.output import console
+
+if TYPE_CHECKING:
+    from tfkern.models import TransformerConfig
+    from tfkern.train.parallel.plan import Plan
 
 
 def command(
@@ -43,28 +47,30 @@ def command(
     """
     from tfkern.train.parallel import plan
 
+    limit = _bytes(memory)
     work = plan.Work(
         config=_config(model, changes or []), length=length, batch=batch or gpus,
         precision=precision, optimiser=optimiser, recompute=recompute, flops=flops, inside=inside,
         between=between,
     )  # fmt: skip
-    found = plan.plans(work, gpus, _bytes(memory))
+    found = plan.plans(work, gpus, limit)
     console().print(table(found[:show]))
+    print("GB that a rank holds, and that it sends in a step by axis of the mesh")
     print(f"{len(found)} meshes fit; {plan.flops(work):.3g} operations a step")
 
 
-def table(found: list) -> Table:
+def table(found: "list[Plan]") -> Table:
     """Plans, one a row, in GB and seconds."""
     from tfkern.train.parallel.plan import shown
 
     first = found[0]
     axes = [axis for axis in first.sent if any(p.sent[axis] for p in found)]
-    titles = ["mesh", "seconds", "GB", *first.memory, *(f"sent by {axis}" for axis in axes)]
-    made = Table(*titles, box=None)
+    made = Table("seconds", "GB", *first.memory, *axes, box=None)
+    made.add_column("mesh", no_wrap=True)
     for p in found:
         numbers = [p.total, *p.memory.values(), *(p.sent[axis] for axis in axes)]
         cells = (f"{n / 1e9:.1f}" for n in numbers)
-        made.add_row(shown(p.sizes), f"{p.seconds:.2f}", *cells)
+        made.add_row(f"{p.seconds:.2f}", *cells, shown(p.sizes))
     return made
 
 
@@ -76,14 +82,14 @@ def _bytes(text: str) -> float:
     return float(match[1]) * (1024 if match[3] else 1000) ** power
 
 
-def _config(model: str, changes: list[str]):
+def _config(model: str, changes: list[str]) -> "TransformerConfig":
     from dataclasses import replace
 
     from tfkern import models
     from tfkern.models.convert import read_config
 
     told = values(changes)
-    known = {field for field in models.TransformerConfig.__dataclass_fields__}
+    known = models.TransformerConfig.__dataclass_fields__
     for name in told:
         if name not in known:
             raise ValueError(f"the configuration has no field {files.shown(name)}")

@@ -85,6 +85,24 @@ def linear_cross_entropy_formulas() -> dict[Any, Callable[..., int]]:
     }
 
 
+def linear_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for `FlopCounterMode`, which does not see our own products for linear layers."""
+
+    def product(a: Any, b: Any, _bias: Any = None, a2: Any = None, b2: Any = None, **_: Any) -> int:
+        """a b^T, and the second such product that is added to it."""
+        first = 2 * math.prod(a) * b[0]
+        return first if a2 is None else first + 2 * math.prod(a2) * b2[0]
+
+    def into(_out: Any, a: Any, b: Any, *_others: Any, **_: Any) -> int:
+        return product(a, b)
+
+    ops, found = torch.ops.tfkern, {}
+    for name, formula in (("linear_product", product), ("linear_product_", into)):
+        if hasattr(ops, name):  # only if the native backend is loaded
+            found[getattr(ops, name)] = formula
+    return found
+
+
 def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[int, int]) -> int:
     """FLOPs of the tiles that a kernel visits, by the shapes of q, k and v.
 

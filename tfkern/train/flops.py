@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from tfkern.ops.flops import attention_formulas, linear_cross_entropy_formulas
+from tfkern.ops.flops import attention_formulas, linear_cross_entropy_formulas, linear_formulas
 from tfkern.train.objective import Batch, Objective
 from tfkern.train.steps import parts, size
 
@@ -39,6 +39,7 @@ def count_flops(
     inputs = {name: x for name, x in part.items() if name != "targets"}
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # such as running means
     formulas = attention_formulas(causal=True) | linear_cross_entropy_formulas()
+    formulas |= linear_formulas()
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     mixed = nullcontext() if precision is None else torch.autocast(device.type, precision)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]), counter:

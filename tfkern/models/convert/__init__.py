@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tfkern.files import shown
+from tfkern.files import read_object, shown
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import store
 from tfkern.models.convert.bart import BART, MARIAN, MBART, PEGASUS
@@ -104,6 +104,19 @@ def load(
     model.family = None if family is None else family.model_type
     _adopt(model.state_dict(), state, new)
     return model.to(device).eval()
+
+
+def read_config(directory: str | Path) -> TransformerConfig:
+    """The configuration in a directory, without its weights: as config.json alone tells it.
+
+    Raises:
+        ValueError: a config.json that cannot be read or has values that no model has.
+    """
+    path = Path(directory) / "config.json"
+    description = read_object(path)
+    with _about(path):
+        family = _family(description)
+        return _own(description) if family is None else family.config(description)
 
 
 def save(

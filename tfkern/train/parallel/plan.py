@@ -293,7 +293,9 @@ def flops(work: Work, tile: tuple[int, int] = (128, 64)) -> int:
     forward = 2 * tokens * c.layers * block + 4 * work.batch * q * pairs
     # Backward makes two products for each of forward, and five for the two of attention.
     backward = 4 * tokens * c.layers * block + 10 * work.batch * q * pairs
-    again = forward if work.recompute else 0
+    # Recomputing ends with what backward needs last: the output layer of an MLP has no part in it.
+    output = 2 * tokens * c.layers * c.dim * c.hidden_size
+    again = forward - output if work.recompute else 0
     return forward + again + backward + 6 * tokens * (head + narrow)
 
 
@@ -317,7 +319,7 @@ def _sent(work: Work, sizes: dict[str, int], held: tuple[int, int]) -> dict[str,
     stream = b * tokens * c.dim
     if tp > 1:  # two gathers and two sums cut along T in forward, and as many in backward
         ends = 6  # two gathers, and the sums of what is embedded and of the gradient of the head
-        sent["tp"] = (layers * (8 + 4 * again) + ends) * (tp - 1) / tp * stream
+        sent["tp"] = (layers * (8 + 3 * again) + ends) * (tp - 1) / tp * stream
     q = c.heads * c.head_size
     kv = (c.kv_heads or c.heads) * c.head_size
     if cp > 1 and (c.kv_heads or c.heads) % cp == 0:  # by heads
