@@ -1,5 +1,8 @@
 """Plans of meshes, against models, their saved tensors and what processes send."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import Ranks
@@ -7,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tfkern.cli import main
-from tfkern.models import Transformer, TransformerConfig, preset
+from tfkern.models import Transformer, TransformerConfig, preset, save
+from tfkern.models.convert import read_config
 from tfkern.nn.context_parallel import traffic
 from tfkern.train import CrossEntropy
 from tfkern.train.flops import count_flops
@@ -210,10 +214,26 @@ def test_what_cannot_be_planned():
         plan(work("gpt"), {"cp": 2, "tp": 2})
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, tmp_path):
     assert main(["plan", "gpt2", "--gpus", "2", "--length", "1024"]) == 0
     assert "fsdp=2" in capsys.readouterr().out
+    save(Transformer(work("llama").config), tmp_path, form="tfkern")
+    assert read_config(tmp_path) == work("llama").config
+    assert main(["plan", str(tmp_path), "heads=2", "--gpus", "2", "--length", "64"]) == 0
+    assert "tp=2" in capsys.readouterr().out
+    assert main(["plan", "gpt2", "nope=3"]) == 2
+    assert "no field 'nope'" in capsys.readouterr().err
     assert main(["plan", "gpt2", "--memory", "much"]) == 2
     assert "memory must be as 80GB or 64GiB" in capsys.readouterr().err
     assert main(["plan", "abacus"]) == 2
     assert "no preset" in capsys.readouterr().err
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+
+
+@pytest.mark.parametrize("command, told", re.findall(r"\$ tfkern (plan .*)\n((?:.+\n)+?)```", DOCS))
+def test_tables_of_the_docs(command, told, capsys):
+    assert main(command.split()) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == told.splitlines()

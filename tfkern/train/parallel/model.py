@@ -69,6 +69,7 @@ class Parallel(nn.Module):
         # module of this one, which would have all parameters twice.
         self.__dict__["_terms"] = _Terms(module) if inner is None else inner
         if self.averaged > 1 and self.size("fsdp") == 1:
+            assert mesh is not None
             self.__dict__["_terms"] = DistributedDataParallel(
                 self._terms, process_group=joined(mesh, "dp", "cp").get_group(),
                 gradient_as_bucket_view=True,
