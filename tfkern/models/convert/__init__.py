@@ -114,6 +114,7 @@ def read_config(directory: str | Path) -> TransformerConfig:
     """
     path = Path(directory) / "config.json"
     description = read_object(path)
+    description.pop(store.SAVE, None)
     with _about(path):
         family = _family(description)
         return _own(description) if family is None else family.config(description)

@@ -31,7 +31,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _SHARD = re.compile(r"model(-[0-9a-f]{16})?-\d{5}-of-\d{5}\.safetensors")
 # In the metadata: the name of the save, its config.json, and a digest of the one that it replaced.
-_SAVE, _CONTENT, _REPLACED = "tfkern_save", "tfkern_config", "tfkern_replaced"
+SAVE, _CONTENT, _REPLACED = "tfkern_save", "tfkern_config", "tfkern_replaced"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -58,9 +58,9 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     with files.beside(directory) as new:
         save = secrets.token_hex(8)
-        content = json.dumps({**description, _SAVE: save}, indent=2) + "\n"
+        content = json.dumps({**description, SAVE: save}, indent=2) + "\n"
         (new.folder / _CONFIG).write_text(content)
-        name = {"format": "pt", _SAVE: save}
+        name = {"format": "pt", SAVE: save}
         about: dict[str, Any] = name | {_CONTENT: content, _REPLACED: _digest(_config(directory))}
         shards = list(_shards(state, shard_bytes))
         if len(shards) == 1:
@@ -136,11 +136,11 @@ def _read(directory: Path) -> Stored:
         raise ValueError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}")
     like: State = {}
     opened: dict[str, Any] = {}
-    saves = set() if where is None else {about.get(_SAVE)}
+    saves = set() if where is None else {about.get(SAVE)}
     for name in names:
         file = _open(directory / name)
         metadata = file.metadata() or {}
-        saves.add(metadata.get(_SAVE))
+        saves.add(metadata.get(SAVE))
         about = about or metadata
         found = _shapes(directory / name, file)
         if twice := found.keys() & like.keys():
@@ -155,11 +155,11 @@ def _read(directory: Path) -> Stored:
     if len(saves) > 1:
         raise ValueError(f"{directory} holds files of different saves, which do not fit together")
     (save,) = saves
-    if save is not None and description.get(_SAVE) != save:
+    if save is not None and description.get(SAVE) != save:
         if about.get(_REPLACED) != _digest(content):
             raise ValueError(f"{config} is of another save than the weights")
         description = files.parse(str(about.get(_CONTENT)), f"{_CONFIG} within the weights")
-    description.pop(_SAVE, None)
+    description.pop(SAVE, None)
     if save is None:  # our own saves have all tokens in config.json
         description |= _written_tokens(directory / _GENERATION)
     return Stored(description, like, opened)
