@@ -87,8 +87,10 @@ def parallelise(
 def _shard(model: nn.Module, mesh: DeviceMesh, precision: torch.dtype | None) -> None:
     """Cuts the parameters of each block, and those of the whole model that are not in blocks."""
     shards = joined(mesh, "fsdp", "cp")
-    assert shards.mesh_dim_names is not None
-    axes = shards if mesh["dp"].size() == 1 else mesh["dp", shards.mesh_dim_names[0]]
+    axes = shards
+    if mesh["dp"].size() > 1:
+        joint = shards.size() > mesh["fsdp"].size()  # with cp, whose joint axis cannot be sliced
+        axes = DeviceMesh._concatenate([mesh["dp"], shards]) if joint else mesh["dp", "fsdp"]
     # The residual stream enters blocks in its own dtype, which may be wider than the parameters.
     policy = MixedPrecisionPolicy(
         param_dtype=precision,
