@@ -15,7 +15,7 @@ from tfkern.models import Transformer, TransformerConfig, cross_entropy
 from tfkern.train.evaluate import evaluate
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import adamw, optimiser
-from tfkern.train.parallel import Parallel, mesh, parallelise
+from tfkern.train.parallel import Parallel, gather, mesh, parallelise
 from tfkern.train.parallel.gradients import agree_on_overflow, clamp, clip, total_norm
 from tfkern.train.steps import steps
 
@@ -592,3 +592,15 @@ def wrong_numbers():
 
 def test_tokens_outside_of_the_vocabulary_are_refused(two):
     assert all(two(wrong_numbers))
+
+
+def refusals_to_gather():
+    model = parallelise(torch.nn.Linear(2, 2), mesh(dp=2, device="cpu"))
+    with pytest.raises(ValueError) as raised:
+        gather(model)
+    return str(raised.value)
+
+
+def test_all_processes_refuse_to_gather_another_model(two):
+    told = "only a tfkern.models.Transformer can be gathered, got Linear"
+    assert two(refusals_to_gather) == [told, told]

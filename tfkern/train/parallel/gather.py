@@ -18,12 +18,19 @@ def gather(model: nn.Module) -> Any:
     Returns:
         The model itself if it is on this process alone. Otherwise a new `Transformer` on the CPU in
         the first process, and None in the others.
+
+    Raises:
+        ValueError: a model of many processes that is no `Transformer`.
     """
     if not isinstance(model, Parallel):
         return model
     module: Any = model.module
     if model.mesh is None or model.mesh.size() == 1:
         return module
+    if not isinstance(module, Transformer):  # in all processes, so that none waits for another
+        raise ValueError(
+            f"only a tfkern.models.Transformer can be gathered, got {type(module).__name__}"
+        )
     first = distributed.get_rank() == 0
     state = {}
     for name, x in module.state_dict().items():
