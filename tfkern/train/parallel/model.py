@@ -68,7 +68,8 @@ class Parallel(nn.Module):
         # The loss is made inside, so that DDP sees which parameters have a gradient. It is not a
         # module of this one, which would have all parameters twice.
         self.__dict__["_terms"] = _Terms(module) if inner is None else inner
-        if self.averaged > 1 and self.size("fsdp") == 1:
+        sharded = isinstance(module if inner is None else inner, FSDPModule)
+        if self.averaged > 1 and not sharded:
             assert mesh is not None
             self.__dict__["_terms"] = DistributedDataParallel(
                 self._terms, process_group=joined(mesh, "dp", "cp").get_group(),
