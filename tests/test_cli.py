@@ -125,6 +125,7 @@ ARGUMENTS = {
     "attention-map": ["/nowhere", "text"],
     "convert": ["/nowhere", "/nowhere/else"],
     "prepare": ["out", "input=/nowhere"],
+    "plan": ["/nowhere"],
 }
 ABSURD = ["", " ", "x", "-1", "0.5", "nan", "inf", "-inf", "1e999", "9" * 19, "9" * 30, "9" * 5000]
 ABSURD += ["\u0662", "1_0", "1,,2", "-", "/", "../..", "/dev/full/x", "a\nb", "\x1b[31mred", "\0"]

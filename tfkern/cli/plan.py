@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tfkern.models import TransformerConfig
     from tfkern.train.parallel.plan import Plan
 
+_RATES = (float, 1.0, 1e21)
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A preset, or a folder with config.json.")],
@@ -35,9 +37,11 @@ def command(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Keeps only the inputs of blocks.")
     ] = False,
-    flops: Annotated[float, typer.Option(help="Operations a second of a process.")] = 400e12,
-    inside: Annotated[float, typer.Option(help="Bytes a second within a machine.")] = 450e9,
-    between: Annotated[float, typer.Option(help="Bytes a second between machines.")] = 50e9,
+    flops: Annotated[float, number("Operations a second of a process.", *_RATES, "--flops")] = 4e14,
+    inside: Annotated[float, number("Bytes a second in a machine.", *_RATES, "--inside")] = 450e9,
+    between: Annotated[
+        float, number("Bytes a second between machines.", *_RATES, "--between")
+    ] = 50e9,
     show: Annotated[int, number("Meshes to show.", int, 1, 10**6, "--show")] = 5,
 ) -> None:
     """Lists the meshes of processes on which a model can be trained, the fastest first.
