@@ -303,7 +303,8 @@ class Transformer(nn.Module):
         **options: Any,
     ) -> Tensor:
         """Runs a stack on tokens, or on the residual stream in a stage without embedding."""
-        is_stream = tokens.is_floating_point() and tokens.dim() == 3
+        counted = positions is not None or documents is not None
+        is_stream = counted and tokens.is_floating_point() and tokens.dim() == 3
         embedding = None if is_stream else self.embedding
         if documents is not None:
             _check_takes_documents(self.config)
