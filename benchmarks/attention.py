@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import tfkern
-from tfkern.ops.flops import Band, attention_formulas, visible_pairs
+from tfkern.ops.flops import Band, formulas, visible_pairs
 
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, backend_variants, compiled
 
@@ -101,7 +101,7 @@ class OpCase(Case):
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
         # With a window torch gets a mask, and its kernels compute all scores.
-        return attention_formulas(self.causal and self.window is None, self._triton_tile())
+        return formulas(self.causal and self.window is None, self._triton_tile())
 
     def _tfkern(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
         return tfkern.attention(q, k, v, window=self.band, backend=backend)

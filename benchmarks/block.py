@@ -14,7 +14,7 @@ from torch.func import functional_call
 import tfkern
 from tfkern.models import TransformerConfig
 from tfkern.models.blocks import Block
-from tfkern.ops.flops import attention_formulas
+from tfkern.ops.flops import formulas
 
 from . import attention
 from .case import BACKWARD, BOTH, FORWARD, Case, Variant, compiled
@@ -113,7 +113,7 @@ class OpCase(Case):
         return factors[0] * products + factors[1] * pairs
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        return attention_formulas(causal=True)
+        return formulas(causal=True)
 
     def _vector(self, name: str, parameter: Tensor) -> Tensor:
         fill = 0.0 if name.endswith("bias") else 1.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tfkern
+from tfkern.ops.flops import formulas
 
 from . import OPS
 from .timing import Step
@@ -105,7 +106,7 @@ class Case:
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
         """Formulas from shapes to FLOPs for operators that `FlopCounterMode` does not know."""
-        return {}
+        return formulas()
 
     def draw(self, *shape: int, std: float = 1.0) -> Tensor:
         """A normally distributed input."""

@@ -1,16 +1,14 @@
 """The head of a language model with its loss: three products around the cross entropy."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tfkern
-from tfkern.ops.flops import linear_cross_entropy_formulas
 
 from . import cross_entropy
 from .case import BACKWARD, BOTH, FORWARD, Variant, backend_variants, compiled, liger_missing
@@ -61,9 +59,6 @@ class OpCase(cross_entropy.OpCase):
         """FLOPs of the product, which has two in the backward."""
         factor = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[pass_]
         return factor * 2 * self.batch * self.length * self.hidden * self.vocabulary
-
-    def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        return linear_cross_entropy_formulas()
 
     def _chunked(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """torch's own loss in chunks."""

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tfkern
 from tfkern.benchmarks import (
@@ -25,7 +27,7 @@ from tfkern.benchmarks import (
     timing,
     train,
 )
-from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load
+from tfkern.benchmarks.case import BACKWARD, BOTH, FORWARD, Variant, load, prepared
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.blocks import Block
 from tfkern.ops import flops
@@ -459,6 +461,38 @@ def test_flops_of_a_head_with_its_loss(dtype, products):
     product = 2 * 24 * 16 * 40
     assert counted["tfkern reference"] == products * product
     assert counted["torch"] == 3 * product == case.work(BOTH)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("op", ["mlp", "block"])
+def test_flops_whoever_multiplies(monkeypatch, op, ours, dtype):
+    """They are torch's, whether products are the native backend's own or torch's."""
+    native = pytest.importorskip("tfkern.native.linear")
+    most = {getattr(torch, dtype): native._ALL} if ours else {}
+    for name, value in (("_MOST_ROWS", most), ("_LEAST_TRAINED", {}), ("_LEAST_TERMS", {})):
+        monkeypatch.setattr(native, name, value)
+    for backward in (False, True):
+        case = load(op)(length=64, hidden=48, dtype=dtype, backward=backward)
+        variants = {v.name: v for v in case.variants(["native"])}
+        if op == "mlp":
+            counted = measure.count_flops(case, variants["tfkern native"])
+            assert counted == case.work(BOTH if backward else FORWARD)
+        eager = [v for v in variants.values() if "compile" not in v.name]
+        products = [_without_attention(case, v) for v in eager]
+        assert len(set(products)) == 1 and products[0] > 0
+
+
+def _without_attention(case, variant):
+    """The FLOPs of all but attention, whose kernels visit tiles of different sizes, and which in
+    plain operators is products of batches."""
+    formulas = case.flop_formulas()
+    with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        prepared(case, variant, case.inputs(), traced=True).run()
+    counts = counter.get_flop_counts()["Global"]
+    left_out = ("attention", "bmm")
+    return sum(n for name, n in counts.items() if not any(x in str(name) for x in left_out))
 
 
 @needs_native

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tfkern
 from tfkern import dispatch
 from tfkern.nn import MLP, GatedMLP, Linear, PackedLinear
 from tfkern.ops.activation import FUNCTIONS
+from tfkern.ops.flops import formulas
 from tfkern.ops.linear_packed import pack, unpack
 from tfkern.ops.mlp import ACTIVATIONS
 from tfkern.testing import validate
@@ -323,6 +325,14 @@ def test_native_packed_opcheck():
         (x, packed, torch.randn(40), packed, torch.randn(40), 40, "silu"),
     ):
         torch.library.opcheck(torch.ops.tfkern.linear_packed.default, args)
+
+
+def test_native_packed_flops():
+    x, w = torch.randn(2, 3, 7), torch.randn(40, 7)
+    for up, layers in ((None, 1), (w, 2)):
+        with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
+            packed_product(x, w, None, up, None, "silu")
+        assert counter.get_total_flops() == layers * 2 * 6 * 7 * 40
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The floating point operations of our operators, for torch's `FlopCounterMode`.
 
-with FlopCounterMode(custom_mapping=attention_formulas(causal=True)) as counter:
+with FlopCounterMode(custom_mapping=formulas(causal=True)) as counter:
     model(tokens)
 """
 
@@ -19,13 +19,20 @@ Band = tuple[int | None, int | None]  # keys seen before and after the query; No
 _NATIVE_TILE = 64, 1
 
 
-def attention_formulas(
-    causal: bool, triton_tile: tuple[int, int] = (128, 64)
+def formulas(
+    causal: bool = False, triton_tile: tuple[int, int] = (128, 64)
 ) -> dict[Any, Callable[..., int]]:
     """Formulas for `FlopCounterMode`: its own know neither CPU kernels, nor tfkern, nor tiles.
 
-    `causal` holds for torch's operators. tfkern's operators have their band among the arguments.
+    Args:
+        causal: whether torch's operators of attention are; tfkern's have their band among the
+            arguments.
+        triton_tile: queries and keys of a tile of Triton's attention.
     """
+    return _of_attention(causal, triton_tile) | _of_linear_layers() | _of_losses()
+
+
+def _of_attention(causal: bool, triton_tile: tuple[int, int]) -> dict[Any, Callable[..., int]]:
 
     def of_torch(skip: int, products: tuple[int, int]) -> Callable[..., int]:
         def formula(*args, **_):
@@ -59,16 +66,16 @@ def attention_formulas(
         "tfkern_triton.attention_forward": ours(triton_tile, (1, 1)),
         "tfkern_triton.attention_backward": ours(triton_tile, two_walks),
     }
-    formulas = {}
+    found = {}
     for name, formula in by_operator.items():
         library, _, operator = name.partition(".")
         if hasattr(getattr(torch.ops, library), operator):  # only if its backend is loaded
-            formulas[getattr(getattr(torch.ops, library), operator)] = formula
-    return formulas
+            found[getattr(getattr(torch.ops, library), operator)] = formula
+    return found
 
 
-def linear_cross_entropy_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for `FlopCounterMode`, which does not see the products within our operators."""
+def _of_losses() -> dict[Any, Callable[..., int]]:
+    """The products within `linear_cross_entropy`."""
     ops = torch.ops.tfkern_composed
 
     def count(x: Any, weight: Any, *others: Any, wanted: tuple = (), **_: Any) -> int:
@@ -85,8 +92,8 @@ def linear_cross_entropy_formulas() -> dict[Any, Callable[..., int]]:
     }
 
 
-def linear_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for `FlopCounterMode`, which does not see our own products for linear layers."""
+def _of_linear_layers() -> dict[Any, Callable[..., int]]:
+    """The native backend's own products of linear layers and MLPs."""
 
     def product(a: Any, b: Any, _bias: Any = None, a2: Any = None, b2: Any = None, **_: Any) -> int:
         """a b^T, and the second such product that is added to it."""
@@ -96,11 +103,22 @@ def linear_formulas() -> dict[Any, Callable[..., int]]:
     def into(_out: Any, a: Any, b: Any, *_others: Any, **_: Any) -> int:
         return product(a, b)
 
-    ops, found = torch.ops.tfkern, {}
-    for name, formula in (("linear_product", product), ("linear_product_", into)):
-        if hasattr(ops, name):  # only if the native backend is loaded
-            found[getattr(ops, name)] = formula
-    return found
+    def hidden(x: Any, w: Any, _b: Any, w_up: Any, *_others: Any, **_: Any) -> int:
+        """The first layers of an MLP, one or two."""
+        return product(x, w) * (1 if w_up is None else 2)
+
+    def packed(x: Any, _w: Any, _b: Any, w_up: Any, _b_up: Any, N: int, *_others: Any, **_: Any):
+        return 2 * math.prod(x) * N * (1 if w_up is None else 2)
+
+    by_operator = {
+        "linear_product": product,
+        "linear_product_": into,
+        "linear_packed": packed,
+        "linear_int8": product,
+        "mlp_hidden": hidden,
+    }
+    ops = torch.ops.tfkern  # it has them if the native backend is loaded
+    return {getattr(ops, name): f for name, f in by_operator.items() if hasattr(ops, name)}
 
 
 def tile_flops(q, k, v, *, band: Band, tile: tuple[int, int], products: tuple[int, int]) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from tfkern.ops.flops import attention_formulas, linear_cross_entropy_formulas, linear_formulas
+from tfkern.ops.flops import formulas
 from tfkern.train.objective import Batch, Objective
 from tfkern.train.steps import parts, size
 
@@ -38,9 +38,7 @@ def count_flops(
     part = pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, part)
     inputs = {name: x for name, x in part.items() if name != "targets"}
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]  # such as running means
-    formulas = attention_formulas(causal=True) | linear_cross_entropy_formulas()
-    formulas |= linear_formulas()
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas(causal=True))
     mixed = nullcontext() if precision is None else torch.autocast(device.type, precision)
     with torch.random.fork_rng([] if device.type == "cpu" else [device]), counter:
         with mixed:
