@@ -51,6 +51,30 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def _ranks(world):
+    from ranks import Ranks
+
+    ranks = Ranks(world)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two processes of one group, which stay for all tests of a file. See `ranks.Ranks`."""
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="module")
+def three():
+    yield from _ranks(3)
+
+
+@pytest.fixture(scope="module")
+def four():
+    yield from _ranks(4)
+
+
 @pytest.fixture
 def every_size(monkeypatch):
     """Models of other libraries run on tfkern's ops however small their inputs are."""

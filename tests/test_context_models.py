@@ -4,28 +4,12 @@ import copy
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import distributed
 
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.loss import IGNORED
 from tfkern.train import CrossEntropy
 from tfkern.train.parallel import cut, spread
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
 
 SIZES = {"vocab_size": 40, "dim": 32, "layers": 3, "heads": 4, "hidden_dim": 48}
 MODELS = {

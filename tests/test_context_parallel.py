@@ -12,20 +12,6 @@ from tfkern.testing import validate
 from tfkern.validation.attention import floor_scale, torch_attention, torch_attention_varlen
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
 class Part(torch.autograd.Function):
     """This rank's part of a whole tensor. The gradient is put together from all ranks' parts."""
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ranks import Ranks
 
 pytest.importorskip("grain")
 pytest.importorskip("datatrove")
@@ -41,13 +40,6 @@ def patch():
 if os.environ.get("RANK") == "1":
     threading.Thread(target=patch, daemon=True).start()
 """
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,17 @@ def linear_product_(**changes):
     return "linear_product_", named("linear_product_", args) | changes
 
 
+def linear_pack(**changes):
+    return "linear_pack", named("linear_pack", (torch.randn(9, N),)) | changes
+
+
+def linear_packed(**changes):
+    """The second layer of a gated pair is packed from the same matrix."""
+    w = OPS.linear_pack(torch.randn(9, N))
+    args = (torch.randn(2, M, N), w, torch.rand(9), w.clone(), torch.rand(9), 9, "silu")
+    return "linear_packed", named("linear_packed", args) | changes
+
+
 def linear_int8(**changes):
     weight = torch.randint(-127, 128, (9, N), dtype=torch.int8)
     args = (torch.randn(M, N), weight, torch.rand(9), torch.rand(9))
@@ -146,10 +157,13 @@ CALLS: list[Callable] = [
     layer_norm_backward, linear_product, mlp_hidden, mlp_activation_forward,
     mlp_activation_backward, cross_entropy_forward, cross_entropy_long, cross_entropy_backward,
     cross_entropy_in_place, rotary, rotary_inplace, append_,
-    linear_int8, linear_product_,
+    linear_int8, linear_product_, linear_pack, linear_packed,
 ]  # fmt: skip
 
-ONLY_ON_CPU = {"append_", "linear_int8", "linear_product", "linear_product_", "mlp_hidden"}
+ONLY_ON_CPU = {
+    "append_", "linear_int8", "linear_product", "linear_product_", "linear_pack", "linear_packed",
+    "mlp_hidden",
+}  # fmt: skip
 
 # Where operators run: on the CPU, or those of a GPU on the host or on a GPU.
 PLACES = [
@@ -303,6 +317,20 @@ HOSTILE = [
     (mlp_hidden, {"b_up": torch.randn(5, 1)}),
     (mlp_hidden, {"b_up": misaligned(torch.randn(5))}),
     (mlp_hidden, {"activation": "tanh"}),
+    (linear_pack, {"w": torch.randn(9)}),
+    (linear_pack, {"w": torch.randn(9, N).double()}),
+    (linear_pack, {"w": misaligned(torch.randn(9, N))}),
+    (linear_packed, {"x": torch.randn(M, N + 9)}),
+    (linear_packed, {"x": torch.randn(M, N).half()}),
+    (linear_packed, {"w": torch.randn(9, N)}),
+    (linear_packed, {"w_up": torch.randn(1, N, 16, 1)[..., :8, :]}),
+    (linear_packed, {"b": torch.rand(8)}),
+    (linear_packed, {"b_up": torch.rand(8)}),
+    (linear_packed, {"w_up": None}),
+    (linear_packed, {"N": 900}),
+    (linear_packed, {"N": -1}),
+    (linear_packed, {"activation": ""}),
+    (linear_packed, {"activation": "sine"}),
     (mlp_activation_forward, {"pre": torch.randn(M, N - 1)}),
     (mlp_activation_forward, {"up": torch.randn(M - 1, N)}),
     (mlp_activation_forward, {"up": torch.randn(M, N).double()}),

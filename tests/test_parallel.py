@@ -5,7 +5,6 @@ import zlib
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import distributed
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,20 +28,6 @@ MODELS = {
         "gated": True, "start_token": 0, "layers": 2, "encoder_layers": 2, "tie_embeddings": False,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 def tiny(kind, dtype=torch.float32, **changes):
@@ -137,7 +122,7 @@ def test_optimisers(two, sizes, updates, tolerance, one_thread):
 
 
 def cp_beside(axis):
-    with pytest.raises(ValueError, match=f"cp 2 cannot be combined with {axis} yet"):
+    with pytest.raises(ValueError, match=f"cp 2 cannot be combined with {axis} 2 yet"):
         parallelise(tiny("decoder"), mesh(**{"cp": 2, axis: 2}, device="cpu"))
 
 
@@ -269,7 +254,7 @@ def test_four_parts_of_layers(four, name, one_thread):
         assert_same(found, expected)
 
 
-# What processes tell each other
+# ---- what processes tell each other ----
 
 
 class Largest(TorchDispatchMode):

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from ranks import Ranks
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from weights import perturb
@@ -19,6 +18,7 @@ SIZES = {"dim": 16, "layers": 4, "heads": 4, "vocab_size": V, "vocab_multiple": 
 BOTH = {"architecture": "encoder_decoder", "layers": 3, "encoder_layers": 3}
 CASES = {
     "tied": {},
+    "positions": {"positions": "learned"},
     "untied": {"tie_embeddings": False, "norm": "rms_norm", "positions": "rotary"},
     "narrow": {"embedding_dim": 8, "post_norm": True},
     "bert": {
@@ -36,27 +36,6 @@ CASES = {
         "positions": "learned",
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three():
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
 
 
 def make(case):
@@ -82,6 +61,8 @@ def batch_of(case, step):
     if case == "documents":
         del batch["mask"]
         batch["documents"] = draw(2, B, T).cumsum(1)
+    if case == "positions":  # one row for all
+        batch["positions"] = torch.arange(T)[None] + 1
     if case == "bert":
         batch["token_types"] = draw(2, B, T)
         batch["targets"] = (batch["targets"], draw(2, B))
@@ -99,7 +80,9 @@ class Batches:
         self.case, self.mine = case, slice(rank * B // world, (rank + 1) * B // world)
 
     def __getitem__(self, step):
-        return pytree.tree_map(lambda x: x[self.mine], batch_of(self.case, step))
+        return pytree.tree_map(
+            lambda x: x[self.mine] if len(x) == B else x, batch_of(self.case, step)
+        )
 
 
 def trained(model, batches, **options):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
@@ -26,20 +25,6 @@ SIZES = {  # the table has 22 rows, and 18 is no multiple of 4: parts are of une
 
 MODES = [{}, {"fsdp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2}]
 FOUR = [{"fsdp": 4}, {"tp": 2, "fsdp": 2}, {"pp": 2, "fsdp": 2}, {"pp": 2, "dp": 2}]
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 class Run:

@@ -209,10 +209,10 @@ Tensor linear_pack(Tensor w) {
 
 // Tells whether w is what linear_pack makes of an (N, K) matrix of this dtype.
 bool is_packed(const Tensor& w, int64_t N, int64_t K) {
-  const int64_t columns = panel(), elements = unit(dtype(w));
-  return w.dim() == 4 && w.is_contiguous() && w.size(0) == (N + columns - 1) / columns &&
-         w.size(1) == (K + elements - 1) / elements && w.size(2) == columns &&
-         w.size(3) == elements;
+  if (w.dim() != 4 || !w.is_contiguous()) return false;
+  const int64_t columns = panel(), elements = unit(dtype(w)), rows = w.size(0) * columns;
+  return N <= rows && N > rows - columns && w.size(1) == (K + elements - 1) / elements &&
+         w.size(2) == columns && w.size(3) == elements;
 }
 
 Matrix packed_matrix(const Tensor& w) {

@@ -27,7 +27,7 @@ from tfkern.train.log import Log, read
 from tfkern.train.objective import CrossEntropy
 from tfkern.train.optimisers import optimiser
 from tfkern.train.parallel import gather, mesh, parallelise
-from tfkern.train.parallel.mesh import AXES, check_sizes, data_place, processes
+from tfkern.train.parallel.mesh import AXES, check_sizes, conflict, data_place, processes
 from tfkern.train.parallel.together import each, everybody, first, gathered
 from tfkern.train.recipe import Recipe, plain
 from tfkern.train.schedules import schedule
@@ -348,6 +348,8 @@ def _mesh(recipe: Recipe, kind: str) -> DeviceMesh | None:
     sizes = check_sizes(recipe.parallel, world)
     if world == 1:
         return None
+    if (reason := conflict(sizes)) is not None:
+        raise ValueError(f"parallel: {reason}")
     if recipe.compile and sizes.get("pp", 1) > 1:
         raise ValueError("compile must be false with pp: stages are parts of a model")
     return mesh(**sizes, device=kind.partition(":")[0])

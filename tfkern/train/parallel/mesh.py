@@ -62,6 +62,14 @@ def check_sizes(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     return found
 
 
+def conflict(sizes: Mapping[str, int]) -> str | None:
+    """Why axes of these sizes cannot share the work of one model, or None."""
+    others = [f"{axis} {sizes[axis]}" for axis in ("tp", "pp") if sizes.get(axis, 1) > 1]
+    if others and sizes.get("cp", 1) > 1:
+        return f"cp {sizes['cp']} cannot be combined with {' and '.join(others)} yet"
+    return None
+
+
 def joined(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
     """The processes along several axes of a mesh as a mesh of one axis. All processes call this."""
     wide = [axis for axis in axes if mesh[axis].size() > 1] or axes[:1]

@@ -11,7 +11,7 @@ from tfkern.models import Transformer
 from tfkern.models.stack import Stack
 from tfkern.train.parallel import tensor
 from tfkern.train.parallel.context import spread
-from tfkern.train.parallel.mesh import AXES, joined
+from tfkern.train.parallel.mesh import AXES, conflict, joined
 from tfkern.train.parallel.model import Parallel
 from tfkern.train.parallel.pipeline import Pipeline, Stage
 
@@ -61,10 +61,9 @@ def parallelise(
         raise ValueError(f"the mesh is of {mesh.device_type}, and the model on {sorted(kinds)}")
     if precision is not None and mesh["fsdp"].size() == 1:
         raise ValueError(f"precision {precision} needs fsdp: use that of steps")
+    if (reason := conflict({axis: mesh[axis].size() for axis in AXES})) is not None:
+        raise ValueError(reason)
     if mesh["cp"].size() > 1:
-        for axis in ("tp", "pp"):
-            if mesh[axis].size() > 1:
-                raise ValueError(f"cp {mesh['cp'].size()} cannot be combined with {axis} yet")
         if not isinstance(model, Transformer):
             raise ValueError(f"cp needs a tfkern.models.Transformer, got {type(model).__name__}")
         spread(model, mesh.get_group("cp"))

@@ -67,7 +67,7 @@ class Stage(nn.Module):
         self.first, self.last = index == 0, index == count - 1
         self.encodes, self.decodes = own[0] < of_encoder, own[-1] >= of_encoder
         self._of_encoder = of_encoder
-        # Whether the stack that reads `tokens` begins here.
+        # The stack that reads `tokens` begins in one of the stages.
         self.begins = of_encoder in own if decoder is not None else self.first
         if encoder is not None:
             _keep(encoder, [number for number in own if number < of_encoder])
@@ -143,6 +143,15 @@ class Stage(nn.Module):
             return output if measure is None else measure(output, others)
 
 
+def _by_row(batch: Batch) -> dict[str, Any]:
+    """A batch with positions for each row, which may be one row for all, as torch cuts all tensors
+    of a batch alike."""
+    found = dict(batch)
+    if (positions := batch.get("positions")) is not None and len(positions) == 1:
+        found["positions"] = positions.expand(len(batch["tokens"]), -1)
+    return found
+
+
 def _keep(stack: Stack, own: list[int]) -> None:
     """Takes from a stack all but its own blocks, and what stands in front of or behind others."""
     count = len(stack.blocks)
@@ -202,7 +211,7 @@ class Pipeline(Parallel):
     def forward(self, **inputs: Any) -> Any:
         """As the model's in the last stage, and None in the others. All of them have to call it."""
         parts = self._parts(inputs)
-        return self._schedule(inputs, parts, False).step(**inputs)
+        return self._schedule(inputs, parts, False).step(**_by_row(inputs))
 
     def backward(
         self, part: Batch, share: Share, scale: Callable[[Tensor], Tensor], last: bool
@@ -241,11 +250,13 @@ class Pipeline(Parallel):
         backward: bool,
     ) -> Tensor:
         """The sum over all parts of what `measure` finds; gradients if it makes terms of a loss."""
-        schedule = self._schedule(batch, parts, backward)
+        schedule, batch = self._schedule(batch, parts, backward), _by_row(batch)
         # torch wants targets for a loss, and the last stage knows them already.
         target = torch.zeros(parts) if backward else None
         try:
-            found = schedule.step(target=target, measure=measure, autocast=autocast, **batch)
+            found = schedule.step(
+                target=target, measure=measure, autocast=autocast, **_by_row(batch)
+            )
         except RuntimeError as error:
             if error.__cause__ is None:
                 raise

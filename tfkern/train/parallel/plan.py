@@ -17,7 +17,7 @@ from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.embedding import rows
 from tfkern.ops.flops import visible_pairs
 from tfkern.train.parallel import tensor
-from tfkern.train.parallel.mesh import AXES
+from tfkern.train.parallel.mesh import AXES, conflict
 
 STATES = {"adamw": 2, "lion": 1}  # float32 numbers that an optimiser keeps of each parameter
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes
@@ -196,14 +196,12 @@ def why_not(work: Work, sizes: dict[str, int]) -> str | None:
         return f"batch {work.batch} has no {data} equal parts"
     if tp > MACHINE:
         return f"tp {tp} is more than a machine has, which are {MACHINE}"
-    for name, n in (("kv_heads", c.kv_heads or c.heads), ("hidden_dim", c.hidden_size),
-                    ("the rows of the vocabulary", rows(c))):  # fmt: skip
-        if n % tp:
-            return f"{name} must be a multiple of tp, got {n} and tp {tp}"
+    if tp > 1 and (reason := tensor.why_not(c, tp)) is not None:
+        return reason
     if sizes["pp"] > c.layers:
         return f"pp {sizes['pp']} is more than the {c.layers} blocks"
-    if sizes["cp"] > 1 and (tp > 1 or sizes["pp"] > 1):
-        return "cp cannot be combined with tp or pp yet"
+    if (reason := conflict(sizes)) is not None:
+        return reason
     if work.length % (2 * sizes["cp"]) and sizes["cp"] > 1:
         return f"length {work.length} must be a multiple of 2 cp = {2 * sizes['cp']}"
     return None

@@ -55,7 +55,8 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if not isinstance(model, Transformer):
         raise ValueError(f"tensor parallelism needs a Transformer, got {type(model).__name__}")
-    _check(model.config, mesh.size())
+    if (reason := why_not(model.config, mesh.size())) is not None:
+        raise ValueError(reason)
     both = model.encoder is not None and model.decoder is not None
     for child in model.children():
         if isinstance(child, Stack):
@@ -73,25 +74,24 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
         _split_vocabulary(model.vocabulary, rows(model.config), mesh)
 
 
-def _check(config: TransformerConfig, world: int) -> None:
-    """Raises ValueError for what cannot be cut into `world` parts."""
+def why_not(config: TransformerConfig, world: int) -> str | None:
+    """Why a model cannot be cut into `world` equal parts, or None."""
     sizes = {"kv_heads": config.kv_heads or config.heads, "hidden_dim": config.hidden_size}
     if config.vocab_size is not None:
         sizes["vocab_size, rounded up to vocab_multiple"] = rows(config)
     for name, size in sizes.items():
         if size % world:
-            raise ValueError(f"{name} must be a multiple of tp, got {size} and tp {world}")
+            return f"{name} must be a multiple of tp, got {size} and tp {world}"
     if config.vocab_size is not None and config.vocab_size <= rows(config) * (world - 1) // world:
-        raise ValueError(
+        return (
             f"the last of {world} tp ranks would have no tokens: vocab_size {config.vocab_size} is "
             f"rounded up to {rows(config)}"
         )
     if config.norm in ("batch_norm", "weight_norm"):
-        raise ValueError(f"tensor parallelism takes no {config.norm}: it needs all tokens or rows")
+        return f"tensor parallelism takes no {config.norm}: it needs all tokens or rows"
     if config.query_key_norm == "all":
-        raise ValueError("tensor parallelism takes no norm of all heads together")
-    if config.int8:
-        raise ValueError("tensor parallelism takes no int8 weights")
+        return "tensor parallelism takes no norm of all heads together"
+    return "tensor parallelism takes no int8 weights" if config.int8 else None
 
 
 # Parameters
