@@ -446,7 +446,7 @@ def _tiny(op):
         "linear_cross_entropy": [{"hidden": 48, "vocabulary": 99}],
     }[op]
     return tuple(
-        against.Comparison("tiny", load(op)(length=16, **size), pass_, (3.0, 4.0))
+        against.Comparison("tiny", load(op)(length=64, **size), pass_, (3.0, 4.0))
         for pass_ in (FORWARD, BACKWARD, BOTH)
         for size in sizes
     )
