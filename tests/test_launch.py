@@ -89,15 +89,17 @@ def assert_same_record(folder, expected):
 
 
 def test_a_run_goes_on_with_other_parallelism(two, tmp_path, data):
-    """On one process, then on two that share batches, then on two stages of a pipeline."""
-    whole = told(tmp_path / "whole", data, evaluate_every=4)
+    """On one process, then on two that share batches, that share sequences, and that are stages of
+    a pipeline."""
+    whole = told(tmp_path / "whole", data, evaluate_every=4, steps=16)
     expected = runs(whole)
     parts = whole | {"out": str(tmp_path / "parts")}
     runs(parts | {"steps": 4})
     two(runs, parts | {"steps": 8})
+    two(runs, parts | {"steps": 12, "parallel": {"cp": 2}})
     parallel = {"pp": 2, "schedule": "gpipe", "microbatches": 4}
     for *found, loss in two(runs, parts | {"parallel": parallel}):
-        assert found == [12, "steps"] and loss == pytest.approx(expected[-1], rel=1e-4)
+        assert found == [16, "steps"] and loss == pytest.approx(expected[-1], rel=1e-4)
     assert_same_record(tmp_path / "parts", tmp_path / "whole")
     names = {path.name for path in (tmp_path / "whole" / "model").iterdir()}
     assert names == {path.name for path in (tmp_path / "parts" / "model").iterdir()}
