@@ -107,10 +107,10 @@ def _of_linear_layers() -> dict[Any, Callable[..., int]]:
         """The first layers of an MLP, one or two."""
         return product(x, w) * (1 if w_up is None else 2)
 
-    def packed(x: Any, _w: Any, _b: Any, w_up: Any, _b_up: Any, N: int, *_others: Any, **_: Any):
+    def packed(x: Any, _w: Any, _b: Any, w_up: Any, _b_up: Any, N: int, *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * N * (1 if w_up is None else 2)
 
-    by_operator = {
+    by_operator: dict[str, Callable[..., int]] = {
         "linear_product": product,
         "linear_product_": into,
         "linear_packed": packed,
