@@ -1,5 +1,6 @@
 """The decoder-only transformer against the same architecture in plain torch, and in training."""
 
+import copy
 import dataclasses
 import math
 import pickle
@@ -11,7 +12,7 @@ from weights import perturb
 
 import tfkern
 from tfkern.generate import GREEDY, generate
-from tfkern.models import Transformer, TransformerConfig, cross_entropy
+from tfkern.models import Transformer, TransformerConfig, cross_entropy, log_probs
 from tfkern.ops import OPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -314,3 +315,58 @@ def test_parallel_sublayers_drop_what_each_of_them_writes():
         assert found.tolist() == values
     shares = (counts / stream.numel()).tolist()
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+
+
+@pytest.mark.parametrize("architecture, head", [
+    ("decoder", "lm"), ("decoder", "lm_classification"), ("encoder", "token"),
+    ("encoder", "classification"), ("encoder_decoder", "lm"),
+])  # fmt: skip
+def test_rows_in_groups_have_their_own_results(architecture, head):
+    """Each group alone, as plain rows, has the results that it has beside the others."""
+    config = dataclasses.replace(
+        SMALL, architecture=architecture, head=head, classes=3, start_token=0
+    )
+    model = make(config).eval()
+    given = {
+        "tokens": torch.randint(11, (3, 2, 7)),
+        "mask": torch.tensor([[7, 5], [3, 7], [6, 1]]),
+        "positions": torch.arange(7).expand(3, 2, 7) + 1,
+    }
+    if architecture == "encoder_decoder":
+        given |= {"source": torch.randint(11, (3, 2, 5)), "source_mask": given["mask"].clamp(max=5)}
+    if architecture == "encoder":
+        given["mask"] = torch.arange(7) < given["mask"][..., None]
+    found = model(**given)
+    for i in range(3):
+        expected = model(**{name: x[i] for name, x in given.items()})
+        several = (
+            zip(found, expected, strict=True) if head.startswith("lm_") else [(found, expected)]
+        )
+        for x, y in several:
+            assert x.shape == (3, *y.shape)
+            torch.testing.assert_close(x[i], y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_log_probs_of_targets(deferred, dtype, share):
+    """Those of torch's log-softmax, and their gradients, with few targets and with many."""
+    model = make(dataclasses.replace(SMALL, logit_softcap=5.0)).to(dtype)
+    model.vocabulary.deferred = deferred
+    tokens, targets = (x.clone() for x in batch(SMALL))
+    targets[torch.rand(targets.shape) > share] = -100
+    exact = copy.deepcopy(model).double().eval()
+    exact.vocabulary.deferred = False
+    expected = exact(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])
+    expected = expected.squeeze(-1) * (targets != -100)
+    found = log_probs(model(tokens), targets)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    weights = torch.randn(targets.shape, dtype=torch.float64)
+    (found.double() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        limit = tolerance * max(1.0, q.grad.abs().max().item())
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=0, atol=limit)

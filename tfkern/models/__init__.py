@@ -2,7 +2,7 @@
 
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import load, save
-from tfkern.models.loss import cross_entropy
+from tfkern.models.loss import cross_entropy, log_probs
 from tfkern.models.presets import preset, presets
 from tfkern.models.quantize import prepack, quantize
 from tfkern.models.report import LayerReport, report_layers
@@ -14,6 +14,7 @@ __all__ = [
     "TransformerConfig",
     "cross_entropy",
     "load",
+    "log_probs",
     "preset",
     "presets",
     "prepack",

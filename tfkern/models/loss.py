@@ -38,18 +38,8 @@ def cross_entropy(
     if isinstance(logits, DeferredLogits):
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets must be one tensor, got {len(targets)}")
-        x, targets = _with_targets(logits.x, targets)
-        x, weight, bias = checks.autocast(x, logits.weight, logits.bias)
-        options["softcap"] = logits.softcap
-        if logits.part is not None:
-            # It imports DTensors, which takes longer than all else in this package.
-            from tfkern.models.partial_loss import partial_cross_entropy
-
-            part = logits.part
-            return partial_cross_entropy(x, weight, bias, targets, part, IGNORED, **options)
-        if x.device.type == "cpu" and x.dtype.itemsize == 2:  # pieces take thrice as long there
-            return ops.cross_entropy(ops.linear(x, weight, bias), targets, **options)
-        return ops.linear_cross_entropy(x, weight, targets, bias=bias, **options)
+        x, targets, _ = _with_targets(logits.x, targets)
+        return _of_deferred(logits._replace(x=x), targets, **options)
     if isinstance(logits, tuple):
         if not isinstance(targets, (tuple, list)) or len(targets) != len(logits):
             raise ValueError(f"targets must be {len(logits)} tensors, one for each head")
@@ -60,15 +50,53 @@ def cross_entropy(
     return ops.cross_entropy(logits, targets, **options)
 
 
-def _with_targets(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of x that have a target, where most have none, as in masked language models.
+def log_probs(logits: Logits, targets: Tensor) -> Tensor:
+    """The log-probability in nats that a model gives each target, float32 or wider.
 
-    Their number is data, which a GPU would have to be asked for and a compiler cannot know: there
-    all rows stay.
+    Args:
+        logits: (..., classes), as a model returns them, also in pieces (`DeferredLogits`).
+        targets: (...) int64 or int32, -100 where there is none.
+
+    Returns:
+        (...), 0 where there is no target.
+
+    Raises:
+        ValueError: what `tfkern.cross_entropy` refuses, and logits of a part of a vocabulary.
+    """
+    if not isinstance(logits, DeferredLogits):
+        return -ops.cross_entropy(logits, targets, reduction="none")
+    if logits.part is not None:
+        raise ValueError("no process has all log-probabilities of a vocabulary that several share")
+    x, kept, rows = _with_targets(logits.x, targets)
+    found = -_of_deferred(logits._replace(x=x), kept, reduction="none")
+    if rows is None:
+        return found
+    return found.new_zeros(targets.numel()).index_put((rows,), found).view(targets.shape)
+
+
+def _of_deferred(logits: DeferredLogits, targets: Tensor, **options: Any) -> Tensor:
+    x, weight, bias = checks.autocast(logits.x, logits.weight, logits.bias)
+    options["softcap"] = logits.softcap
+    if logits.part is not None:
+        # It imports DTensors, which takes longer than all else in this package.
+        from tfkern.models.partial_loss import partial_cross_entropy
+
+        return partial_cross_entropy(x, weight, bias, targets, logits.part, IGNORED, **options)
+    if x.device.type == "cpu" and x.dtype.itemsize == 2:  # pieces take thrice as long there
+        return ops.cross_entropy(ops.linear(x, weight, bias), targets, **options)
+    return ops.linear_cross_entropy(x, weight, targets, bias=bias, **options)
+
+
+def _with_targets(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of x that have a target, where most have none, as in masked language models, their
+    targets and their numbers, which are None for all rows.
+
+    How many there are is data, which a GPU would have to be asked for and a compiler cannot know:
+    there all rows stay.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[:-1] != targets.shape:
-        return x, targets
+        return x, targets, None
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1)
     if 2 * len(rows) > targets.numel():
-        return x, targets
-    return x.flatten(0, -2)[rows], targets.flatten()[rows]
+        return x, targets, None
+    return x.flatten(0, -2)[rows], targets.flatten()[rows], rows

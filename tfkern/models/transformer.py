@@ -111,6 +111,9 @@ class Transformer(nn.Module):
     ) -> Any:
         """The logits. `tfkern.models.cross_entropy` makes a loss of them.
 
+        Rows may come in groups, such as the answers that a text is to be chosen from: all inputs
+        then have an axis G behind B, and so have the results.
+
         Args:
             tokens: (B, T) int32 or int64, or images (B, channels, height, width).
             source: (B, S), tokens for the encoder of an encoder-decoder. `tokens` are then for its
@@ -127,17 +130,32 @@ class Transformer(nn.Module):
 
         Returns:
             By head: "lm", "mlm" (B, T, vocab_size); "token" (B, T, classes); "classification"
-            (B, classes); "choice" (B, choices), where tokens, mask, token_types and positions have
-            an axis of choices behind B; "next_sentence" (B, 2); "pretraining" the results of mlm
-            and next_sentence; "lm_classification" those of lm and classification; "span" (B, 2, T),
-            logits of the first token, then of the last; "none" the hidden states (B, T, dim).
+            (B, classes); "choice" (B, G), whose rows are always in groups; "next_sentence" (B, 2);
+            "pretraining" the results of mlm and next_sentence; "lm_classification" those of lm and
+            classification; "span" (B, 2, T), logits of the first token, then of the last; "none"
+            the hidden states (B, T, dim).
 
         Raises:
             ValueError: shapes that do not fit, or inputs that the architecture lacks.
         """
         self.check_inputs(source, source_mask, documents)
-        if self.config.head == "choice":
-            return self._choose(tokens, mask, token_types, positions)
+        given = (tokens, source, mask, source_mask, token_types, positions, documents)
+        if not in_groups(self.config, tokens):
+            return self._logits(*given)
+        found = self._logits(*(None if x is None else x.flatten(0, 1) for x in given))
+        return _grouped(found, tokens.shape[:2])
+
+    def _logits(
+        self,
+        tokens: Tensor,
+        source: Tensor | None,
+        mask: Mask,
+        source_mask: Mask,
+        token_types: Tensor | None,
+        positions: Tensor | None,
+        documents: Tensor | None,
+    ) -> Any:
+        """As `forward`, of rows that are not in groups."""
         if self.decoder is None:
             y = self.encode(tokens, mask, token_types, positions, documents)
         else:
@@ -161,18 +179,6 @@ class Transformer(nn.Module):
             raise ValueError("source_mask needs source")
         if documents is not None:
             _check_takes_documents(self.config, self.config.head)
-
-    def _choose(
-        self, tokens: Tensor, mask: Mask, token_types: Tensor | None, positions: Tensor | None
-    ) -> Tensor:
-        """The logit of each choice: (B, choices, T) to (B, choices)."""
-        if tokens.dim() != 3:
-            raise ValueError(f"tokens must be (batch, choices, length), got {tuple(tokens.shape)}")
-        given = (mask, token_types, positions)
-        rows = (None if x is None else x.flatten(0, 1) for x in given)
-        mask, token_types, positions = rows
-        y = self.encode(tokens.flatten(0, 1), mask, token_types, positions)
-        return self.project(y, mask).unflatten(0, tokens.shape[:2]).squeeze(-1)
 
     def encode(
         self,
@@ -234,6 +240,8 @@ class Transformer(nn.Module):
             classes = self.classifier(y)
             return classes if self.config.head == "token" else classes.transpose(1, 2)
         classes = self.classifier(self.pool(y, mask))
+        if self.config.head == "choice":
+            return classes.squeeze(-1)
         return classes if tokens is None else (tokens, classes)
 
     def pool(self, y: Tensor, mask: Mask = None, kind: str | None = None) -> Tensor:
@@ -337,6 +345,27 @@ class Transformer(nn.Module):
         options |= {"mask": mask, "caches": caches, "documents": documents}
         options["recompute"] = self.recompute
         return stack(x, positions, embedded=embedding is not None, **options)
+
+
+def in_groups(config: TransformerConfig, tokens: Tensor) -> bool:
+    """Whether tokens are (B, G, T), rows in groups, and not (B, T).
+
+    Raises:
+        ValueError: the head chooses among the rows of a group, and there are no groups.
+    """
+    stream = tokens.is_floating_point() or config.patch_size is not None
+    if config.head == "choice" and tokens.dim() != 3:
+        raise ValueError(f"tokens must be (batch, choices, length), got {tuple(tokens.shape)}")
+    return tokens.dim() == 3 and not stream
+
+
+def _grouped(found: Any, groups: torch.Size) -> Any:
+    """Results of rows (B * G, ...) as those of groups (B, G, ...)."""
+    if isinstance(found, heads.DeferredLogits):
+        return found._replace(x=found.x.unflatten(0, groups))
+    if isinstance(found, tuple):
+        return tuple(_grouped(x, groups) for x in found)
+    return found.unflatten(0, groups)
 
 
 def count_positions(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfkern.models.loss import IGNORED
 from tfkern.train.objective import Batch, Objective
 from tfkern.train.parallel.model import Parallel
 
@@ -20,8 +19,8 @@ class Evaluation(NamedTuple):
         loss: the mean over all batches, each target of equal weight. Its exponential is the
             perplexity, if it is the cross entropy of a language model and nothing else.
         terms: the means that the loss is the sum of.
-        accuracies: for each result of the model, the share of its targets that are the likeliest
-            class. Empty if the results are no logits of targets.
+        accuracies: for each term, the share of what it is a mean over that the model gets right,
+            such as targets that are the likeliest class. Empty if the objective does not tell.
     """
 
     loss: float
@@ -50,6 +49,7 @@ def evaluate(
     ranks = Parallel.of(model)
     device = next(model.parameters()).device
     found = []
+    right = getattr(objective, "right", None)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
 
@@ -58,9 +58,11 @@ def evaluate(
 
     def measure(output: Any, batch: Batch) -> Tensor:
         loss = objective(output, batch)
-        right = torch.tensor(_right(output, batch["targets"]), device=device)
         count = loss.count.to(device)
-        return torch.cat([loss.mean.double() * count, count.double(), right.double()])
+        found = [loss.mean.double() * count, count.double()]
+        if right is not None:
+            found.append(right(output, batch).to(device).double())
+        return torch.cat(found)
 
     try:
         for batch in batches:
@@ -72,23 +74,11 @@ def evaluate(
             module.training = training
     if not found:
         raise ValueError("there are no batches to evaluate")
-    sums, counts, *right = ranks.sum(torch.stack(found).sum(0)).split(terms)
+    sums, counts, *rights = ranks.sum(torch.stack(found).sum(0)).split(terms)
     counts = counts.clamp(min=1)
     means = tuple((sums / counts).tolist())
-    accuracies = tuple((right[0] / counts).tolist()) if right else ()
+    accuracies = tuple((rights[0] / counts).tolist()) if rights else ()
     return Evaluation(sum(means), means, accuracies)
-
-
-def _right(output: Any, targets: Any) -> list[int]:
-    """How many targets of each result are the likeliest class."""
-    several = isinstance(targets, (tuple, list))
-    pairs = zip(output, targets, strict=True) if several else [(output, targets)]
-    found = []
-    for logits, target in pairs:
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != target.shape:
-            return []
-        found.append(int(((logits.argmax(-1) == target) & (target != IGNORED)).sum()))
-    return found
 
 
 def exact_match(written: Sequence[Any], expected: Sequence[Any]) -> float:

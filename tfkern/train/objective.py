@@ -38,6 +38,9 @@ class Objective(Protocol):
     """A function of what a model returns for a batch, and of the batch.
 
     The keys of a batch are arguments of the model, and "targets".
+
+    An objective may also have `right(output, batch)`, (terms,) integers: how many of the things
+    that the loss is a mean over the model gets right. `evaluate` then tells their share.
     """
 
     def __call__(self, output: Any, batch: Batch, /) -> Loss: ...
@@ -84,6 +87,13 @@ class CrossEntropy:
 
     def count(self, batch: Batch) -> Tensor:
         return torch.stack([(t != IGNORED).sum() for t in _several(batch["targets"])])
+
+    def right(self, output: Any, batch: Batch) -> Tensor:
+        """How many targets of each result are the likeliest class."""
+        targets = _several(batch["targets"])
+        outputs = (output,) if isinstance(output, Tensor) else tuple(output)
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([((x.argmax(-1) == t) & (t != IGNORED)).sum() for x, t in pairs])
 
 
 def _several(targets: Any) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from tfkern.models.blocks import Attention
 from tfkern.models.config import TransformerConfig
 from tfkern.models.loss import IGNORED
 from tfkern.models.stack import Stack
+from tfkern.models.transformer import in_groups
 from tfkern.nn.context_parallel import SequenceSplit
 from tfkern.train.objective import Batch
 
@@ -51,12 +52,13 @@ def cut(batch: Batch, model: Transformer) -> dict[str, Any]:
         batch: arguments of `Transformer.forward`, and "targets" (B, T) of tokens.
 
     Raises:
-        ValueError: a model that is not spread.
+        ValueError: a model that is not spread, or rows in groups.
     """
     stack = model.encoder if model.decoder is None else model.decoder
     split = None if stack is None else stack.split
     if split is None:
         raise ValueError("the model must be spread over a group before batches are cut")
+    check_rows(model, batch)
     padded = dict(batch)
     # A decoder is causal, so that no token sees padding behind it.
     for name, mask in (("tokens", "mask"), ("source", "source_mask")):
@@ -76,6 +78,13 @@ def cut(batch: Batch, model: Transformer) -> dict[str, Any]:
         padding = (documents[:, -1:] + 1).expand(-1, more)
         padded["documents"] = split.split(torch.cat([documents, padding], 1), 1)
     return padded
+
+
+def check_rows(model: Transformer, batch: Batch) -> None:
+    """Raises ValueError for rows in groups, which only a whole model on whole rows takes."""
+    tokens = batch.get("tokens")
+    if tokens is not None and in_groups(model.config, tokens):
+        raise ValueError(f"neither cp nor pp takes rows in groups, got {tuple(tokens.shape)}")
 
 
 def _fills(config: TransformerConfig) -> dict[str, int]:

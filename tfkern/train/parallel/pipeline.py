@@ -23,6 +23,7 @@ from tfkern.models.positions import RelativeBias
 from tfkern.models.stack import Stack
 from tfkern.models.transformer import count_positions
 from tfkern.train.objective import Batch
+from tfkern.train.parallel.context import check_rows
 from tfkern.train.parallel.gradients import local
 from tfkern.train.parallel.model import Measure, Parallel, Share
 from tfkern.train.parallel.together import gathered
@@ -280,6 +281,7 @@ class Pipeline(Parallel):
 
     def _schedule(self, batch: Batch, parts: int, backward: bool) -> Any:
         """The schedule for batches like this one: torch's have buffers of the streams' shape."""
+        check_rows(self.stage.model, batch)
         shapes = [(name, batch[name].shape) for name in ("tokens", "source") if name in batch]
         known, made = self._made.get(backward, (None, None))
         if known != (shapes, parts):
