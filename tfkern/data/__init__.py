@@ -1,8 +1,8 @@
 """From text to batches (`pip install tfkern[data]`).
 
 `Shards` are tokens on disk. `Windows`, `Documents` and `Packed` make items of one length of them,
-and `order` makes batches of items. Other functions corrupt rows for objectives of training, and
-`Chat` makes items of conversations.
+and `order` makes batches of items. Other functions corrupt rows for objectives of training.
+`Chat` makes tokens of conversations, and `Conversations` rows of these.
 
     from tfkern.data import Shards, Windows, order
     from tfkern.models import Transformer, TransformerConfig, cross_entropy
@@ -19,6 +19,7 @@ and `order` makes batches of items. Other functions corrupt rows for objectives 
 """
 
 from tfkern.data.chat import Chat
+from tfkern.data.conversations import Conversations
 from tfkern.data.corrupt import (
     corrupt_spans,
     delete_tokens,
@@ -40,6 +41,7 @@ from tfkern.ops.packing import cu_seqlens, positions
 
 __all__ = [
     "Chat",
+    "Conversations",
     "Documents",
     "IGNORED",
     "Packed",

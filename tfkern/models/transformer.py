@@ -142,8 +142,8 @@ class Transformer(nn.Module):
         given = (tokens, source, mask, source_mask, token_types, positions, documents)
         if not in_groups(self.config, tokens):
             return self._logits(*given)
-        found = self._logits(*(None if x is None else x.flatten(0, 1) for x in given))
-        return _grouped(found, tokens.shape[:2])
+        rows: list[Any] = [None if x is None else x.flatten(0, 1) for x in given]
+        return _grouped(self._logits(*rows), tokens.shape[:2])
 
     def _logits(
         self,

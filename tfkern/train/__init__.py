@@ -19,6 +19,7 @@ does. `run` is such a loop by a `Recipe`, with evaluations, checkpoints and a re
 
 from tfkern.train import checkpoint
 from tfkern.train.evaluate import Evaluation, bleu, evaluate, exact_match
+from tfkern.train.frozen import freeze
 from tfkern.train.lion import Lion
 from tfkern.train.objective import CrossEntropy, Loss, Objective
 from tfkern.train.optimisers import adafactor, adamw, lion, muon, optimiser
@@ -44,6 +45,7 @@ __all__ = [
     "checkpoint",
     "evaluate",
     "exact_match",
+    "freeze",
     "lion",
     "muon",
     "optimiser",

@@ -32,6 +32,7 @@ def adamw(
     weight_decay: float = 0.1,
     betas: Sequence[float] = (0.9, 0.95),
     eps: float = 1e-8,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """AdamW (Loshchilov, Hutter 2019): torch's, with its fused kernel where there is one.
 
@@ -40,12 +41,29 @@ def adamw(
         weight_decay: share of a weight that is lost in a step, divided by lr.
         betas: how much of the running averages of gradients and their squares a step keeps.
         eps: added to the root of the averaged squares.
+        layer_decay: factor of the learning rate from each block to the one before it, for
+            fine-tuning (Clark et al. 2020). The last block has it once, what stands in front of the
+            first one, such as embeddings, once more than the first one, and what stands behind the
+            last one not at all.
 
     Raises:
-        ValueError: a value out of its range, or a model without parameters to train.
+        ValueError: a value out of its range, a model without parameters to train, or a layer_decay
+            other than 1 with a tensor as learning rate or a model without an `nn.ModuleList`.
     """
     _check(lr, weight_decay, betas, eps)
-    return _adamw(_trained(model), lr, weight_decay, betas, eps)
+    check_number("layer_decay", layer_decay, 0, 1)
+    named = _trained(model)
+    if layer_decay == 1:
+        return _adamw(_groups(named, weight_decay), lr, weight_decay, betas, eps)
+    if isinstance(lr, Tensor):
+        raise ValueError("layer_decay makes several learning rates, which one tensor cannot be")
+    top, depths = _depths(model)
+    groups = []
+    for depth in sorted({depths[name] for name, _ in named}):
+        own = [(name, p) for name, p in named if depths[name] == depth]
+        rate = {"lr": lr * layer_decay ** (top - depth)}
+        groups += [group | rate for group in _groups(own, weight_decay)]
+    return _adamw(groups, lr, weight_decay, betas, eps)
 
 
 def lion(
@@ -138,7 +156,8 @@ def muon(
     others = [(name, p) for name, p in named if p not in hidden]
     if not others:
         return first
-    return Joined(first, _adamw(others, lr, weight_decay, betas, eps))
+    rest = _adamw(_groups(others, weight_decay), lr, weight_decay, betas, eps)
+    return Joined(first, rest)
 
 
 OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
@@ -206,14 +225,19 @@ class Joined(Optimizer):
 
 
 def _adamw(
-    named: list[Named], lr: Rate, weight_decay: float, betas: Sequence[float], eps: float
+    groups: list[dict[str, Any]],
+    lr: Rate,
+    weight_decay: float,
+    betas: Sequence[float],
+    eps: float,
 ) -> Optimizer:
     # The fused kernel takes parameters for dense, and those of one call either for DTensors of one
     # mesh or for none. Where it does not fit, torch loops over the parameters or their lists.
-    fused = all(p.is_contiguous() and p.device.type in ("cpu", "cuda") for _, p in named)
-    fused = fused and len({getattr(p, "device_mesh", None) for _, p in named}) == 1
+    parameters = [p for group in groups for _, p in group["params"]]
+    fused = all(p.is_contiguous() and p.device.type in ("cpu", "cuda") for p in parameters)
+    fused = fused and len({getattr(p, "device_mesh", None) for p in parameters}) == 1
     made = torch.optim.AdamW(
-        _groups(named, weight_decay), lr, (float(betas[0]), float(betas[1])), eps, weight_decay,
+        groups, lr, (float(betas[0]), float(betas[1])), eps, weight_decay,
         fused=fused or None,
     )  # fmt: skip
     if fused:
@@ -247,6 +271,32 @@ def _hidden(model: nn.Module) -> set[Tensor]:
     inside = {p for m in modules if isinstance(m, nn.ModuleList) for p in m.parameters()}
     tables = {p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()}
     return {p for p in inside - tables if p.dim() == 2 and min(p.shape) > 1}
+
+
+def _depths(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """The depth of each parameter, and the greatest there is.
+
+    Blocks have depths from 1 on, in the order in which the model has them. Tables of embeddings
+    and what the model has before its first block have 0, and what it has after its last block, such
+    as a head, has the greatest. What stands between two stacks has the depth of the block before.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [a for a in lists if not any(a.startswith(f"{b}.") for b in lists if a != b)]
+    prefixes = [f"{name}.{i}.".lstrip(".") for name in outer for i in range(lists[name])]
+    if not prefixes:
+        raise ValueError("layer_decay needs a model with an nn.ModuleList of blocks")
+    tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    found: dict[str, int] = {}
+    depth = 0
+    for name, p in model.named_parameters():
+        within = next((i for i, x in enumerate(prefixes, 1) if name.startswith(x)), None)
+        depth = within or depth
+        behind = within is None and depth == len(prefixes)
+        found[name] = 0 if p in tables else depth + behind
+    return len(prefixes) + 1, found
 
 
 def _groups(named: Sequence[Named], weight_decay: float) -> list[dict[str, Any]]:

@@ -28,7 +28,11 @@ class Recipe:
         length: most tokens of a row.
         batch: rows of a batch.
         model: fields of `tfkern.models.TransformerConfig`, beside those that follow from the task;
-            "preset" names a published model whose fields they change.
+            "preset" names a published model whose fields they change, and "folder" is that of a
+            model to go on with, weights and tokenizer, as `tfkern.models.load` reads it.
+        freeze: names of parameters that stay as they are, in which * stands for any letters.
+        objective: "kind" and options of what is made small, see `tfkern.train.objectives`; the
+            cross entropy by default.
         recompute: whether backward computes activations again, rather than keep them.
         compile: whether the model is compiled.
         optimiser: "kind" and options, see `tfkern.train.optimiser`.
@@ -62,6 +66,8 @@ class Recipe:
     length: int = 256
     batch: int = 32
     model: Mapping[str, Any] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    objective: Mapping[str, Any] = field(default_factory=lambda: {"kind": "cross_entropy"})
     recompute: bool = False
     compile: bool = False
     optimiser: Mapping[str, Any] = field(default_factory=lambda: {"kind": "adamw", "lr": 1e-3})
@@ -90,12 +96,23 @@ class Recipe:
             if not isinstance(getattr(self, name), str | Path):
                 raise ValueError(f"{name} must be a string, got {files.shown(getattr(self, name))}")
             object.__setattr__(self, name, str(getattr(self, name)))
-        for name in ("options", "model", "optimiser", "schedule", "parallel"):
+        for name in ("options", "model", "objective", "optimiser", "schedule", "parallel"):
             told = getattr(self, name)
             if not isinstance(told, Mapping) or not all(isinstance(key, str) for key in told):
                 raise ValueError(f"{name} must be a mapping of names, got {files.shown(told)}")
         if not isinstance(self.data, str | Path | Mapping):
             raise ValueError(f"data must be a path or a mapping, got {files.shown(self.data)}")
+        if not isinstance(self.freeze, list | tuple) or not all(
+            isinstance(name, str) for name in self.freeze
+        ):
+            raise ValueError(f"freeze must be a list of names, got {files.shown(self.freeze)}")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        if {"preset", "folder"} <= self.model.keys():
+            raise ValueError("model: preset and folder exclude each other")
+        if not isinstance(self.model.get("folder", ""), str | Path):
+            raise ValueError(
+                f"model.folder must be a path, got {files.shown(self.model['folder'])}"
+            )
         for name in ("recompute", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
@@ -121,7 +138,9 @@ class Recipe:
             for weight in self.weights:
                 check_number("weights", weight, 0, 1e6)
             object.__setattr__(self, "weights", tuple(self.weights))
-        for name, needed in (("optimiser", "kind"), ("optimiser", "lr"), ("schedule", "kind")):
+        for name, needed in (
+            ("objective", "kind"), ("optimiser", "kind"), ("optimiser", "lr"), ("schedule", "kind"),
+        ):  # fmt: skip
             if needed not in getattr(self, name):
                 raise ValueError(f"{name} needs {needed}")
         for name, taken in _TAKEN.items():
@@ -145,11 +164,11 @@ _COUNTS = (
 )  # fmt: skip
 _OPTIONAL = ("tokens", "patience")
 _TAKEN = {  # what the run itself tells these functions
-    "options": {"kind", "data", "length", "batch", "seed", "validation_batches"},
+    "options": {"kind", "data", "length", "batch", "seed", "validation_batches", "start"},
     "optimiser": {"model"},
     "schedule": {"steps"},
 }
-_NESTED = ("options", "model", "optimiser", "schedule", "data", "parallel")
+_NESTED = ("options", "model", "objective", "optimiser", "schedule", "data", "parallel")
 
 
 def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:

@@ -23,8 +23,10 @@ from tfkern.models import Transformer, TransformerConfig
 from tfkern.train import chart, checkpoint
 from tfkern.train.evaluate import Evaluation, evaluate
 from tfkern.train.flops import count_flops
+from tfkern.train.frozen import freeze
 from tfkern.train.log import Log, read
-from tfkern.train.objective import CrossEntropy
+from tfkern.train.objective import CrossEntropy, Objective
+from tfkern.train.objectives import objective
 from tfkern.train.optimisers import optimiser
 from tfkern.train.parallel import gather, mesh, parallelise
 from tfkern.train.parallel.mesh import AXES, check_sizes, conflict, data_place, processes
@@ -37,6 +39,7 @@ from tfkern.train.tasks import Task, check_options, task
 _RECIPE, _METRICS, _CHART = "recipe.yaml", "metrics.jsonl", "loss.png"
 _MARK = "# All values of a run of training. It is written anew whenever the run goes on."
 _TOKENS = ("pad_token", "start_token", "end_token", "forced_first", "forced_last")
+_HEADS = ("head", "classes")  # what a task changes in a model that is there already
 _SIZE = 2**24  # tokens of a vocabulary that is not known yet
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields that change neither data nor weights. How far a run goes matters to its schedule alone.
@@ -120,10 +123,16 @@ class _Run:
         data = first(lambda: _data(recipe, preparing), self.many)
         rank, world = (0, 1) if grid is None else data_place(grid)
         self.task = each(lambda: _task(recipe, data, rank, world), self.many)
-        config = _config(recipe, self.task)
-        self.model: Any = _model(config, recipe, self.device)
+        self.model: Any = _model(recipe, self.task, self.device)
+        config = self.model.config
+        freeze(self.model, recipe.freeze)
         self.flops, self.tokens = 0, size(self.task.batches[0]) * world
-        self.objective = CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
+        self.objective = _objective(recipe)
+        self.batches, self.validation = self.task.batches, self.task.validation
+        if (extended := getattr(self.objective, "extended", None)) is not None:
+            self.batches, self.validation = (
+                extended(batches, self.model) for batches in (self.batches, self.validation)
+            )
         self.precision = _DTYPES[recipe.precision]
         if grid is not None:  # a model that is spread over processes cannot be counted
             self.flops = first(lambda: self._count_flops(0), self.many) * world
@@ -194,7 +203,7 @@ class _Run:
         compiled: Any = torch.compile(self.model) if compile_here else self.model
         loop = steps(
             compiled,
-            self.task.batches,
+            self.batches,
             self.objective,
             self.optimiser,
             start=start,
@@ -242,7 +251,7 @@ class _Run:
         return count_flops(
             self.model,
             self.objective,
-            self.task.batches[step],
+            self.batches[step],
             accumulate=self.recipe.accumulate,
             precision=self.precision,
         )
@@ -291,9 +300,10 @@ class _Run:
         """
         if first(self._is_fresh, self.many):
             self._save(step)
-        # The loss of training may have more terms than the cross entropy.
-        objective = CrossEntropy(weights=self.recipe.weights)
-        found = evaluate(self.model, self.task.validation, objective, precision=self.precision)
+        objective = self.objective
+        if isinstance(objective, CrossEntropy):  # that of training may have more terms
+            objective = CrossEntropy(weights=self.recipe.weights)
+        found = evaluate(self.model, self.validation, objective, precision=self.precision)
         if first(lambda: self._note(step, found), self.many):
             whole = gather(self.model)
             first(lambda: export(whole, self.task, self.folder / "model"), self.many)
@@ -328,7 +338,8 @@ class _Run:
 
 
 def export(model: Transformer, found: Task, folder: Path) -> None:
-    """Writes a model, its tokenizer and, as labels.json, the names of its classes.
+    """Writes a model, its tokenizer with its chat template and, as labels.json, the names of its
+    classes.
 
     The model is in the form of transformers if it has such models.
     """
@@ -338,6 +349,8 @@ def export(model: Transformer, found: Task, folder: Path) -> None:
         models.save(model, folder, form="tfkern")
     if found.tokenizer is not None:
         tokenize.save(found.tokenizer, folder)
+    if found.template is not None:
+        files.write(folder / "chat_template.jinja", found.template)
     if found.labels:
         files.write(folder / "labels.json", json.dumps(list(found.labels)) + "\n")
 
@@ -381,10 +394,14 @@ def _check_alone(recipe: Recipe) -> None:
     steps = recipe.steps
     if recipe.tokens is not None:
         steps = min(steps, -(-recipe.tokens // (recipe.batch * recipe.length)))
+    _objective(recipe)
     schedule(steps=steps, **recipe.schedule)
     optimiser(model=nn.ModuleList([nn.Linear(2, 2)]), **recipe.optimiser)
     # The task has its say on the architecture, and on the number of tokens.
     found = {"max_length": recipe.length, "vocab_size": _SIZE}
+    if "folder" in recipe.model:
+        models.convert.read_config(recipe.model["folder"])
+        return
     if "preset" in recipe.model or "patch_size" in recipe.model:
         found = {}
     told = {**found, **recipe.model, "head": "none"}
@@ -426,6 +443,7 @@ def _task(recipe: Recipe, data: Path, rank: int, world: int) -> Task:
         validation_batches=recipe.evaluation_batches,
         rank=rank,
         world=world,
+        start=recipe.model.get("folder"),
         **recipe.options,
     )
 
@@ -471,14 +489,46 @@ def _built(told: dict[str, Any]) -> TransformerConfig:
         raise ValueError(f"model: {files.one_line(error)}") from None
 
 
-def _model(config: TransformerConfig, recipe: Recipe, device: torch.device) -> Transformer:
+def _model(recipe: Recipe, found: Task, device: torch.device) -> Transformer:
+    folder = recipe.model.get("folder")
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.seed)
-        model = Transformer(config)
+        if folder is None:
+            model = Transformer(_config(recipe, found))
+        else:
+            model = _loaded(Path(folder), recipe, found)
     model.recompute = recipe.recompute
     if model.vocabulary is not None:  # its logits would take most of the memory
         model.vocabulary.deferred = True
     return model.to(device)
+
+
+def _loaded(folder: Path, recipe: Recipe, found: Task) -> Transformer:
+    """The model of a folder, with the head that the task needs."""
+    changes = {name: found.config[name] for name in _HEADS if name in found.config}
+    changes |= {name: value for name, value in recipe.model.items() if name != "folder"}
+    config = models.convert.read_config(folder)
+    needed = found.config.get("architecture", config.architecture)
+    if config.architecture != needed:
+        raise ValueError(
+            f"model: {recipe.task} needs architecture {needed!r}, and {folder} is "
+            f"{config.architecture!r}"
+        )
+    size, context = found.config.get("vocab_size") or 0, config.max_length
+    if size > (config.vocab_size or 0):
+        changes["vocab_size"] = size  # the vectors of new tokens are drawn
+    if context is not None and recipe.length > context and "max_length" not in changes:
+        raise ValueError(f"length = {recipe.length} is more than {folder} takes: {context}")
+    try:
+        return models.load(folder, dtype=torch.float32, **changes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: {files.one_line(error)}") from None
+
+
+def _objective(recipe: Recipe) -> Objective:
+    if recipe.objective != {"kind": "cross_entropy"}:
+        return objective(**recipe.objective)
+    return CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
 
 
 def _digest(data: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from tfkern.train.tasks import images, rows, texts
+from tfkern.train.tasks import answers, chat, images, rows, tagging, texts
 from tfkern.train.tasks.batches import Task, check_sizes
 
 KINDS: dict[str, Callable[..., Task]] = {
@@ -27,6 +27,9 @@ KINDS: dict[str, Callable[..., Task]] = {
     "prefix": texts.prefix,
     "pairs": rows.pairs,
     "classification": rows.classification,
+    "tagging": tagging.tagging,
+    "answers": answers.answers,
+    "chat": chat.chat,
     "images": images.images,
 }
 
@@ -41,26 +44,29 @@ def task(
     validation_batches: int = 50,
     rank: int = 0,
     world: int = 1,
+    start: str | Path | None = None,
     **options: Any,
 ) -> Task:
     """The batches of a kind of training, and what a model needs for them.
 
     Args:
         kind: one of `KINDS`. The function there tells the options.
-        data: a folder that `tfkern.data.prepare.prepare` returned; for "pairs" and "classification"
-            a file of JSON lines; for "images" a file, or "digits".
+        data: a folder that `tfkern.data.prepare.prepare` returned; for tasks on rows a file of JSON
+            lines; for "images" a file, or "digits".
         length: most tokens of a row.
         batch: rows of a batch, or images, of all data ranks together.
         seed: of the order and of whatever is random, in [0, 2**32).
         validation_batches: the greatest number of batches in an evaluation.
         rank, world: which part of each batch this process has, and how many parts there are.
+        start: the folder of a model that training goes on with, as `tfkern.models.load` reads it.
+            Its tokenizer makes the tokens of JSON lines, and rows begin and end as it writes them.
 
     Raises:
         ValueError: an unknown kind or option, a value out of its range, or data that are missing
             or too short.
     """
     check_options(kind, options)
-    sizes = check_sizes(length, batch, seed, validation_batches, rank, world)
+    sizes = check_sizes(length, batch, seed, validation_batches, rank, world, start)
     return KINDS[kind](Path(data), sizes, **options)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ class Task(NamedTuple):
         config: the fields of `TransformerConfig` that follow from the task and its data.
         tokenizer: made the tokens; None for images.
         labels: the labels of the classes in their order, as the data have them.
+        template: the chat template by which conversations became texts, if they did.
     """
 
     batches: Batches
@@ -35,6 +37,7 @@ class Task(NamedTuple):
     config: dict[str, Any]
     tokenizer: Tokenizer | None
     labels: tuple[str | int, ...] = ()
+    template: str | None = None
 
 
 class Sizes(NamedTuple):
@@ -46,18 +49,28 @@ class Sizes(NamedTuple):
     validation_batches: int
     rank: int = 0
     world: int = 1
+    start: Path | None = None
 
 
 def check_sizes(
-    length: int, batch: int, seed: int, validation_batches: int, rank: int, world: int
+    length: int,
+    batch: int,
+    seed: int,
+    validation_batches: int,
+    rank: int,
+    world: int,
+    start: str | Path | None = None,
 ) -> Sizes:
     """The sizes, if they are integers in their ranges.
 
     Raises:
         ValueError: they are not.
     """
-    found = Sizes(length, batch, seed, validation_batches, rank, world)
+    folder = None if start is None else Path(start)
+    found = Sizes(length, batch, seed, validation_batches, rank, world, folder)
     for name, value in found._asdict().items():
+        if name == "start":
+            continue
         least = 0 if name in ("seed", "rank") else 1
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
@@ -178,6 +191,12 @@ def decoder_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 def sized(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     """The fields of a configuration that all models of texts have."""
     return {"vocab_size": tokenizer.vocab_size, "max_length": length}
+
+
+def decoder(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """The fields of a decoder that writes texts."""
+    end = tokenizer.special_id("eos")
+    return {"architecture": "decoder", "head": "lm", "end_token": end, **sized(tokenizer, length)}
 
 
 def encoder_decoder(tokenizer: Tokenizer, length: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ the rest are options.
 """
 
 from pathlib import Path
-from typing import Any
 
 from tfkern import tokenize
 from tfkern.data import Packed, Shards, Windows, span_lengths, span_window
@@ -19,6 +18,7 @@ from tfkern.train.tasks.batches import (
     batches_of,
     check_flags,
     check_number,
+    decoder,
     decoder_tokens,
     encoder_decoder,
     sized,
@@ -46,8 +46,7 @@ def causal(data: Path, sizes: Sizes, *, documents: bool = False) -> Task:
         rows = Packed(shards, sizes.length, end) if documents else Windows(shards, sizes.length)
         return rows, None
 
-    config: dict[str, Any] = {"architecture": "decoder", "head": "lm", "end_token": end}
-    config |= sized(tokenizer, sizes.length)
+    config = decoder(tokenizer, sizes.length)
     return Task(*batches_of(make, train, validation, sizes), config, tokenizer)
 
 

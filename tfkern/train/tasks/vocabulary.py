@@ -1,11 +1,13 @@
 """What tasks ask of a vocabulary: control tokens, where words begin, and where sentences end."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import processors
 
+from tfkern import tokenize
 from tfkern.tokenize import Tokenizer
 
 _NAMES = {
@@ -31,12 +33,60 @@ def extended(tokenizer: Tokenizer, *roles: str, sentinels: int = 0) -> Tokenizer
     return found
 
 
+def chosen(
+    told: str | None,
+    start: Path | None,
+    texts: list[str],
+    *roles: str,
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+) -> Tokenizer:
+    """The tokenizer of rows of text.
+
+    That of a model is taken as it is, template included; where it has no token for padding, that
+    is the end token, which masks tell from a text's own. Other tokenizers get what they lack.
+
+    Args:
+        told: "characters", one to train on the texts, such as "bpe:8192" (or wordpiece, unigram,
+            words), or the path of a tokenizer; if None, that of the model, or "bpe:8192".
+        start: the folder of the model that training goes on with, if there is one.
+        roles: of the tokens that are needed, beside those of the template.
+        before, after: roles of the tokens around each text, for a model that starts from nothing.
+
+    Raises:
+        ValueError: a tokenizer that cannot be read or trained, or that lacks the end token.
+    """
+    if told is None and start is not None:
+        found = tokenize.load(start)
+        special = {"pad": found.special["eos"]} if "eos" in found.special else {}
+        return Tokenizer(found.backend, special | found.special)
+    found = extended(_made("bpe:8192" if told is None else told, texts), *roles, *before, *after)
+    return with_template(found, before, after)
+
+
+def _made(told: str, texts: list[str]) -> Tokenizer:
+    """A tokenizer that is trained on texts, or read from a path."""
+    from tfkern.data.prepare.tokens import parsed
+
+    kind, size = parsed(told)
+    if kind is None:
+        return tokenize.load(told)
+    if kind == "characters":
+        return tokenize.characters(texts)
+    if size is None:
+        raise ValueError(f"tokenizer: {told!r} needs the size of a vocabulary, as in {kind}:8192")
+    return tokenize.train(kind, texts, size)
+
+
 def with_template(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str]) -> Tokenizer:
-    """A tokenizer that puts tokens with these roles around each text, as its model was trained."""
-    tokens = [tokenizer.special[role] for role in (*before, *after)]
-    single = [tokenizer.special[r] for r in before] + ["$A"] + [tokenizer.special[r] for r in after]
+    """A tokenizer that puts tokens with these roles around each text, as its model was trained.
+    Of a pair, the second text follows the first one and its end."""
+    first, last = ([tokenizer.special[role] for role in roles] for roles in (before, after))
+    pair = [*first, "$A", *last, "$B:1", *(f"{token}:1" for token in last)]
     tokenizer.backend.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[(token, tokenizer.id(token)) for token in tokens]
+        single=[*first, "$A", *last],
+        pair=pair,
+        special_tokens=[(token, tokenizer.id(token)) for token in (*first, *last)],
     )
     return tokenizer
 
