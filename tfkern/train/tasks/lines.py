@@ -85,15 +85,21 @@ def divided(path: Path, rows: list[Any], validation: float) -> tuple[list[int], 
     return parts[0], parts[1]
 
 
-def encodings(path: Path, tokenizer: Tokenizer, texts: list[str], length: int) -> list[Encoding]:
+def encodings(
+    path: Path, tokenizer: Tokenizer, texts: list[str], length: int, truncate: bool
+) -> list[Encoding]:
     """The encodings of texts in the tokenizer's template.
+
+    Args:
+        truncate: whether what is beyond `length` is cut off, within the template.
 
     Raises:
         ValueError: texts have more than `length` tokens, or cannot be encoded.
     """
     found = []
+    limit: dict[str, Any] = {"length": length, "truncate": True} if truncate else {}
     for i in range(0, len(texts), _TOGETHER):
-        found += tokenizer.batch(texts[i : i + _TOGETHER]).encodings
+        found += tokenizer.batch(texts[i : i + _TOGETHER], **limit).encodings
     check_lengths(path, [len(e.ids) for e in found], length)
     return found
 

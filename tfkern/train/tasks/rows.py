@@ -25,7 +25,12 @@ from tfkern.train.tasks.lines import divided, encodings, only, read_rows, sorted
 
 
 def pairs(
-    data: Path, sizes: Sizes, *, tokenizer: str | None = None, validation: float = 0.1
+    data: Path,
+    sizes: Sizes,
+    *,
+    tokenizer: str | None = None,
+    validation: float = 0.1,
+    truncate: bool = False,
 ) -> Task:
     """An encoder-decoder that writes the target of a source, such as its translation (Sutskever et
     al. 2014; Vaswani et al. 2017). The decoder reads the true target, shifted by one token.
@@ -38,16 +43,21 @@ def pairs(
             unigram, words), or the path of a tokenizer; if None, that of the model that training
             goes on with, or "bpe:8192".
         validation: the share of rows that is kept apart, chosen by a hash of their texts.
+        truncate: whether the end of a text that has more than `length` tokens is cut off; if False,
+            such a text is an error.
 
     Raises:
         ValueError: rows have other keys, or more than `length` tokens.
     """
     check_number("validation", validation, 0, 0.5)
+    check_flags(truncate=truncate)
     rows = read_rows(data, lambda row: only(row, source=str, target=str))
     parts = divided(data, rows, validation)
     texts = [row["source"] for row in rows] + [row["target"] for row in rows]
     found = vocabulary.chosen(tokenizer, sizes.start, texts, "pad", "bos", after=["eos"])
-    encoded = [np.array(e.ids, np.int64) for e in encodings(data, found, texts, sizes.length)]
+    encoded = [
+        np.array(e.ids, np.int64) for e in encodings(data, found, texts, sizes.length, truncate)
+    ]
     start, pad = _start(found, sizes.start), found.special_id("pad")
     sides = list(zip(encoded[: len(rows)], encoded[len(rows) :], strict=True))
 
@@ -64,6 +74,7 @@ def classification(
     *,
     tokenizer: str | None = None,
     validation: float = 0.1,
+    truncate: bool = False,
     architecture: str = "encoder",
     language_model: bool = False,
 ) -> Task:
@@ -74,7 +85,7 @@ def classification(
     end token for a decoder, and is padded to `length`.
 
     Args:
-        tokenizer, validation: see `pairs`.
+        tokenizer, validation, truncate: see `pairs`.
         architecture: "encoder" or "decoder".
         language_model: whether a decoder also tells the next token, as GPT-1 does in fine-tuning.
             The first targets are the tokens then, and the second ones the classes.
@@ -83,7 +94,7 @@ def classification(
         ValueError: rows have other keys, more than `length` tokens, or all the same label.
     """
     check_number("validation", validation, 0, 0.5)
-    check_flags(language_model=language_model)
+    check_flags(truncate=truncate, language_model=language_model)
     if architecture not in ("encoder", "decoder"):
         raise ValueError(f"architecture must be encoder or decoder, got {architecture!r}")
     if language_model and architecture == "encoder":
@@ -96,7 +107,9 @@ def classification(
     found = vocabulary.chosen(
         tokenizer, sizes.start, texts, "eos", "pad", before=before, after=after
     )
-    encoded = [np.array(e.ids, np.int64) for e in encodings(data, found, texts, sizes.length)]
+    encoded = [
+        np.array(e.ids, np.int64) for e in encodings(data, found, texts, sizes.length, truncate)
+    ]
     number = {label: i for i, label in enumerate(labels)}
     known = [(row, number[told["label"]]) for row, told in zip(encoded, rows, strict=True)]
     pad = found.special_id("pad")

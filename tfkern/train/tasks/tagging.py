@@ -10,12 +10,25 @@ import numpy as np
 from tfkern import files
 from tfkern.data import IGNORED, padded
 from tfkern.train.tasks import vocabulary
-from tfkern.train.tasks.batches import Item, Sizes, Task, batches_of, check_number, sized
+from tfkern.train.tasks.batches import (
+    Item,
+    Sizes,
+    Task,
+    batches_of,
+    check_flags,
+    check_number,
+    sized,
+)
 from tfkern.train.tasks.lines import divided, encodings, only, read_rows, sorted_labels
 
 
 def tagging(
-    data: Path, sizes: Sizes, *, tokenizer: str | None = None, validation: float = 0.1
+    data: Path,
+    sizes: Sizes,
+    *,
+    tokenizer: str | None = None,
+    validation: float = 0.1,
+    truncate: bool = False,
 ) -> Task:
     """An encoder that tells the class of each word, such as the kind of name that it belongs to
     (Devlin et al. 2019).
@@ -24,12 +37,13 @@ def tagging(
     joined by spaces. The target of the first token of a word is its label; other tokens have none.
 
     Args:
-        tokenizer, validation: see `tfkern.train.tasks.rows.pairs`.
+        tokenizer, validation, truncate: see `tfkern.train.tasks.rows.pairs`.
 
     Raises:
         ValueError: rows of another form, with more than `length` tokens, or all the same label.
     """
     check_number("validation", validation, 0, 0.5)
+    check_flags(truncate=truncate)
     rows = read_rows(data, _checked)
     labels = sorted_labels(data, [label for row in rows for label in row["labels"]])
     parts = divided(data, rows, validation)
@@ -39,7 +53,9 @@ def tagging(
     )
     number = {label: i for i, label in enumerate(labels)}
     tagged = []
-    for row, encoding in zip(rows, encodings(data, found, texts, sizes.length), strict=True):
+    for row, encoding in zip(
+        rows, encodings(data, found, texts, sizes.length, truncate), strict=True
+    ):
         targets = np.full(len(encoding.ids), IGNORED)
         firsts = _first_tokens(row["words"], encoding.offsets)
         for label, place in zip(row["labels"], firsts, strict=True):
