@@ -7,7 +7,7 @@ The peers take turns in rounds, A B C A B C, with the same number of calls in ev
 
 A result is first compared with that of the same model in a more precise dtype, by the author. A
 peer whose result is wrong is not timed. Rows have the ratio of a peer's time to tfkern's. They
-stand in one file for each command and processor; running a model replaces its rows.
+stand in one file for each command and processor, into which those of a case go once it is timed.
 """
 
 import copy
@@ -156,19 +156,32 @@ class Suite:
         return report.file_name(self.op, facts["device"], facts["torch_instructions"])
 
     def write(self, rows: list[Row], folder: Path) -> Path:
-        """Puts rows into the file of this processor, in place of the former rows of their cases."""
+        """Puts rows into the file of this processor, in place of the former rows of their cases in
+        their dtypes."""
         names = [case.name for case in self.cases]
-        return report.replace_rows(folder / self.file_name(rows[0]), rows, "case", names)
+        timed = {(row["case"], row["dtype"]) for row in rows}
+        return report.update(
+            folder / self.file_name(rows[0]),
+            rows,
+            lambda row: (row["case"], row["dtype"]) not in timed,
+            lambda row: (names.index(row["case"]), PRECISIONS.index(row["dtype"])),
+        )
 
 
 def run(
     suite: Suite,
     models: Sequence[str],
     *,
+    dtypes: Sequence[str] = PRECISIONS,
     rounds: int | None = None,
     progress: Tell = lambda doing: None,
+    keep: Callable[[list[Row]], Any] = lambda rows: None,
 ) -> Results:
     """Times the peers that can run here on the cases of some models.
+
+    Args:
+        dtypes: of the weights, some of `PRECISIONS`.
+        keep: is told the rows of each case as soon as they are known.
 
     Raises:
         RuntimeError: the author, or tfkern, failed.
@@ -176,13 +189,15 @@ def run(
     facts, results = environment.facts("cpu"), Results()
     for name in models:
         cases = [case for case in suite.cases if case.model.name == name]
-        for dtype in PRECISIONS:
+        for dtype in dtypes:
             with _Session(suite, cases[0].model, dtype, results) as session:
                 session.open(progress)
                 for case in cases:
                     progress(f"{case.name} {dtype}")
-                    found = session.rows(case, rounds or suite.rounds)
-                    results.rows += [row | facts for row in found]
+                    found = [row | facts for row in session.rows(case, rounds or suite.rounds)]
+                    results.rows += found
+                    if found:
+                        keep(found)
     return results
 
 

@@ -317,10 +317,13 @@ def test_command(monkeypatch, tmp_path, capsys, wrong):
 
     def run(suite, models, **options):
         asked.append(([peer.name for peer in suite.peers], models, options["rounds"]))
+        assert options["dtypes"] == ("float32",)
+        options["keep"](found.rows)
         return replace(found, wrong=wrong, notes=["absent is left out"])
 
     monkeypatch.setattr(peers, "run", run)
-    call = ["bench", "infer", "minilm", "--quick", "--compiled", "--out", str(tmp_path)]
+    call = ["bench", "infer", "minilm", "--quick", "--compiled", "--dtype", "float32"]
+    call += ["--out", str(tmp_path)]
     assert main(call) == (1 if wrong else 0)
     names = [peer.name for peer in (*infer.SUITE.peers, infer.SUITE.compiled)]
     assert asked == [(names, ["minilm"], 1)]
@@ -329,3 +332,22 @@ def test_command(monkeypatch, tmp_path, capsys, wrong):
     (path,) = tmp_path.glob("infer-*.csv")
     assert len(report.read(path)) == len(found.rows)
     assert ("planted, case, is wrong and was not timed" in told.err) == bool(wrong)
+
+
+def test_rows_replace_those_of_their_case_and_dtype(tmp_path):
+    """What an interrupted run has timed is there, and so is what others have."""
+    facts = {"device": "abacus", "torch_instructions": "none"}
+
+    def row(case, dtype, p50):
+        return {"case": infer.CASES[case].name, "dtype": dtype, "p50_ms": p50} | facts
+
+    def kept():
+        return [(r["case"], r["dtype"], float(r["p50_ms"])) for r in report.read(path)]
+
+    names = [case.name for case in infer.CASES]
+    path = infer.SUITE.write([row(1, "float32", 1.0), row(1, "bfloat16", 2.0)], tmp_path)
+    infer.SUITE.write([row(0, "bfloat16", 3.0)], tmp_path)
+    infer.SUITE.write([row(1, "bfloat16", 4.0)], tmp_path)
+    assert kept() == [
+        (names[0], "bfloat16", 3.0), (names[1], "float32", 1.0), (names[1], "bfloat16", 4.0)
+    ]  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from tfkern.benchmarks import environment, report
+from tfkern import files
+from tfkern.benchmarks import environment, measure, report
 from tfkern.benchmarks import generate as generating
 from tfkern.benchmarks import infer as inferring
 from tfkern.benchmarks import peers as benchmark
@@ -19,14 +20,14 @@ from tfkern.cli.output import console, exit_if_wrong, prepare, with_progress
 def _command(suite: benchmark.Suite, told: str) -> Callable[..., None]:
     """A command that times a suite, and with --compiled one more peer. Its help begins with what
     is told."""
-    known = ", ".join(suite.models)
+    there = ", ".join(suite.models)
     shipped = ("transformers", "tfkern")
     others = " and ".join(p.name for p in suite.peers if p.modules[0] not in shipped)
 
     def command(
         models: Annotated[
             list[str] | None,
-            typer.Argument(help=f"Models, from {known}. The default is all.", show_default=False),
+            typer.Argument(help=f"Models, from {there}. The default is all.", show_default=False),
         ] = None,
         with_compiled: Annotated[
             bool, typer.Option("--compiled", help="Also times transformers under torch.compile.")
@@ -37,27 +38,45 @@ def _command(suite: benchmark.Suite, told: str) -> Callable[..., None]:
                 "--quick", help=f"Times one round instead of {suite.rounds}, to see what works."
             ),
         ] = False,
+        dtype: Annotated[
+            list[str] | None,
+            typer.Option(
+                help=f"Dtype of the weights: {', '.join(benchmark.PRECISIONS)}. It may be repeated. "
+                "The default is all.",
+                show_default=False,
+            ),
+        ] = None,
         out: Out = OUT_OF_FIXED / "peers",
     ) -> None:
+        dtypes = tuple(dict.fromkeys(dtype or benchmark.PRECISIONS))
+        for name in dtypes:
+            if name not in benchmark.PRECISIONS:
+                known = ", ".join(benchmark.PRECISIONS)
+                raise ValueError(f"unknown dtype {files.shown(name)}: expected one of {known}")
         chosen = models_of_transformers(models, suite.models)
         peers = (*suite.peers, suite.compiled) if with_compiled else suite.peers
         timed = replace(suite, peers=peers)
         torch.set_num_threads(THREADS)
         prepare(out, suite.file_name(environment.facts("cpu")))
         cases = sum(case.model.name in chosen for case in suite.cases)
-        steps = len(benchmark.PRECISIONS) * (cases + len(chosen) * len(peers))
+        steps = len(dtypes) * (cases + len(chosen) * len(peers))
         rounds = 1 if quick else suite.rounds
-        results = with_progress(
-            steps, lambda progress: benchmark.run(timed, chosen, rounds=rounds, progress=progress)
-        )
+        paths = []
+
+        def run(progress: Callable[..., None]) -> measure.Results:
+            return benchmark.run(
+                timed, chosen, dtypes=dtypes, rounds=rounds, progress=progress,
+                keep=lambda rows: paths.append(suite.write(rows, out)),
+            )  # fmt: skip
+
+        results = with_progress(steps, run)
         screen = console()
         for note in results.notes:
             screen.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
         if results.rows:
             for table in report.peers_tables(results.rows):
                 screen.print(table)
-            path = suite.write(results.rows, out)
-            screen.print(f"wrote {path}", soft_wrap=True, highlight=False)
+            screen.print(f"wrote {paths[-1]}", soft_wrap=True, highlight=False)
         exit_if_wrong(results.wrong)
 
     command.__doc__ = (
