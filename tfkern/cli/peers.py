@@ -41,7 +41,7 @@ def _command(suite: benchmark.Suite, told: str) -> Callable[..., None]:
         dtype: Annotated[
             list[str] | None,
             typer.Option(
-                help=f"Dtype of the weights: {' or '.join(benchmark.PRECISIONS)}; both if not given.",
+                help=f"Dtype: {' or '.join(benchmark.PRECISIONS)}; both if not given.",
                 show_default=False,
             ),
         ] = None,
