@@ -9,6 +9,21 @@
 
 namespace tfkern {
 
+// The name of an activation, as operators take it: torch's own conversion of a `str` to std::string
+// loses memory in every call (pytorch issue 191340), up to torch 2.13 at least.
+using ActivationName = StringHandle;
+
+// Frees the name, so operators call this once, before anything else.
+inline std::string take(ActivationName name) {
+  size_t length = 0;
+  const char* letters = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(name, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &letters));
+  const std::string taken(letters, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
+  return taken;
+}
+
 inline Activation parse_activation(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;

@@ -1,5 +1,6 @@
 """The operators of the C++ library called directly, as torch.ops lets anybody do."""
 
+import ctypes
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -604,3 +605,41 @@ def test_threads_of_the_cpu_under_sanitizers():
 def passes(result):
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout
+
+
+class _Heap(ctypes.Structure):
+    """What mallinfo2 of the GNU C library returns; `uordblks` are the bytes in use."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc does not tell what is in use"
+)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_calls_leave_no_memory_in_use(call, one_thread):
+    """Not even the bytes of a string: they would keep large freed blocks beside them apart."""
+    used = ctypes.CDLL(None).mallinfo2
+    used.restype = _Heap
+    operator, args = call()
+    arguments, function = list(args.values()), getattr(OPS, operator)
+    counts = []
+    for _ in range(4):
+        for _ in range(200):
+            function(*arguments)
+        counts.append(used().uordblks)
+    assert counts[-1] - counts[-2] < 200 * 16  # the smallest block that could leak has 32

@@ -140,7 +140,8 @@ void linear_product_(Tensor out, Tensor a, Tensor b, Optional bias, bool add) {
 // h = act(x w^T + b), or act(x w^T + b) (x w_up^T + b_up) if there is w_up. If `keep`, the second
 // result has the factors x w^T + b and x w_up^T + b_up one after the other.
 std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w_up, Optional b_up,
-                                      std::string activation, bool keep) {
+                                      ActivationName activation, bool keep) {
+  const std::string name = take(activation);
   check(x, w, b, w_up, b_up);
   const auto [M, K] = matrix_size(x, 1);
   const int64_t F = w.dim() == 2 ? w.size(0) : -1;
@@ -151,7 +152,7 @@ std::tuple<Tensor, Tensor> mlp_hidden(Tensor x, Tensor w, Optional b, Optional w
   check_countable({kPadding, M, F, K});
   LinearForward product{dtype(x), M, F};
   product.activated = true;
-  product.activation = parse_activation(activation);
+  product.activation = parse_activation(name);
   product.count = w_up ? 2 : 1;
   Tensor h = empty(x, {M, F}, x.scalar_type());
   Tensor kept =
@@ -222,19 +223,20 @@ Matrix packed_matrix(const Tensor& w) {
 // y = x w^T + b of w with N rows. With an activation it is act(x w^T + b), and with w_up, too,
 // act(x w^T + b) (x w_up^T + b_up). w and w_up are packed.
 Tensor linear_packed(Tensor x, Tensor w, Optional b, Optional w_up, Optional b_up, int64_t N,
-                     std::string activation) {
+                     ActivationName activation) {
+  const std::string name = take(activation);
   check(x, w, b, w_up, b_up);
   const auto [M, K] = matrix_size(x, 1);
   STD_TORCH_CHECK(N >= 0 && is_packed(w, N, K) && fits(b, N),
                   "tfkern::linear_packed: expected x (..., K), w packed from (N, K) and b (N,)");
   STD_TORCH_CHECK((!w_up || is_packed(*w_up, N, K)) && (!b_up || w_up) && fits(b_up, N),
                   "tfkern::linear_packed: expected w_up and b_up of the sizes of w and b");
-  STD_TORCH_CHECK(!w_up || !activation.empty(), "tfkern::linear_packed: w_up needs an activation");
+  STD_TORCH_CHECK(!w_up || !name.empty(), "tfkern::linear_packed: w_up needs an activation");
   check_countable({kPadding, M, N, K});
   Tensor out = empty(x, with_columns(x, N), x.scalar_type());
   LinearForward product{dtype(x), M, N};
-  product.activated = !activation.empty();
-  if (product.activated) product.activation = parse_activation(activation);
+  product.activated = !name.empty();
+  if (product.activated) product.activation = parse_activation(name);
   product.count = w_up ? 2 : 1;
   product.terms[0] = {matrix(x), packed_matrix(w), K};
   if (w_up) product.terms[1] = {product.terms[0].a, packed_matrix(*w_up), K};

@@ -49,9 +49,10 @@ void* second(const Tensor& pair) {
   return static_cast<char*>(pair.data_ptr()) + pair.numel() / 2 * pair.element_size();
 }
 
-Tensor mlp_activation_forward(Tensor pre, Optional up, std::string activation) {
+Tensor mlp_activation_forward(Tensor pre, Optional up, ActivationName activation) {
+  const std::string name = take(activation);
   check_mlp_forward(pre, up);
-  const Activation act = parse_activation(activation);
+  const Activation act = parse_activation(name);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
   const int64_t M = pre.size(0), F = pre.size(1);
@@ -74,9 +75,10 @@ void finish(T* db, Compute<T>* partial, int64_t chunks, int64_t W) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre, Optional up,
-                                                           std::string activation, bool bias) {
+                                                           ActivationName activation, bool bias) {
+  const std::string name = take(activation);
   check_mlp_backward(dh, pre, up);
-  const Activation act = parse_activation(activation);
+  const Activation act = parse_activation(name);
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);

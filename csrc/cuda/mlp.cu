@@ -191,10 +191,11 @@ Matrix from(const Tensor& t, int64_t first) {
   return m;
 }
 
-Tensor mlp_activation_forward(Tensor pre, Optional up, std::string activation) {
+Tensor mlp_activation_forward(Tensor pre, Optional up, ActivationName activation) {
+  const std::string name = take(activation);
   check_mlp_forward(pre, up);
   check_no_float64(pre);
-  const Activation act = parse_activation(activation);
+  const Activation act = parse_activation(name);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
   const int64_t M = pre.size(0), F = pre.size(1);
@@ -206,10 +207,11 @@ Tensor mlp_activation_forward(Tensor pre, Optional up, std::string activation) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre, Optional up,
-                                                           std::string activation, bool bias) {
+                                                           ActivationName activation, bool bias) {
+  const std::string name = take(activation);
   check_mlp_backward(dh, pre, up);
   check_no_float64(pre);
-  const Activation act = parse_activation(activation);
+  const Activation act = parse_activation(name);
   dh = torch::stable::contiguous(dh);
   pre = torch::stable::contiguous(pre);
   if (up) up = torch::stable::contiguous(*up);
