@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tfkern import files, tokenize
+from tfkern import tokenize
 from tfkern.data import IGNORED, padded
 from tfkern.tokenize import Tokenizer
-from tfkern.train.tasks import vocabulary
+from tfkern.train.tasks import lines, vocabulary
 from tfkern.train.tasks.batches import (
     Item,
     Sizes,
@@ -45,10 +45,10 @@ def pairs(
         ValueError: rows have other keys, or more than `length` tokens.
     """
     check_number("validation", validation, 0, 0.5)
-    rows = _read(data, source=str, target=str)
-    parts = _divided(data, rows, validation)
+    rows = lines.read(data, lambda row: lines.taken(row, source=str, target=str))
+    parts = divided(data, rows, validation)
     texts = [row["source"] for row in rows] + [row["target"] for row in rows]
-    found = vocabulary.extended(_tokenizer(tokenizer, texts), "eos", "pad", "bos")
+    found = vocabulary.extended(tokenizer_for(tokenizer, texts), "eos", "pad", "bos")
     found = vocabulary.with_template(found, [], ["eos"])
     encoded = _encoded(data, found, texts, sizes.length)
     start, pad = found.special_id("bos"), found.special_id("pad")
@@ -91,12 +91,12 @@ def classification(
         raise ValueError(f"architecture must be encoder or decoder, got {architecture!r}")
     if language_model and architecture == "encoder":
         raise ValueError("language_model needs architecture decoder, got encoder")
-    rows = _read(data, text=str, label=(str, int))
+    rows = lines.read(data, lambda row: lines.taken(row, text=str, label=(str, int)))
     labels = _labels(data, [row["label"] for row in rows])
-    parts = _divided(data, rows, validation)
+    parts = divided(data, rows, validation)
     texts = [row["text"] for row in rows]
     before, after = (["cls"], ["sep"]) if architecture == "encoder" else ([], ["eos"])
-    found = vocabulary.extended(_tokenizer(tokenizer, texts), "eos", "pad", *before, *after)
+    found = vocabulary.extended(tokenizer_for(tokenizer, texts), "eos", "pad", *before, *after)
     found = vocabulary.with_template(found, before, after)
     encoded = _encoded(data, found, texts, sizes.length)
     number = {label: i for i, label in enumerate(labels)}
@@ -167,29 +167,6 @@ class Labelled:
         }
 
 
-def _read(path: Path, **kinds: Any) -> list[dict[str, Any]]:
-    """The rows of a file.
-
-    Raises:
-        ValueError: a line is no object with values of these kinds, or there are no lines.
-    """
-    rows = []
-    for number, line in enumerate(files.read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        row = files.parse(line, f"{path}, line {number},")
-        for name, kind in kinds.items():
-            value = row.get(name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                what = "a string" if kind is str else "a string or an integer"
-                told = files.shown(value)
-                raise ValueError(f"{path}, line {number}: {name} must be {what}, got {told}")
-        rows.append({name: row[name] for name in kinds})
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
 def _labels(path: Path, labels: list[str | int]) -> tuple[Any, ...]:
     if len({type(label) for label in labels}) > 1:
         raise ValueError(f"{path}: labels must be all strings or all integers, got both")
@@ -199,7 +176,7 @@ def _labels(path: Path, labels: list[str | int]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _divided(path: Path, rows: list[Any], validation: float) -> tuple[list[int], list[int]]:
+def divided(path: Path, rows: list[Any], validation: float) -> tuple[list[int], list[int]]:
     """The numbers of the rows for training and for validation. Equal rows go together."""
     from tfkern.data.prepare.tokens import share
 
@@ -214,7 +191,7 @@ def _divided(path: Path, rows: list[Any], validation: float) -> tuple[list[int],
     return parts[0], parts[1]
 
 
-def _tokenizer(told: str, texts: list[str]) -> Tokenizer:
+def tokenizer_for(told: str, texts: list[str]) -> Tokenizer:
     """A tokenizer that is trained on texts, or read from a path."""
     from tfkern.data.prepare.tokens import parsed
 
