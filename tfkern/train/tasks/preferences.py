@@ -33,8 +33,9 @@ def preferences(
     `tfkern.train.preferences.DPO`.
 
     Rows of the file are {"prompt", "chosen", "rejected"}, all texts or all lists of messages, or
-    without "prompt", which is then what both others begin with. They may have "tools". Texts end
-    with the end token. Messages become text by a chat template, see `tfkern.data.Chat`.
+    without "prompt", which is then what both others begin with. So it is, too, if "prompt" is a
+    text and the others are messages. Rows may have "tools". Texts end with the end token. Messages
+    become text by a chat template, see `tfkern.data.Chat`.
 
     Batches have tokens (B, 2, T), mask (B, 2) lengths, and targets (B, 2, T), the tokens of the
     answers: the chosen row, then the rejected one.
@@ -218,7 +219,9 @@ def _read(
 def _pair(row: Row) -> Row:
     found = _named(row, ("chosen", "rejected"), ("prompt", "tools"))
     answers = [found["chosen"], found["rejected"]]
-    if found.get("prompt") is None and all(isinstance(answer, str) for answer in answers):
+    if isinstance(found.get("prompt"), str) and all(isinstance(a, list) for a in answers):
+        del found["prompt"]  # a text, which the messages begin with
+    if found.get("prompt") is None and all(isinstance(a, str) for a in answers):
         prompt = os.path.commonprefix(answers)
         chosen, rejected = (answer[len(prompt) :] for answer in answers)
         found |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
