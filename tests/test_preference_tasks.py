@@ -155,7 +155,7 @@ def test_texts_without_prompt(tmp_path):
 
 
 def test_margins_of_rewards(tmp_path):
-    told = [row | ({"margin": i / 4} if i % 3 else {}) for i, row in enumerate(numbers(40))]
+    told = [row | ({"margin": i / 4} if i % 3 else {}) for i, row in enumerate(numbers(60))]
     path = written(tmp_path / "pairs.jsonl", told)
     found = task("rewards", path, **options(tokenizer="characters"))
     pairs = task("preferences", path, **options(tokenizer="characters"))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from tfkern.models import Transformer, TransformerConfig
+from tfkern.models.heads import DeferredLogits
 from tfkern.train import adamw, evaluate, steps
 from tfkern.train.parallel import mesh, parallelise
 from tfkern.train.preferences import (
@@ -467,15 +469,27 @@ class Off:
 
 
 def test_references_of_other_kinds_are_one():
-    """A model, the trained model in a context, a function, and what is known from a file."""
-    base, batch = tiny(), pairs(4)
-    model = Switched(base)
-    expected = by_torch(base, batch)
+    """A model, the trained model in a context, and a function: all of them without dropout."""
+    base, batch = tiny(dropout=0.3), pairs(4)
+    expected = by_torch(copy.deepcopy(base).eval(), batch)
+    model = Switched(base).train()
     function = Reference(base)
     for reference in (base, Reference(model, model.off), lambda batch: function(batch)):
         (found,) = DPO().extended([batch], model, reference=reference)
         torch.testing.assert_close(found["targets"][1], expected, atol=1e-10, rtol=0)
-        assert model.on
+        assert not found["targets"][1].requires_grad
+        assert model.on and all(module.training for module in model.modules())
+
+
+def test_references_make_logits_in_pieces():
+    """Also in evaluation mode, where a model returns them whole otherwise."""
+    model, seen = tiny(), []
+    expected = by_torch(model, pairs(4))
+    model.vocabulary.deferred = True
+    model.register_forward_hook(lambda module, given, output: seen.append(type(output)))
+    found = Reference(model)(pairs(4))
+    assert seen == [DeferredLogits]
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
 def test_known_log_probabilities(tmp_path):
@@ -541,14 +555,13 @@ def train(kind, many=False, accumulate=1):
     objective, make, changes = RUNS[kind]
     torch.manual_seed(0)
     batches = [make(BATCH, seed) for seed in range(4)]
-    model, reference = tiny(**changes), tiny(seed=1, **changes)
+    model = tiny(**changes)
+    reference = None if kind == "dpo" else tiny(seed=1)
     if many:
         model = parallelise(model, mesh(dp=2, device="cpu"))
         size = BATCH // model.data_world
         mine = slice(model.data_rank * size, (model.data_rank + 1) * size)
-        batches = [
-            torch.utils._pytree.tree_map(lambda x: x[mine], batch) for batch in batches
-        ]  # fmt: skip
+        batches = [tree_map(lambda x: x[mine], batch) for batch in batches]
     held = batches[3:]
     if hasattr(objective, "extended"):
         batches = objective.extended(batches, model, reference=reference)

@@ -82,11 +82,8 @@ class KTO:
                 no other.
             reference, precision: see `tfkern.train.preferences.DPO.extended`.
         """
-        score, policy = (
-            reference_for(model, reference, precision),
-            Reference(model, precision=precision),
-        )
-        ranks = Parallel.of(model)
+        score = reference_for(model, reference, precision)
+        policy, ranks = Reference(model, precision=precision), Parallel.of(model)
 
         def extend(batch: Batch) -> Batch:
             if len(batch["targets"]) == 4:

@@ -137,7 +137,7 @@ class Groups:
         return len(self.examples)
 
     def __getitem__(self, i: int) -> Item:
-        _, rows, beside = self.examples[i]
+        rows, beside = self.examples[i]
 
         def stacked(name: str, fill: int) -> np.ndarray:
             return np.stack([padded(row[name], self.length, fill) for row in rows])
@@ -151,9 +151,8 @@ class Groups:
 
 
 class _Example(NamedTuple):
-    """A row of a file, the tokens and targets that it makes, and its other targets."""
+    """The rows of tokens and targets that a row of a file makes, and its other targets."""
 
-    told: Row
     rows: tuple[Item, ...]
     beside: tuple[np.ndarray, ...]
 
@@ -178,12 +177,11 @@ class _Read(NamedTuple):
 
         config: dict[str, Any] = {"architecture": "decoder", "head": head}
         config |= sized(self.tokenizer, length)
-        if not language_model:
-            config |= {"classes": 1}
         if "eos" in special:
             config["end_token"] = self.tokenizer.special_id("eos")
-        if "pad" in special:
-            config |= vocabulary.padding(self.tokenizer)
+        if not language_model:
+            config["classes"] = 1
+            config |= vocabulary.padding(self.tokenizer) if "pad" in special else {}
         batches, held = batches_of(make, *self.parts, self.sizes)
         return Task(batches, held, config, self.tokenizer)
 
@@ -209,10 +207,10 @@ def _read(
     def example(row: Row) -> _Example:
         item = chat.item(form(row))
         rows = (item["chosen"], item["rejected"]) if "chosen" in item else (item,)
-        return _Example(row, rows, beside(row))
+        return _Example(rows, beside(row))
 
-    examples = _fitted(data, lines.read(data, example), sizes.length, fit)
-    parts = divided(data, [example.told for example in examples], validation)
+    examples, kept = _fitted(data, lines.read(data, example), sizes.length, fit)
+    parts = divided(data, [told[i] for i in kept], validation)
     return _Read(sizes, found, examples, parts)
 
 
@@ -284,8 +282,11 @@ def _template(tokenizer: str, told: str | None) -> str:
         return "{{ raise_exception('the tokenizer has no chat template, so name one') }}"
 
 
-def _fitted(path: Path, examples: list[_Example], length: int, fit: str) -> list[_Example]:
-    """The examples whose rows have at most `length` tokens, with parts of prompts left out.
+def _fitted(
+    path: Path, examples: list[_Example], length: int, fit: str
+) -> tuple[list[_Example], list[int]]:
+    """The examples whose rows have at most `length` tokens, with parts of prompts left out, and
+    their numbers.
 
     Raises:
         ValueError: there are others, which may not be left out, or no examples remain.
@@ -293,16 +294,15 @@ def _fitted(path: Path, examples: list[_Example], length: int, fit: str) -> list
     if fit in ("keep_end", "keep_start"):
         examples = [e._replace(rows=_cut(e.rows, length, fit == "keep_end")) for e in examples]
     sizes = [max(len(row["tokens"]) for row in example.rows) for example in examples]
-    long = [size for size in sizes if size > length]
-    if fit == "drop" and len(long) < len(sizes):
-        return [e for e, size in zip(examples, sizes, strict=True) if size <= length]
-    if long:
+    kept = [i for i, size in enumerate(sizes) if size <= length]
+    if not kept or len(kept) < len(sizes) and fit != "drop":
         what = "" if fit in ("error", "drop") else " without their prompts"
         raise ValueError(
-            f"{path}: {len(long)} of {len(sizes)} rows have more than length = {length} "
-            f"tokens{what}, up to {max(long)}: give a larger length, or another fit than {fit!r}"
+            f"{path}: {len(sizes) - len(kept)} of {len(sizes)} rows have more than length = "
+            f"{length} tokens{what}, up to {max(sizes)}: give a larger length, or another fit than "
+            f"{fit!r}"
         )
-    return examples
+    return [examples[i] for i in kept], kept
 
 
 def _cut(rows: tuple[Item, ...], length: int, end: bool) -> tuple[Item, ...]:
