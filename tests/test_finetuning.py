@@ -463,8 +463,8 @@ def test_messages_need_a_template(tmp_path):
     path = lines(tmp_path / "rows", conversations())
     with pytest.raises(ValueError, match="line 1: .*has no chat template"):
         task("chat", path, length=300, batch=4, start=start)
-    with pytest.raises(ValueError, match="tokenizer must be the path of one"):
-        task("chat", path, length=300, batch=4)
+    with pytest.raises(ValueError, match="line 1: .*has no chat template"):
+        task("chat", path, length=300, batch=4, tokenizer="characters")
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     found = task(
         "chat", path, length=300, batch=4, start=start, template=str(tmp_path / "chat.jinja")

@@ -1,7 +1,7 @@
 """How good a model is, on data that it was not trained on."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +50,6 @@ def evaluate(
     device = next(model.parameters()).device
     found = []
     right = getattr(objective, "right", None)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
 
     def autocast() -> Any:
         return nullcontext() if precision is None else torch.autocast(device.type, precision)
@@ -64,14 +62,11 @@ def evaluate(
             found.append(right(output, batch).to(device).double())
         return torch.cat(found)
 
-    try:
+    with evaluating(model):
         for batch in batches:
             batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
             terms = objective.count(batch).numel()
             found.append(ranks.measure(batch, measure, autocast))
-    finally:
-        for module, training in modes:
-            module.training = training
     if not found:
         raise ValueError("there are no batches to evaluate")
     sums, counts, *rights = ranks.sum(torch.stack(found).sum(0)).split(terms)
@@ -79,6 +74,18 @@ def evaluate(
     means = tuple((sums / counts).tolist())
     accuracies = tuple((rights[0] / counts).tolist()) if rights else ()
     return Evaluation(sum(means), means, accuracies)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context of evaluation mode. The modules of the model have their former modes behind it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def exact_match(written: Sequence[Any], expected: Sequence[Any]) -> float:

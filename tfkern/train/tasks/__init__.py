@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from tfkern.train.tasks import answers, chat, images, rows, tagging, texts
+from tfkern.train.tasks import answers, chat, images, preferences, rows, tagging, texts
 from tfkern.train.tasks.batches import Task, check_sizes
 
 KINDS: dict[str, Callable[..., Task]] = {
@@ -30,6 +30,9 @@ KINDS: dict[str, Callable[..., Task]] = {
     "tagging": tagging.tagging,
     "answers": answers.answers,
     "chat": chat.chat,
+    "preferences": preferences.preferences,
+    "rewards": preferences.rewards,
+    "unpaired": preferences.unpaired,
     "images": images.images,
 }
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tfkern import files
-from tfkern.data import Chat, Conversations, Template, read_template
-from tfkern.train.tasks import vocabulary
+from tfkern.data import Conversations
 from tfkern.train.tasks.batches import (
     Sizes,
     Task,
@@ -14,6 +12,7 @@ from tfkern.train.tasks.batches import (
     check_number,
     decoder,
 )
+from tfkern.train.tasks.conversing import conversing
 from tfkern.train.tasks.lines import check_lengths, divided, read_rows
 
 
@@ -34,9 +33,10 @@ def chat(
     "completion": ...} of two texts or two lists of messages: see `tfkern.data.Chat`.
 
     Args:
-        tokenizer: the path of a tokenizer; if None, that of the model that training goes on with.
-        template: a file with a chat template; if None, that of the tokenizer. Prompts and
-            completions that are texts need none.
+        tokenizer: the path of a tokenizer, or one to train on the rows, such as "bpe:8192"; if
+            None, that of the model that training goes on with, or "bpe:8192".
+        template: a file with a chat template, or a folder with one; that of the tokenizer if None.
+            Prompts and completions that are texts need none.
         validation: the share of rows that is kept apart, chosen by a hash of what they say.
         packed: whether a row of a batch has several conversations, which do not see each other, and
             not one with padding behind it. Batches have "documents" then.
@@ -44,16 +44,16 @@ def chat(
             if False, such a row is an error.
 
     Raises:
-        ValueError: rows of another form or with more than `length` tokens, no tokenizer, or rows of
-            messages without a template.
+        ValueError: rows of another form or with more than `length` tokens, or rows of messages
+            without a template.
     """
     check_number("validation", validation, 0, 0.5)
     check_flags(packed=packed, truncate=truncate)
-    conversations, text = conversing(sizes.start, tokenizer, template)
+    rows = read_rows(data, dict)
+    conversations, text = conversing(rows, sizes.start, tokenizer, template)
     found = conversations.tokenizer
-    rows = read_rows(data, lambda row: (row, conversations.item(row)))
-    parts = divided(data, [row for row, _ in rows], validation)
-    items = [item for _, item in rows]
+    items = read_rows(data, conversations.item)
+    parts = divided(data, rows, validation)
     if not truncate:
         check_lengths(data, [len(item["tokens"]) for item in items], sizes.length)
     pad = found.special_id("pad" if "pad" in found.special else "eos")
@@ -63,32 +63,3 @@ def chat(
 
     config = decoder(found, sizes.length)
     return Task(*batches_of(make, *parts, sizes), config, found, template=text)
-
-
-def conversing(
-    start: Path | None, tokenizer: str | None, template: str | None
-) -> tuple[Chat, str | None]:
-    """What makes tokens of rows for a model that answers, and its chat template, if there is one.
-
-    Args:
-        start: the folder of the model that training goes on with.
-        tokenizer, template: see `chat`.
-
-    Raises:
-        ValueError: there is no tokenizer.
-    """
-    if tokenizer is None and start is None:
-        raise ValueError("tokenizer must be the path of one, as there is no model to go on with")
-    folder = Path(tokenizer) if tokenizer is not None else start
-    assert folder is not None
-    found = vocabulary.chosen(None, folder, [])
-    try:
-        text = read_template(folder) if template is None else files.read(Path(template)).decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"template: {template} is not UTF-8") from None
-    except ValueError as error:
-        if template is not None:
-            raise
-        # Rows of texts need no template. Those of messages tell what is missing.
-        return Chat(found, Template(f"{{{{ raise_exception({str(error)!r}) }}}}")), None
-    return Chat(found, Template(text)), text

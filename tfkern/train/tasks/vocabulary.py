@@ -60,14 +60,22 @@ def chosen(
         found = tokenize.load(start)
         special = {"pad": found.special["eos"]} if "eos" in found.special else {}
         return Tokenizer(found.backend, special | found.special)
-    found = extended(_made("bpe:8192" if told is None else told, texts), *roles, *before, *after)
+    found = extended(made(told, texts), *roles, *before, *after)
     return with_template(found, before, after)
 
 
-def _made(told: str, texts: list[str]) -> Tokenizer:
-    """A tokenizer that is trained on texts, or read from a path."""
+def is_trained(told: str) -> bool:
+    """Whether a tokenizer is to be trained, and is no path."""
     from tfkern.data.prepare.tokens import parsed
 
+    return parsed(told)[0] is not None
+
+
+def made(told: str | None, texts: list[str]) -> Tokenizer:
+    """A tokenizer that is trained on texts, or read from a path; "bpe:8192" if None."""
+    from tfkern.data.prepare.tokens import parsed
+
+    told = "bpe:8192" if told is None else told
     kind, size = parsed(told)
     if kind is None:
         return tokenize.load(told)
