@@ -22,6 +22,18 @@ from tfkern.train.evaluate import Evaluation, bleu, evaluate, exact_match
 from tfkern.train.lion import Lion
 from tfkern.train.objective import CrossEntropy, Loss, Objective
 from tfkern.train.optimisers import adafactor, adamw, lion, muon, optimiser
+from tfkern.train.policy import (
+    GRPO,
+    PPO,
+    RLOO,
+    ActorCritic,
+    ModelReward,
+    Prompts,
+    Rollouts,
+    TextReward,
+    critic_of,
+    frozen,
+)
 from tfkern.train.recipe import Recipe
 from tfkern.train.run import Outcome, run
 from tfkern.train.schedules import schedule
@@ -29,21 +41,31 @@ from tfkern.train.steps import Record, steps
 from tfkern.train.tasks import Task, task
 
 __all__ = [
+    "GRPO",
+    "PPO",
+    "RLOO",
+    "ActorCritic",
     "CrossEntropy",
     "Evaluation",
     "Lion",
     "Loss",
+    "ModelReward",
     "Objective",
     "Outcome",
+    "Prompts",
     "Recipe",
     "Record",
+    "Rollouts",
     "Task",
+    "TextReward",
     "adafactor",
     "adamw",
     "bleu",
     "checkpoint",
+    "critic_of",
     "evaluate",
     "exact_match",
+    "frozen",
     "lion",
     "muon",
     "optimiser",

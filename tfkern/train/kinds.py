@@ -44,6 +44,12 @@ def check_integer(name: str, value: Any, low: int, high: float = math.inf) -> No
         raise ValueError(f"{name} must be an integer {_range(low, high)}, got {shown(value)}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises a ValueError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises a ValueError unless value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
