@@ -121,14 +121,14 @@ class Rollouts:
         self._ranks = Parallel.of(model)
         if self._ranks.mesh is not None and self._ranks.mesh.size() != self._ranks.size("dp"):
             raise ValueError("a model that writes answers can be spread along dp only")
-        module = self._ranks.module
-        self._module = getattr(module, "_orig_mod", module)  # of a compiled model
+        module: Any = self._ranks.module
+        self._module: Any = getattr(module, "_orig_mod", module)  # of a compiled model
         if isinstance(self._module, ActorCritic) != objective.critic:
             needs = "an ActorCritic" if objective.critic else "the policy alone"
             raise ValueError(
                 f"{type(objective).__name__} trains {needs}, got {type(self._module).__name__}"
             )
-        self._policy = self._module.policy if objective.critic else self._module
+        self._policy: Transformer = self._module.policy if objective.critic else self._module
         _check_policy(self._policy)
         check_repeats(self._module)
         self._ends = list(self._policy.config.end_tokens if end_tokens is None else end_tokens)
@@ -183,7 +183,7 @@ class Rollouts:
 
     @property
     def _device(self) -> torch.device:
-        return self._policy.embedding.weight.device
+        return next(self._policy.parameters()).device
 
     def _total(self, x: Tensor) -> Tensor:
         return self._ranks.sum(x, ROWS)
@@ -292,7 +292,8 @@ def _cut(batch: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
         def part(x: Tensor, mine: slice = mine, T: int = T) -> Tensor:
             return x[mine, :T] if x.dim() == 2 else x[mine]
 
-        answers = Answers(*(None if x is None else part(x) for x in batch["targets"]))
+        pieces: Any = (None if x is None else part(x) for x in batch["targets"])
+        answers = Answers(*pieces)
         inputs = {name: part(batch[name]) for name in ("tokens", "mask")}
         found.append(inputs | {"targets": answers})
     return found

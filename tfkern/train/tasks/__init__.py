@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from tfkern.train.tasks import images, rows, texts
+from tfkern.train.tasks import images, prompts, rows, texts
 from tfkern.train.tasks.batches import Task, check_sizes
 
 KINDS: dict[str, Callable[..., Task]] = {
@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[..., Task]] = {
     "prefix": texts.prefix,
     "pairs": rows.pairs,
     "classification": rows.classification,
+    "prompts": prompts.prompts,
     "images": images.images,
 }
 
@@ -47,8 +48,8 @@ def task(
 
     Args:
         kind: one of `KINDS`. The function there tells the options.
-        data: a folder that `tfkern.data.prepare.prepare` returned; for "pairs" and "classification"
-            a file of JSON lines; for "images" a file, or "digits".
+        data: a folder that `tfkern.data.prepare.prepare` returned; for "pairs", "classification"
+            and "prompts" a file of JSON lines; for "images" a file, or "digits".
         length: most tokens of a row.
         batch: rows of a batch, or images, of all data ranks together.
         seed: of the order and of whatever is random, in [0, 2**32).

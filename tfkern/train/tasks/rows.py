@@ -46,7 +46,7 @@ def pairs(
     """
     check_number("validation", validation, 0, 0.5)
     rows = _read(data, source=str, target=str)
-    parts = _divided(data, rows, validation)
+    parts = divided(data, rows, validation)
     texts = [row["source"] for row in rows] + [row["target"] for row in rows]
     found = vocabulary.extended(_tokenizer(tokenizer, texts), "eos", "pad", "bos")
     found = vocabulary.with_template(found, [], ["eos"])
@@ -93,7 +93,7 @@ def classification(
         raise ValueError("language_model needs architecture decoder, got encoder")
     rows = _read(data, text=str, label=(str, int))
     labels = _labels(data, [row["label"] for row in rows])
-    parts = _divided(data, rows, validation)
+    parts = divided(data, rows, validation)
     texts = [row["text"] for row in rows]
     before, after = (["cls"], ["sep"]) if architecture == "encoder" else ([], ["eos"])
     found = vocabulary.extended(_tokenizer(tokenizer, texts), "eos", "pad", *before, *after)
@@ -199,7 +199,7 @@ def _labels(path: Path, labels: list[str | int]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _divided(path: Path, rows: list[Any], validation: float) -> tuple[list[int], list[int]]:
+def divided(path: Path, rows: list[Any], validation: float) -> tuple[list[int], list[int]]:
     """The numbers of the rows for training and for validation. Equal rows go together."""
     from tfkern.data.prepare.tokens import share
 
