@@ -14,8 +14,10 @@ def kl_estimate(new: Tensor, reference: Tensor, kind: str) -> Tensor:
     "Approximating KL divergence").
 
     With r = reference - new, "k1" is -r, and "k3" is exp(r) - 1 - r, which is never negative and
-    varies less. Both have the KL divergence as their mean. In a loss only k3 has a gradient of use:
-    the mean of k1's is 0.
+    varies less. Both have the KL divergence as their mean, but mostly not its gradient (Tang, Munos
+    2025). In a reward, k1 has it, and k3 that of KL(policy || reference) - KL(reference || policy),
+    which hardly holds a policy back. In a loss, k3 has that of KL(reference || policy), and k1
+    none.
 
     Args:
         new, reference: log-probabilities of the tokens, of one shape.
@@ -32,7 +34,7 @@ def kl_estimate(new: Tensor, reference: Tensor, kind: str) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, exist: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016) of the tokens of answers.
 
-        A_t = sum over l of (gamma lam)^l (r_(t+l) + gamma V_(t+l+1) - V_t+l)
+        A_t = sum over l of (gamma lam)^l (r_(t+l) + gamma V_(t+l+1) - V_(t+l))
 
     An answer ends the episode: what follows its last token has the value 0.
 
