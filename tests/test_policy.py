@@ -767,22 +767,22 @@ SHORT = {"size": 8, "tokens": 4, "dim": 32}
 )
 def test_rewards_rise(objective, options):
     rewards, _ = bandit(objective, 14, **SHORT, **options)
-    assert rewards[0] < 0.65
-    assert rewards[-1] > 0.9
+    assert rewards[0] < 0.6
+    assert rewards[-1] > 0.85
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "objective, options",
+    "objective, rounds, options",
     [
-        (PPO(kl=0.0, value=1.0), {"prompts": 64, "epochs": 4, "minibatches": 1, "lr": 2e-3}),
-        (GRPO(kl=0.0), {"prompts": 8, "samples": 8, "epochs": 4, "lr": 1e-3}),
-        (RLOO(kl=0.0), {"prompts": 8, "samples": 8, "epochs": 2, "lr": 2e-3}),
+        (PPO(kl=0.0, value=1.0), 20, {"prompts": 64, "epochs": 4, "lr": 2e-3}),
+        (GRPO(kl=0.0), 30, {"prompts": 8, "samples": 8, "epochs": 4, "lr": 1e-3}),
+        (RLOO(kl=0.0), 30, {"prompts": 8, "samples": 8, "epochs": 2, "lr": 2e-3}),
     ],
     ids=NAMES,
 )
-def test_a_bandit_is_won(objective, options):
-    rewards, _ = bandit(objective, 20, **options)
+def test_a_bandit_is_won(objective, rounds, options):
+    rewards, _ = bandit(objective, rounds, **options)
     assert rewards[0] < 0.55
     assert rewards[-1] >= 0.95
 
@@ -795,26 +795,24 @@ def best(share, weight):
 
 
 def best_reversed(share, weight):
-    """The same with KL(reference || policy), of which the estimate k3 in a loss has the gradient:
+    """As `best` with KL(reference || policy), of which the estimate k3 in a loss has the gradient:
     the g with weight + share / g = (1 - share) / (1 - g)."""
     half = (weight - 1) / (2 * weight)
     return half + math.sqrt(half * half + share / weight)
 
 
+# The mean of a group of 8 has an answer's own reward in it, which leaves 7 / 8 of the gradient.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "objective, options, expected",
+    "objective, options, expected, factor",
     [
-        (PPO(kl=0.1, lam=1.0, value=1.0), {"prompts": 64, "epochs": 2, "lr": 2e-3}, best),
-        (RLOO(kl=0.1), {"prompts": 8, "samples": 8, "epochs": 2, "lr": 2e-3}, best),
-        (
-            GRPO(kl=0.1, scale=False),
-            {"prompts": 8, "samples": 8, "epochs": 2, "lr": 2e-3},
-            best_reversed,
-        ),
+        (PPO(kl=0.1, lam=1.0, value=1.0), {"prompts": 64}, best, 1),
+        (RLOO(kl=0.1), {"prompts": 8, "samples": 8}, best, 1),
+        (GRPO(kl=0.1, scale=False), {"prompts": 8, "samples": 8}, best_reversed, 7 / 8),
     ],
     ids=["ppo", "rloo", "grpo"],
 )
-def test_a_bandit_with_a_reference_settles_at_the_best_policy(objective, options, expected):
-    rewards, share = bandit(objective, 40, **options)
-    assert sum(rewards[-8:]) / 8 == pytest.approx(expected(share, 1 / (8 * 0.1)), abs=0.03)
+def test_a_bandit_with_a_reference_settles_at_the_best_policy(objective, options, expected, factor):
+    rewards, share = bandit(objective, 40, lr=2e-3, epochs=2, **options)
+    found = sum(rewards[-8:]) / 8
+    assert found == pytest.approx(expected(share, factor / (8 * 0.1)), abs=0.03)

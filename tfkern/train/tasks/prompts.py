@@ -19,7 +19,7 @@ def prompts(
     data: Path,
     sizes: Sizes,
     *,
-    tokenizer: str,
+    tokenizer: str | None = None,
     longest: int | None = None,
     validation: float = 0.1,
 ) -> Task:
@@ -31,8 +31,8 @@ def prompts(
     also told to the template.
 
     Args:
-        tokenizer: the folder of a tokenizer, with the chat template of its model if there are
-            messages.
+        tokenizer: the folder of a tokenizer, which must be told. It has the chat template of its
+            model if there are messages.
         longest: the most tokens of a prompt; half of `length`, which is for prompt and answer
             together, if None.
         validation: the share of rows that is kept apart, chosen by a hash of the row.
@@ -42,6 +42,8 @@ def prompts(
             is too long. The message names the file, the line and the field.
     """
     check_number("validation", validation, 0, 0.5)
+    if not isinstance(tokenizer, str | Path):
+        raise ValueError(f"tokenizer must be the folder of one, got {files.shown(tokenizer)}")
     if longest is None:
         longest = max(1, sizes.length // 2)
     check_integer("longest", longest, 1, sizes.length)
