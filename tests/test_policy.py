@@ -115,6 +115,7 @@ def drawn(B=5, T=9, seed=0):
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 0.0), (0.8, 1.0)])
 def test_gae_is_its_double_sum(gamma, lam):
     rewards, values, exist = drawn()
+    values = values + 5.0 * ~exist  # which nothing may read
     found = gae(rewards, values, exist, gamma, lam)
     for row in range(len(exist)):
         places = exist[row].nonzero().flatten().tolist()
@@ -251,6 +252,7 @@ def clipped(ratio, advantage, clip):
 
 def test_ppo_is_its_formula():
     logits, values, answers = batch_of_answers()
+    values = torch.where(answers.exist, values, math.nan).requires_grad_()
     objective = PPO(clip=0.15, clip_value=0.3, value=0.7, entropy=0.01)
     policy, squares, entropies = [], [], []
     for row, places, new in each_token(logits, answers):
@@ -267,6 +269,8 @@ def test_ppo_is_its_formula():
     expected = (sum(policy), 0.7 * sum(squares), -0.01 * sum(entropies))
     assert loss.mean.tolist() == pytest.approx([x / count for x in expected], abs=1e-12)
     assert loss.count.tolist() == [count] * 3
+    (gradient,) = torch.autograd.grad(loss.mean.sum(), values)
+    assert (gradient[~answers.exist] == 0).all()
     free = PPO(clip=0.15, clip_value=None)((logits, values), {"targets": answers})
     square = (values - answers.returns)[answers.exist].square().mean()
     assert free.mean[1].item() == pytest.approx(0.1 * square.item() / 2, abs=1e-12)
@@ -688,6 +692,9 @@ def test_rollouts_refuse():
         (policy, PPO(kl=0.0), {}, "PPO trains an ActorCritic, got Transformer"),
         (both, free, {}, "GRPO trains the policy alone, got ActorCritic"),
         (tiny(dropout=0.1), free, {}, "no module may have dropout: .* has 0.1"),
+        (tiny(attention_dropout=0.2), free, {}, "no module may have dropout: .* has 0.2"),
+        (tiny(embedding_dropout=0.3), free, {}, "no module may have dropout: .* has 0.3"),
+        (tiny(norm="batch_norm"), free, {}, "must be 1, .* no module may have batch norm"),
         (tiny(head="none"), free, {}, "a decoder with head 'lm', got an? decoder with 'none'"),
         (nn.Linear(2, 2), free, {}, "a policy must be a Transformer, got Linear"),
     ]
@@ -767,7 +774,7 @@ SHORT = {"size": 8, "tokens": 4, "dim": 32}
 )
 def test_rewards_rise(objective, options):
     rewards, _ = bandit(objective, 14, **SHORT, **options)
-    assert rewards[0] < 0.6
+    assert rewards[0] < 0.65
     assert rewards[-1] > 0.85
 
 

@@ -95,18 +95,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def check_repeats(model: nn.Module) -> None:
-    """Raises ValueError if a model computes something else in training mode than in evaluation."""
+    """Raises ValueError if a model in training mode computes something else than in evaluation."""
     for name, module in model.named_modules():
-        drops = getattr(module, "p", 0) if isinstance(module, nn.Dropout) else 0
-        own = getattr(module, "dropout", 0)
-        if isinstance(own, float):
-            drops = drops or own
+        share = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
         if isinstance(module, Transformer):
-            drops = drops or module.config.embedding_drop
+            share = module.config.embedding_drop
             if module.config.norm == "batch_norm":
-                raise ValueError("answers are weighed as they were written, which batch norm lacks")
-        if drops:
-            raise ValueError(
-                "the ratio of a policy to itself must be 1, so that no module may have dropout: "
-                f"{name or type(module).__name__} has {drops}"
-            )
+                raise ValueError(f"{_REPEATS} batch norm")
+        if isinstance(share, int | float) and share > 0:
+            told = name or type(module).__name__
+            raise ValueError(f"{_REPEATS} dropout: {told} has {share}")
+
+
+_REPEATS = "the ratio of a policy to itself must be 1, so that no module may have"
