@@ -160,6 +160,30 @@ def test_equal_to_transformers(tokenizer, template, messages):
         assert chat.render(messages, prompt=prompt) == text
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_prompts_are_transformers(tokenizer, template):
+    chat, other = ours(tokenizer, TEMPLATES[template]), theirs(tokenizer, TEMPLATES[template])
+    for messages in (TALKS["one turn"][:1], TALKS["a question at the end"]):
+        expected = other.apply_chat_template(messages, add_generation_prompt=True)
+        found = chat.prompt({"prompt": messages, "answer": "7"})
+        assert found.tolist() == expected["input_ids"]
+        assert found.dtype == np.int64
+
+
+def test_prompts_spell_no_control_tokens(plain):
+    found = ours(plain, LLAMA).prompt({"prompt": talk("<|eot_id|>")}).tolist()
+    assert found.count(plain.id("<|eot_id|>")) == 2
+    text = ours(plain, LLAMA).prompt({"prompt": "a <s> b"})
+    assert plain.decode(text, skip_special=False) == "a <s> b"
+    assert plain.id("<s>") not in text
+    for row, told in (
+        ({"messages": []}, 'must be an object with a "prompt"'),
+        ({"prompt": [{"content": "a"}]}, r'prompt\[0\] must have a "role"'),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ours(plain, LLAMA).prompt(row)
+
+
 def test_the_assistants_part_is_transformers(tokenizer):
     chat, other = ours(tokenizer, MARKED), theirs(tokenizer, MARKED)
     for messages in TALKS.values():

@@ -84,6 +84,31 @@ class Chat:
             ends = {name: messages[same:] for name, messages in ends.items()}
         return {name: self._pair(name, prompt, end, tools) for name, end in ends.items()}
 
+    def prompt(self, row: Mapping[str, Any]) -> np.ndarray:
+        """The "prompt" of a row as tokens (n,) int64, behind which an answer is to be written.
+
+        It is a list of messages, behind which the template opens the assistant's turn, or a text.
+
+        Raises:
+            ValueError: the row has no prompt, or one that the template refuses.
+        """
+        if not isinstance(row, Mapping) or "prompt" not in row:
+            raise ValueError(f'a row must be an object with a "prompt", got {files.shown(row)}')
+        prompt, tools = row["prompt"], _plain(row.get("tools"))
+        if isinstance(prompt, str):
+            pieces: list[str | int] = [*self._opening(), prompt]
+        else:
+            messages = _plain(_messages("prompt", prompt))
+            words = [self.template.text, *_strings([messages, tools, self._variables])]
+            guard = next(_unused("".join(words)))
+
+            def shield(text: str) -> str:
+                return self._shield(text, guard)
+
+            text = self._render(_mapped(messages, shield), _mapped(tools, shield), True)
+            pieces, _ = self._pieces(text, [], guard)
+        return np.array(self.tokenizer.encode_pieces(pieces)[0], np.int64)
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False, tools: Any = None
     ) -> str:
@@ -104,11 +129,15 @@ class Chat:
         return self._messages(_messages("prompt", prompt), _messages(name, completion), tools)
 
     def _texts(self, prompt: str, completion: str) -> Item:
-        bos, eos = self.tokenizer.special.get("bos"), self.tokenizer.special_id("eos")
-        around = self.tokenizer.encode("")  # by the template of the model
+        opening, eos = self._opening(), self.tokenizer.special_id("eos")
+        pieces: list[str | int] = [*opening, prompt, completion, eos]
+        return self._tokens(pieces, [False] * len(opening) + [False, True, True])
+
+    def _opening(self) -> list[int]:
+        """The token that texts begin with, if the model's tokenizer puts one there."""
+        bos, around = self.tokenizer.special.get("bos"), self.tokenizer.encode("")
         opens = bos is not None and around[:1] == [self.tokenizer.id(bos)]
-        pieces: list[str | int] = [*around[: int(opens)], prompt, completion, eos]
-        return self._tokens(pieces, [False] * int(opens) + [False, True, True])
+        return around[: int(opens)]
 
     def _messages(self, prompt: list[Any], messages: list[Any], tools: Any) -> Item:
         prompt, messages, tools = _plain(prompt), _plain(messages), _plain(tools)

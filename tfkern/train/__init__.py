@@ -19,10 +19,21 @@ does. `run` is such a loop by a `Recipe`, with evaluations, checkpoints and a re
 
 from tfkern.train import checkpoint
 from tfkern.train.evaluate import Evaluation, bleu, evaluate, exact_match
-from tfkern.train.frozen import freeze
+from tfkern.train.freezing import freeze, frozen
 from tfkern.train.lion import Lion
 from tfkern.train.objective import CrossEntropy, Loss, Objective
 from tfkern.train.optimisers import adafactor, adamw, lion, muon, optimiser
+from tfkern.train.policy import (
+    GRPO,
+    PPO,
+    RLOO,
+    ActorCritic,
+    ModelReward,
+    Prompts,
+    Rollouts,
+    TextReward,
+    critic_of,
+)
 from tfkern.train.recipe import Recipe
 from tfkern.train.run import Outcome, run
 from tfkern.train.schedules import schedule
@@ -30,22 +41,32 @@ from tfkern.train.steps import Record, steps
 from tfkern.train.tasks import Task, task
 
 __all__ = [
+    "GRPO",
+    "PPO",
+    "RLOO",
+    "ActorCritic",
     "CrossEntropy",
     "Evaluation",
     "Lion",
     "Loss",
+    "ModelReward",
     "Objective",
     "Outcome",
+    "Prompts",
     "Recipe",
     "Record",
+    "Rollouts",
     "Task",
+    "TextReward",
     "adafactor",
     "adamw",
     "bleu",
     "checkpoint",
+    "critic_of",
     "evaluate",
     "exact_match",
     "freeze",
+    "frozen",
     "lion",
     "muon",
     "optimiser",

@@ -23,7 +23,7 @@ from tfkern.models import Transformer, TransformerConfig
 from tfkern.train import chart, checkpoint
 from tfkern.train.evaluate import Evaluation, evaluate
 from tfkern.train.flops import count_flops
-from tfkern.train.frozen import freeze
+from tfkern.train.freezing import freeze
 from tfkern.train.log import Log, read
 from tfkern.train.objective import CrossEntropy, Objective
 from tfkern.train.objectives import objective

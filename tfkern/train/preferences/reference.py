@@ -1,6 +1,5 @@
 """The log-probabilities that a reference gives to answers, and batches that have them."""
 
-import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -12,16 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from tfkern import files
 from tfkern.models import Transformer
 from tfkern.models.loss import IGNORED
 from tfkern.train.evaluate import evaluating
+from tfkern.train.freezing import frozen
 from tfkern.train.objective import Batch
-from tfkern.train.parallel.model import Parallel, inputs
+from tfkern.train.parallel.model import inputs
 from tfkern.train.preferences.answers import answers
 from tfkern.train.steps import Batches
 
@@ -160,23 +158,6 @@ class Known:
             told = files.one_line(error)
             raise ValueError(f"{path} holds no log-probabilities: {told}") from None
         return cls(reference, dict(zip(map(bytes, keys), values, strict=True)))
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """A copy of a model as it is now, whose parameters need no gradient.
-
-    Raises:
-        ValueError: processes share the parameters, so that none can copy them.
-    """
-    inner = model.module if isinstance(model, Parallel) else model
-    inner = getattr(inner, "_orig_mod", inner)  # of a compiled model
-    shared = any(isinstance(m, FSDPModule) for m in inner.modules())
-    if shared or any(isinstance(p, DTensor) for p in inner.parameters()):
-        raise ValueError(
-            "the model is shared by processes and cannot be copied: give a reference, or make the "
-            "batches before parallelise"
-        )
-    return copy.deepcopy(inner).requires_grad_(False).eval()
 
 
 def reference_for(

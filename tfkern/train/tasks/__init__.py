@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from tfkern.train.tasks import answers, chat, images, preferences, rows, tagging, texts
+from tfkern.train.tasks import answers, chat, images, preferences, prompts, rows, tagging, texts
 from tfkern.train.tasks.batches import Task, check_sizes
 
 KINDS: dict[str, Callable[..., Task]] = {
@@ -33,6 +33,7 @@ KINDS: dict[str, Callable[..., Task]] = {
     "preferences": preferences.preferences,
     "rewards": preferences.rewards,
     "unpaired": preferences.unpaired,
+    "prompts": prompts.prompts,
     "images": images.images,
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfkern import files
+from tfkern import files, tokenize
 from tfkern.data import Chat, Template, read_template
 from tfkern.train.tasks import vocabulary
 
@@ -34,7 +34,7 @@ def conversing(
     if tokenizer is not None:
         folder = None if vocabulary.is_trained(tokenizer) else Path(tokenizer)
     if folder is not None:
-        found = vocabulary.chosen(None, folder, [])
+        found = tokenize.load(folder)
     else:
         texts = [text for row in rows for name in row if name != "tools" for text in _of(row[name])]
         found = vocabulary.extended(vocabulary.made(tokenizer, texts), "eos", "pad")
