@@ -7,6 +7,8 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
 from tfkern.models import Transformer
+from tfkern.models.adapters import adapt_like
+from tfkern.nn.lora import has_adapters
 from tfkern.train.parallel.model import Parallel
 
 
@@ -46,6 +48,8 @@ def gather(model: nn.Module) -> Any:
         return None
     with torch.device("meta"):
         found = Transformer(module.config)
+        if has_adapters(module):
+            adapt_like(found, module)
     found.load_state_dict(state, assign=True)
     found.family = module.family
     return found.train(module.training)
