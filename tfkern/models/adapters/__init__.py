@@ -3,7 +3,6 @@
 from tfkern.models.adapters.disk import load_adapter, save_adapter
 from tfkern.models.adapters.place import (
     adapt,
-    adapt_like,
     adapter_parameters,
     merge,
     unload,
@@ -13,7 +12,6 @@ from tfkern.models.adapters.place import (
 
 __all__ = [
     "adapt",
-    "adapt_like",
     "adapter_parameters",
     "load_adapter",
     "merge",

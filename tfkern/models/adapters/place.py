@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -180,18 +180,40 @@ def without_adapters(model: Model) -> Iterator[Model]:
             put(model, name, module)
 
 
-def adapt_like(model: Model, other: nn.Module) -> Model:
-    """Gives a model adapters like those of another one of its kind, with other numbers."""
+class Layout(NamedTuple):
+    """Where a model, or a part of it, has which adapters.
+
+    Attributes:
+        layers: the options of each `LoRALinear`, by name.
+        trained: the names of modules that are trained whole.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    trained: list[str]
+
+
+def layout(model: nn.Module) -> Layout:
+    """The layout of a model's adapters, which is empty if there are none. Names are without the
+    marks that torch.compile leaves on modules."""
+    found = {
+        _unmarked(name): {
+            "rank": m.rank, "alpha": m.alpha, "dropout": m.dropout, "rslora": m.rslora,
+            "dora": m.magnitude is not None, "dtype": m.lora_A.dtype,
+        }
+        for name, m in layers(model).items()
+    }  # fmt: skip
+    return Layout(found, [_unmarked(name) for name in trained(model)])
+
+
+def lay_out(model: nn.Module, *parts: Layout) -> None:
+    """Gives a model without adapters fresh ones of these layouts, which those of its parts are."""
+    if not any(part.layers for part in parts):
+        return
     freeze(model)
-    train_whole(model, trained(other))
-    for name, theirs in layers(other).items():
-        base = model.get_submodule(name)
-        ours = LoRALinear(
-            base, theirs.rank, theirs.alpha, dropout=theirs.dropout, rslora=theirs.rslora,
-            dora=theirs.magnitude is not None, dtype=theirs.lora_A.dtype,
-        )  # fmt: skip
-        put(model, name, ours)
-    return model
+    for part in parts:
+        train_whole(model, part.trained)
+        for name, options in part.layers.items():
+            put(model, name, LoRALinear(model.get_submodule(name), **options))
 
 
 # What adapters are made of
@@ -255,6 +277,10 @@ def check_target(model: nn.Module, name: str, dora: bool) -> None:
     every = dict(model.named_modules(remove_duplicate=False))
     if len(same := [n for n, m in every.items() if m is layer]) > 1:
         raise ValueError(f"targets: {' and '.join(same)} are one layer, which takes no adapter")
+
+
+def _unmarked(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def _trained_names(model: nn.Module, names: Sequence[str]) -> list[str]:
