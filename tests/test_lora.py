@@ -21,7 +21,7 @@ from tfkern.models import (
     without_adapters,
 )
 from tfkern.models.adapters import adapter_parameters, merge, unload, unmerge
-from tfkern.nn import Int8Linear, Linear, LoRALinear, MultiheadAttention, PackedLinear
+from tfkern.nn import MLP, Int8Linear, Linear, LoRALinear, MultiheadAttention, PackedLinear
 from tfkern.nn.linear import WideLinear
 from tfkern.train import checkpoint
 from tfkern.train.objective import CrossEntropy
@@ -571,13 +571,38 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     assert rest == whole[2:]
 
 
+@pytest.mark.parametrize("options", [{}, {"dora": True, "dropout": 0.5}], ids=str)
+def test_layers_compile_whole(options):
+    """Without a break of the graph, fused or not, and again after each change."""
+    plain = MLP(8, 16)
+    model = disturb(adapt(copy.deepcopy(plain), rank=2, **options)).eval()
+    x = torch.randn(3, 8)
+    y = model(x)
+    torch._dynamo.reset()
+    function = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(function(x), y)
+    function(x).sum().backward()
+    assert all(p.grad is not None for p in adapter_parameters(model).values())
+    with without_adapters(model):
+        torch.testing.assert_close(function(x), plain(x))
+    torch.testing.assert_close(function(x), y)
+    merge(model)
+    torch.testing.assert_close(function(x), y)
+    unmerge(model).train()
+    torch.manual_seed(4)
+    found = function(x)
+    torch.manual_seed(4)
+    torch.testing.assert_close(found, model(x))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "gated, grouped"])
 def test_models_compile_whole(kind):
     model = disturb(adapt(tiny(kind, layers=1), dora=kind == "decoder"))
     plain = tiny(kind, layers=1)
     y = run(model, kind)
     torch._dynamo.reset()
-    function = torch.compile(model, fullgraph=True, backend="eager")
+    function = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(run(function, kind), y)
     run(function, kind).sum().backward()
     got = [p.grad.clone() for p in adapter_parameters(model).values()]
