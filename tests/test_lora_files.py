@@ -30,7 +30,7 @@ FAMILIES = {
     "LlamaForCausalLM": _WIDE | {"num_key_value_heads": 2},
     "Qwen2ForCausalLM": _WIDE | {"num_key_value_heads": 2},
     "Phi3ForCausalLM": _WIDE,
-    "GPTNeoXForCausalLM": _WIDE,
+    "GPTNeoXForCausalLM": _WIDE | {"hidden_size": 32},
     "BertForSequenceClassification": _WIDE | {"num_labels": 3},
     "BertModel": _WIDE,
     "T5ForConditionalGeneration": {
@@ -236,14 +236,14 @@ def test_patched_models_see_adapters(peft, tmp_path, every_size, name, when):
         with hf.patch(base) as patched:
             assert patched.names
             load_adapter(base, tmp_path)
-            same(expected, result(base))
-            same(expected, result(merge(base)))
+            near(expected, result(base))
+            near(expected, result(merge(base)))
     else:
         load_adapter(base, tmp_path)
         with hf.patch(base):
-            same(expected, result(base))
-            same(expected, result(unload(base)))
-    same(expected, result(base if when == "after" else unload(base)))
+            near(expected, result(base))
+            near(expected, result(unload(base)))
+    near(expected, result(base if when == "after" else unload(base)))
 
 
 # The names of Hugging Face's models, for a `Transformer`

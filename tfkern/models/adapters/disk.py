@@ -141,8 +141,8 @@ def _config(numbers: Numbers, base: str | None, transposed: bool) -> dict[str, A
         "r": rank,
         "lora_alpha": _plain(alpha),
         "lora_dropout": numbers.dropout,
-        "rank_pattern": _pattern(ranks) if {*ranks.values()} != {rank} else {},
-        "alpha_pattern": _pattern(alphas) if {*alphas.values()} != {alpha} else {},
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "target_modules": list(each),
         "modules_to_save": list(numbers.trained) or None,
         "use_rslora": numbers.rslora,
@@ -153,11 +153,10 @@ def _config(numbers: Numbers, base: str | None, transposed: bool) -> dict[str, A
     }
 
 
-def _pattern(values: dict[str, Any]) -> dict[str, Any]:
-    """Regular expressions for the ends of names. The first one that fits counts, so that a name
-    comes behind those that end in it."""
-    names = sorted(values, key=len, reverse=True)
-    return {re.escape(name): values[name] for name in names}
+def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """Regular expressions for the names of layers that have another value than most. Each fits one
+    name: without a "^" it would also fit those that end in this name."""
+    return {f"^{re.escape(name)}": x for name, x in values.items() if x != default}
 
 
 def _plain(x: float) -> float:
