@@ -207,9 +207,9 @@ def test_ranks_of_several_layers_go_through_peft(peft, tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "parts": parts})
     torch.manual_seed(0)
     plain = copy.deepcopy(model)
-    for i, name in enumerate(names):
+    for i, (name, rank) in enumerate(zip(names, (3, 1, 1, 2, 2), strict=True)):
         parent, _, own = name.rpartition(".")
-        layer = LoRALinear(model.get_submodule(name), i % 3 + 1, i + 0.5)
+        layer = LoRALinear(model.get_submodule(name), rank, i + 0.5)
         nn.init.normal_(layer.lora_B)
         model.get_submodule(parent)._modules[own] = layer
     save_adapter(model, tmp_path)

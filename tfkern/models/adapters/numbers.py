@@ -73,6 +73,7 @@ def numbers_of(model: nn.Module) -> Numbers:
     Raises:
         ValueError: no adapters, or layers whose options differ in more than rank and alpha.
     """
+    model = _inner(model)
     found = layers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no adapters")
@@ -160,6 +161,15 @@ def _check(model: nn.Module, numbers: Numbers) -> None:
                 raise ValueError(
                     f"{n} of {name} has shape {tuple(x.shape)}, expected {tuple(ours[n].shape)}"
                 )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model within what torch.compile, DDP or `parallelise` has put around it."""
+    children = model._modules
+    while len(children) == 1 and children.keys() <= {"_orig_mod", "module"}:
+        model = next(iter(model.children()))
+        children = model._modules
+    return model
 
 
 def _whole(x: Tensor) -> Tensor:
