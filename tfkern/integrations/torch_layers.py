@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from tfkern.models.blocks import Block
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert.family import Rule, heads_of, linear, rule
+from tfkern.nn.lora import has_adapters
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
@@ -32,8 +33,9 @@ def from_torch(layer: Layer, causal: bool | None = None) -> Block:
         A copy, in the layer's dtype, device and mode. Tensors are (B, T, dim) whatever batch_first.
 
     Raises:
-        ValueError: another activation, key and value sizes of their own, or added keys.
+        ValueError: another activation, key and value sizes of their own, added keys, or adapters.
     """
+    _check_no_adapters(layer)
     decoder = isinstance(layer, nn.TransformerDecoderLayer)
     attention, weight = layer.self_attn, layer.linear1.weight
     parts: list[Any] = [attention, layer.multihead_attn] if decoder else [attention]
@@ -77,8 +79,9 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
     Raises:
         ValueError: a block that torch's layers cannot express: other norms, gated MLPs, grouped
             heads, a head size of its own, a window, a softcap, norms after sublayers, parallel
-            sublayers, biases in some layers only, or tanh GELU.
+            sublayers, biases in some layers only, adapters, or tanh GELU.
     """
+    _check_no_adapters(block)
     attention, mlp = block.attention, block.mlp
     heads, dim = attention.heads, attention.out.out_features
     fits = attention.kv_heads == heads and attention.head_dim * heads == dim
@@ -118,6 +121,11 @@ def to_torch(block: Any, batch_first: bool = True) -> Layer:
         theirs |= r.save(state)
     layer.load_state_dict(theirs)
     return layer.train(block.training)
+
+
+def _check_no_adapters(module: nn.Module) -> None:
+    if has_adapters(module):
+        raise ValueError("layers with adapters are not converted: unload them before")
 
 
 def _activation(given: Any) -> str:

@@ -1,5 +1,6 @@
 """Whole models on the modules of `tfkern.nn`."""
 
+from tfkern.models.adapters import adapt, load_adapter, save_adapter, without_adapters
 from tfkern.models.config import TransformerConfig
 from tfkern.models.convert import load, save
 from tfkern.models.loss import cross_entropy, log_probs
@@ -12,8 +13,10 @@ __all__ = [
     "LayerReport",
     "Transformer",
     "TransformerConfig",
+    "adapt",
     "cross_entropy",
     "load",
+    "load_adapter",
     "log_probs",
     "preset",
     "presets",
@@ -21,4 +24,6 @@ __all__ = [
     "quantize",
     "report_layers",
     "save",
+    "save_adapter",
+    "without_adapters",
 ]

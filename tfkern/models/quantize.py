@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tfkern.nn import Int8Linear, Linear, PackedLinear
+from tfkern.nn.lora import has_adapters
 from tfkern.ops.linear_packed import pack
 
 
@@ -22,9 +23,11 @@ def quantize(model: Any) -> Any:
     form="tfkern".
 
     Raises:
-        ValueError: the weights are int8 already, or are written as length and direction
-            ("weight_norm").
+        ValueError: the weights are int8 already or packed, are written as length and direction
+            ("weight_norm"), or have adapters.
     """
+    if has_adapters(model):
+        raise ValueError("the model has adapters: unload it, or make its weights int8 before adapt")
     if model.config.int8:
         raise ValueError("the weights of the model are int8 already")
     if is_packed(model):
@@ -55,7 +58,12 @@ def prepack(model: Any) -> Any:
     in float64 and int8, in 16 bits on CPUs with a matrix unit, on a GPU and on CPUs without AVX2.
 
     A model of packed weights cannot be trained or saved. `.to` packs them anew.
+
+    Raises:
+        ValueError: layers have adapters.
     """
+    if has_adapters(model):
+        raise ValueError("the model has adapters: unload it, or pack its weights before adapt")
     for module, name, layer in _linear_layers(model):
         if _pays(layer.weight):
             setattr(module, name, PackedLinear(layer.weight, layer.bias))

@@ -24,7 +24,7 @@ from tfkern.models.embedding import PatchEmbedding, TokenEmbedding, length
 from tfkern.models.initialise import initialise
 from tfkern.models.quantize import replace_linear
 from tfkern.models.stack import Mask, Stack
-from tfkern.nn import Int8Linear, KVCache, Linear, PackedLinear
+from tfkern.nn import Int8Linear, KVCache, Linear, LoRALinear, PackedLinear
 from tfkern.nn.context_parallel import SequenceSplit
 from tfkern.ops import packing
 
@@ -91,9 +91,10 @@ class Transformer(nn.Module):
         """Draws all weights as `config.init` says.
 
         Raises:
-            ValueError: weights are int8 or packed.
+            ValueError: weights are int8 or packed, or layers have adapters.
         """
-        for kind, told in ((Int8Linear, "int8"), (PackedLinear, "packed")):
+        fixed = ((Int8Linear, "int8"), (PackedLinear, "packed"), (LoRALinear, "adapted"))
+        for kind, told in fixed:
             if any(isinstance(module, kind) for module in self.modules()):
                 raise ValueError(f"{told} weights cannot be drawn")
         initialise(self, self.config)

@@ -8,6 +8,7 @@ from tfkern.nn.context_parallel import SequenceSplit, context_parallel_attention
 from tfkern.nn.cross_entropy import CrossEntropyLoss
 from tfkern.nn.layer_norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from tfkern.nn.linear import Int8Linear, Linear, PackedLinear
+from tfkern.nn.lora import LoRALinear
 from tfkern.nn.mlp import MLP, GatedMLP
 from tfkern.nn.rotary import RotaryScaling
 
@@ -20,6 +21,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "Linear",
+    "LoRALinear",
     "MultiheadAttention",
     "PackedLinear",
     "NoNorm",

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkern.nn.functional import upper_left
-from tfkern.nn.fusible import fusible
+from tfkern.nn.fusible import acting, fusible
 from tfkern.ops import attention, linear
 from tfkern.ops.attention_weights import attention_weights
 
@@ -93,7 +93,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         }
         dropout_p = self.dropout if self.training else 0.0
         o, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
-        output, out_proj = self._merge(o, batched), self.out_proj
+        output, out_proj = self._merge(o, batched), acting(self.out_proj)
         if fusible(out_proj):
             output = linear(output, out_proj.weight, out_proj.bias)
         else:

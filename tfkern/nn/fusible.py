@@ -5,12 +5,15 @@ call: hooks (which also do pruning and old-style weight norm), and whatever othe
 do, such as adapters, quantised and parametrised layers. Such layers are called instead.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tfkern.nn.linear import Linear, WideLinear
+from tfkern.nn.lora import LoRALinear
 
 LINEAR = (
     nn.Linear,
@@ -31,6 +34,12 @@ def fusible(
     return unadorned(module, forward) and not (
         has_own_operators(own["weight"]) or has_own_operators(own["bias"])
     )
+
+
+def acting(layer: nn.Module) -> Any:
+    """The layer whose call is all that a call of this one does: the layer itself, or one that has
+    an adapter which is merged or switched off, and so may be fused."""
+    return layer.acting if type(layer) is LoRALinear and unadorned(layer) else layer
 
 
 def unadorned(module: nn.Module, forward: object = None) -> bool:

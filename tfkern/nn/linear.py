@@ -56,6 +56,7 @@ class Int8Linear(nn.Module):
     @torch.no_grad()
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         scale = weight.float().abs().amax(1) / 127
         whole = weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         self.register_buffer("weight", whole.round().clamp(-127, 127).to(torch.int8))
@@ -67,8 +68,8 @@ class Int8Linear(nn.Module):
         return linear_int8(input, self.weight, self.scale, self.bias)
 
     def extra_repr(self) -> str:
-        N, K = self.weight.shape
-        return f"in_features={K}, out_features={N}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def apply(x: Tensor) -> Tensor:

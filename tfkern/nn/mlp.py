@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfkern.nn.fusible import fusible, unadorned
+from tfkern.nn.fusible import acting, fusible, unadorned
 from tfkern.nn.linear import PackedLinear
 from tfkern.ops import checks, gated_mlp, mlp
 from tfkern.ops.activation import FUNCTIONS
@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
-        fc1, fc2 = self.fc1, self.fc2
+        fc1, fc2 = acting(self.fc1), acting(self.fc2)
         if _packed(fc1):
             return fc2(fc1(x, self.activation))
         if not _fusible(fc1, fc2):
@@ -110,7 +110,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim), in the dtype of x."""
-        gate, up, down = self.gate, self.up, self.down
+        gate, up, down = acting(self.gate), acting(self.up), acting(self.down)
         if _packed(gate, up):
             return down(gate(x, self.activation, up))
         if not _fusible(gate, up, down):

@@ -32,6 +32,7 @@ from tfkern.models.convert.store import FLOATING, State
 from tfkern.models.convert.t5 import MT5, T5
 from tfkern.models.convert.vit import VIT
 from tfkern.models.transformer import Transformer
+from tfkern.nn.lora import has_adapters
 
 _ALL = (
     GPT1, GPT2, DISTILBERT, BERT, ROBERTA, XLM_ROBERTA, BART, MBART, MARIAN, PEGASUS, T5, MT5, VIT,
@@ -147,13 +148,16 @@ def save(
             directory, and the files to copy there, or None for what shall not be there.
 
     Raises:
-        ValueError: another form, or a model that no family of Hugging Face can express.
+        ValueError: another form, a model that no family of Hugging Face can express, or one with
+            adapters.
         OSError: the files cannot be written; the directory is as it was.
     """
     if form not in ("huggingface", _OWN):
         raise ValueError(f"form must be huggingface or tfkern, got {form!r}")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
+    if has_adapters(model):
+        raise ValueError("the model has adapters: unload it, or save them with save_adapter")
     config, state = model.config, model.state_dict()
     if form == _OWN:
         description = {"model_type": _OWN, **asdict(config)}
@@ -162,7 +166,7 @@ def save(
         for name in ("embedding.weight", "vocabulary.weight"):
             if name in state:
                 state[name] = state[name][: config.vocab_size]
-        family, description = _expressed(bare, model.family)
+        family, description = expressed(bare, model.family)
         dtype = next(iter(state.values())).dtype
         description["torch_dtype"] = str(dtype).removeprefix("torch.")
         state = family.save(state, bare)
@@ -182,8 +186,12 @@ def _dtype(stored: store.Stored) -> torch.dtype:
     return max(numbers, key=lambda dtype: numbers[dtype])
 
 
-def _expressed(config: TransformerConfig, first: str | None) -> tuple[Family, dict[str, Any]]:
-    """A family that has this configuration, `first` if it does, and its config.json."""
+def expressed(config: TransformerConfig, first: str | None) -> tuple[Family, dict[str, Any]]:
+    """A family that has this configuration, `first` if it does, and its config.json.
+
+    Raises:
+        ValueError: no family has it.
+    """
     for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
         description = family.describe(config)
         if description is not None:

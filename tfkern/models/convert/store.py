@@ -65,14 +65,14 @@ def write(
         shards = list(_shards(state, shard_bytes))
         if len(shards) == 1:
             names = [_WEIGHTS]
-            _save(shards[0], new.folder / _WEIGHTS, about)
+            write_file(shards[0], new.folder / _WEIGHTS, about)
         else:
             stem = f"model-{save}" if any(_old_shards(directory)) else "model"
             names = [
                 f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
             ]
             for file, shard in zip(names, shards, strict=True):
-                _save(shard, new.folder / file, name)
+                write_file(shard, new.folder / file, name)
             where = {k: file for file, shard in zip(names, shards, strict=True) for k in shard}
             about["total_size"] = sum(x.nbytes for x in state.values())
             text = json.dumps({"metadata": about, "weight_map": where}, indent=2) + "\n"
@@ -199,6 +199,16 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return about, where
 
 
+def read_file(path: Path) -> State:
+    """The tensors in a file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    file = _open(path)
+    return {name: file.get_tensor(name) for name in _shapes(path, file)}
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(files.regular(path), framework="pt")
@@ -219,7 +229,12 @@ def _shapes(path: Path, file: Any) -> State:
     return found
 
 
-def _save(shard: State, path: Path, metadata: dict[str, Any]) -> None:
+def write_file(shard: State, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes tensors into a file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     contiguous = {k: x.detach().contiguous().cpu() for k, x in shard.items()}
     try:
         save_file(contiguous, path, metadata)

@@ -7,6 +7,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
 from tfkern.models import Transformer
+from tfkern.models.adapters.place import lay_out, layout
 from tfkern.train.parallel.model import Parallel
 
 
@@ -38,14 +39,17 @@ def gather(model: nn.Module) -> Any:
         if model.leads:
             state[name.replace("_orig_mod.", "")] = whole.cpu()
         del whole
+    parts: list[Any] = [(state, layout(module))]
     if model.stages is not None and model.leads:
-        states: list[Any] = [None] * model.size("pp")
-        distributed.gather_object(state, states if first else None, 0, model.stages)
-        state = {name: x for part in filter(None, states) for name, x in part.items()}
+        own, parts = parts[0], [None] * model.size("pp")
+        distributed.gather_object(own, parts if first else None, 0, model.stages)
     if not first:
         return None
+    states, layouts = zip(*parts, strict=True)
+    state = {name: x for part in states for name, x in part.items()}
     with torch.device("meta"):
         found = Transformer(module.config)
+        lay_out(found, *layouts)
     found.load_state_dict(state, assign=True)
     found.family = module.family
     return found.train(module.training)

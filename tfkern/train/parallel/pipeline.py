@@ -319,6 +319,8 @@ class Pipeline(Parallel):
         self._shared: list[tuple[nn.Parameter, ProcessGroup]] = []
         borrowed = set()
         for name in sorted(parameters):
+            if not parameters[name].requires_grad:
+                continue
             stages = tuple(i for i in range(self.count) if name in names[i])
             if len(stages) == 1:
                 continue

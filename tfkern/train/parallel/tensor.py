@@ -35,6 +35,7 @@ from tfkern.models.heads import DeferredLogits, VocabularyHead, VocabularyPart
 from tfkern.models.positions import RelativeBias
 from tfkern.models.stack import Stack
 from tfkern.nn import MLP, GatedMLP
+from tfkern.nn.lora import has_adapters
 
 Use = Callable[[DTensor], Tensor]  # what a process computes with, of a parameter
 ROWS, COLUMNS = Shard(0), Shard(1)  # of weights (outputs, inputs)
@@ -55,6 +56,8 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if not isinstance(model, Transformer):
         raise ValueError(f"tensor parallelism needs a Transformer, got {type(model).__name__}")
+    if has_adapters(model):
+        raise ValueError("tensor parallelism takes no adapters: use dp, fsdp, or unload the model")
     if (reason := why_not(model.config, mesh.size())) is not None:
         raise ValueError(reason)
     both = model.encoder is not None and model.decoder is not None
