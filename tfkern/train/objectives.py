@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from tfkern.train.kinds import make
+from tfkern.train.kinds import check_choice, make
 from tfkern.train.objective import CrossEntropy, Objective
+from tfkern.train.policy import OBJECTIVES as FROM_REWARDS
+from tfkern.train.preferences import PREFERENCES
 
 
 def cross_entropy(*, label_smoothing: float = 0.0, z_loss: float = 0.0) -> CrossEntropy:
@@ -12,7 +14,16 @@ def cross_entropy(*, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Cross
     return CrossEntropy(label_smoothing, z_loss)
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"cross_entropy": cross_entropy}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "cross_entropy": cross_entropy, **PREFERENCES, **FROM_REWARDS,
+}  # fmt: skip
+# By task; those that are not here have the cross entropy.
+OF_TASK = {
+    "preferences": ("dpo", "hinge", "ipo", "simpo", "orpo"),
+    "rewards": ("rewards",),
+    "unpaired": ("kto",),
+    "prompts": tuple(FROM_REWARDS),
+}
 
 
 def objective(kind: str, **options: Any) -> Objective:
@@ -25,3 +36,9 @@ def objective(kind: str, **options: Any) -> Objective:
         ValueError: an unknown kind or option, or a value that the objective refuses.
     """
     return make("objective", OBJECTIVES, kind, **options)
+
+
+def check_objective(task: str, kind: Any) -> None:
+    """Raises ValueError if a task has no objective of this kind."""
+    check_choice("objective", kind, OBJECTIVES)
+    check_choice(f"objective of the task {task}", kind, OF_TASK.get(task, ("cross_entropy",)))

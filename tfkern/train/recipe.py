@@ -30,9 +30,14 @@ class Recipe:
         model: fields of `tfkern.models.TransformerConfig`, beside those that follow from the task;
             "preset" names a published model whose fields they change, and "folder" is that of a
             model to go on with, weights and tokenizer, as `tfkern.models.load` reads it.
+        lora: options of `tfkern.models.adapters.adapt`, which puts adapters of low rank on layers
+            of the model and freezes all else. Without it the model itself is trained.
         freeze: names of parameters that stay as they are, in which * stands for any letters.
         objective: "kind" and options of what is made small, see `tfkern.train.objectives`; the
             cross entropy by default.
+        rollouts: of the task "prompts": "reward", the folder of a reward model or file.py:function,
+            a function of lists of texts, prompts and answers, and of the columns of the data; and
+            options of `tfkern.train.Rollouts`, such as "max_tokens" and "samples".
         recompute: whether backward computes activations again, rather than keep them.
         compile: whether the model is compiled.
         optimiser: "kind" and options, see `tfkern.train.optimiser`.
@@ -66,8 +71,10 @@ class Recipe:
     length: int = 256
     batch: int = 32
     model: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
     freeze: tuple[str, ...] = ()
     objective: Mapping[str, Any] = field(default_factory=lambda: {"kind": "cross_entropy"})
+    rollouts: Mapping[str, Any] = field(default_factory=dict)
     recompute: bool = False
     compile: bool = False
     optimiser: Mapping[str, Any] = field(default_factory=lambda: {"kind": "adamw", "lr": 1e-3})
@@ -96,8 +103,10 @@ class Recipe:
             if not isinstance(getattr(self, name), str | Path):
                 raise ValueError(f"{name} must be a string, got {files.shown(getattr(self, name))}")
             object.__setattr__(self, name, str(getattr(self, name)))
-        for name in ("options", "model", "objective", "optimiser", "schedule", "parallel"):
+        for name in ("lora", *_MAPPINGS):
             told = getattr(self, name)
+            if name == "lora" and told is None:
+                continue
             if not isinstance(told, Mapping) or not all(isinstance(key, str) for key in told):
                 raise ValueError(f"{name} must be a mapping of names, got {files.shown(told)}")
         if not isinstance(self.data, str | Path | Mapping):
@@ -167,8 +176,10 @@ _TAKEN = {  # what the run itself tells these functions
     "options": {"kind", "data", "length", "batch", "seed", "validation_batches", "start"},
     "optimiser": {"model"},
     "schedule": {"steps"},
+    "rollouts": {"seed", "reference", "precision", "prompts", "objective"},
 }
-_NESTED = ("options", "model", "objective", "optimiser", "schedule", "data", "parallel")
+_MAPPINGS = ("options", "model", "objective", "rollouts", "optimiser", "schedule", "parallel")
+_NESTED = (*_MAPPINGS, "data", "lora")
 
 
 def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:
@@ -193,8 +204,8 @@ def load(name: str | Path, changes: Mapping[str, Any]) -> Recipe:
         outer, dot, inner = key.partition(".")
         if not dot:
             told[key] = value
-        elif outer in _NESTED and isinstance(told.get(outer, {}), dict):
-            told[outer] = {**told.get(outer, {}), inner: value}
+        elif outer in _NESTED and isinstance(told.get(outer) or {}, dict):
+            told[outer] = {**(told.get(outer) or {}), inner: value}
         else:
             raise ValueError(f"{key}: {outer} is no mapping of the recipe")
     return made(told)

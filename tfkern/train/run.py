@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,28 +19,28 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tfkern import files, models, tokenize
-from tfkern.models import Transformer, TransformerConfig
+from tfkern.models import Transformer
+from tfkern.models.adapters import save_adapter
 from tfkern.train import chart, checkpoint
-from tfkern.train.evaluate import Evaluation, evaluate
+from tfkern.train.evaluate import Evaluation
 from tfkern.train.flops import count_flops
-from tfkern.train.freezing import freeze
+from tfkern.train.lessons import lessons_for, no_reference, objective_for, reference_for
 from tfkern.train.log import Log, read
-from tfkern.train.objective import CrossEntropy, Objective
-from tfkern.train.objectives import objective
+from tfkern.train.objective import Batch
 from tfkern.train.optimisers import optimiser
-from tfkern.train.parallel import gather, mesh, parallelise
+from tfkern.train.parallel import mesh, parallelise
 from tfkern.train.parallel.mesh import AXES, check_sizes, conflict, data_place, processes
 from tfkern.train.parallel.together import each, everybody, first, gathered
+from tfkern.train.policy import FromRewards
 from tfkern.train.recipe import Recipe, plain
+from tfkern.train.recipe_model import check_model, gathered_policy, model_for, policy_of
+from tfkern.train.recipe_model import plain as plain_model
 from tfkern.train.schedules import schedule
 from tfkern.train.steps import Record, size, steps
 from tfkern.train.tasks import Task, check_options, task
 
 _RECIPE, _METRICS, _CHART = "recipe.yaml", "metrics.jsonl", "loss.png"
 _MARK = "# All values of a run of training. It is written anew whenever the run goes on."
-_TOKENS = ("pad_token", "start_token", "end_token", "forced_first", "forced_last")
-_HEADS = ("head", "classes")  # what a task changes in a model that is there already
-_SIZE = 2**24  # tokens of a vocabulary that is not known yet
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields that change neither data nor weights. How far a run goes matters to its schedule alone.
 _FREE = (
@@ -123,23 +123,25 @@ class _Run:
         data = first(lambda: _data(recipe, preparing), self.many)
         rank, world = (0, 1) if grid is None else data_place(grid)
         self.task = each(lambda: _task(recipe, data, rank, world), self.many)
-        self.model: Any = _model(recipe, self.task, self.device)
-        config = self.model.config
-        freeze(self.model, recipe.freeze)
-        self.flops, self.tokens = 0, size(self.task.batches[0]) * world
-        self.objective = _objective(recipe)
-        self.batches, self.validation = self.task.batches, self.task.validation
-        if (extended := getattr(self.objective, "extended", None)) is not None:
-            self.batches, self.validation = (
-                extended(batches, self.model) for batches in (self.batches, self.validation)
-            )
+        self.objective = objective_for(recipe)
         self.precision = _DTYPES[recipe.precision]
+        critic = getattr(self.objective, "critic", False)
+        self.model: Any = model_for(recipe, self.task, self.device, critic)
+        config = policy_of(self.model).config
+        # Before the weights of a checkpoint are there: a reference is the model at the start.
+        reference = reference_for(recipe, self.objective, self.model, self.precision)
+        self.flops, self.writes = 0, isinstance(self.objective, FromRewards)
+        rows = self.task.batches[0]
+        self.tokens = recipe.batch * recipe.length if self.writes else size(rows) * world
         if grid is not None:  # a model that is spread over processes cannot be counted
-            self.flops = first(lambda: self._count_flops(0), self.many) * world
+            self.flops = first(lambda: self._count_flops(rows), self.many) * world
             if recipe.compile:
                 self.model.compile()
             options = {name: x for name, x in recipe.parallel.items() if name not in AXES}
             self.model = parallelise(self.model, grid, **options)
+        self.lessons = lessons_for(
+            recipe, self.objective, self.model, self.task, reference, self.precision
+        )
         self.optimiser = optimiser(model=self.model, **recipe.optimiser)
         self.total = recipe.steps
         if recipe.tokens is not None:
@@ -198,12 +200,12 @@ class _Run:
             if self.measure is not None:
                 self.ceiling = first(self.measure, self.many) * processes()
             if not self.many:
-                self.flops = self._count_flops(start)
+                self.flops = self._count_flops(self.task.batches[start])
         compile_here = recipe.compile and not self.many
         compiled: Any = torch.compile(self.model) if compile_here else self.model
         loop = steps(
             compiled,
-            self.batches,
+            self.lessons.batches,
             self.objective,
             self.optimiser,
             start=start,
@@ -246,12 +248,16 @@ class _Run:
     def _open(self, start: int, held: ExitStack) -> None:
         self.log = held.enter_context(closing(Log(self.folder, start)))
 
-    def _count_flops(self, step: int) -> int:
-        """Of the part of a batch that this process has."""
+    def _count_flops(self, batch: Batch) -> int:
+        """Of the part of a batch that this process has; 0 if the model writes its batches."""
+        if self.writes:
+            return 0
+        if (extended := getattr(self.objective, "extended", None)) is not None:
+            batch = extended([batch], self.model, reference=no_reference)[0]
         return count_flops(
             self.model,
             self.objective,
-            self.batches[step],
+            batch,
             accumulate=self.recipe.accumulate,
             precision=self.precision,
         )
@@ -287,6 +293,8 @@ class _Run:
             line["share_of_ceiling"] = line["flops_per_second"] / self.ceiling
         if len(record.terms) == 1:
             del line["terms"]
+        if self.lessons.told is not None:
+            line |= self.lessons.told()
         return line
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -300,13 +308,15 @@ class _Run:
         """
         if first(self._is_fresh, self.many):
             self._save(step)
-        objective = self.objective
-        if isinstance(objective, CrossEntropy):  # that of training may have more terms
-            objective = CrossEntropy(weights=self.recipe.weights)
-        found = evaluate(self.model, self.validation, objective, precision=self.precision)
+        found = self.lessons.evaluate(self.model)
         if first(lambda: self._note(step, found), self.many):
-            whole = gather(self.model)
-            first(lambda: export(whole, self.task, self.folder / "model"), self.many)
+            whole = gathered_policy(self.model)
+            first(lambda: self._export(whole), self.many)
+
+    def _export(self, model: Transformer) -> None:
+        export(plain_model(model), self.task, self.folder / "model")
+        if self.recipe.lora is not None:
+            save_adapter(model, self.folder / "adapter", base=self.recipe.model.get("folder"))
 
     def _is_fresh(self) -> bool:
         """Whether nothing has been evaluated or saved yet."""
@@ -394,25 +404,10 @@ def _check_alone(recipe: Recipe) -> None:
     steps = recipe.steps
     if recipe.tokens is not None:
         steps = min(steps, -(-recipe.tokens // (recipe.batch * recipe.length)))
-    _objective(recipe)
+    objective_for(recipe)
     schedule(steps=steps, **recipe.schedule)
     optimiser(model=nn.ModuleList([nn.Linear(2, 2)]), **recipe.optimiser)
-    # The task has its say on the architecture, and on the number of tokens.
-    found = {"max_length": recipe.length, "vocab_size": _SIZE}
-    if "folder" in recipe.model:
-        models.convert.read_config(recipe.model["folder"])
-        return
-    if "preset" in recipe.model or "patch_size" in recipe.model:
-        found = {}
-    told = {**found, **recipe.model, "head": "none"}
-    errors = []
-    for architecture in ("decoder", "encoder", "encoder_decoder"):
-        try:
-            _built({"architecture": architecture, **told})
-            return
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0]
+    check_model(recipe)
 
 
 def _data(recipe: Recipe, preparing: Callable[[str, int, int], None]) -> Path:
@@ -446,89 +441,6 @@ def _task(recipe: Recipe, data: Path, rank: int, world: int) -> Task:
         start=recipe.model.get("folder"),
         **recipe.options,
     )
-
-
-def _config(recipe: Recipe, found: Task) -> TransformerConfig:
-    """The configuration of the model: that of the task, with the recipe's fields."""
-    ours = recipe.model
-    least, size = found.config.get("vocab_size") or 0, ours.get("vocab_size")
-    if isinstance(size, int) and size < least:
-        raise ValueError(f"model: vocab_size is {size}, and the tokenizer has {least} tokens")
-    needed = {key: found.config[key] for key in ("architecture", "head") if key in found.config}
-    for key, value in needed.items():
-        if ours.get(key, value) != value:
-            raise ValueError(
-                f"model: {recipe.task} needs {key} {value!r}, got {files.shown(ours[key])}"
-            )
-    name = ours.get("preset")
-    if name in models.presets():
-        architecture = models.preset(name).architecture
-        if needed.get("architecture", architecture) != architecture:
-            raise ValueError(
-                f"model: {recipe.task} needs architecture {needed['architecture']!r}, and {name} "
-                f"is {architecture!r}"
-            )
-    # The tokens of a preset are those of its own tokenizer.
-    tokens = dict.fromkeys(_TOKENS if name is not None else ())
-    return _built({**tokens, **found.config, **ours})
-
-
-def _built(told: dict[str, Any]) -> TransformerConfig:
-    """The configuration with these fields, or that of a preset with these changes."""
-    told = dict(told)
-    name = told.pop("preset", None)
-    known = {f.name for f in fields(TransformerConfig)}
-    if unknown := told.keys() - known:
-        raise ValueError(f"model: {files.shown(min(unknown))} is no field of TransformerConfig")
-    missing = [] if name is not None else sorted({"dim", "layers", "heads"} - told.keys())
-    if missing:
-        raise ValueError(f"model needs {', '.join(missing)}, or a preset")
-    try:
-        return TransformerConfig(**told) if name is None else models.preset(name, **told)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model: {files.one_line(error)}") from None
-
-
-def _model(recipe: Recipe, found: Task, device: torch.device) -> Transformer:
-    folder = recipe.model.get("folder")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(recipe.seed)
-        if folder is None:
-            model = Transformer(_config(recipe, found))
-        else:
-            model = _loaded(Path(folder), recipe, found)
-    model.recompute = recipe.recompute
-    if model.vocabulary is not None:  # its logits would take most of the memory
-        model.vocabulary.deferred = True
-    return model.to(device)
-
-
-def _loaded(folder: Path, recipe: Recipe, found: Task) -> Transformer:
-    """The model of a folder, with the head that the task needs."""
-    changes = {name: found.config[name] for name in _HEADS if name in found.config}
-    changes |= {name: value for name, value in recipe.model.items() if name != "folder"}
-    config = models.convert.read_config(folder)
-    needed = found.config.get("architecture", config.architecture)
-    if config.architecture != needed:
-        raise ValueError(
-            f"model: {recipe.task} needs architecture {needed!r}, and {folder} is "
-            f"{config.architecture!r}"
-        )
-    size, context = found.config.get("vocab_size") or 0, config.max_length
-    if size > (config.vocab_size or 0):
-        changes["vocab_size"] = size  # the vectors of new tokens are drawn
-    if context is not None and recipe.length > context and "max_length" not in changes:
-        raise ValueError(f"length = {recipe.length} is more than {folder} takes: {context}")
-    try:
-        return models.load(folder, dtype=torch.float32, **changes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model: {files.one_line(error)}") from None
-
-
-def _objective(recipe: Recipe) -> Objective:
-    if recipe.objective != {"kind": "cross_entropy"}:
-        return objective(**recipe.objective)
-    return CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
 
 
 def _digest(data: Path) -> str:
