@@ -425,10 +425,10 @@ def test_a_folder_keeps_its_adapter_if_a_save_fails(tmp_path, monkeypatch):
     assert before.keys() == {"adapter_config.json", "adapter_model.safetensors"}
     disturb(adapter_parameters(model).values())
 
-    def fail(*args):
+    def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tfkern.models.convert.store.save_file", fail)
+    monkeypatch.setattr("tfkern.models.adapters.disk.json.dumps", fail)  # behind the weights
     with pytest.raises(OSError, match="No space left"):
         save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

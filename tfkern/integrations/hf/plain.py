@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfkern import dispatch
-from tfkern.nn.fusible import LINEAR, acting, fusible, unadorned
+from tfkern.nn.fusible import LINEAR, fusible, unadorned
 from tfkern.ops.activation import FUNCTIONS
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -52,7 +52,6 @@ def is_linear(kind: type) -> bool:
 
 def linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight (out, in) and bias of a plain linear layer, None for all else."""
-    module = acting(module)
     kind = type(module)
     layout = "out, in" if kind in LINEAR else _layout(kind)
     if layout is None or not fusible(module, (kind,)):
