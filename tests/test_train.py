@@ -23,7 +23,7 @@ from tfkern.data.prepare import Recipe as Preparation  # noqa: E402
 from tfkern.train import checkpoint, recipe, run  # noqa: E402
 from tfkern.train.evaluate import evaluate  # noqa: E402
 from tfkern.train.objective import CrossEntropy  # noqa: E402
-from tfkern.train.tasks import KINDS, task  # noqa: E402
+from tfkern.train.tasks import task  # noqa: E402
 
 WORDS = "time year people way day man thing woman life child world school state family".split()
 TINY = {"dim": 16, "layers": 1, "heads": 2}
@@ -641,38 +641,78 @@ SMALL = {
     "translation": {"options": {"tokenizer": "bpe:300"}},
     "vit-digits": {},
 }
+# Recipes that go on with a model: its head, and the names in rows of their data.
+GOING_ON = {
+    "classification": ("mlm", ("text", "label")),
+    "chat": ("lm", ("prompt", "completion")),
+    "dpo": ("lm", ("prompt", "chosen", "rejected")),
+    "rewards": ("lm", ("prompt", "chosen", "rejected")),
+    "ppo": ("lm", ("prompt",)),
+    "grpo": ("lm", ("prompt",)),
+}
 
 
 def test_every_recipe_is_tried():
-    assert set(recipe.shipped()) == set(SMALL)
+    assert set(recipe.shipped()) == {*SMALL, *GOING_ON}
+
+
+def tiny_changes(found, tmp_path):
+    return {
+        "out": str(tmp_path / "out"), "length": 32, "batch": 4, "steps": 2, "evaluation_batches": 1,
+        "accumulate": min(found.accumulate, 2),
+    } | ({"schedule.warmup": 1} if found.schedule.get("warmup") else {})  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_shipped_recipe_trains_small_models(tmp_path, texts, name):
     found = recipe.load(name, {})
-    if found.task not in KINDS:
-        pytest.skip(f"there is no task {found.task}")
     sizes = {"dim": 16, "layers": 1, "heads": 2, "hidden_dim": 32}
     if "encoder_layers" in repr(found.model) or found.task in ("denoising", "spans", "pairs"):
         sizes |= {"encoder_layers": 1}
     if found.task == "spans":
         sizes |= {"head_dim": 8}
-    changes = {f"model.{key}": value for key, value in sizes.items()} | {
-        "out": str(tmp_path / "out"), "length": 32, "batch": 4, "steps": 2, "evaluation_batches": 1,
-        "accumulate": min(found.accumulate, 2),
-    }  # fmt: skip
+    changes = tiny_changes(found, tmp_path) | {f"model.{k}": value for k, value in sizes.items()}
     if found.data == "pairs.jsonl":
         changes["data"] = rows(tmp_path / "pairs.jsonl")
     elif isinstance(found.data, dict):
         changes |= {"data.input": str(texts), "data.validation": 0.1, "data.files": 2}
-    if found.schedule.get("warmup"):
-        changes["schedule.warmup"] = 1
     outcome = run(recipe.load(name, changes | SMALL[name]))
     assert outcome[:2] == (2, "steps")
     assert np.isfinite(outcome.validation_loss)
     full = found.model.get("preset")
     if full is not None:
         models.preset(full)
+
+
+@pytest.mark.parametrize("name", GOING_ON)
+def test_a_shipped_recipe_goes_on_with_small_models(tmp_path, name):
+    head, names = GOING_ON[name]
+    found, start = recipe.load(name, {}), tmp_path / "start"
+    special = {role: f"<{role}>" for role in ("eos", "pad", "cls", "sep")}
+    tokenizer = tokenize.Tokenizer(tokenize.characters(["abc: "]).backend, special)
+    config = models.TransformerConfig(
+        **TINY, vocab_size=tokenizer.vocab_size, max_length=64, head=head,
+        architecture="encoder" if head == "mlm" else "decoder",
+        end_token=tokenizer.special_id("eos"),
+    )  # fmt: skip
+    models.save(models.Transformer(config), start, form="tfkern")
+    tokenize.save(tokenizer, start)
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for _ in range(60):
+            row = {column: "".join(rng.choice(list("abc"), 5)) for column in names}
+            if "label" in row:
+                row["label"] = int(rng.integers(2))
+            file.write(json.dumps(row) + "\n")
+    changes = tiny_changes(found, tmp_path) | {
+        "data": str(tmp_path / "rows.jsonl"), "model.folder": str(start), "length": 64,
+    }  # fmt: skip
+    if "reward" in found.rollouts:
+        (tmp_path / "r.py").write_text("def score(prompts, answers): return map(len, answers)")
+        changes |= {"rollouts.reward": f"{tmp_path / 'r.py'}:score", "rollouts.max_tokens": 4}
+    outcome = run(recipe.load(name, changes))
+    assert outcome[:2] == (2, "steps")
+    assert np.isfinite(outcome.validation_loss)
 
 
 # The folder of a run
