@@ -106,7 +106,16 @@ def test_preferences_are_learned_against_a_reference(tmp_path, start, lora):
         torch.testing.assert_close(model.eval()(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "hinge", "ipo", "simpo", "orpo", "kto", "rewards"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "orpo", "kto", "rewards",
+        *(pytest.param(kind, marks=SLOW) for kind in ("dpo", "hinge", "ipo", "simpo")),
+    ],
+)  # fmt: skip
 def test_every_objective_has_a_recipe(tmp_path, start, kind):
     task = {"kto": "unpaired", "rewards": "rewards"}.get(kind, "preferences")
     rows = labelled() if kind == "kto" else pairs()
@@ -139,7 +148,9 @@ def score(prompts, answers, **columns):
 """
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize(
+    "kind", ["grpo", *(pytest.param(kind, marks=SLOW) for kind in ("ppo", "rloo"))]
+)
 def test_rewards_rise(tmp_path, start, kind):
     (tmp_path / "reward.py").write_text(REWARD)
     prompts = [{"prompt": prompt, "bonus": 1} for prompt, _, _ in texts(40)]

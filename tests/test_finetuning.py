@@ -517,6 +517,7 @@ def test_an_encoder_decoder_begins_with_its_own_token(tmp_path):
     assert (batch["tokens"][:, 0] == 7).all()
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_on_learns_in_fewer_steps_than_a_fresh_one(tmp_path):
     """It has learned to repeat words, and now learns to add one of them."""
     rng = np.random.default_rng(9)
