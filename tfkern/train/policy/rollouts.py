@@ -17,7 +17,7 @@ from tfkern.train.parallel.model import ROWS, Parallel
 from tfkern.train.policy.answers import Answers, log_probs
 from tfkern.train.policy.critic import ActorCritic, check_repeats
 from tfkern.train.policy.objective import FromRewards
-from tfkern.train.policy.rewards import Reward
+from tfkern.train.policy.rewards import Reward, numbers
 from tfkern.train.steps import Batches
 
 Reference = nn.Module | Callable[[], AbstractContextManager[Any]]
@@ -215,9 +215,7 @@ class Rollouts:
     def _rewards(
         self, prompts: list[list[int]], answers: list[list[int]], columns: dict[str, list[Any]]
     ) -> Tensor:
-        found = self.reward(prompts, answers, **columns)
-        if not isinstance(found, Tensor):
-            found = torch.tensor([float(x) for x in found], dtype=torch.float64)
+        found = numbers(self.reward(prompts, answers, **columns))
         if found.shape != (len(answers),):
             raise ValueError(
                 f"reward must give ({len(answers)},) numbers, got the shape {tuple(found.shape)}"
