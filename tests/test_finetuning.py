@@ -436,7 +436,7 @@ def says(role):
         ("answers", asked(text=[""], answer_start=[1]), {}, "the answer is '', and the context"),
         ("chat", says("user"), {}, "the assistant says nothing in this row"),
         ("chat", {"message": []}, {}, "a row must have"),
-        ("chat", {"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "a row must have \"messages"),
+        ("chat", {"prompt": "a", "chosen": "b", "rejected": "c"}, {}, 'a row must have "messages'),
     ],
 )
 def test_wrong_rows(tmp_path, kind, row, options, message):
@@ -459,7 +459,7 @@ def test_wrong_options(tmp_path):
         task("chat", path, **options, template="nowhere")
     with pytest.raises(ValueError, match="tokenizer must be a string, got 5"):
         task("chat", path, **options, tokenizer=5)
-    with pytest.raises(ValueError, match="rows: the assistant says nothing in the first length = 2"):
+    with pytest.raises(ValueError, match="assistant says nothing in the first length = 2"):
         task("chat", path, **options | {"length": 2}, truncate=True)
 
 

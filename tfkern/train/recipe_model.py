@@ -47,10 +47,7 @@ def model_for(recipe: Recipe, found: Task, device: torch.device, critic: bool) -
             model.vocabulary.deferred = True
         beside = critic_of(_judge(recipe, model)) if critic else None
         if recipe.lora is not None:
-            try:
-                model = adapt(model, **recipe.lora)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"lora: {files.one_line(error)}") from None
+            model = _adapted(model, recipe)
     freeze(model, recipe.freeze)
     whole = model if beside is None else ActorCritic(model, beside)
     return whole.to(device)
@@ -94,6 +91,22 @@ def check_model(recipe: Recipe) -> None:
         except ValueError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _adapted(model: Transformer, recipe: Recipe) -> Transformer:
+    """The model with adapters. A classifier that the folder does not have is trained whole, unless
+    the recipe says what is: as it was drawn it would tell nothing."""
+    if model.config.int8:
+        raise ValueError("lora: weights must be floating to take adapters up, and these are int8")
+    told = dict(recipe.lora or {})
+    if model.classifier is not None and "folder" in recipe.model:
+        before = models.convert.read_config(recipe.model["folder"])
+        if (before.head, before.classes) != (model.config.head, model.config.classes):
+            told.setdefault("trained", ["classifier"])
+    try:
+        return adapt(model, **told)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {files.one_line(error)}") from None
 
 
 def _judge(recipe: Recipe, policy: Transformer) -> Transformer:
