@@ -200,7 +200,7 @@ class Rollouts:
 
     def _write(self, prompts: list[list[int]], place: int) -> list[list[int]]:
         """Answers to prompts, which may be repeated, of the batch of this number."""
-        first = self._ranks.data_rank * len(prompts)
+        first = self._before(len(prompts))
         seeds = [_seed(self.seed, place, first + row) for row in range(len(prompts))]
         sampling = Sampling(temperature=self.objective.temperature)
         found: list[list[int]] = []
@@ -211,6 +211,13 @@ class Rollouts:
             )  # fmt: skip
             found += [row.tolist() for row in answers]
         return found
+
+    def _before(self, count: int) -> int:
+        """How many rows the data ranks before this one have, which may be unequally many in an
+        evaluation. All of them tell their `count` at once."""
+        counts = torch.zeros(self._ranks.data_world, device=self._device)
+        counts[self._ranks.data_rank] = count
+        return int(self._total(counts)[: self._ranks.data_rank].sum())
 
     def _rewards(
         self, prompts: list[list[int]], answers: list[list[int]], columns: dict[str, list[Any]]
