@@ -522,6 +522,17 @@ def test_an_encoder_decoder_begins_with_its_own_token(tmp_path):
     assert (batch["tokens"][:, 0] == 7).all()
 
 
+def test_an_encoder_decoder_needs_no_token_that_begins_texts(tmp_path):
+    """As T5, whose decoder begins with padding."""
+    start = saved(tmp_path / "start", "encoder_decoder", start_token=7)
+    found = tokenize.load(start)
+    tokenize.save(tokenize.Tokenizer(found.backend, {"eos": "<|endoftext|>"}), start)
+    path = lines(tmp_path / "rows", reversals())
+    told = task("pairs", path, length=60, batch=4, start=start)
+    assert told.config["start_token"] == 7
+    assert (told.batches[0]["tokens"][:, 0] == 7).all()
+
+
 def test_a_model_that_goes_on_learns_in_fewer_steps_than_a_fresh_one(tmp_path):
     """It has learned to repeat words, and now learns to add one of them."""
     rng = np.random.default_rng(9)
