@@ -1,6 +1,7 @@
 """Recipes of alignment: adapters, preferences, reward models and rewards, from data to a folder."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,13 +241,18 @@ def test_a_new_classifier_is_trained_beside_adapters(tmp_path, start):
     assert about["modules_to_save"] is None
 
 
-def test_int8_weights_take_no_adapters_up(tmp_path, start):
+@pytest.mark.parametrize("kind", ["int8", "weight_norm"])
+def test_weights_that_take_no_adapters_up(tmp_path, start, kind):
     """The model of the best evaluation has its adapters in its weights."""
-    folder = tmp_path / "int8"
-    models.save(models.quantize(models.load(start)), folder, form="tfkern")
+    folder, base = tmp_path / kind, models.load(start)
+    if kind == "int8":
+        models.quantize(base)
+    else:
+        base = Transformer(replace(base.config, norm="weight_norm"))
+    models.save(base, folder, form="tfkern")
     tokenize.save(tokenize.load(start), folder)
     options = {"objective": {"kind": "dpo"}, "lora": {"rank": 2}}
-    with pytest.raises(ValueError, match="lora: weights must be floating .* these are int8"):
+    with pytest.raises(ValueError, match="lora: .*Linear has no weight of floating numbers"):
         run(made(tmp_path, "preferences", pairs(), folder, **options))
 
 

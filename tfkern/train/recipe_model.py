@@ -96,15 +96,17 @@ def check_model(recipe: Recipe) -> None:
 def _adapted(model: Transformer, recipe: Recipe) -> Transformer:
     """The model with adapters. A classifier that the folder does not have is trained whole, unless
     the recipe says what is: as it was drawn it would tell nothing."""
-    if model.config.int8:
-        raise ValueError("lora: weights must be floating to take adapters up, and these are int8")
     told = dict(recipe.lora or {})
     if model.classifier is not None and "folder" in recipe.model:
         before = models.convert.read_config(recipe.model["folder"])
         if (before.head, before.classes) != (model.config.head, model.config.classes):
             told.setdefault("trained", ["classifier"])
     try:
-        return adapt(model, **told)
+        adapted = adapt(model, **told)
+        for module in adapted.modules():  # the model that is saved has adapters in its weights
+            if isinstance(module, LoRALinear):
+                module.check_mergeable()
+        return adapted
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {files.one_line(error)}") from None
 
