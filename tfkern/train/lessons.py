@@ -31,8 +31,9 @@ class Lessons(NamedTuple):
 
     Attributes:
         batches: of training.
-        evaluate: evaluates the model that is trained. Of rewards, the loss is the negative mean.
-        told: what is told of the answers of the last round, if the model writes them.
+        evaluate: evaluates the model that is trained. If rewards teach it, the loss is minus their
+            mean.
+        told: tells what the answers of the last round are like; None if the model writes none.
     """
 
     batches: Batches

@@ -11,7 +11,7 @@ from torch import nn
 from tfkern import files, models
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.adapters import adapt, unload
-from tfkern.nn import LoRALinear
+from tfkern.nn.lora import LoRALinear, has_adapters
 from tfkern.train.freezing import freeze
 from tfkern.train.parallel import gather
 from tfkern.train.parallel.model import Parallel
@@ -66,11 +66,9 @@ def gathered_policy(model: nn.Module) -> Any:
     return inner.policy if isinstance(inner, ActorCritic) else gather(model)
 
 
-def plain(model: Transformer) -> Transformer:
+def unadapted(model: Transformer) -> Transformer:
     """A model without adapters that computes the same: itself if it has none."""
-    if not any(True for m in model.modules() if isinstance(m, LoRALinear)):
-        return model
-    return unload(copy.deepcopy(model))
+    return unload(copy.deepcopy(model)) if has_adapters(model) else model
 
 
 def check_model(recipe: Recipe) -> None:

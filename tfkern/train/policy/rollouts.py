@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -156,8 +156,7 @@ class Rollouts:
         written: list[list[int]] = []
         columns: dict[str, list[Any]] = {}
         sizes = []
-        references = [self.reference] if isinstance(self.reference, nn.Module) else []
-        with evaluating(self._module, *references):
+        with evaluating(self._module, *self._references()):
             for place in range(number * self.minibatches, (number + 1) * self.minibatches):
                 told = dict(self.prompts[place])
                 rows = [[int(t) for t in row] for row in told.pop("prompt") for _ in self._copies]
@@ -181,6 +180,10 @@ class Rollouts:
     @property
     def _copies(self) -> range:
         return range(self.samples)
+
+    def _references(self) -> list[nn.Module]:
+        """The model that is the reference, if the policy itself is not."""
+        return [self.reference] if isinstance(self.reference, nn.Module) else []
 
     @property
     def _device(self) -> torch.device:
@@ -251,7 +254,7 @@ class Rollouts:
     def _scored(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities under the policy and the reference, and values."""
         olds, references, values = [], [], []
-        with _in_pieces(self._policy, self.reference):
+        with evaluating(self._module, *self._references(), deferred=True):
             for piece in self._pieces(len(batch["tokens"])):
                 tokens, mask, targets = (batch[name][piece] for name in _INPUTS)
                 output = self._module(tokens, mask=mask)
@@ -303,21 +306,6 @@ def _cut(batch: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
         inputs = {name: part(batch[name]) for name in ("tokens", "mask")}
         found.append(inputs | {"targets": answers})
     return found
-
-
-@contextmanager
-def _in_pieces(*models: Any) -> Iterator[None]:
-    """Lets models in evaluation mode defer their logits, if they do so in training mode: those of
-    many rows take most of the memory."""
-    heads = [m.vocabulary for m in models if isinstance(m, Transformer) and m.vocabulary]
-    modes = [(head, head.training) for head in heads]
-    for head in heads:
-        head.training = True
-    try:
-        yield
-    finally:
-        for head, training in modes:
-            head.training = training
 
 
 def _check_policy(policy: Any) -> None:
