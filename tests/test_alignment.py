@@ -1,6 +1,7 @@
 """Recipes of alignment: adapters, preferences, reward models and rewards, from data to a folder."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ pytest.importorskip("datatrove")
 from tfkern import models, tokenize  # noqa: E402
 from tfkern.models import Transformer, TransformerConfig  # noqa: E402
 from tfkern.models.adapters import load_adapter  # noqa: E402
-from tfkern.train import recipe, run  # noqa: E402
+from tfkern.train import recipe, run, task  # noqa: E402
+from tfkern.train.lessons import reward_for  # noqa: E402
 from tfkern.train.log import read  # noqa: E402
 
 LETTERS = "abcdefgh"
@@ -197,6 +199,10 @@ def test_a_reward_model_judges_answers(tmp_path, start):
         ("preferences", {"objective": {"kind": "dpo"}, "lora": {"rank": 0}}, "lora: rank must"),
         ("preferences", {"objective": {"kind": "dpo"}, "lora": {"ranks": 1}}, "lora: .*ranks"),
         ("preferences", {"objective": {"kind": "dpo"}, "lora": 3}, "lora must be a mapping"),
+        ("preferences", {"objective": {"kind": "dpo"}, "lora": {"dtype": "x"}}, "lora: dtype must"),
+        ("preferences", {"objective": {"kind": "dpo"}, "lora": {"dora": 1}}, "lora: dora must be"),
+        ("preferences", {"objective": {"kind": "dpo"}, "lora": {"trained": 1}}, "lora: trained"),
+        ("preferences", {"objective": {"kind": "dpo"}, "lora": {"targets": 1}}, "lora: targets"),
         ("preferences", {"objective": {"kind": "dpo"}, "rollouts": {"samples": 2}}, "are of the"),
         ("prompts", {"objective": {"kind": "grpo"}}, "reward must be the folder of"),
         ("prompts", {"objective": {"kind": "grpo"}, "rollouts": {"reward": "x.py:f"}}, "x.py: No"),
@@ -213,6 +219,9 @@ def test_recipes_that_do_not_fit(tmp_path, start, kind, changes, message):
 def test_options_of_rollouts_are_named(tmp_path, start):
     (tmp_path / "reward.py").write_text(REWARD)
     reward = f"{tmp_path / 'reward.py'}:score"
+    broken, scalar = tmp_path / "broken.py", tmp_path / "scalar.py"
+    broken.write_text("def score(:")
+    scalar.write_text("def score(prompts, answers):\n    return 5\n")
     rows = [{"prompt": p} for p, _, _ in texts(30)]
     options = {"objective": {"kind": "grpo"}}
     for rollouts, message in (
@@ -220,6 +229,47 @@ def test_options_of_rollouts_are_named(tmp_path, start):
         ({"reward": reward, "max_tokens": 4, "sample": 2}, "option 'sample' is not one of"),
         ({"reward": reward, "max_tokens": 4, "samples": 1}, "samples must be an integer"),
         ({"reward": reward.replace("score", "core"), "max_tokens": 4}, "has no function 'core'"),
+        (
+            {"reward": reward, "max_tokens": 13, "samples": 2},
+            "prompt of 4 tokens and max_tokens = ",
+        ),
+        ({"reward": f"{broken}:score", "max_tokens": 4}, "broken.py cannot be run: SyntaxError"),
+        ({"reward": f"{scalar}:score", "max_tokens": 4, "samples": 2}, "each answer, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
             run(made(tmp_path, "prompts", rows, start, **options, rollouts=rollouts))
+
+
+def test_a_new_classifier_is_trained_beside_adapters(tmp_path, start):
+    """As it was drawn it would tell nothing, so that peft saves that of a classifier, too."""
+    options = {"objective": {"kind": "rewards"}, "lora": {"rank": 2}, "steps": 4}
+    found = run(made(tmp_path, "rewards", pairs(), start, **options))
+    about = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert about["modules_to_save"] == ["classifier"]
+    (tmp_path / "again").mkdir()
+    run(made(tmp_path / "again", "rewards", pairs(), found.model, **options))
+    about = json.loads((tmp_path / "again/out/adapter/adapter_config.json").read_text())
+    assert about["modules_to_save"] is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "weight_norm"])
+def test_weights_that_take_no_adapters_up(tmp_path, start, kind):
+    """The model of the best evaluation has its adapters in its weights."""
+    folder, base = tmp_path / kind, models.load(start)
+    if kind == "int8":
+        models.quantize(base)
+    else:
+        base = Transformer(replace(base.config, norm="weight_norm"))
+    models.save(base, folder, form="tfkern")
+    tokenize.save(tokenize.load(start), folder)
+    options = {"objective": {"kind": "dpo"}, "lora": {"rank": 2}}
+    with pytest.raises(ValueError, match="lora: .*Linear has no weight of floating numbers"):
+        run(made(tmp_path, "preferences", pairs(), folder, **options))
+
+
+def test_a_reward_model_is_on_the_device_of_the_policy(tmp_path, start):
+    judge = run(made(tmp_path, "rewards", pairs(), start, objective={"kind": "rewards"}, steps=1))
+    told = lines(tmp_path / "prompts", [{"prompt": p} for p, _, _ in texts(30)])
+    found = task("prompts", told, length=16, batch=4, start=start)
+    reward = reward_for(str(judge.model), found, torch.device("meta"))
+    assert {p.device.type for p in reward.model.parameters()} == {"meta"}

@@ -436,6 +436,7 @@ def says(role):
         ("answers", asked(text=[""], answer_start=[1]), {}, "the answer is '', and the context"),
         ("chat", says("user"), {}, "the assistant says nothing in this row"),
         ("chat", {"message": []}, {}, "a row must have"),
+        ("chat", {"prompt": "a", "chosen": "b", "rejected": "c"}, {}, 'a row must have "messages'),
     ],
 )
 def test_wrong_rows(tmp_path, kind, row, options, message):
@@ -456,6 +457,10 @@ def test_wrong_options(tmp_path):
         task("chat", path, **options, packed=1)
     with pytest.raises(ValueError, match="nowhere: No such file"):
         task("chat", path, **options, template="nowhere")
+    with pytest.raises(ValueError, match="tokenizer must be a string, got 5"):
+        task("chat", path, **options, tokenizer=5)
+    with pytest.raises(ValueError, match="assistant says nothing in the first length = 2"):
+        task("chat", path, **options | {"length": 2}, truncate=True)
 
 
 def test_messages_need_a_template(tmp_path):
@@ -515,6 +520,17 @@ def test_an_encoder_decoder_begins_with_its_own_token(tmp_path):
     path = lines(tmp_path / "rows", reversals())
     batch = task("pairs", path, length=60, batch=4, start=start).batches[0]
     assert (batch["tokens"][:, 0] == 7).all()
+
+
+def test_an_encoder_decoder_needs_no_token_that_begins_texts(tmp_path):
+    """As T5, whose decoder begins with padding."""
+    start = saved(tmp_path / "start", "encoder_decoder", start_token=7)
+    found = tokenize.load(start)
+    tokenize.save(tokenize.Tokenizer(found.backend, {"eos": "<|endoftext|>"}), start)
+    path = lines(tmp_path / "rows", reversals())
+    told = task("pairs", path, length=60, batch=4, start=start)
+    assert told.config["start_token"] == 7
+    assert (told.batches[0]["tokens"][:, 0] == 7).all()
 
 
 @pytest.mark.slow

@@ -571,6 +571,29 @@ def test_two_processes_train_as_one(two, name, options):
     assert found[0] == pytest.approx(expected, abs=1e-5)
 
 
+def answers_to_five(sizes):
+    """The answers to five prompts, of which the second of two processes has three."""
+    model, reference = trained(GRPO())
+    part = slice(None)
+    if sizes is not None:
+        model = parallelise(model, mesh(**sizes, device="cpu"))
+        part = (slice(0, 2), slice(2, 5))[model.data_rank]
+    prompts = [{"prompt": [[1], [2], [3], [1], [2]][part]}]
+    written = []
+
+    def reward(prompts, answers):
+        written.extend([int(t) for t in row] for row in answers)
+        return [0.0] * len(answers)
+
+    rollouts(model, GRPO(), reference, prompts, reward=reward)[0]
+    return written
+
+
+def test_unequal_parts_of_prompts_have_the_answers_of_one_process(two):
+    first, second = two(answers_to_five, {"dp": 2})
+    assert first + second == answers_to_five(None)
+
+
 @pytest.mark.parametrize("objective", ALL, ids=NAMES)
 def test_a_run_goes_on_at_the_beginning_of_a_round(objective):
     def run(stop, start=0, state=None):

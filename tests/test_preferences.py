@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.heads import DeferredLogits
 from tfkern.train import adamw, evaluate, steps
+from tfkern.train.objectives import objective as made
 from tfkern.train.parallel import mesh, parallelise
 from tfkern.train.preferences import (
     DPO,
@@ -27,7 +28,6 @@ from tfkern.train.preferences import (
     Rewards,
     SimPO,
     frozen,
-    preference,
 )
 
 VOCAB, LENGTH, IGNORED = 32, 12, -100
@@ -743,16 +743,16 @@ def test_reward_models_learn(architecture):
     ("kto", {"desirable": -1}, "desirable must be a number in"),
     ("rewards", {"centre": -1}, "centre must be a number in"),
     ("dpo", {"gamma": 1}, "objective dpo: option 'gamma' is not one of"),
-    ("ppo", {}, "objective must be one of dpo, hinge"),
+    ("none", {}, "objective must be one of cross_entropy, dpo"),
 ])  # fmt: skip
 def test_options_that_do_not_fit(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        preference(kind, **options)
+        made(kind, **options)
 
 
 def test_kinds():
-    assert preference("dpo", beta=0.3, nll=0.1) == DPO(beta=0.3, nll=0.1)
-    assert all(type(preference(kind)) is PREFERENCES[kind] for kind in PREFERENCES)
+    assert made("dpo", beta=0.3, nll=0.1) == DPO(beta=0.3, nll=0.1)
+    assert all(type(made(kind)) is PREFERENCES[kind] for kind in PREFERENCES)
 
 
 def test_batches_that_do_not_fit():

@@ -200,15 +200,15 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
-def check_options(rank: Any, alpha: Any, dropout: Any, dtype: torch.dtype | None = None) -> None:
+def check_options(rank: Any, alpha: Any, dropout: Any, dtype: Any = None) -> None:
     """Raises ValueError for options that no `LoRALinear` takes."""
     if not checks.is_integer(rank) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     checks.number("alpha", alpha)
     if checks.probability("dropout", dropout) == 1:
         raise ValueError("dropout must lie below 1, which leaves nothing of the adapter, got 1")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype, got {dtype!r}")
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfkern.models import Transformer
 from tfkern.train.objective import Batch, Objective
 from tfkern.train.parallel.model import Parallel
 
@@ -77,11 +78,19 @@ def evaluate(
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """A context of evaluation mode. The modules of the models have their former modes behind it."""
+def evaluating(*models: nn.Module, deferred: bool = False) -> Iterator[None]:
+    """A context of evaluation mode. The modules of the models have their former modes behind it.
+
+    Args:
+        deferred: whether models may make logits in pieces, if they do so in training: those of many
+            rows take most of the memory.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
+    for module, _ in modes if deferred else ():
+        if isinstance(module, Transformer) and module.vocabulary is not None:
+            module.vocabulary.training = True  # a head has no dropout
     try:
         yield
     finally:

@@ -31,8 +31,9 @@ class Lessons(NamedTuple):
 
     Attributes:
         batches: of training.
-        evaluate: evaluates the model that is trained. Of rewards, the loss is the negative mean.
-        told: what is told of the answers of the last round, if the model writes them.
+        evaluate: evaluates the model that is trained. If rewards teach it, the loss is minus their
+            mean.
+        told: tells what the answers of the last round are like; None if the model writes none.
     """
 
     batches: Batches
@@ -121,7 +122,9 @@ def _from_rewards(
     precision: torch.dtype | None,
 ) -> Lessons:
     options = dict(recipe.rollouts)
-    reward = _reward(options.pop("reward", None), found)
+    device = next(model.parameters()).device
+    reward = reward_for(options.pop("reward", None), found, device)
+    _check_length(recipe, found)
     shared: dict[str, Any] = {"reference": reference, "precision": precision}
 
     def rollouts(prompts: Batches, seed: int, options: dict[str, Any]) -> Rollouts:
@@ -147,7 +150,19 @@ def _from_rewards(
     return Lessons(training, judge, told)
 
 
-def _reward(told: Any, found: Task) -> Any:
+def _check_length(recipe: Recipe, found: Task) -> None:
+    """Raises ValueError if a prompt and its answer may have more tokens than a row has."""
+    parts: Any = (found.batches, found.validation)
+    longest = max(len(prompt) for part in parts for prompt in part.columns["prompt"])
+    most = recipe.rollouts.get("max_tokens")
+    if isinstance(most, int) and longest + most > recipe.length:
+        raise ValueError(
+            f"rollouts: a prompt of {longest} tokens and max_tokens = {most} are more than "
+            f"length = {recipe.length}"
+        )
+
+
+def reward_for(told: Any, found: Task, device: torch.device) -> Any:
     """A reward: of the model in a folder, or a function of texts in a file of Python."""
     if not isinstance(told, str):
         expected = "the folder of a reward model, or file.py:function"
@@ -155,7 +170,7 @@ def _reward(told: Any, found: Task) -> Any:
     assert found.tokenizer is not None
     path, colon, name = told.rpartition(":")
     if not (colon and path.endswith(".py")):
-        judge = models.load(told).requires_grad_(False)
+        judge = models.load(told, device=device).requires_grad_(False)
         size, other = found.tokenizer.vocab_size, judge.config.vocab_size or 0
         if size > other:
             raise ValueError(f"rollouts.reward: {told} has {other} tokens, the policy {size}")
@@ -164,7 +179,11 @@ def _reward(told: Any, found: Task) -> Any:
     spec = importlib.util.spec_from_file_location("tfkern_reward", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        told = f"{type(error).__name__}: {files.one_line(error)}"
+        raise ValueError(f"rollouts.reward: {path} cannot be run: {told}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"rollouts.reward: {path} has no function {files.shown(name)}")

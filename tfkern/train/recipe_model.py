@@ -11,7 +11,7 @@ from torch import nn
 from tfkern import files, models
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.models.adapters import adapt, unload
-from tfkern.nn import LoRALinear
+from tfkern.nn.lora import LoRALinear, has_adapters
 from tfkern.train.freezing import freeze
 from tfkern.train.parallel import gather
 from tfkern.train.parallel.model import Parallel
@@ -47,10 +47,7 @@ def model_for(recipe: Recipe, found: Task, device: torch.device, critic: bool) -
             model.vocabulary.deferred = True
         beside = critic_of(_judge(recipe, model)) if critic else None
         if recipe.lora is not None:
-            try:
-                model = adapt(model, **recipe.lora)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"lora: {files.one_line(error)}") from None
+            model = _adapted(model, recipe)
     freeze(model, recipe.freeze)
     whole = model if beside is None else ActorCritic(model, beside)
     return whole.to(device)
@@ -69,11 +66,9 @@ def gathered_policy(model: nn.Module) -> Any:
     return inner.policy if isinstance(inner, ActorCritic) else gather(model)
 
 
-def plain(model: Transformer) -> Transformer:
+def unadapted(model: Transformer) -> Transformer:
     """A model without adapters that computes the same: itself if it has none."""
-    if not any(True for m in model.modules() if isinstance(m, LoRALinear)):
-        return model
-    return unload(copy.deepcopy(model))
+    return unload(copy.deepcopy(model)) if has_adapters(model) else model
 
 
 def check_model(recipe: Recipe) -> None:
@@ -94,6 +89,24 @@ def check_model(recipe: Recipe) -> None:
         except ValueError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _adapted(model: Transformer, recipe: Recipe) -> Transformer:
+    """The model with adapters. A classifier that the folder does not have is trained whole, unless
+    the recipe says what is: as it was drawn it would tell nothing."""
+    told = dict(recipe.lora or {})
+    if model.classifier is not None and "folder" in recipe.model:
+        before = models.convert.read_config(recipe.model["folder"])
+        if (before.head, before.classes) != (model.config.head, model.config.classes):
+            told.setdefault("trained", ["classifier"])
+    try:
+        adapted = adapt(model, **told)
+        for module in adapted.modules():  # the model that is saved has adapters in its weights
+            if isinstance(module, LoRALinear):
+                module.check_mergeable()
+        return adapted
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {files.one_line(error)}") from None
 
 
 def _judge(recipe: Recipe, policy: Transformer) -> Transformer:

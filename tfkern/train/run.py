@@ -33,8 +33,13 @@ from tfkern.train.parallel.mesh import AXES, check_sizes, conflict, data_place, 
 from tfkern.train.parallel.together import each, everybody, first, gathered
 from tfkern.train.policy import FromRewards
 from tfkern.train.recipe import Recipe, plain
-from tfkern.train.recipe_model import check_model, gathered_policy, model_for, policy_of
-from tfkern.train.recipe_model import plain as plain_model
+from tfkern.train.recipe_model import (
+    check_model,
+    gathered_policy,
+    model_for,
+    policy_of,
+    unadapted,
+)
 from tfkern.train.schedules import schedule
 from tfkern.train.steps import Record, size, steps
 from tfkern.train.tasks import Task, check_options, task
@@ -249,7 +254,7 @@ class _Run:
         self.log = held.enter_context(closing(Log(self.folder, start)))
 
     def _count_flops(self, batch: Batch) -> int:
-        """Of the part of a batch that this process has; 0 if the model writes its batches."""
+        """The FLOPs of a step on a batch of this process; 0 if the model writes its batches."""
         if self.writes:
             return 0
         if (extended := getattr(self.objective, "extended", None)) is not None:
@@ -314,7 +319,7 @@ class _Run:
             first(lambda: self._export(whole), self.many)
 
     def _export(self, model: Transformer) -> None:
-        export(plain_model(model), self.task, self.folder / "model")
+        export(unadapted(model), self.task, self.folder / "model")
         if self.recipe.lora is not None:
             save_adapter(model, self.folder / "adapter", base=self.recipe.model.get("folder"))
 

@@ -50,6 +50,8 @@ def check(spec: str, end: str | None) -> None:
 
 def parsed(spec: str) -> tuple[str | None, int | None]:
     """The kind and the size of a vocabulary that is to be trained, or (None, None) for a path."""
+    if not isinstance(spec, str):
+        raise ValueError(f"tokenizer must be a string, got {spec!r}")
     kind, colon, size = spec.partition(":")
     if kind not in TRAINED:
         return None, None

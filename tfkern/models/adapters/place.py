@@ -63,6 +63,9 @@ def adapt(
             is then as it was.
     """
     check_options(rank, alpha, dropout, dtype)
+    for flag, value in (("rslora", rslora), ("dora", dora)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{flag} must be true or false, got {value!r}")
     check_free(model)
     whole = _trained_names(model, trained)
     names = [name for name in _targets(model, targets) if not _within(name, whole)]
@@ -284,7 +287,7 @@ def _unmarked(name: str) -> str:
 
 
 def _trained_names(model: nn.Module, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
+    if not isinstance(names, list | tuple):
         raise ValueError(f"trained must be a list of names, got {names!r}")
     every = dict(model.named_modules())
     found = _named(list(every), names, "trained")
@@ -306,6 +309,8 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     linear = [name for name in every if is_linear(model.get_submodule(name))]
     if not linear:
         raise ValueError(f"{type(model).__name__} has no linear layers that can have adapters")
+    if not isinstance(targets, str | list | tuple):
+        raise ValueError(f"targets must be a string or a list of names, got {targets!r}")
     if not isinstance(targets, str):
         return _named(every, targets, "targets", linear)
     if targets == ALL_LINEAR:

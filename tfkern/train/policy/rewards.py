@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tfkern.files import shown
 from tfkern.generate.session import pad
 from tfkern.models import Transformer
 from tfkern.train.evaluate import evaluating
@@ -77,4 +78,19 @@ class TextReward:
 
     def __call__(self, prompts: Sequence[Row], answers: Sequence[Row], **columns: Any) -> Tensor:
         texts = ([self.tokenizer.decode(row) for row in rows] for rows in (prompts, answers))
-        return torch.tensor([float(x) for x in self.function(*texts, **columns)])
+        return numbers(self.function(*texts, **columns))
+
+
+def numbers(rewards: Any) -> Tensor:
+    """Rewards as a tensor.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    if isinstance(rewards, Tensor):
+        return rewards
+    try:
+        return torch.tensor([float(x) for x in rewards], dtype=torch.float64)
+    except (TypeError, ValueError):
+        told = shown(rewards)
+        raise ValueError(f"reward must give a number for each answer, got {told}") from None

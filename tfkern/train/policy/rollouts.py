@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from tfkern.train.parallel.model import ROWS, Parallel
 from tfkern.train.policy.answers import Answers, log_probs
 from tfkern.train.policy.critic import ActorCritic, check_repeats
 from tfkern.train.policy.objective import FromRewards
-from tfkern.train.policy.rewards import Reward
+from tfkern.train.policy.rewards import Reward, numbers
 from tfkern.train.steps import Batches
 
 Reference = nn.Module | Callable[[], AbstractContextManager[Any]]
@@ -156,8 +156,7 @@ class Rollouts:
         written: list[list[int]] = []
         columns: dict[str, list[Any]] = {}
         sizes = []
-        references = [self.reference] if isinstance(self.reference, nn.Module) else []
-        with evaluating(self._module, *references):
+        with evaluating(self._module, *self._references()):
             for place in range(number * self.minibatches, (number + 1) * self.minibatches):
                 told = dict(self.prompts[place])
                 rows = [[int(t) for t in row] for row in told.pop("prompt") for _ in self._copies]
@@ -182,6 +181,10 @@ class Rollouts:
     def _copies(self) -> range:
         return range(self.samples)
 
+    def _references(self) -> list[nn.Module]:
+        """The model that is the reference, if the policy itself is not."""
+        return [self.reference] if isinstance(self.reference, nn.Module) else []
+
     @property
     def _device(self) -> torch.device:
         return next(self._policy.parameters()).device
@@ -200,7 +203,7 @@ class Rollouts:
 
     def _write(self, prompts: list[list[int]], place: int) -> list[list[int]]:
         """Answers to prompts, which may be repeated, of the batch of this number."""
-        first = self._ranks.data_rank * len(prompts)
+        first = self._before(len(prompts))
         seeds = [_seed(self.seed, place, first + row) for row in range(len(prompts))]
         sampling = Sampling(temperature=self.objective.temperature)
         found: list[list[int]] = []
@@ -212,12 +215,17 @@ class Rollouts:
             found += [row.tolist() for row in answers]
         return found
 
+    def _before(self, count: int) -> int:
+        """How many rows the data ranks before this one have, which may be unequally many in an
+        evaluation. All of them tell their `count` at once."""
+        counts = torch.zeros(self._ranks.data_world, device=self._device)
+        counts[self._ranks.data_rank] = count
+        return int(self._total(counts)[: self._ranks.data_rank].sum())
+
     def _rewards(
         self, prompts: list[list[int]], answers: list[list[int]], columns: dict[str, list[Any]]
     ) -> Tensor:
-        found = self.reward(prompts, answers, **columns)
-        if not isinstance(found, Tensor):
-            found = torch.tensor([float(x) for x in found], dtype=torch.float64)
+        found = numbers(self.reward(prompts, answers, **columns))
         if found.shape != (len(answers),):
             raise ValueError(
                 f"reward must give ({len(answers)},) numbers, got the shape {tuple(found.shape)}"
@@ -246,7 +254,7 @@ class Rollouts:
     def _scored(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities under the policy and the reference, and values."""
         olds, references, values = [], [], []
-        with _in_pieces(self._policy, self.reference):
+        with evaluating(self._module, *self._references(), deferred=True):
             for piece in self._pieces(len(batch["tokens"])):
                 tokens, mask, targets = (batch[name][piece] for name in _INPUTS)
                 output = self._module(tokens, mask=mask)
@@ -298,21 +306,6 @@ def _cut(batch: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
         inputs = {name: part(batch[name]) for name in ("tokens", "mask")}
         found.append(inputs | {"targets": answers})
     return found
-
-
-@contextmanager
-def _in_pieces(*models: Any) -> Iterator[None]:
-    """Lets models in evaluation mode defer their logits, if they do so in training mode: those of
-    many rows take most of the memory."""
-    heads = [m.vocabulary for m in models if isinstance(m, Transformer) and m.vocabulary]
-    modes = [(head, head.training) for head in heads]
-    for head in heads:
-        head.training = True
-    try:
-        yield
-    finally:
-        for head, training in modes:
-            head.training = training
 
 
 def _check_policy(policy: Any) -> None:

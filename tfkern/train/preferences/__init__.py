@@ -18,7 +18,6 @@ because the reference is the model as it is at the start. Batches of an evaluati
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from tfkern.train.objective import Objective
 from tfkern.train.preferences.pairs import DPO, IPO, ORPO, Hinge, SimPO
@@ -36,18 +35,6 @@ PREFERENCES: dict[str, Callable[..., Objective]] = {
     "rewards": Rewards,
 }
 
-
-def preference(kind: str, **options: Any) -> Objective:
-    """The objective of a kind in `PREFERENCES`, with options of the class there.
-
-    Raises:
-        ValueError: an unknown kind or option, or a value out of its range.
-    """
-    from tfkern.train.kinds import make
-
-    return make("objective", PREFERENCES, kind, **options)
-
-
 __all__ = [
     "DPO",
     "Extended",
@@ -61,5 +48,4 @@ __all__ = [
     "Rewards",
     "SimPO",
     "frozen",
-    "preference",
 ]

@@ -15,7 +15,7 @@ from tfkern.models.loss import IGNORED
 from tfkern.train.kinds import check_flag, check_number
 from tfkern.train.objective import Batch, CrossEntropy, Loss
 from tfkern.train.preferences.answers import Answers, answers
-from tfkern.train.preferences.reference import Extended, Scores, reference_for
+from tfkern.train.preferences.reference import Extended, Scores, scores_for
 from tfkern.train.steps import Batches
 
 
@@ -118,7 +118,7 @@ class Referenced(Pairs):
                 log-probabilities that have been computed before.
             precision: of autocast in the reference, see `steps`.
         """
-        score = reference_for(model, reference, precision)
+        score = scores_for(model, reference, precision)
 
         def extend(batch: Batch) -> Batch:
             targets = batch["targets"]

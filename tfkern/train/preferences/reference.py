@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfkern import files
-from tfkern.models import Transformer
 from tfkern.models.loss import IGNORED
 from tfkern.train.evaluate import evaluating
 from tfkern.train.freezing import frozen
@@ -80,11 +79,7 @@ class Reference:
         device = next(self.model.parameters()).device
         autocast = torch.autocast(device.type, self.precision) if self.precision else nullcontext()
         batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
-        with evaluating(self.model), self.context(), autocast:
-            for module in self.model.modules():
-                if isinstance(module, Transformer) and module.vocabulary is not None:
-                    # In training mode a head, which has no dropout, may make logits in pieces.
-                    module.vocabulary.training = True
+        with evaluating(self.model, deferred=True), self.context(), autocast:
             targets = batch["targets"]
             targets = targets[0] if isinstance(targets, (tuple, list)) else targets
             return answers(self.model(**inputs(batch)), targets).log_probs
@@ -160,7 +155,7 @@ class Known:
         return cls(reference, dict(zip(map(bytes, keys), values, strict=True)))
 
 
-def reference_for(
+def scores_for(
     model: nn.Module, reference: nn.Module | Scores | None, precision: torch.dtype | None
 ) -> Scores:
     """What computes the log-probabilities of a reference: see `Referenced.extended`."""

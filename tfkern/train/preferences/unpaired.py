@@ -10,7 +10,7 @@ from tfkern.train.kinds import check_number
 from tfkern.train.objective import Batch, Loss
 from tfkern.train.parallel.model import ROWS, Parallel
 from tfkern.train.preferences.answers import answers
-from tfkern.train.preferences.reference import Extended, Reference, Scores, reference_for
+from tfkern.train.preferences.reference import Extended, Reference, Scores, scores_for
 from tfkern.train.steps import Batches
 
 
@@ -82,7 +82,7 @@ class KTO:
                 no other.
             reference, precision: see `tfkern.train.preferences.DPO.extended`.
         """
-        score = reference_for(model, reference, precision)
+        score = scores_for(model, reference, precision)
         policy, ranks = Reference(model, precision=precision), Parallel.of(model)
 
         def extend(batch: Batch) -> Batch:

@@ -199,14 +199,14 @@ def decoder(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     return {"architecture": "decoder", "head": "lm", "end_token": end, **sized(tokenizer, length)}
 
 
-def encoder_decoder(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    """The fields of an encoder-decoder that writes texts."""
-    ids = decoder_tokens(tokenizer)
+def encoder_decoder(tokenizer: Tokenizer, length: int, start: int | None = None) -> dict[str, Any]:
+    """The fields of an encoder-decoder that writes texts, which begin with the token `start`, or
+    with that of the role bos if None."""
     return {
         "architecture": "encoder_decoder",
         "head": "lm",
-        "start_token": ids["start"],
-        "end_token": ids["end"],
+        "start_token": tokenizer.special_id("bos") if start is None else start,
+        "end_token": tokenizer.special_id("eos"),
         **sized(tokenizer, length),
         **vocabulary.padding(tokenizer),
     }

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tfkern.data import Conversations
+from tfkern.data import IGNORED, Conversations
 from tfkern.train.tasks.batches import (
     Sizes,
     Task,
@@ -44,18 +45,23 @@ def chat(
             if False, such a row is an error.
 
     Raises:
-        ValueError: rows of another form or with more than `length` tokens, or rows of messages
-            without a template.
+        ValueError: rows of another form or with more than `length` tokens, rows of messages
+            without a template, or nothing to learn in what `truncate` leaves.
     """
     check_number("validation", validation, 0, 0.5)
     check_flags(packed=packed, truncate=truncate)
-    rows = read_rows(data, dict)
+    rows = read_rows(data, _checked)
     conversations, text = conversing(rows, sizes.start, tokenizer, template)
     found = conversations.tokenizer
     items = read_rows(data, conversations.item)
     parts = divided(data, rows, validation)
     if not truncate:
         check_lengths(data, [len(item["tokens"]) for item in items], sizes.length)
+    elif all((item["targets"][: sizes.length] == IGNORED).all() for item in items):
+        raise ValueError(
+            f"{data}: the assistant says nothing in the first length = {sizes.length} tokens of "
+            "any row"
+        )
     pad = found.special_id("pad" if "pad" in found.special else "eos")
 
     def make(part: Sequence[int]) -> tuple[Conversations, None]:
@@ -63,3 +69,10 @@ def chat(
 
     config = decoder(found, sizes.length)
     return Task(*batches_of(make, *parts, sizes), config, found, template=text)
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    if "messages" not in row and not {"prompt", "completion"} <= row.keys():
+        told = ", ".join(row) or "nothing"
+        raise ValueError(f'a row must have "messages", or "prompt" and "completion", got {told}')
+    return row

@@ -64,7 +64,7 @@ def pairs(
     def make(part: Sequence[int]) -> tuple[Pairs, None]:
         return Pairs([sides[i] for i in part], sizes.length, start, pad), None
 
-    config = encoder_decoder(found, sizes.length) | {"start_token": start}
+    config = encoder_decoder(found, sizes.length, start)
     return Task(*batches_of(make, *parts, sizes), config, found)
 
 
