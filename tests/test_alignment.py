@@ -16,6 +16,7 @@ from tfkern.models.adapters import load_adapter  # noqa: E402
 from tfkern.train import recipe, run, task  # noqa: E402
 from tfkern.train.lessons import reward_for  # noqa: E402
 from tfkern.train.log import read  # noqa: E402
+from tfkern.train.objectives import check_axes  # noqa: E402
 
 LETTERS = "abcdefgh"
 
@@ -273,3 +274,17 @@ def test_a_reward_model_is_on_the_device_of_the_policy(tmp_path, start):
     found = task("prompts", told, length=16, batch=4, start=start)
     reward = reward_for(str(judge.model), found, torch.device("meta"))
     assert {p.device.type for p in reward.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis", "others"),
+    [
+        ("preferences", "tp", "dp or fsdp"), ("unpaired", "pp", "dp or fsdp"),
+        ("rewards", "cp", "dp or fsdp or tp"), ("prompts", "fsdp", "dp"),
+    ],
+)  # fmt: skip
+def test_axes_along_which_no_model_learns_a_task(kind, axis, others):
+    with pytest.raises(ValueError, match=f"task {kind} takes {others}, got {axis} = 2"):
+        check_axes(kind, {"dp": 1, axis: 2})
+    check_axes(kind, {"dp": 2, axis: 1})
+    check_axes("chat", {"dp": 1, axis: 2})

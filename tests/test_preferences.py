@@ -782,3 +782,13 @@ def copies_a_shared_model():
 
 def test_a_shared_model_is_not_copied(two):
     two(copies_a_shared_model)
+
+
+def refers_to_a_stage():
+    model = parallelise(tiny(), mesh(pp=2, device="cpu"))
+    with pytest.raises(ValueError, match="is spread along pp: use dp or fsdp"):
+        KTO().extended([], model, reference=lambda batch: None)
+
+
+def test_a_stage_of_a_model_is_no_reference(two):
+    two(refers_to_a_stage)

@@ -1,6 +1,6 @@
 """Objectives by their names in recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tfkern.train.kinds import check_choice, make
@@ -24,6 +24,14 @@ OF_TASK = {
     "unpaired": ("kto",),
     "prompts": tuple(FROM_REWARDS),
 }
+# By task, the axes of a mesh along which no model is spread: pairs are whole rows in groups, whose
+# log-probabilities need the whole vocabulary, and a model that writes answers is whole.
+NOT_ALONG = {
+    "preferences": ("tp", "cp", "pp"),
+    "rewards": ("cp", "pp"),
+    "unpaired": ("tp", "cp", "pp"),
+    "prompts": ("fsdp", "tp", "cp", "pp"),
+}
 
 
 def objective(kind: str, **options: Any) -> Objective:
@@ -42,3 +50,13 @@ def check_objective(task: str, kind: Any) -> None:
     """Raises ValueError if a task has no objective of this kind."""
     check_choice("objective", kind, OBJECTIVES)
     check_choice(f"objective of the task {task}", kind, OF_TASK.get(task, ("cross_entropy",)))
+
+
+def check_axes(task: str, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError if no model that learns a task can be spread along axes of these sizes."""
+    for axis in NOT_ALONG.get(task, ()):
+        if sizes.get(axis, 1) > 1:
+            others = " or ".join(x for x in ("dp", "fsdp", "tp") if x not in NOT_ALONG[task])
+            raise ValueError(
+                f"parallel: the task {task} takes {others}, got {axis} = {sizes[axis]}"
+            )

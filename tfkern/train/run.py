@@ -27,6 +27,7 @@ from tfkern.train.flops import count_flops
 from tfkern.train.lessons import lessons_for, no_reference, objective_for, reference_for
 from tfkern.train.log import Log, read
 from tfkern.train.objective import Batch
+from tfkern.train.objectives import check_axes
 from tfkern.train.optimisers import optimiser
 from tfkern.train.parallel import mesh, parallelise
 from tfkern.train.parallel.mesh import AXES, check_sizes, conflict, data_place, processes
@@ -378,6 +379,7 @@ def _mesh(recipe: Recipe, kind: str) -> DeviceMesh | None:
         return None
     if (reason := conflict(sizes)) is not None:
         raise ValueError(f"parallel: {reason}")
+    check_axes(recipe.task, sizes)
     if recipe.compile and sizes.get("pp", 1) > 1:
         raise ValueError("compile must be false with pp: stages are parts of a model")
     return mesh(**sizes, device=kind.partition(":")[0])

@@ -18,7 +18,7 @@ from tfkern.models.loss import IGNORED
 from tfkern.train.evaluate import evaluating
 from tfkern.train.freezing import frozen
 from tfkern.train.objective import Batch
-from tfkern.train.parallel.model import inputs
+from tfkern.train.parallel.model import Parallel, inputs
 from tfkern.train.preferences.answers import answers
 from tfkern.train.steps import Batches
 
@@ -63,6 +63,9 @@ class Reference:
         model: what `steps` takes.
         context: makes the context in which the model runs.
         precision: of autocast, see `steps`.
+
+    Raises:
+        ValueError: a model that is spread along tp, cp or pp.
     """
 
     def __init__(
@@ -72,6 +75,13 @@ class Reference:
         precision: torch.dtype | None = None,
     ) -> None:
         self.model, self.context, self.precision = model, context, precision
+        ranks = Parallel.of(model)
+        for axis in ("tp", "cp", "pp"):
+            if ranks.size(axis) > 1:
+                raise ValueError(
+                    f"log-probabilities need whole rows and the whole vocabulary, and the model is "
+                    f"spread along {axis}: use dp or fsdp"
+                )
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
