@@ -72,3 +72,78 @@ def test_the_best_policy_is_found():
     found = numbers("ppo")
     assert found["start"] < 0.55 and 0.7 < found["optimum"] < 0.85
     assert found["reward"] == pytest.approx(found["optimum"], abs=0.03)
+
+
+# The page on fine-tuning: its command lines run on small data
+
+LETTERS = "abcdefgh"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+)
+REWARD = "def score(prompts, answers, **columns):\n    return [float(len(a)) for a in answers]\n"
+
+
+def small(folder, architecture):
+    import torch
+
+    from tfkern import models, tokenize
+    from tfkern.models import Transformer, TransformerConfig
+
+    found = tokenize.characters([LETTERS])
+    special = {"eos": "<end>", "cls": "<cls>", "sep": "<sep>", "pad": "<pad>"}
+    found = tokenize.Tokenizer(found.backend, special)
+    head = "lm" if architecture == "decoder" else "mlm"
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=found.vocab_size, max_length=32, dim=16, layers=2, heads=2, head=head,
+        architecture=architecture, end_token=found.special_id("eos"),
+    )  # fmt: skip
+    models.save(Transformer(config), folder, form="tfkern")
+    tokenize.save(found, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+@pytest.mark.slow
+def test_the_page_on_fine_tuning(tmp_path, monkeypatch, one_thread):
+    """Its command lines, in their order, and its code."""
+    pytest.importorskip("grain")
+    pytest.importorskip("datatrove")
+    import torch
+    import yaml
+
+    from tfkern.train import recipe, run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tfkern.train.chart.draw", lambda *arguments: None)
+    small(tmp_path / "minilm", "encoder")
+    small(tmp_path / "base", "decoder")
+    words = [a + b + c for a in LETTERS for b in LETTERS for c in "abc"][:60]
+    rows = {
+        "texts": [{"text": w, "label": w[0] < "c"} | {"label": int(w[1] < "e")} for w in words],
+        "chat": [{"messages": [{"role": r, "content": w} for r in ("user", "assistant")]}
+                 for w in words],
+        "pairs": [{"prompt": w, "chosen": "a" + w, "rejected": "b"} for w in words],
+        "prompts": [{"prompt": w} for w in words],
+    }  # fmt: skip
+    for name, found in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    (tmp_path / "rewards.py").write_text(REWARD)
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    commands = [x.split()[2:] for x in page.splitlines() if x.startswith("    tfkern train")]
+    assert [x[0] for x in commands[:6]] == "classification chat dpo rewards ppo grpo".split()
+    least = {"steps": 2, "batch": 4, "accumulate": 1, "length": 16, "evaluate_every": 2,
+             "evaluation_batches": 1, "precision": "float32", "device": "cpu",
+             "schedule": {"kind": "constant"}}  # fmt: skip
+    for name, *told in commands[:6]:
+        changes = {k: yaml.safe_load(v) for k, _, v in (x.partition("=") for x in told)}
+        if name in ("ppo", "grpo"):
+            changes |= {"rollouts.max_tokens": 4}
+        found = run(recipe.load(name, changes | least))
+        assert found.reason == "steps" and (found.model / "config.json").exists()
+    assert (tmp_path / "runs/chat/adapter/adapter_config.json").exists()
+    for name, *told in commands[6:]:
+        told += [f"{k}={json.dumps(v)}" for k, v in least.items()]
+        program = [sys.executable, "-m", "tfkern_program", "train", name, *told]
+        subprocess.run(program, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    code = page.partition("```python\n")[2].partition("```")[0]
+    exec(code, {"tokens": torch.randint(8, (1, 9))})
