@@ -20,7 +20,7 @@ from tfkern.generate import GREEDY, generate
 from tfkern.models import Transformer, TransformerConfig
 from tfkern.train import CrossEntropy, adamw, evaluate, schedule, steps, task
 
-STEPS = 400
+STEPS = 700
 TEMPLATE = (
     "{% for message in messages %}"
     "{{ '?' if message.role == 'user' else '!' }}{{ message.content }}"
