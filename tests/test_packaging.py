@@ -20,7 +20,7 @@ UNWANTED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build", 
 def tree(tmp_path_factory):
     """The files of the checkout without what was built in it."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("csrc", "kernels", "tfkern", "benchmarks", "tests"):
+    for name in ("csrc", "kernels", "tfkern", "benchmarks", "examples", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=UNWANTED)
     for name in (
         "setup.py",
