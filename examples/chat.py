@@ -73,8 +73,7 @@ asked = [x for x in (conversation(rng)[:2] for _ in range(300)) if x[0]["content
 prompts = [chat.prompt({"prompt": x[:1]}).tolist() for x in asked]
 answers = [tokenizer.decode(row) for row in generate(model, prompts, 10, sampling=GREEDY)]
 right = [a == x[1]["content"] for a, x in zip(answers, asked, strict=True)]
-for answer, (question, _) in list(zip(answers, asked, strict=True))[:4]:
-    print(f"  {question['content']}: {answer}")
+print(*(f"{x[0]['content']}: {a}" for a, x in zip(answers[:4], asked, strict=False)), sep="\n")
 share = sum(right) / len(right)
 print(f"{share:.1%} of {len(right)} answers to new questions are right")
 print(json.dumps({"right": share, "questions": len(right)}))

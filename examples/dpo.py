@@ -54,11 +54,8 @@ def look(title):
         chosen, rejected = objective.rewards(model(held["tokens"]), held).unbind(1)
     rows = [[*draw(PROMPT), END] for _ in range(200)]
     rows = [p + a.tolist() for p, a in zip(rows, generate(model, rows, ANSWER), strict=True)]
-    told = {
-        "right": (chosen > rejected).float().mean().item(),
-        "margin": (chosen - rejected).mean().item(),
-        "vowels": sum(map(vowels, rows)) / len(rows),
-    }
+    right, margin = (chosen > rejected).float().mean().item(), (chosen - rejected).mean().item()
+    told = {"right": right, "margin": margin, "vowels": sum(map(vowels, rows)) / len(rows)}
     print(title, told, *("".join(LETTERS[x] for x in row) for row in rows[:5]))
     return told
 
