@@ -22,22 +22,24 @@ LEFT_OUT = "compile or opcheck or vmap or share_no_memory or changes_in_place or
 CHOSEN = f"native and not ({LEFT_OUT} or products_of_native)"
 
 
-# Sanitizers make it several times slower: a case of each kind always, all of them as slow tests.
+# Sanitizers make it several times slower: a case of each kind always, all of them as slow tests. Of
+# attention, which takes longer than all others together, even these are slow tests.
 SOME = (
     f"{CHOSEN} and (each_value or activations or long_rows or (bfloat16 and (matches or residual)))"
 )
 
 
-@pytest.mark.parametrize(
-    "flavour, order, chosen",
-    [
-        ("plain", 1, CHOSEN),
-        ("sanitized", 7, SOME),
-        pytest.param("sanitized", 0, CHOSEN, marks=pytest.mark.slow),
-    ],
-    ids=["plain", "sanitized", "all sanitized"],
-)
-@pytest.mark.parametrize("op", OPS)
+def runs(op):
+    some = pytest.mark.slow if op == "attention" else ()
+    for label, marks, *run in (
+        ("plain", (), "plain", 1, CHOSEN),
+        ("sanitized", some, "sanitized", 7, SOME),
+        ("all sanitized", pytest.mark.slow, "sanitized", 0, CHOSEN),
+    ):
+        yield pytest.param(op, *run, marks=marks, id=f"{op}-{label}")
+
+
+@pytest.mark.parametrize("op, flavour, order, chosen", [run for op in OPS for run in runs(op)])
 def test_op_tests_pass_on_the_host(op, flavour, order, chosen):
     tests = (emulation.ROOT / "tests").glob(f"test_{op}*.py")
     result = emulation.pytest("-k", chosen, *tests, flavour=flavour, order=order)
