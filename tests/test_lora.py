@@ -239,7 +239,7 @@ def test_layers_without_weights_refuse_to_merge():
         ({"alpha": math.nan}, "alpha must be finite"),
         ({"dropout": -0.1}, "dropout must lie in"),
         ({"dropout": 1.0}, "dropout must lie below 1"),
-        ({"dtype": torch.int8}, "dtype must be floating, got torch.int8"),
+        ({"dtype": torch.int8}, "dtype must be a floating torch.dtype, got torch.int8"),
     ],
 )
 def test_options_are_checked(options, told):
