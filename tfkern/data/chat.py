@@ -253,7 +253,8 @@ class _Shield:
 def _unused(text: str) -> Iterator[str]:
     """Characters that a text does not have. JSON writes the first one as it is, even in ASCII."""
     known = set(text)
-    return (c for c in map(chr, (0x7F, *range(0xF0000, 0x10FFFE))) if c not in known)
+    every = itertools.chain([0x7F], range(0xF0000, 0x10FFFE))  # too many to be made at once
+    return (c for c in map(chr, every) if c not in known)
 
 
 def _cut_out(text: str, before: str, after: str) -> tuple[str, list[tuple[int, int]]]:
