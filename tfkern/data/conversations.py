@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tfkern.data.packed import best_fit
-from tfkern.data.sources import IGNORED, Item, padded, positive, within
+from tfkern.data.packed import best_fit, side_by_side
+from tfkern.data.sources import Item, positive, within
 
 
 class Conversations:
@@ -32,10 +32,10 @@ class Conversations:
         if not items:
             raise ValueError("there are no conversations")
         self.length, self.pad, self.packed = positive(length), pad, packed
-        self._items = [{name: x[:length] for name, x in item.items()} for item in items]
+        self._parts = [(item["tokens"][:length], item["targets"][:length]) for item in items]
         rows = np.arange(len(items))
         if packed:
-            rows = best_fit(np.array([len(item["tokens"]) for item in self._items]), length)
+            rows = best_fit(np.array([len(tokens) for tokens, _ in self._parts]), length)
         self._order = np.argsort(rows, kind="stable")
         self._first = np.searchsorted(rows[self._order], np.arange(rows.max() + 2))
 
@@ -44,13 +44,9 @@ class Conversations:
 
     def __getitem__(self, i: int) -> Item:
         i = within(i, self)
-        own = [self._items[k] for k in self._order[self._first[i] : self._first[i + 1]]]
-        tokens, targets = (np.concatenate([x[name] for x in own]) for name in ("tokens", "targets"))
-        item = {
-            "tokens": padded(tokens, self.length, self.pad),
-            "targets": padded(targets, self.length, IGNORED),
-        }
-        if not self.packed:
-            return item | {"mask": np.array(len(tokens))}
-        numbers = np.repeat(np.arange(len(own)), [len(x["tokens"]) for x in own])
-        return item | {"documents": padded(numbers, self.length, len(own))}
+        parts = [self._parts[k] for k in self._order[self._first[i] : self._first[i + 1]]]
+        item = side_by_side(parts, self.length, self.pad)
+        if not self.packed:  # a mask says the same of one conversation, and costs less
+            del item["documents"]
+            item["mask"] = np.array(len(parts[0][0]))
+        return item

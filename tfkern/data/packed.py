@@ -1,5 +1,7 @@
 """Whole documents side by side in rows of one length."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tfkern.data.shards import Shards
@@ -48,13 +50,7 @@ class Packed:
         i = within(i, self)
         parts = slice(self._first[i], self._first[i + 1])
         spans = list(zip(self._starts[parts].tolist(), self._stops[parts].tolist(), strict=True))
-        rows = [self._part(*span) for span in spans]
-        numbers = np.repeat(np.arange(len(spans)), [b - a for a, b in spans])
-        return {
-            "tokens": padded(np.concatenate([t for t, _ in rows]), self.length, self.pad),
-            "targets": padded(np.concatenate([t for _, t in rows]), self.length, IGNORED),
-            "documents": padded(numbers, self.length, len(spans)),
-        }
+        return side_by_side([self._part(*span) for span in spans], self.length, self.pad)
 
     def _part(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets of a part. Only the last part of a document has no target behind."""
@@ -64,6 +60,23 @@ class Packed:
         known = stop - start if numbers[0] == numbers[-1] and after > stop else stop - start - 1
         targets[:known] = tokens[1 : known + 1]
         return tokens[: stop - start], targets
+
+
+def side_by_side(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad: int) -> Item:
+    """One row of several parts, each of which is a document, and padding, which is one more.
+
+    Args:
+        parts: the tokens and the targets of each.
+        length: of the row.
+        pad: token at padding.
+    """
+    tokens, targets = (np.concatenate(each) for each in zip(*parts, strict=True))
+    numbers = np.repeat(np.arange(len(parts)), [len(part) for part, _ in parts])
+    return {
+        "tokens": padded(tokens, length, pad),
+        "targets": padded(targets, length, IGNORED),
+        "documents": padded(numbers, length, len(parts)),
+    }
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
