@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.dropout, self.enabled = float(dropout), True
         self.base = base.requires_grad_(False)
-        if dora and not self.has_weight:
+        if dora and not has_weight(base):
             told = type(base).__name__
             raise ValueError(f"dora needs a base with a weight of floating numbers, got {told}")
         like = base.packed if isinstance(base, PackedLinear) else base.weight
@@ -106,13 +106,6 @@ class LoRALinear(nn.Module):
     def bias(self) -> Any:
         """The bias of the base, or None."""
         return self.base.bias
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether the base has a weight of floating numbers as a parameter of its own, into which
-        the adapter can be merged."""
-        weight = self.base._parameters.get("weight")
-        return weight is not None and weight.is_floating_point()
 
     @property
     def acting(self) -> Any:
@@ -156,7 +149,7 @@ class LoRALinear(nn.Module):
 
     def check_mergeable(self) -> None:
         """Raises ValueError if the base has no weight into which the adapter can be merged."""
-        if not self.has_weight:
+        if not has_weight(self.base):
             told = type(self.base).__name__
             raise ValueError(f"{told} has no weight of floating numbers to merge an adapter into")
         if hasattr(self.base.weight, "placements"):  # a DTensor
@@ -193,6 +186,13 @@ def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can be put on the module."""
     kinds = (nn.Linear, Int8Linear, PackedLinear)
     return isinstance(module, kinds) or _is_transposed(module)
+
+
+def has_weight(base: nn.Module) -> bool:
+    """Whether a layer has a weight of floating numbers as a parameter of its own, into which an
+    adapter can be merged."""
+    weight = base._parameters.get("weight")
+    return weight is not None and weight.is_floating_point()
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tfkern.models.adapters.place import (
     UNTRAINED,
     check_target,
-    freeze,
     layers,
     put,
     train_whole,
@@ -103,7 +102,7 @@ def put_numbers(model: nn.Module, numbers: Numbers) -> None:
         ValueError: numbers that do not fit the model, which is then as it was.
     """
     _check(model, numbers)
-    freeze(model)
+    model.requires_grad_(False)
     train_whole(model, list(numbers.trained))
     for name, theirs in numbers.layers.items():
         layer = LoRALinear(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from tfkern.nn.lora import LoRALinear, check_options, has_adapters, is_linear
+from tfkern.nn.lora import LoRALinear, check_options, has_adapters, has_weight, is_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 ALL_LINEAR = "all-linear"
@@ -73,7 +73,7 @@ def adapt(
         raise ValueError(f"targets {_told(targets)} fit no layer beside those in trained")
     for name in names:
         check_target(model, name, dora)
-    freeze(model)
+    model.requires_grad_(False)
     train_whole(model, whole)
     for name in names:
         base = model.get_submodule(name)
@@ -212,14 +212,14 @@ def lay_out(model: nn.Module, *parts: Layout) -> None:
     """Gives a model without adapters fresh ones of these layouts, which those of its parts are."""
     if not any(part.layers for part in parts):
         return
-    freeze(model)
+    model.requires_grad_(False)
     for part in parts:
         train_whole(model, part.trained)
         for name, options in part.layers.items():
             put(model, name, LoRALinear(model.get_submodule(name), **options))
 
 
-# What adapters are made of
+# The functions below are for the other files of this folder, too.
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -236,12 +236,6 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module in the place of the one of that name."""
     parent, _, own = name.rpartition(".")
     model.get_submodule(parent)._modules[own] = module
-
-
-def freeze(model: nn.Module) -> None:
-    """Makes no parameter train."""
-    for p in model.parameters():
-        p.requires_grad_(False)
 
 
 def train_whole(model: nn.Module, names: Sequence[str]) -> None:
@@ -267,7 +261,7 @@ def check_target(model: nn.Module, name: str, dora: bool) -> None:
     if not is_linear(layer):
         kind = type(layer).__name__
         raise ValueError(f"targets: {name} is no linear layer, but {kind}")
-    if dora and not getattr(layer._parameters.get("weight"), "is_floating_point", bool)():
+    if dora and not has_weight(layer):
         raise ValueError(f"dora needs weights of floating numbers, and those of {name} are not")
     parent = model.get_submodule(name.rpartition(".")[0])
     readers: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
