@@ -388,7 +388,7 @@ def test_what_reads_weights_refuses_adapters(tmp_path):
     assert torch.equal(still(load(tmp_path / "model"), "decoder"), still(tiny(), "decoder"))
 
 
-# Which layers
+# The choice of layers
 
 
 def test_targets_are_those_of_peft():

@@ -631,15 +631,14 @@ class _Heap(ctypes.Structure):
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc does not tell what is in use"
 )
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-def test_calls_leave_no_memory_in_use(call, one_thread):
+def test_calls_leave_no_memory_in_use(call, run, one_thread):
     """Not even the bytes of a string: they would keep large freed blocks beside them apart."""
     used = ctypes.CDLL(None).mallinfo2
     used.restype = _Heap
     operator, args = call()
-    arguments, function = list(args.values()), getattr(OPS, operator)
-    counts = []
+    counts, calls = [], 50
     for _ in range(4):
-        for _ in range(200):
-            function(*arguments)
+        for _ in range(calls):
+            run(operator, args)
         counts.append(used().uordblks)
-    assert counts[-1] - counts[-2] < 200 * 16  # the smallest block that could leak has 32
+    assert counts[-1] - counts[-2] < calls * 16  # the smallest block that could leak has 32

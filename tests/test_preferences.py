@@ -728,7 +728,7 @@ def test_reward_models_learn(architecture):
     assert found.accuracies[0] >= 0.98
 
 
-# What does not fit
+# Errors of batches and options
 
 
 @pytest.mark.parametrize("kind, options, message", [

@@ -34,6 +34,7 @@ from tfkern.train.policy import (
     TextReward,
     critic_of,
 )
+from tfkern.train.preferences import DPO, IPO, KTO, ORPO, Hinge, Rewards, SimPO
 from tfkern.train.recipe import Recipe
 from tfkern.train.run import Outcome, run
 from tfkern.train.schedules import schedule
@@ -41,21 +42,28 @@ from tfkern.train.steps import Record, steps
 from tfkern.train.tasks import Task, task
 
 __all__ = [
-    "GRPO",
-    "PPO",
-    "RLOO",
     "ActorCritic",
     "CrossEntropy",
+    "DPO",
     "Evaluation",
+    "GRPO",
+    "Hinge",
+    "IPO",
+    "KTO",
     "Lion",
     "Loss",
     "ModelReward",
+    "ORPO",
     "Objective",
     "Outcome",
+    "PPO",
     "Prompts",
+    "RLOO",
     "Recipe",
     "Record",
+    "Rewards",
     "Rollouts",
+    "SimPO",
     "Task",
     "TextReward",
     "adafactor",

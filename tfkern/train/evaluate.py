@@ -58,10 +58,10 @@ def evaluate(
     def measure(output: Any, batch: Batch) -> Tensor:
         loss = objective(output, batch)
         count = loss.count.to(device)
-        found = [loss.mean.double() * count, count.double()]
+        parts = [loss.mean.double() * count, count.double()]
         if right is not None:
-            found.append(right(output, batch).to(device).double())
-        return torch.cat(found)
+            parts.append(right(output, batch).to(device).double())
+        return torch.cat(parts)
 
     with evaluating(model):
         for batch in batches:

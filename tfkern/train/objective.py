@@ -40,7 +40,9 @@ class Objective(Protocol):
     The keys of a batch are arguments of the model, and "targets".
 
     An objective may also have `right(output, batch)`, (terms,) integers: how many of the things
-    that the loss is a mean over the model gets right. `evaluate` then tells their share.
+    that the loss is a mean over the model gets right. `evaluate` then tells their share. And it may
+    have `extended(batches, model, **options)`, batches with what the loss needs beside the data,
+    such as log-probabilities under the model as it is before the first step.
     """
 
     def __call__(self, output: Any, batch: Batch, /) -> Loss: ...

@@ -4,29 +4,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tfkern.train.kinds import check_choice, make
-from tfkern.train.objective import CrossEntropy, Objective
+from tfkern.train.objective import Objective
 from tfkern.train.policy import OBJECTIVES as FROM_REWARDS
 from tfkern.train.preferences import PREFERENCES
 
-
-def cross_entropy(*, label_smoothing: float = 0.0, z_loss: float = 0.0) -> CrossEntropy:
-    """See `tfkern.train.CrossEntropy`."""
-    return CrossEntropy(label_smoothing, z_loss)
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "cross_entropy": cross_entropy, **PREFERENCES, **FROM_REWARDS,
-}  # fmt: skip
-# By task; those that are not here have the cross entropy.
-OF_TASK = {
+OBJECTIVES: dict[str, Callable[..., Objective]] = {**PREFERENCES, **FROM_REWARDS}
+# These are the objectives of tasks. All other tasks have the cross entropy.
+_OF_TASK = {
     "preferences": ("dpo", "hinge", "ipo", "simpo", "orpo"),
     "rewards": ("rewards",),
     "unpaired": ("kto",),
     "prompts": tuple(FROM_REWARDS),
 }
-# By task, the axes of a mesh along which no model is spread: pairs are whole rows in groups, whose
-# log-probabilities need the whole vocabulary, and a model that writes answers is whole.
-NOT_ALONG = {
+# A model that learns one of these tasks cannot be spread along these axes of a mesh: pairs are rows
+# in groups, whose log-probabilities need the whole vocabulary, and a model that writes is whole.
+_NOT_ALONG = {
     "preferences": ("tp", "cp", "pp"),
     "rewards": ("cp", "pp"),
     "unpaired": ("tp", "cp", "pp"),
@@ -48,15 +40,15 @@ def objective(kind: str, **options: Any) -> Objective:
 
 def check_objective(task: str, kind: Any) -> None:
     """Raises ValueError if a task has no objective of this kind."""
-    check_choice("objective", kind, OBJECTIVES)
-    check_choice(f"objective of the task {task}", kind, OF_TASK.get(task, ("cross_entropy",)))
+    check_choice("objective", kind, ("cross_entropy", *OBJECTIVES))
+    check_choice(f"objective of the task {task}", kind, _OF_TASK.get(task, ("cross_entropy",)))
 
 
 def check_axes(task: str, sizes: Mapping[str, int]) -> None:
     """Raises ValueError if no model that learns a task can be spread along axes of these sizes."""
-    for axis in NOT_ALONG.get(task, ()):
+    for axis in _NOT_ALONG.get(task, ()):
         if sizes.get(axis, 1) > 1:
-            others = " or ".join(x for x in ("dp", "fsdp", "tp") if x not in NOT_ALONG[task])
+            others = " or ".join(x for x in ("dp", "fsdp", "tp") if x not in _NOT_ALONG[task])
             raise ValueError(
                 f"parallel: the task {task} takes {others}, got {axis} = {sizes[axis]}"
             )

@@ -137,10 +137,10 @@ class _Run:
         # Before the weights of a checkpoint are there: a reference is the model at the start.
         reference = reference_for(recipe, self.objective, self.model, self.precision)
         self.flops, self.writes = 0, isinstance(self.objective, FromRewards)
-        rows = self.task.batches[0]
-        self.tokens = recipe.batch * recipe.length if self.writes else size(rows) * world
+        batch = self.task.batches[0]
+        self.tokens = recipe.batch * recipe.length if self.writes else size(batch) * world
         if grid is not None:  # a model that is spread over processes cannot be counted
-            self.flops = first(lambda: self._count_flops(rows), self.many) * world
+            self.flops = first(lambda: self._count_flops(batch), self.many) * world
             if recipe.compile:
                 self.model.compile()
             options = {name: x for name, x in recipe.parallel.items() if name not in AXES}

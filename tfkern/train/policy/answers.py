@@ -38,7 +38,7 @@ class Answers(NamedTuple):
         return self.tokens != IGNORED
 
 
-def log_probs(logits: Logits, tokens: Tensor, temperature: float) -> Tensor:
+def tempered_log_probs(logits: Logits, tokens: Tensor, temperature: float) -> Tensor:
     """The log-probabilities (B, T) of tokens that are drawn at a temperature, 0 at -100."""
     return models.log_probs(tempered(logits, temperature), tokens)
 

@@ -21,7 +21,7 @@ from tfkern.train.policy.advantages import (
     leave_one_out,
     whiten,
 )
-from tfkern.train.policy.answers import Answers, log_probs, tempered, whole
+from tfkern.train.policy.answers import Answers, tempered, tempered_log_probs, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class FromRewards:
         raise NotImplementedError
 
     def _new(self, logits: Logits, answers: Answers) -> Tensor:
-        return log_probs(logits, answers.tokens, self.temperature)
+        return tempered_log_probs(logits, answers.tokens, self.temperature)
 
     def _clipped(self, log_ratio: Tensor, advantages: Tensor) -> Tensor:
         """The clipped loss of each token or answer."""

@@ -8,7 +8,26 @@ import numpy as np
 from tfkern.data import order
 
 
-class Prompts:
+class Columns(Sequence[dict[str, list[Any]]]):
+    """Batches of rows that are kept as columns.
+
+    Args:
+        columns: something for each row, by name.
+        numbers: batches of the numbers of rows, those of `Numbers`.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]], numbers: Any) -> None:
+        self.columns, self._numbers = columns, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, step: Any) -> Any:
+        rows = self._numbers[step]["row"].tolist()
+        return {name: [column[i] for i in rows] for name, column in self.columns.items()}
+
+
+class Prompts(Columns):
     """Batches of prompts without end, in an order that a seed and the step determine.
 
         prompts = Prompts([[5, 7], [3]], 2, answer=["12", "4"])
@@ -39,11 +58,8 @@ class Prompts:
                 raise ValueError(f"{name} must have {len(rows)} values, got {len(column)}")
         if empty := [i for i, row in enumerate(rows) if not len(row)]:
             raise ValueError(f"prompt {empty[0]} has no tokens")
-        self.columns: Mapping[str, Sequence[Any]] = {"prompt": rows, **columns}
-        self._numbers = order([Numbers(len(rows))], batch, seed, rank=rank, world=world)
-
-    def __getitem__(self, step: int) -> dict[str, list[Any]]:
-        return chosen(self.columns, self._numbers[step])
+        numbers = order([Numbers(len(rows))], batch, seed, rank=rank, world=world)
+        super().__init__({"prompt": rows, **columns}, numbers)
 
 
 class Numbers:
@@ -57,9 +73,3 @@ class Numbers:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {"row": np.array(i)}
-
-
-def chosen(columns: Mapping[str, Sequence[Any]], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of the rows whose numbers are told."""
-    rows = numbers["row"].tolist()
-    return {name: [column[i] for i in rows] for name, column in columns.items()}

@@ -14,13 +14,13 @@ from tfkern.models.loss import IGNORED
 from tfkern.train.evaluate import evaluating
 from tfkern.train.kinds import check_integer, check_number
 from tfkern.train.parallel.model import ROWS, Parallel
-from tfkern.train.policy.answers import Answers, log_probs
+from tfkern.train.policy.answers import Answers, tempered_log_probs
 from tfkern.train.policy.critic import ActorCritic, check_repeats
 from tfkern.train.policy.objective import FromRewards
 from tfkern.train.policy.rewards import Reward, numbers
 from tfkern.train.steps import Batches
 
-Reference = nn.Module | Callable[[], AbstractContextManager[Any]]
+_Reference = nn.Module | Callable[[], AbstractContextManager[Any]]
 
 
 class Round(NamedTuple):
@@ -104,7 +104,7 @@ class Rollouts:
         samples: int = 1,
         epochs: int = 1,
         minibatches: int = 1,
-        reference: Reference | None = None,
+        reference: _Reference | None = None,
         missing_end: float = 0.0,
         end_tokens: Sequence[int] | None = None,
         rows: int | None = None,
@@ -259,12 +259,14 @@ class Rollouts:
                 tokens, mask, targets = (batch[name][piece] for name in _INPUTS)
                 output = self._module(tokens, mask=mask)
                 logits, value = output if self.objective.critic else (output, None)
-                olds.append(log_probs(logits, targets, self.objective.temperature))
+                olds.append(tempered_log_probs(logits, targets, self.objective.temperature))
                 if value is not None:
                     values.append(torch.where(targets != IGNORED, value, 0).to(olds[-1].dtype))
                 if self.reference is not None:
                     logits = self._by_reference(tokens, mask)
-                    references.append(log_probs(logits, targets, self.objective.temperature))
+                    references.append(
+                        tempered_log_probs(logits, targets, self.objective.temperature)
+                    )
         old = torch.cat(olds)
         reference = torch.cat(references) if references else None
         return old, reference, torch.cat(values) if values else None

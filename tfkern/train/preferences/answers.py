@@ -9,7 +9,7 @@ from tfkern.models.heads import DeferredLogits
 from tfkern.models.loss import IGNORED
 
 
-class Answers(NamedTuple):
+class AnswerLogProbs(NamedTuple):
     """What a model thinks of the answers of some rows.
 
     Attributes:
@@ -26,7 +26,7 @@ class Answers(NamedTuple):
         return self.log_probs / self.lengths.clamp(min=1)
 
 
-def answers(output: Any, targets: Tensor) -> Answers:
+def answers(output: Any, targets: Tensor) -> AnswerLogProbs:
     """The answers that targets (..., T) are, by the logits of a language model.
 
     Padding has no targets, so that no answer depends on it.
@@ -36,4 +36,4 @@ def answers(output: Any, targets: Tensor) -> Answers:
     """
     if not isinstance(output, (Tensor, DeferredLogits)):
         raise ValueError(f'the model must have the head "lm", got {type(output).__name__}')
-    return Answers(log_probs(output, targets).sum(-1), (targets != IGNORED).sum(-1))
+    return AnswerLogProbs(log_probs(output, targets).sum(-1), (targets != IGNORED).sum(-1))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tfkern.models.loss import IGNORED
 from tfkern.train.kinds import check_flag, check_number
 from tfkern.train.objective import Batch, CrossEntropy, Loss
-from tfkern.train.preferences.answers import Answers, answers
+from tfkern.train.preferences.answers import AnswerLogProbs, answers
 from tfkern.train.preferences.reference import Extended, Scores, scores_for
 from tfkern.train.steps import Batches
 
@@ -33,7 +33,7 @@ class Pairs:
     def __post_init__(self) -> None:
         check_number("nll", self.nll, 0, 1e6)
 
-    def score(self, found: Answers, batch: Batch) -> Tensor:
+    def score(self, found: AnswerLogProbs, batch: Batch) -> Tensor:
         """(B, 2), the scores of the chosen and of the rejected answers."""
         raise NotImplementedError
 
@@ -90,7 +90,7 @@ class Referenced(Pairs):
         check_number("beta", self.beta, 1e-6, 1e6)
         check_flag("per_token", self.per_token)
 
-    def score(self, found: Answers, batch: Batch) -> Tensor:
+    def score(self, found: AnswerLogProbs, batch: Batch) -> Tensor:
         reference = batch["targets"][1] if isinstance(batch["targets"], (tuple, list)) else None
         if reference is None or reference.shape != found.log_probs.shape:
             raise ValueError(
@@ -197,7 +197,7 @@ class SimPO(Pairs):
         check_number("gamma", self.gamma, 0, 1e6)
         _check_smoothing(self.label_smoothing)
 
-    def score(self, found: Answers, batch: Batch) -> Tensor:
+    def score(self, found: AnswerLogProbs, batch: Batch) -> Tensor:
         return self.beta * found.per_token
 
     def loss(self, margin: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class ORPO(Pairs):
         super().__post_init__()
         check_number("weight", self.weight, 0, 1e6)
 
-    def score(self, found: Answers, batch: Batch) -> Tensor:
+    def score(self, found: AnswerLogProbs, batch: Batch) -> Tensor:
         # an answer that is certain would have infinite odds
         p = found.per_token.clamp(max=-torch.finfo(found.log_probs.dtype).eps)
         return p - (-p.expm1()).log()

@@ -1,8 +1,7 @@
 """The log-probabilities that a reference gives to answers, and batches that have them."""
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ from tfkern.train.freezing import frozen
 from tfkern.train.objective import Batch
 from tfkern.train.parallel.model import Parallel, inputs
 from tfkern.train.preferences.answers import answers
-from tfkern.train.steps import Batches
 
 Scores = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class Extended:
+class Extended(Sequence[Batch]):
     """Batches, each with what an objective needs beside.
 
     Attributes:
@@ -34,22 +32,14 @@ class Extended:
         extend: makes a batch of each, whenever it is asked for.
     """
 
-    batches: Batches
+    batches: Any
     extend: Callable[[Batch], Batch]
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.extend(self.batches[step])
-
     def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for step in itertools.count():
-            try:
-                batch = self.batches[step]
-            except IndexError:
-                return
-            yield self.extend(batch)
+    def __getitem__(self, step: Any) -> Any:
+        return self.extend(self.batches[step])
 
 
 class Reference:
@@ -79,7 +69,7 @@ class Reference:
         for axis in ("tp", "cp", "pp"):
             if ranks.size(axis) > 1:
                 raise ValueError(
-                    f"log-probabilities need whole rows and the whole vocabulary, and the model is "
+                    "log-probabilities need whole rows and the whole vocabulary, and the model is "
                     f"spread along {axis}: use dp or fsdp"
                 )
 

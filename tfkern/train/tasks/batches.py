@@ -11,6 +11,7 @@ import numpy as np
 from tfkern.data import order
 from tfkern.data.order import Source, stack
 from tfkern.tokenize import Tokenizer
+from tfkern.train.kinds import check_flag
 from tfkern.train.objective import Batch
 from tfkern.train.steps import Batches
 from tfkern.train.tasks import vocabulary
@@ -68,9 +69,7 @@ def check_sizes(
     """
     folder = None if start is None else Path(start)
     found = Sizes(length, batch, seed, validation_batches, rank, world, folder)
-    for name, value in found._asdict().items():
-        if name == "start":
-            continue
+    for name, value in zip(found._fields[:-1], found[:-1], strict=True):
         least = 0 if name in ("seed", "rank") else 1
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
@@ -82,8 +81,7 @@ def check_sizes(
 def check_flags(**flags: Any) -> None:
     """Raises ValueError for options that are neither true nor false."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
+        check_flag(name, value)
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:

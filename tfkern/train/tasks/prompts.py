@@ -1,14 +1,12 @@
 """The task of answering prompts, whose answers a reward tells good from bad."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfkern import files
 from tfkern.data import order
 from tfkern.train.kinds import check_integer
-from tfkern.train.policy.prompts import Numbers, chosen
+from tfkern.train.policy.prompts import Columns, Numbers
 from tfkern.train.tasks.batches import Sizes, Task, Validation, check_number, sized
 from tfkern.train.tasks.conversing import conversing
 from tfkern.train.tasks.lines import divided, read_rows
@@ -80,25 +78,6 @@ def prompts(
         config["end_token"] = found.special_id("eos")
     batched = Columns(of(training), batches), Columns(of(held), tests)
     return Task(*batched, config, found, template=text)
-
-
-@dataclass(frozen=True)
-class Columns(Sequence[dict[str, Any]]):
-    """Batches of the rows of columns, as lists.
-
-    Attributes:
-        columns: something for each row, by name.
-        numbers: batches of the numbers of rows.
-    """
-
-    columns: dict[str, list[Any]]
-    numbers: Any
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, step: Any) -> Any:
-        return chosen(self.columns, self.numbers[step])
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:

@@ -119,13 +119,17 @@ def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> l
             part of it, such as those of a template, are empty.
     """
     found: list[int | None] = []
-    end = place = 0
+    start = place = 0
     for word in words:
-        start, end = (end + 1 if found else 0), (end + 1 if found else 0) + len(word)
-        while place < len(offsets) and (
-            offsets[place][1] <= start or offsets[place][0] == offsets[place][1]
-        ):
+        end = start + len(word)
+        while place < len(offsets) and _is_before(offsets[place], start):
             place += 1
         inside = place < len(offsets) and offsets[place][0] < end
         found.append(place if inside else None)
+        start = end + 1
     return found
+
+
+def _is_before(span: tuple[int, int], start: int) -> bool:
+    """Whether a token ends before a place, or stands for no letter."""
+    return span[1] <= start or span[0] == span[1]
