@@ -607,6 +607,11 @@ def passes(result):
     assert " passed" in result.stdout
 
 
+def schema(operator):
+    """The types of an operator's arguments."""
+    return [str(x.type) for x in getattr(OPS, operator).default._schema.arguments]
+
+
 class _Heap(ctypes.Structure):
     """What mallinfo2 of the GNU C library returns; `uordblks` are the bytes in use."""
 
@@ -631,12 +636,14 @@ class _Heap(ctypes.Structure):
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc does not tell what is in use"
 )
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-def test_calls_leave_no_memory_in_use(call, run, one_thread):
+def test_calls_leave_no_memory_in_use(call, run, one_thread, request):
     """Not even the bytes of a string: they would keep large freed blocks beside them apart."""
     used = ctypes.CDLL(None).mallinfo2
     used.restype = _Heap
     operator, args = call()
-    counts, calls = [], 50
+    if request.node.callspec.params["run"] == "host" and "str" not in schema(operator):
+        pytest.skip("threads that stand for a GPU's have memory of their own, which comes and goes")
+    counts, calls = [], 200
     for _ in range(4):
         for _ in range(calls):
             run(operator, args)

@@ -53,7 +53,8 @@ def objective_for(recipe: Recipe) -> Objective:
         return objective(**recipe.objective)
     if len(recipe.objective) > 1:
         raise ValueError("objective cross_entropy has its options as values of the recipe itself")
-    return CrossEntropy(recipe.label_smoothing, recipe.z_loss, recipe.weights)
+    options = {name: getattr(recipe, name) for name in ("label_smoothing", "z_loss", "weights")}
+    return objective("cross_entropy", **options)
 
 
 def reference_for(

@@ -1,14 +1,24 @@
 """Objectives by their names in recipes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tfkern.train.kinds import check_choice, make
-from tfkern.train.objective import Objective
+from tfkern.train.objective import CrossEntropy, Objective
 from tfkern.train.policy import OBJECTIVES as FROM_REWARDS
 from tfkern.train.preferences import PREFERENCES
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {**PREFERENCES, **FROM_REWARDS}
+
+def cross_entropy(
+    *, label_smoothing: float = 0.0, z_loss: float = 0.0, weights: Sequence[float] | None = None
+) -> CrossEntropy:
+    """See `tfkern.train.CrossEntropy`."""
+    return CrossEntropy(label_smoothing, z_loss, weights)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "cross_entropy": cross_entropy, **PREFERENCES, **FROM_REWARDS,
+}  # fmt: skip
 # These are the objectives of tasks. All other tasks have the cross entropy.
 _OF_TASK = {
     "preferences": ("dpo", "hinge", "ipo", "simpo", "orpo"),
@@ -40,7 +50,7 @@ def objective(kind: str, **options: Any) -> Objective:
 
 def check_objective(task: str, kind: Any) -> None:
     """Raises ValueError if a task has no objective of this kind."""
-    check_choice("objective", kind, ("cross_entropy", *OBJECTIVES))
+    check_choice("objective", kind, OBJECTIVES)
     check_choice(f"objective of the task {task}", kind, _OF_TASK.get(task, ("cross_entropy",)))
 
 
