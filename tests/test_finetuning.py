@@ -17,6 +17,7 @@ from tfkern import models, tokenize  # noqa: E402
 from tfkern.models import Transformer, TransformerConfig, cross_entropy  # noqa: E402
 from tfkern.train import CrossEntropy, evaluate, freeze, recipe, run, steps, task  # noqa: E402
 from tfkern.train.optimisers import adamw  # noqa: E402
+from tfkern.train.parallel.pipeline import Stage  # noqa: E402
 
 IGNORED = -100
 WORDS = "time year people way day man thing woman life child world school state family".split()
@@ -329,6 +330,26 @@ def test_rates_fall_from_block_to_block(family):
         torch.testing.assert_close(
             moved, torch.full_like(moved, 0.1 * 0.5 ** (4 - depth)), rtol=1e-3, atol=1e-6
         )
+
+
+def test_stages_of_a_pipeline_have_the_rates_of_the_whole_model():
+    """So do parameters that several stages have: the tied table, and the biases of positions."""
+    config = TransformerConfig(
+        vocab_size=20, dim=16, layers=4, heads=2, architecture="encoder_decoder", start_token=0,
+        encoder_layers=2, positions="relative", tie_embeddings=True, embedding_norm=True,
+    )  # fmt: skip
+
+    def rates(model):
+        groups = adamw(model, 1.0, layer_decay=0.5).param_groups
+        return {name: g["lr"] for g in groups for name in g["param_names"]}
+
+    whole, seen = rates(Transformer(config)), set()
+    assert len(set(whole.values())) == 8
+    for index in range(3):
+        found = rates(Stage(Transformer(config), index, 3).model)
+        assert found == {name: whole[name] for name in found}
+        seen |= found.keys()
+    assert seen == whole.keys()
 
 
 def test_layer_decay_that_cannot_be():

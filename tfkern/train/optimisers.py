@@ -9,6 +9,7 @@ all. Groups keep the names of their parameters as `param_names`, also in the sta
     steps = optimiser("muon", model, 3e-4, weight_decay=0.05)  # as a recipe names it
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -288,14 +289,15 @@ def _depths(model: nn.Module) -> tuple[int, dict[str, int]]:
     prefixes = [f"{name}.{i}.".lstrip(".") for name in outer for i in range(lists[name])]
     if not prefixes:
         raise ValueError("layer_decay needs a model with an nn.ModuleList of blocks")
-    tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    ends = dict(zip(outer, itertools.accumulate(lists[name] for name in outer), strict=True))
     found: dict[str, int] = {}
-    depth = 0
-    for name, p in model.named_parameters():
-        within = next((i for i, x in enumerate(prefixes, 1) if name.startswith(x)), None)
-        depth = within or depth
-        behind = within is None and depth == len(prefixes)
-        found[name] = 0 if p in tables else depth + behind
+    before = 0  # how many blocks stand before a module, those of other stages included
+    for name, module in model.named_modules():
+        before = ends.get(name, before)
+        for own, _ in module.named_parameters(name, recurse=False):
+            block = next((i for i, x in enumerate(prefixes, 1) if own.startswith(x)), None)
+            behind = before + (before == len(prefixes))
+            found[own] = 0 if isinstance(module, nn.Embedding) else block or behind
     return len(prefixes) + 1, found
 
 
