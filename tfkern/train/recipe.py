@@ -33,11 +33,12 @@ class Recipe:
         lora: options of `tfkern.models.adapters.adapt`, which puts adapters of low rank on layers
             of the model and freezes all else. Without it the model itself is trained.
         freeze: names of parameters that stay as they are, in which * stands for any letters.
-        objective: "kind" and options of what is made small, see `tfkern.train.objectives`; the
-            cross entropy by default.
-        rollouts: of the task "prompts": "reward", the folder of a reward model or file.py:function,
-            a function of lists of texts, prompts and answers, and of the columns of the data; and
-            options of `tfkern.train.Rollouts`, such as "max_tokens" and "samples".
+        objective: "kind" and options of the loss, see `tfkern.train.objectives`; the cross entropy
+            by default.
+        rollouts: options of `tfkern.train.Rollouts` for the task "prompts", such as "max_tokens"
+            and "samples", and "reward". This is the folder of a reward model, or file.py:function,
+            where the function takes lists of prompts and of answers as texts, and the columns of
+            the data by name, and gives a number for each answer.
         recompute: whether backward computes activations again, rather than keep them.
         compile: whether the model is compiled.
         optimiser: "kind" and options, see `tfkern.train.optimiser`.
