@@ -10,13 +10,14 @@
 
 #include "activation.inl"
 
-constexpr int64_t kPanel = 2 * kLanes<float>;                   // columns
-constexpr int64_t kTileRows = TFKERN_VEC_BYTES == 64 ? 14 : 6;  // as many as registers hold
-constexpr int64_t kDepth = 256;                                 // units of a block
-constexpr int64_t kGroup = 4;                                   // panels that are packed together
-constexpr int64_t kStrip = 8;                                   // tiles that are packed together
-constexpr int64_t kTileWidth = padded<float>(kTileRows);        // rows that are packed for a tile
-constexpr int64_t kChunk = 64;                                  // units of a part of a panel
+constexpr bool kWide = TFKERN_VEC_BYTES == 64;
+constexpr int64_t kPanel = 2 * kLanes<float>;             // columns
+constexpr int64_t kTileRows = kWide ? 14 : 6;             // as many as registers hold
+constexpr int64_t kDepth = kWide ? 256 : 384;             // units of a block
+constexpr int64_t kGroup = kWide ? 4 : 8;                 // panels that are packed together
+constexpr int64_t kStrip = 8;                             // tiles that are packed together
+constexpr int64_t kTileWidth = padded<float>(kTileRows);  // rows that are packed for a tile
+constexpr int64_t kChunk = 64;                            // units of a part of a panel
 
 // What becomes of the sums that a tile finds in memory: they are overwritten, the tile goes on
 // with them, or its own are added to them.
@@ -28,8 +29,17 @@ struct LinearAhead {
   const char *row, *last;
   int64_t stride, bytes;
   int64_t offset = 0;
+  int64_t pause = 0;  // A line is fetched with the units k for which k & pause is 0.
 
-  void fetch() {
+  // Spreads the fetches over this many units of tiles: a processor waits if too many are under way.
+  void spread(int64_t steps) {
+    const int64_t rows = stride == 0 ? 1 : (last - row) / stride + 1;
+    const int64_t lines = rows * ((bytes + 63) / 64);
+    while (pause < 7 && lines * 2 * (pause + 1) <= steps) pause = 2 * pause + 1;
+  }
+
+  void fetch(int64_t k) {
+    if (k & pause) return;
     __builtin_prefetch(row + offset, 0, 2);
     offset += 64;
     if (offset >= bytes) {
@@ -334,12 +344,12 @@ struct LinearKernel {
   }
 
   // Rows of a that are units already are read where they are, unless they lie apart by a multiple
-  // of half a page: they would fight for the same cache lines.
+  // of a page, or half of one where tiles are tall: they would fight for the same cache lines.
   static bool in_place(const Matrix& x, int64_t n) {
-    constexpr int64_t kSize = sizeof(T) * U::kElements;
+    constexpr int64_t kSize = sizeof(T) * U::kElements, kConflict = kWide ? 2048 : 4096;
     const int64_t bytes = x.row * sizeof(T);
     return kSize == 4 && x.column == 1 && n % U::kElements == 0 && bytes % 4 == 0 &&
-           bytes % 2048 != 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+           bytes % kConflict != 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
   }
 
   // n elements from k on of the rows of `tiles` tiles, packed in `buffer` if they have to be.
@@ -370,11 +380,13 @@ struct LinearKernel {
     return stride % 512 == 0 ? stride + 16 : stride;
   }
 
-  // p, whose elements are about to be read. The second level of cache gets what is 8 KB ahead.
-  static const T* fetching(const T* p, int64_t elements) {
-    constexpr int64_t kAhead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
-    for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(p + kAhead + i, 0, 2);
-    return p;
+  // As many bytes as there are in `n` units of a panel, 8 KB behind p: one pass over these units
+  // fetches them.
+  static LinearAhead behind(const T* p, int64_t n) {
+    const char* start = reinterpret_cast<const char*>(p) + 8192;
+    LinearAhead ahead{start, start, 0, int64_t(n * U::kElements * kPanel * sizeof(T))};
+    ahead.spread(n);
+    return ahead;
   }
 
   // Few rows, all of them one tile: b passes by once, a part of a panel at a time.
@@ -391,7 +403,6 @@ struct LinearKernel {
     constexpr int64_t kTile = kTileRows * kPanel;
     alignas(64) float part[kChunk * kPanel], sums[2 * kTile], block[kTile];
     LinearRows left[2];
-    LinearAhead nothing = fetching_nothing();
     float* buffer = scratch;
     for (int i = 0; i < a.count; ++i) {
       const auto& [x, b, K] = a.terms[i];
@@ -416,15 +427,17 @@ struct LinearKernel {
             constexpr int64_t kPart = kChunk * U::kElements;
             const int64_t n = std::min(stop - k, kPart);
             const void* right = part;
+            LinearAhead ahead = fetching_nothing();
             if (b.packed) {
-              right = fetching(in_panel(b, row, k), units(n) * U::kElements * kPanel);
+              right = in_panel(b, row, k);
+              ahead = behind(in_panel(b, row, k), units(n));
             } else {
               // The part after the next, which may be one of the next panel.
-              const int64_t ahead = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
-              pack(b, row, k, n, ahead, part);
+              const int64_t next = k + 2 * kPart <= K ? kPart : kPanel * b.row + kPart - K;
+              pack(b, row, k, n, next, part);
             }
             run(units(n), left[i].data + k / U::kElements, left[i].stride, right, target, mode,
-                nothing);
+                ahead);
             mode = Sums::go_on;
             k += n;
           } while (k < stop);
@@ -470,6 +483,7 @@ struct LinearKernel {
           LinearRows left[kStrip];
           rows_of(x, m_begin + m0, m1 - m0, height, k, n, buffer, left);
           LinearAhead ahead = m1 < M ? lines(x, m_begin + m1, m_begin + m2, k, K) : next_block;
+          ahead.spread((m1 - m0 + height - 1) / height * (end - begin) * depth);
           for (int64_t p = begin; p < end; ++p) {
             for (int64_t m = m0; m < m1; m += height) {
               const int64_t rows = std::min(height, m1 - m), t = (m - m0) / height;

@@ -21,7 +21,7 @@ void linear_tile(int64_t depth, const uint32_t* a, int64_t stride, const void* p
   const auto* b = static_cast<const B*>(panel);
   LinearAhead ahead = next;
   for (int64_t k = 0; k < depth; ++k) {
-    ahead.fetch();
+    ahead.fetch(k);
     const VecUint b0 = load_units(b + k * kPanel), b1 = load_units(b + k * kPanel + L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
