@@ -183,6 +183,7 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.itemsize),
         mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
         mock.patch("torch.cuda.get_device_properties", lambda device=None: properties),
         mock.patch("torch.cuda.current_device", lambda: 0),
@@ -336,11 +337,13 @@ def _launch_attention(
 
 @group
 def layer_norm():
-    """A usual width and the largest that fits into registers, with all options and with none."""
+    """A usual width, and the largest that fit into the registers of the backward and the forward,
+    with all options and with none."""
     from tfkern.kernels import layer_norm as op
 
     seed = torch.empty((), dtype=torch.int64, device="cuda")
-    for N, dtype in itertools.product((768, 8192), (torch.bfloat16, torch.float32)):
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for N, dtype in (768, bf16), (8192, bf16), (32768, bf16), (8192, fp32), (16384, fp32):
         x = torch.empty(4096, N, dtype=dtype, device="cuda")
         w = torch.empty(N, dtype=dtype, device="cuda")
         stat = torch.empty(4096, device="cuda")
