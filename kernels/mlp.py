@@ -61,9 +61,10 @@ def _tiles(
 def fuses(K: int, dtype: torch.dtype, arch: int) -> bool:
     """Tells whether the product with K terms and the activation are one kernel on sm_<arch>.
 
-    torch's products on sm_90 overlap one tile's end with the next one's products, which those here
-    do not. If there are many terms, that gains more than another pass over pre costs. For estimated
-    rates of 650 and 535 TFLOP/s, and 4 bytes at 3 TB/s, 2 K (1/535 - 1/650) ps = 4/3 ps at K = 2000.
+    On sm_90 a program here activates its tile while the tensor cores wait, and cuBLAS is expected to
+    have a higher rate. If there are many terms, that gains more than another pass over pre costs:
+    for estimates of 535 and 650 TFLOP/s, and 4 bytes of an element at 3 TB/s, the times are equal
+    at 2 K (1/535 - 1/650) ps = 4/3 ps, where K = 2000.
     """
     return K > 0 and (arch != 90 or K < 2048 or dtype == torch.float32)
 
