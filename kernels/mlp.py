@@ -61,8 +61,8 @@ def _tiles(
 def fuses(K: int, dtype: torch.dtype, arch: int) -> bool:
     """Tells whether the product with K terms and the activation are one kernel on sm_<arch>.
 
-    On sm_90 a program here activates its tile while the tensor cores wait, and cuBLAS is expected to
-    have a higher rate. If there are many terms, that gains more than another pass over pre costs:
+    On sm_90 a program here activates its tile while the tensor cores wait, and cuBLAS is expected
+    to have a higher rate. If there are many terms, that gains more than another pass over pre:
     for estimates of 535 and 650 TFLOP/s, and 4 bytes of an element at 3 TB/s, the times are equal
     at 2 K (1/535 - 1/650) ps = 4/3 ps, where K = 2000.
     """
