@@ -6,7 +6,7 @@ with known outputs. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ if __name__ != "tfkern.kernels":
     )
 
 import triton  # noqa: E402  an ImportError here is the reason that dispatch reports
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 _library = torch.library.Library("tfkern_triton", "DEF")
 _INTERPRETED = triton.knobs.runtime.interpret  # as it stands when the kernels are defined
@@ -77,6 +78,28 @@ def programs(device: torch.device, each: int, interpreted: int) -> int:
     if device.type != "cuda":
         return interpreted
     return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def describable(arch: int, *tensors: torch.Tensor) -> bool:
+    """Tells whether the tensor memory accelerator (TMA) of a GPU can load tiles of `tensors`.
+
+    It takes contiguous rows of 16-bit elements, whose addresses and strides are multiples of 16
+    bytes, and no broadcast dimensions. Only the architectures that the tests compile for use it.
+    """
+    for x in tensors:
+        if x.itemsize != 2 or x.numel() == 0 or x.data_ptr() % 16 or x.stride(-1) != 1:
+            return False
+        strides = [x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1]
+        if any(s == 0 or s % 8 for s in strides):
+            return False
+    return arch in (90, 100, 103)
+
+
+def descriptor(x: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """A descriptor of the describable x, from which TMA loads tiles of shape `block`, with 0 past
+    the ends of x. One thread orders a tile, so that no registers hold addresses."""
+    strides = [x.stride(i) if x.shape[i] > 1 else 8 for i in range(x.dim() - 1)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -5,7 +5,8 @@
 Forward: a program forms a tile of pre and, if gated, the same tile of up from the same loads of x.
 It rounds both to the dtype of x and activates the rounded values, so that the backward, which only
 gets these, computes the same h. Consecutive programs work on a group of row tiles, so that the
-tiles that one loads are still in the L2 cache for the next. pre and up lie in one tensor, (1, M, F)
+tiles that one loads are still in the L2 cache for the next. Where torch's products are faster (see
+`fuses`), a kernel of its own activates them. pre and up lie in one tensor, (1, M, F)
 or gated (2, M, F); so do their gradients.
 
 Backward: one pass over dh, pre and up gives dpre, dup and h. A program owns some columns and
@@ -22,13 +23,25 @@ import triton.language as tl
 
 from tfkern.reference.mlp import activation_backward_outputs
 
-from . import Tiles, architecture, precision, programs, register, unavailable
+from . import (
+    Tiles,
+    architecture,
+    describable,
+    descriptor,
+    precision,
+    programs,
+    register,
+    unavailable,
+)
 
 _GROUP_M = tl.constexpr(8)  # row tiles of a group of programs
 _BLOCK_M, _BLOCK_F = 8, 128  # rows and columns of a tile of the backward
+_BLOCK = 2048  # elements that a program activates
 
 
-def _tiles(K: int, F: int, dtype: torch.dtype, gated: bool, arch: int) -> Tiles:
+def _tiles(
+    K: int, F: int, dtype: torch.dtype, gated: bool, arch: int, described: bool = False
+) -> Tiles:
     """The tile of the forward on architecture sm_<arch>.
 
     A gated program has two accumulators, so fewer columns fill its registers. No choice spills.
@@ -38,10 +51,22 @@ def _tiles(K: int, F: int, dtype: torch.dtype, gated: bool, arch: int) -> Tiles:
     if arch in (100, 103):  # accumulators lie outside the registers
         return Tiles(128, 128 if gated else 256, num_warps=8, depth=64)
     if arch == 90:
-        return Tiles(128, 128, num_warps=8, depth=64)
+        columns = 256 if described else 128
+        return Tiles(128, columns // 2 if gated else columns, num_warps=8, num_stages=4, depth=64)
     if arch in (80, 87):
         return Tiles(128, 64 if gated else 128, num_warps=8, depth=64)
     return Tiles(128, 64 if gated else 128, num_warps=8, depth=32)  # 99 KiB of shared memory
+
+
+def fuses(K: int, dtype: torch.dtype, arch: int) -> bool:
+    """Tells whether the product with K terms and the activation are one kernel on sm_<arch>.
+
+    On sm_90 a program here activates its tile while the tensor cores wait, and cuBLAS is expected
+    to have a higher rate. If there are many terms, that gains more than another pass over pre:
+    for estimates of 535 and 650 TFLOP/s, and 4 bytes of an element at 3 TB/s, the times are equal
+    at 2 K (1/535 - 1/650) ps = 4/3 ps, where K = 2000.
+    """
+    return K > 0 and (arch != 90 or K < 2048 or dtype == torch.float32)
 
 
 @triton.jit
@@ -83,48 +108,14 @@ def _load(tile, k, end, EVEN: tl.constexpr):
     return tl.load(tile, mask=k < end, other=0.0)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _forward_kernel(
-    X, W1, B1, W_UP, B_UP, H, PRE, M, F, K,
-    stride_xm, stride_xk, stride_wf, stride_wk, stride_uf, stride_uk,
-    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def _finish(
+    pre, up, B1, B_UP, H, PRE, M, F, first_m, first_f,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile of pre and h and, if gated, of up."""
-    GATED: tl.constexpr = W_UP is not None
-    pid = tl.program_id(0)
-    blocks_f = tl.cdiv(F, BLOCK_F)
-    group = pid // (_GROUP_M * blocks_f)
-    height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * _GROUP_M, _GROUP_M)
-    pid -= group * _GROUP_M * blocks_f
-    first_m = (group * _GROUP_M + pid % height) * BLOCK_M
-    first_f = pid // height * BLOCK_F
-    m = tl.arange(0, BLOCK_M)
-    f = tl.arange(0, BLOCK_F)
-    k = tl.arange(0, BLOCK_K)
-
-    # Rows past the end repeat the last row: loads need no mask, and their products are not stored.
-    x_tile = tl.minimum(m, M - 1 - first_m)[:, None] * stride_xm + k[None, :] * stride_xk
-    w_rows = tl.minimum(f, F - 1 - first_f)[None, :]
-    w_tile = w_rows * stride_wf + k[:, None] * stride_wk
-    X += first_m.to(tl.int64) * stride_xm
-    W1 += first_f.to(tl.int64) * stride_wf
-    if GATED:
-        up_tile = w_rows * stride_uf + k[:, None] * stride_uk
-        W_UP += first_f.to(tl.int64) * stride_uf
-    pre = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        x = _load(X + x_tile, k[None, :], K - start, EVEN_K)
-        w = _load(W1 + w_tile, k[:, None], K - start, EVEN_K)
-        pre = tl.dot(x, w, pre, input_precision=PRECISION)
-        if GATED:
-            w = _load(W_UP + up_tile, k[:, None], K - start, EVEN_K)
-            up = tl.dot(x, w, up, input_precision=PRECISION)
-            W_UP += BLOCK_K * stride_uk
-        X += BLOCK_K * stride_xk
-        W1 += BLOCK_K * stride_wk
-
+    """Writes h, pre and up of a tile from its products."""
+    m = tl.arange(0, pre.shape[0])
+    f = tl.arange(0, pre.shape[1])
     in_f = f < F - first_f
     mask = (m < M - first_m)[:, None] & in_f[None, :]
     tile = m[:, None] * F + f[None, :]
@@ -144,21 +135,128 @@ def _forward_kernel(
     tl.store(H + tile, h.to(H.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns of a tile."""
+    x = x.reshape(x.shape[0], 2, x.shape[1] // 2)
+    return tl.permute(x, 0, 2, 1).split()
+
+
+@triton.jit(do_not_specialize=["M"])
+def _forward_kernel(
+    X, W1, B1, W_UP, B_UP, H, PRE, M, F, K,
+    stride_xm, stride_xk, stride_wf, stride_wk, stride_uf, stride_uk,
+    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Computes a tile of pre and h and, if gated, of up. X, W1 and W_UP are descriptors if
+    DESCRIBED, else pointers."""
+    GATED: tl.constexpr = W_UP is not None
+    tl.assume(K > 0)  # ptxas serialises the products of sm_90 if their loop may be empty
+    pid = tl.program_id(0)
+    blocks_f = tl.cdiv(F, BLOCK_F)
+    group = pid // (_GROUP_M * blocks_f)
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * _GROUP_M, _GROUP_M)
+    pid -= group * _GROUP_M * blocks_f
+    first_m = (group * _GROUP_M + pid % height) * BLOCK_M
+    first_f = pid // height * BLOCK_F
+    pre = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    if DESCRIBED:
+        for start in range(0, K, BLOCK_K):
+            x = X.load([first_m, start])
+            w = W1.load([first_f, start])
+            pre = tl.dot(x, tl.trans(w), pre, input_precision=PRECISION)
+            if GATED:
+                w = W_UP.load([first_f, start])
+                up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        # Rows past the end repeat the last row: loads need no mask, and their products are not
+        # stored.
+        m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+        f = tl.minimum(tl.arange(0, BLOCK_F), F - 1 - first_f)
+        x_tile = m[:, None] * stride_xm + k[None, :] * stride_xk
+        w_tile = f[None, :] * stride_wf + k[:, None] * stride_wk
+        X += first_m.to(tl.int64) * stride_xm
+        W1 += first_f.to(tl.int64) * stride_wf
+        if GATED:
+            up_tile = f[None, :] * stride_uf + k[:, None] * stride_uk
+            W_UP += first_f.to(tl.int64) * stride_uf
+        for start in range(0, K, BLOCK_K):
+            x = _load(X + x_tile, k[None, :], K - start, EVEN_K)
+            w = _load(W1 + w_tile, k[:, None], K - start, EVEN_K)
+            pre = tl.dot(x, w, pre, input_precision=PRECISION)
+            if GATED:
+                w = _load(W_UP + up_tile, k[:, None], K - start, EVEN_K)
+                up = tl.dot(x, w, up, input_precision=PRECISION)
+                W_UP += BLOCK_K * stride_uk
+            X += BLOCK_K * stride_xk
+            W1 += BLOCK_K * stride_wk
+
+    if DESCRIBED:  # halves of so large tiles need fewer registers
+        left, right = _halves(pre)
+        up_left, up_right = left, right
+        if GATED:
+            up_left, up_right = _halves(up)
+        _finish(left, up_left, B1, B_UP, H, PRE, M, F, first_m, first_f, ACTIVATION, GATED)
+        first_f += BLOCK_F // 2
+        _finish(right, up_right, B1, B_UP, H, PRE, M, F, first_m, first_f, ACTIVATION, GATED)
+    else:
+        _finish(pre, up, B1, B_UP, H, PRE, M, F, first_m, first_f, ACTIVATION, GATED)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activation_kernel(
+    PRE, H, M, F, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Computes h from pre and, if gated, up, BLOCK elements at a time."""
+    size = tl.cast(M, tl.int64) * F
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    h, _ = _activate(tl.load(PRE + i, mask=i < size, other=0.0).to(tl.float32), ACTIVATION)
+    if GATED:
+        h *= tl.load(PRE + size + i, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(H + i, h.to(H.dtype.element_ty), mask=i < size)
+
+
 def _forward(x, w1, b1, w_up, b_up, activation):
     h, pre = _forward_outputs(x, w1, b1, w_up, b_up, activation)
     (M, K), F, gated = x.shape, h.shape[1], w_up is not None
-    if h.numel():
-        b1, b_up = (b if b is None else b.contiguous() for b in (b1, b_up))
-        tiles = _tiles(K, F, x.dtype, gated, architecture(x.device))
-        _forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(F, tiles.columns),)](
-            x, w1, b1, w_up, b_up, h, pre, M, F, K,
-            *x.stride(), *w1.stride(), *(w_up if gated else w1).stride(),
-            ACTIVATION=activation, EVEN_K=K % tiles.depth == 0,
-            PRECISION=precision(x.dtype),
-            BLOCK_M=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+    arch = architecture(x.device)
+    if not h.numel():
+        return h, pre
+    if not fuses(K, x.dtype, arch):
+        for out, w, b in zip(pre, (w1, w_up), (b1, b_up), strict=False):
+            if b is None:
+                torch.mm(x, w.t(), out=out)
+            else:
+                torch.addmm(b, x, w.t(), out=out)
+        _activation_kernel[(triton.cdiv(h.numel(), _BLOCK),)](
+            pre, h, M, F, ACTIVATION=activation, GATED=gated, BLOCK=_BLOCK
+        )
+        return h, pre
+    b1, b_up = (b if b is None else b.contiguous() for b in (b1, b_up))
+    weights = [w for w in (w1, w_up) if w is not None]
+    described = describable(arch, x, *weights)
+    tiles = _tiles(K, F, x.dtype, gated, arch, described)
+    x, *weights = (_near(t, tiles) for t in (x, *weights))
+    strides = *x.stride(), *weights[0].stride(), *weights[-1].stride()
+    if described:
+        x = descriptor(x, (tiles.rows, tiles.depth))
+        weights = [descriptor(w, (tiles.columns, tiles.depth)) for w in weights]
+    _forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(F, tiles.columns),)](
+        x, weights[0], b1, weights[1] if gated else None, b_up, h, pre, M, F, K, *strides,
+        ACTIVATION=activation, EVEN_K=K % tiles.depth == 0, PRECISION=precision(h.dtype),
+        BLOCK_M=tiles.rows, BLOCK_F=tiles.columns, BLOCK_K=tiles.depth, DESCRIBED=described,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     return h, pre
+
+
+def _near(x, tiles):
+    """x, or a copy if the elements of a tile are too far apart for offsets of 32 bits."""
+    reach = max(tiles.rows, tiles.columns) * x.stride(0) + tiles.depth * x.stride(1)
+    return x if reach < 2**31 else x.contiguous()
 
 
 def _forward_outputs(x, w1, b1, w_up, b_up, activation):

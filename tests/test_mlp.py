@@ -305,6 +305,41 @@ def test_opcheck(backend, device, bias, gated):
     torch.library.opcheck(ops.mlp_activation_backward.default, (dh, pre, up, "gelu", bias))
 
 
+@pytest.mark.parametrize("K, dtype, arch, fused", [
+    (2047, torch.bfloat16, 90, True),
+    (2048, torch.bfloat16, 90, False),
+    (2048, torch.float16, 90, False),
+    (2048, torch.float32, 90, True),
+    (2048, torch.bfloat16, 80, True),
+    (2048, torch.bfloat16, 100, True),
+    (0, torch.bfloat16, 80, False),
+])  # fmt: skip
+def test_products_of_many_terms_are_torchs_on_sm_90(K, dtype, arch, fused):
+    kernels = pytest.importorskip("tfkern.kernels.mlp")
+    assert kernels.fuses(K, dtype, arch) is fused
+
+
+@gatedness
+@pytest.mark.parametrize("K", [80, 2048], ids=["by descriptors", "not fused"])
+def test_on_sm_90(monkeypatch, device, K, gated):
+    """The interpreter runs what only sm_90 has; tiles end within rows and columns."""
+    if device != "cpu":
+        pytest.skip("kernels run as they are")
+    kernels = pytest.importorskip("tfkern.kernels.mlp")
+    monkeypatch.setattr(kernels, "architecture", lambda device: 90)
+    check(gated, "gelu", make((150, K), 272, 16, torch.bfloat16, device, gated), backend="triton")
+
+
+def test_distant_elements_are_brought_near():
+    """Offsets within a tile have 32 bits."""
+    kernels = pytest.importorskip("tfkern.kernels.mlp")
+    tiles = kernels._tiles(16, 16, torch.bfloat16, False, 80)
+    for stride, near in ((2**24 - 2, True), (2**24, False)):
+        for strides in ((stride, 1), (1, 2 * stride)):
+            x = torch.empty_strided((300, 64), strides, dtype=torch.bfloat16, device="meta")
+            assert (kernels._near(x, tiles) is x) is near
+
+
 @aot.each_arch
 def test_compiles_ahead_of_time_without_spills(arch):
     aot.check("mlp", arch)

@@ -86,7 +86,7 @@ def _decode_kernel(
     ranges = (start, tl.maximum(full, start), full_stop, stop)
     acc, m, l = attend(
         q, k, v, t[:, None], head_at(h[:, None], scoring), scoring, ranges,
-        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, False,
+        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, False, False,
     )  # fmt: skip
     row = ((b * H + h) * T + t) * splits + split
     col = tl.arange(0, BLOCK_DV)

@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from .. import architecture
-from .config import constants, tiles_of
+from .. import architecture, describable, descriptor
+from .config import block, constants, tiles_of
 from .tile import (
     INF,
     LOG2E,
@@ -36,7 +36,8 @@ from .tile import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward_kernel(
-    Q, K, V, O, LSE, LSE_REST, opt, H, group, T, S, documents, pages, left, right, limit,
+    Q, K, V, K_DESCRIPTOR, V_DESCRIPTOR, O, LSE, LSE_REST, opt,
+    H, group, T, S, documents, pages, left, right, limit,
     stride_qb, stride_qh, stride_qt,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
@@ -44,7 +45,7 @@ def _forward_kernel(
     ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr, PAGE: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    GUARD: tl.constexpr,
+    GUARD: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Computes o and lse of BLOCK_T queries of one head."""
     # With a limit to the right the last queries see the most keys, so their programs start first.
@@ -54,11 +55,11 @@ def _forward_kernel(
     Q += (batch * stride_qb + h * stride_qh + q_start * stride_qt) * ALIGN
     k = keys_at(
         K, opt, b, batch, k_start, h // group, stride_kb, stride_kh, stride_ks, S, pages,
-        ALIGN, PAGE,
+        ALIGN, PAGE, K_DESCRIPTOR if DESCRIBED else 0,
     )  # fmt: skip
     v = keys_at(
         V, opt, b, batch, k_start, h // group, stride_vb, stride_vh, stride_vs, S, pages,
-        ALIGN, PAGE,
+        ALIGN, PAGE, V_DESCRIPTOR if DESCRIBED else 0,
     )  # fmt: skip
     bias = matrix(stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s, BIAS_ALIGN)
     mask = matrix(stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, BIAS_ALIGN)
@@ -71,7 +72,7 @@ def _forward_kernel(
     ranges = key_ranges(band, t0, tl.minimum(t0 + BLOCK_T, t_end) - 1, BLOCK_S)
     acc, m, l = attend(
         q, k, v, t[:, None], head_at(h, scoring), scoring, ranges,
-        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, GUARD,
+        PAGE, PRECISION, D, Dv, BLOCK_S, BLOCK_DV, GUARD, DESCRIBED,
     )  # fmt: skip
     o, lse, lse_rest = result(acc, m, l, h, t < t_end, opt, O.dtype.element_ty)
     row = (batch * H + h) * T + q_start
@@ -88,6 +89,7 @@ def attend(
     q, k, v, t, head, scoring, ranges,
     PAGE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, GUARD: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """(acc, m, l) of a tile of queries over the keys in `ranges` (see key_ranges). m is the maximum
     of the values that `scores` returns."""
@@ -100,15 +102,15 @@ def attend(
         rest = tl.maximum(full, full_stop)
         acc, m, l = _attend(
             acc, m, l, q, k, v, t, head, scoring, start, tl.minimum(full, stop),
-            True, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD,
+            True, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD, DESCRIBED,
         )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, q, k, v, t, head, scoring, full, full_stop,
-        False, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD,
+        False, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD, DESCRIBED,
     )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, q, k, v, t, head, scoring, rest, stop,
-        True, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD,
+        True, PAGE, PRECISION, D, Dv, BLOCK_S, GUARD, DESCRIBED,
     )  # fmt: skip
     return acc, m, l
 
@@ -118,6 +120,7 @@ def _attend(
     acc, m, l, q, k, v, t, head, scoring, start, stop,
     MASKED: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_S: tl.constexpr, GUARD: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys start ... stop to acc, m and l of a tile of queries.
 
@@ -128,12 +131,16 @@ def _attend(
     # With small weights, sums of values near the largest float32 or bfloat16 do not overflow. In
     # float16 small weights would underflow, and its values cannot overflow a sum in float32.
     SMALLER: tl.constexpr = 0 if q.dtype == tl.float16 else _SMALLER
+    # Values past the end of a sequence may be NaN, and a descriptor only knows that of the tensor.
+    opt = scoring.opt
+    ENDS: tl.constexpr = opt.key_lengths is not None or opt.cu_seqlens_k is not None
+    BY_DESCRIPTOR: tl.constexpr = DESCRIBED and not (MASKED and ENDS)
     if not GUARD or start < stop:
         for s0 in range(start, stop, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             valid = s < scoring.band.s_end if MASKED else None
-            keys = load_keys(k, s0, valid, PAGE, D, BLOCK_S, q.shape[1])
-            values = load_keys(v, s0, valid, PAGE, Dv, BLOCK_S, acc.shape[1])
+            keys = load_keys(k, s0, valid, PAGE, D, BLOCK_S, q.shape[1], BY_DESCRIPTOR)
+            values = load_keys(v, s0, valid, PAGE, Dv, BLOCK_S, acc.shape[1], BY_DESCRIPTOR)
             x = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
             x, _ = scores(x, t, s[None, :], head, scoring, MASKED)
             m_new = tl.maximum(m, tl.max(x, 1))
@@ -185,10 +192,15 @@ def forward(q, k, v, o, lse, opt, left, right, dropout_p):
     score_strides, bias_align = matrix_strides(opt.bias, opt.mask)
     numbers = integers(q, k, opt, left, right, dropout_p)
     arch = architecture(q.device)
-    tiles = tiles_of("forward", D, Dv, q.dtype, arch, options=heavy(opt))
+    by_descriptors = opt.page_table is None and describable(arch, k, v)
+    kernel = "forward by descriptors" if by_descriptors else "forward"
+    tiles = tiles_of(kernel, D, Dv, q.dtype, arch, options=heavy(opt))
+    descriptors = [None, None]
+    if by_descriptors:
+        descriptors = [descriptor(x, (1, 1, tiles.columns, block(x.shape[3]))) for x in (k, v)]
     grid = (H * blocks(B, T, tiles.rows, opt),)
     _forward_kernel[grid](
-        q, k, v, o, *lse, opt, *numbers, *row_strides, *score_strides,
+        q, k, v, *descriptors, o, *lse, opt, *numbers, *row_strides, *score_strides,
         ALIGN=align, BIAS_ALIGN=bias_align, PAGE=page_size(k, opt), GUARD=arch == 90,
-        **constants(tiles, D, Dv, q.dtype),
+        DESCRIBED=by_descriptors, **constants(tiles, D, Dv, q.dtype),
     )  # fmt: skip

@@ -105,13 +105,18 @@ class Queries(NamedTuple):
 
 class Keys(NamedTuple):
     """The keys, or the values, of one head. Row s lies at pointer + s stride or, with pages, at
-    pointer + table[s // PAGE] stride_page + (s % PAGE) stride."""
+    pointer + table[s // PAGE] stride_page + (s % PAGE) stride. The descriptor, if there is one, is
+    of the whole tensor and has the row at (b, h, start + s)."""
 
     pointer: object
     stride: object
     table: object
     stride_page: object
     pages: object
+    descriptor: object
+    b: object
+    h: object
+    start: object
 
 
 def options(a: Arguments, scale: float) -> Options:
@@ -263,16 +268,18 @@ def matrix(stride_b, stride_h, stride_t, stride_s, ALIGN: tl.constexpr):
 @triton.jit
 def keys_at(
     X, opt, b, batch, start, h, stride_b, stride_h, stride_s, S, pages,
-    ALIGN: tl.constexpr, PAGE: tl.constexpr,
+    ALIGN: tl.constexpr, PAGE: tl.constexpr, descriptor=0,
 ):  # fmt: skip
     """The Keys (keys or values) of key head h in batch or document b."""
     stride_b = tl.cast(stride_b, tl.int64) * ALIGN
     stride_s = tl.cast(stride_s, tl.int64) * ALIGN
     X += h * stride_h * ALIGN
     if PAGE is None:
-        return Keys(X + batch * stride_b + start * stride_s, stride_s, 0, 0, 0)
+        X += batch * stride_b + start * stride_s
+        return Keys(X, stride_s, 0, 0, 0, descriptor, batch, h, start)
     else:
-        return Keys(X, stride_s, opt.page_table + b * (S // PAGE), stride_b, pages)
+        table = opt.page_table + b * (S // PAGE)
+        return Keys(X, stride_s, table, stride_b, pages, 0, batch, h, start)
 
 
 @triton.jit
@@ -306,9 +313,15 @@ def load_rows(X, start, stride, valid, D: tl.constexpr, ROWS: tl.constexpr, COLS
 def load_keys(
     keys, s0, valid,
     PAGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DESCRIBED: tl.constexpr = False,
 ):  # fmt: skip
-    """Keys or values s0, s0 + 1, ..., as `load` returns them."""
-    if PAGE is None:
+    """Keys or values s0, s0 + 1, ..., as `load` returns them; with DESCRIBED by their descriptor,
+    where only rows past the end of the tensor are 0."""
+    if DESCRIBED:
+        start = (keys.start + s0).to(tl.int32)
+        place = [keys.b.to(tl.int32), keys.h.to(tl.int32), start, 0]
+        return keys.descriptor.load(place).reshape(ROWS, COLS)
+    elif PAGE is None:
         return load_rows(keys.pointer, s0, keys.stride, valid, D, ROWS, COLS)
     else:
         s = s0 + tl.arange(0, ROWS)
