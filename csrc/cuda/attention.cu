@@ -21,9 +21,8 @@
 namespace tfkern::cuda {
 namespace {
 
-constexpr int kRows = 64;  // rows (queries) of a block
-constexpr int kThreads = 2 * kRows;
-constexpr int kMaxSplits = 64;  // the most blocks that share the keys of a row
+constexpr int kRows = kThreads / 2;  // rows (queries) of a block
+constexpr int kMaxSplits = 64;       // the most blocks that share the keys of a row
 
 // Sizes of the tiles of keys: kSize keys each, kStages tiles in shared memory at a time, and
 // kShared bytes of shared memory together with the queries.

@@ -12,6 +12,8 @@
 // as an intrinsic.
 #pragma once
 
+#include <bit>
+
 #include "../attention_arguments.h"
 #include "../dropout.h"
 #include "../philox.h"
@@ -20,6 +22,7 @@
 namespace tfkern::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kThreads = 128;      // threads of most blocks, 16 rows of a tile to each warp
 constexpr int kNoLimit = 1 << 29;  // more than any row, key or distance
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -197,6 +200,29 @@ struct Tile {
     return data + (plane * ROWS + row) * kPieces + swizzled;
   }
 
+  // Copies rows of 16-bit elements that start at multiples of 16 bytes: the row at from + i * bytes
+  // goes to row i. Rows from `rows` on and features from `features` on become 0. Each thread copies
+  // the same piece of every kRowStep-th row, so that little besides the copies is left in the loop.
+  __device__ void copy(const char* from, int64_t bytes, int features, int rows) const {
+    constexpr int kRowStep = static_cast<int>(std::bit_floor(unsigned{kThreads / kPieces}));
+    static_assert(ROWS % kRowStep == 0);
+    const int row = threadIdx.x / kPieces, i = threadIdx.x % kPieces;
+    if (kRowStep * kPieces < kThreads && row >= kRowStep) return;
+    const bool there = 8 * i < features;
+    from += row * bytes + 16 * i;
+    if (rows >= ROWS) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += kRowStep) {
+        copy_async(piece(0, row + r, i), from + r * bytes, there);
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += kRowStep) {
+        copy_async(piece(0, row + r, i), from + r * bytes, there && row + r < rows);
+      }
+    }
+  }
+
   // Loads rows first to first + ROWS of a head, counted from row0; rows from `end` on become 0.
   // With `per_head`, rows run through `per_head` rows of each head after the other. With `lse`,
   // which points to the lse of row 0, rows that see nothing become 0 too, since they may hold
@@ -204,6 +230,12 @@ struct Tile {
   __device__ void load(const HeadView& x, int batch, int head, int row0, int first, int end,
                        int per_head = 0, const float* lse = nullptr) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
+    if constexpr (kPlanes<T> == 1) {
+      if (x.aligned && !x.pages.data && !per_head && !lse) {
+        const int64_t row = row0 + first;
+        return copy(base + row * x.row, x.row, x.features, end - first);
+      }
+    }
     for (int i = threadIdx.x; i < ROWS * kPieces; i += blockDim.x) {
       const int row = i / kPieces, feature = i % kPieces * 8;
       const bool valid = first + row < end && feature < x.features &&
@@ -309,6 +341,7 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
                                         const Tile<T, R, D>& b) {
   static_assert(8 * N == D);
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // products need the whole warp, whose lanes may have parted to form `a`
 #pragma unroll
   for (int k = 0; k < R / 16; ++k) {
     uint32_t left[kPlanes<T>][4], right[kPlanes<T>][4];

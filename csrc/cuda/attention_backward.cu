@@ -31,7 +31,6 @@ constexpr int kStep = kPlanes<T> == 1 && D <= 128 ? 32 : 16;
 // Bytes of shared memory: two tiles that the block owns and two that pass by.
 template <class T, int D>
 constexpr int64_t kShared = 2 * (Tile<T, kRows<T, D>, D>::kBytes + Tile<T, kStep<T, D>, D>::kBytes);
-constexpr int kThreads = 128;  // threads of a block of delta_kernel and sink_kernel
 
 struct Backward {
   Attention in;
