@@ -184,11 +184,11 @@ __device__ inline void split(float x, float y, uint32_t (&planes)[kPlanes<T>]) {
   }
 }
 
-// ROWS rows of D features in pieces of 8 features (16 bytes). Pieces are swizzled, so that the 8
-// rows of a fragment lie in different banks.
+// ROWS rows of D features in pieces of 8 features (16 bytes). The pieces of a line (8 or 4 pieces
+// of a row) are swizzled, so that the 8 rows of a fragment lie in different banks.
 template <class T, int ROWS, int D>
 struct Tile {
-  static constexpr int kPieces = D / 8, kRows = ROWS;
+  static constexpr int kPieces = D / 8, kLine = D % 64 == 0 ? 8 : 4;
   static constexpr int64_t kBytes = int64_t{16} * kPlanes<T> * ROWS * kPieces;
 
   uint4* data;
@@ -196,8 +196,15 @@ struct Tile {
   __device__ uint4* end() const { return data + kBytes / 16; }
 
   __device__ uint4* piece(int plane, int row, int i) const {
-    const int swizzled = D % 64 == 0 ? i ^ (row & 7) : i ^ (row >> 1 & 3);
+    const int swizzled = kLine == 8 ? i ^ (row & 7) : i ^ (row >> 1 & 3);
     return data + (plane * ROWS + row) * kPieces + swizzled;
+  }
+
+  // The address of the piece that is `rows` rows, a multiple of 8, and an even number `i` of pieces
+  // behind piece 0 or 1 of a row, whose address is `first`. Only the exclusive or costs an
+  // instruction where rows and i are constant.
+  __device__ static SharedAddress behind(SharedAddress first, int rows, int i) {
+    return (first ^ 16 * (i % kLine)) + 16 * (i / kLine * kLine + rows * kPieces);
   }
 
   // Copies rows of 16-bit elements that start at multiples of 16 bytes: the row at from + i * bytes
@@ -281,6 +288,29 @@ struct Tile {
   }
 };
 
+// Walks over `count` tiles that lie in `stages` places of shared memory in turn. With two stages,
+// the next tile is copied while this one is multiplied. load(i, stage) starts the copies of tile i,
+// sync() is a barrier after which they are complete for all threads, and compute(i, stage) uses
+// the tile. What was copied before the walk is complete in compute, too.
+template <int stages, class Load, class Sync, class Compute>
+__device__ inline void walk(int count, const Load& load, const Sync& sync, const Compute& compute) {
+  if (stages == 2 && count > 0) load(0, 0);
+  for (int i = 0, stage = 0; i < count; ++i) {
+    if (stages == 1) {
+      __syncthreads();  // all warps have read the tile that is overwritten now
+      load(i, 0);
+    }
+    copy_commit();
+    copy_wait<0>();
+    sync(stage);  // with two stages, all warps have also read the tile before this one
+    if (stages == 2 && i + 1 < count) load(i + 1, stage ^ 1);
+    compute(i, stage);
+    if (stages == 2) stage ^= 1;
+  }
+  copy_commit();
+  copy_wait<0>();  // there may have been no tile
+}
+
 // c += a b over the products of planes that count, the smallest first; b is two fragments side by
 // side. The products are summed apart from c, since tensor cores truncate small terms that they add
 // to a large sum. With `exchanged`, they are summed in the order that b a would have, which gives
@@ -317,18 +347,18 @@ template <class T, bool exchanged = false, int N, int R, int D>
 __device__ inline void multiply_rows(float (&c)[N][4], const Tile<T, R, D>& a, int row0,
                                      const Tile<T, 8 * N, D>& b) {
   const int lane = threadIdx.x % 32;
+  const SharedAddress a0 = shared_address(a.piece(0, row0 + lane % 16, lane / 16));
+  const SharedAddress b0 = shared_address(b.piece(0, lane / 16 * 8 + lane % 8, lane / 8 % 2));
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t left[kPlanes<T>][4], right[kPlanes<T>][4];
 #pragma unroll
-    for (int p = 0; p < kPlanes<T>; ++p) {
-      load_matrices(left[p], a.piece(p, row0 + lane % 16, 2 * k + lane / 16));
-    }
+    for (int p = 0; p < kPlanes<T>; ++p) load_matrices(left[p], a.behind(a0, p * R, 2 * k));
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
 #pragma unroll
       for (int p = 0; p < kPlanes<T>; ++p) {
-        load_matrices(right[p], b.piece(p, 8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        load_matrices(right[p], b.behind(b0, 8 * (p * N + n), 2 * k));
       }
       multiply_planes<T, exchanged>(c[n], c[n + 1], left, right);
     }
@@ -341,6 +371,7 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
                                         const Tile<T, R, D>& b) {
   static_assert(8 * N == D);
   const int lane = threadIdx.x % 32;
+  const SharedAddress b0 = shared_address(b.piece(0, lane % 16, lane / 16));
   __syncwarp();  // products need the whole warp, whose lanes may have parted to form `a`
 #pragma unroll
   for (int k = 0; k < R / 16; ++k) {
@@ -356,11 +387,29 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
     for (int n = 0; n < N; n += 2) {
 #pragma unroll
       for (int p = 0; p < kPlanes<T>; ++p) {
-        load_matrices_transposed(right[p],
-                                 b.piece(p, 16 * k + lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
+        load_matrices_transposed(right[p], b.behind(b0, p * R + 16 * k, n));
       }
       multiply_planes<T, false>(c[n], c[n + 1], left, right);
     }
+  }
+}
+
+// Stores x and y as features `feature`, which is even, and the next of the row that begins at
+// element `row` of a contiguous tensor, as far as the row has these features.
+template <class T>
+__device__ inline void store_pair(void* out, int64_t row, int feature, int features, float x,
+                                  float y) {
+  T* to = static_cast<T*>(out) + row + feature;
+  if (features % 2 == 0) {  // then every pair lies at a multiple of its size
+    if (feature >= features) return;
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(to) = pack(x, y, T{});
+    } else {
+      *reinterpret_cast<uint64_t*>(to) = uint64_t{__float_as_uint(y)} << 32 | __float_as_uint(x);
+    }
+  } else {
+    if (feature < features) to[0] = from_float<T>(x);
+    if (feature + 1 < features) to[1] = from_float<T>(y);
   }
 }
 

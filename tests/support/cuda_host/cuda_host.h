@@ -93,6 +93,21 @@ T __shfl_xor_sync(uint32_t mask, T x, int lanes) {
   return slot.got;
 }
 
+// Whether `predicate` holds in any lane of `mask`.
+inline int __any_sync(uint32_t mask, int predicate) {
+  struct Slot {
+    bool given, any;
+  } slot{predicate != 0, false};
+  cuda_host::sync_warp(mask, &slot, [](void* const* slots, uint32_t mask) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= (mask >> i & 1) && static_cast<Slot*>(slots[i])->given;
+    for (int i = 0; i < 32; ++i) {
+      if (mask >> i & 1) static_cast<Slot*>(slots[i])->any = any;
+    }
+  });
+  return slot.any;
+}
+
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }  // built with -ffp-contract=off

@@ -64,8 +64,8 @@ __global__ void product_kernel(const uint4* a, const uint4* b, float* c) {
   copy_wait<0>();
   __syncthreads();
   uint32_t fragment[4], other[4];
-  load_matrices(fragment, shared + lane % 16 * 2 + lane / 16);
-  load_matrices_transposed(other, shared + 32 + lane);  // rows 16 to 31 are 0
+  load_matrices(fragment, shared_address(shared + lane % 16 * 2 + lane / 16));
+  load_matrices_transposed(other, shared_address(shared + 32 + lane));  // rows 16 to 31 are 0
   float sum[4] = {0, 0, 0, 0};
   multiply(sum, fragment, other[0], other[1], T{});
   multiply(sum, fragment, other[2], other[3], T{});
