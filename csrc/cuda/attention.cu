@@ -165,13 +165,17 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
         for (int i = 0; i < 4; ++i) acc[n][i] *= factor[i / 2];
       }
     }
-    if (in.seed) drop(x, in, d, origin);
+    if (in.seed) {
+      uint32_t kept[4];
+      keep<N>(kept, in, d, origin);
+      drop(x, kept, in);
+    }
     multiply_columns<T>(acc, x, values_at(stage));
   };
   walk<K::kStages>(
       tiles_of(max(keys.end - keys.begin, 0), K::kSize),
       [&](int step, int stage) { load_keys(keys.begin + step * K::kSize, stage); },
-      [](int) { __syncthreads(); }, compute);
+      [](int, int) { __syncthreads(); }, compute);
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -231,22 +231,20 @@ struct Tile {
   }
 
   // Loads rows first to first + ROWS of a head, counted from row0; rows from `end` on become 0.
-  // With `per_head`, rows run through `per_head` rows of each head after the other. With `lse`,
-  // which points to the lse of row 0, rows that see nothing become 0 too, since they may hold
-  // anything. The tile is complete after copy_commit, copy_wait and __syncthreads.
+  // With `per_head`, rows run through `per_head` rows of each head after the other. The tile is
+  // complete after copy_commit, copy_wait and __syncthreads.
   __device__ void load(const HeadView& x, int batch, int head, int row0, int first, int end,
-                       int per_head = 0, const float* lse = nullptr) const {
+                       int per_head = 0) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
     if constexpr (kPlanes<T> == 1) {
-      if (x.aligned && !x.pages.data && !per_head && !lse) {
+      if (x.aligned && !x.pages.data && !per_head) {
         const int64_t row = row0 + first;
         return copy(base + row * x.row, x.row, x.features, end - first);
       }
     }
     for (int i = threadIdx.x; i < ROWS * kPieces; i += blockDim.x) {
       const int row = i / kPieces, feature = i % kPieces * 8;
-      const bool valid = first + row < end && feature < x.features &&
-                         (lse == nullptr || lse[first + row] != -kInfinity);
+      const bool valid = first + row < end && feature < x.features;
       const char* from = x.data;
       if (valid && x.pages.data) {
         const int page =
@@ -290,8 +288,8 @@ struct Tile {
 
 // Walks over `count` tiles that lie in `stages` places of shared memory in turn. With two stages,
 // the next tile is copied while this one is multiplied. load(i, stage) starts the copies of tile i,
-// sync() is a barrier after which they are complete for all threads, and compute(i, stage) uses
-// the tile. What was copied before the walk is complete in compute, too.
+// sync(i, stage) is a barrier after which they are complete for all threads, and compute(i, stage)
+// uses the tile. What was copied before the walk is complete in compute, too.
 template <int stages, class Load, class Sync, class Compute>
 __device__ inline void walk(int count, const Load& load, const Sync& sync, const Compute& compute) {
   if (stages == 2 && count > 0) load(0, 0);
@@ -302,7 +300,7 @@ __device__ inline void walk(int count, const Load& load, const Sync& sync, const
     }
     copy_commit();
     copy_wait<0>();
-    sync(stage);  // with two stages, all warps have also read the tile before this one
+    sync(i, stage);  // with two stages, all warps have also read the tile before this one
     if (stages == 2 && i + 1 < count) load(i + 1, stage ^ 1);
     compute(i, stage);
     if (stages == 2) stage ^= 1;
@@ -516,27 +514,41 @@ __device__ inline void each_hidden(const Attention& a, const Document& d, const 
   }
 }
 
-// Multiplies each element by 0 where it is dropped, else by 1 / (1 - p). Element (t, s) takes lane
-// s % 4 of counter (s / 4, t, document H + h, 0).
+// Finds the elements of a tile that dropout keeps: bit 4 n of kept[i] tells it of element (n, i).
+// Element (t, s) takes lane s % 4 of counter (s / 4, t, document H + h, 0). So a counter serves
+// four keys, which lie in two lanes or, if the tile is transposed, in four: each of these lanes
+// draws for its share of the counters and gives the others the bits.
 template <int N>
-__device__ inline void drop(float (&x)[N][4], const Attention& a, const Document& d,
+__device__ inline void keep(uint32_t (&kept)[4], const Attention& a, const Document& d,
                             const TileOrigin& origin) {
+  static_assert(N <= 8);  // 4 bits each
   const auto seed = static_cast<uint64_t>(*a.seed);
-  each<N>([&](int n, int i, int row, int column) {
-    if (i % 2 && !origin.transposed) return;  // its neighbour has the same draw
-    const Place p = origin.at(row, column);
-    const auto s = static_cast<uint32_t>(p.s);
-    const Philox draw(seed, s / 4, static_cast<uint32_t>(p.t),
+  const int lane = threadIdx.x % 32;
+  const int own = origin.transposed ? lane / 4 % 4 : lane % 2 * 2;  // draws for elements (n, own)
+  uint32_t bits = 0;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const Place p = origin.at(lane / 4 + 8 * (own / 2), 8 * n + 2 * (lane % 4) + own % 2);
+    const Philox draw(seed, static_cast<uint32_t>(p.s) / 4, static_cast<uint32_t>(p.t),
                       static_cast<uint32_t>(d.number) * a.H + p.h, 0);
-    const uint32_t even = s % 4 < 2 ? draw.lane[0] : draw.lane[2];
-    const uint32_t odd = s % 4 < 2 ? draw.lane[1] : draw.lane[3];
-    if (origin.transposed) {
-      x[n][i] *= (s % 2 ? odd : even) > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
-    } else {
-      x[n][i] *= even > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
-      x[n][i + 1] *= odd > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits |= uint32_t{draw.lane[i] > a.dropout.last_dropped} << (4 * n + i);
     }
-  });
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int from = origin.transposed ? (lane & ~12) + 4 * i : (lane & ~1) + i / 2;
+    const int key = origin.transposed ? own : own + i % 2;  // s % 4
+    kept[i] = __shfl_sync(0xffffffff, bits, from) >> key;
+  }
+}
+
+// Multiplies each element by 1 / (1 - p) if it is kept, and by 0 if it is dropped.
+template <int N>
+__device__ inline void drop(float (&x)[N][4], const uint32_t (&kept)[4], const Attention& a) {
+  each<N>(
+      [&](int n, int i, int, int) { x[n][i] *= kept[i] >> 4 * n & 1 ? a.dropout.factor : 0.0f; });
 }
 
 // ---- arguments ----
