@@ -83,9 +83,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   Document d;
   int tile;
   if (!find_tile(in, index % a.tiles, false, kRows, d, tile)) return;
-  // With a limit to the right the last queries see the most keys, so their blocks start first.
-  const int length = in.cu_seqlens_q.data ? d.queries : in.T;
-  if (in.right < kNoLimit && !a.packed) tile = tiles_of(length, kRows) - 1 - tile;
+  if (!a.packed) tile = longest_first(in, d, kRows, tile);
   const int per_head = a.packed ? d.queries : 0;
   const int h0 = static_cast<int>(index / a.tiles) * (a.packed ? in.group() : 1);
   const int row0 = tile * kRows, rows = a.packed ? d.queries * in.group() : d.queries;
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     m[half] = in.sink.data && split == 0 ? in.sink.number(0, h) : -kInfinity;
     l[half] = lane % 4 == 0 ? weight<T>(m[half], m[half]) : 0.0f;
   }
-  // Of few rows, the last warps have none, but they take part in copies.
+  // A warp may have no rows if there are few, but it takes part in the copies.
   const bool idle = row0 + 16 * warp >= rows;
   const auto compute = [&](int step, int stage) {
     if (idle) return;

@@ -57,6 +57,12 @@ struct HeadView {
   int page_size = 0, page_count = 0;
 };
 
+// The number of the page that holds a row of a batch.
+__device__ inline int page_of(const HeadView& x, int batch, int row) {
+  const int page = x.pages.integer(batch, row / x.page_size);
+  return max(0, min(page, x.page_count - 1));
+}
+
 // A (batch, head, query, key) tensor beside the scores; strides are in elements, 0 where broadcast.
 struct Elements {
   const char* data = nullptr;
@@ -143,6 +149,13 @@ __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, in
   document = document_of(a, low);
   tile = static_cast<int>(i) - start(low);
   return tile >= 0 && tile < tiles_of(of_keys ? document.keys : document.queries, size);
+}
+
+// The tile of queries that a block takes in place of `tile`. With a limit to the right the last
+// queries see the most keys, so their blocks start first.
+__device__ inline int longest_first(const Attention& a, const Document& d, int size, int tile) {
+  const int length = a.cu_seqlens_q.data ? d.queries : a.T;
+  return a.right < kNoLimit ? tiles_of(length, size) - 1 - tile : tile;
 }
 
 struct Range {
@@ -237,8 +250,13 @@ struct Tile {
                        int per_head = 0) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
     if constexpr (kPlanes<T> == 1) {
-      if (x.aligned && !x.pages.data && !per_head) {
-        const int64_t row = row0 + first;
+      const bool one_page = x.pages.data && x.page_size % ROWS == 0 && first < end;
+      if (x.aligned && !per_head && (one_page || !x.pages.data)) {
+        int64_t row = row0 + first;
+        if (one_page) {
+          base += page_of(x, batch, first) * x.batch;
+          row = first % x.page_size;
+        }
         return copy(base + row * x.row, x.row, x.features, end - first);
       }
     }
@@ -247,9 +265,8 @@ struct Tile {
       const bool valid = first + row < end && feature < x.features;
       const char* from = x.data;
       if (valid && x.pages.data) {
-        const int page =
-            clamp(x.pages.integer(batch, (first + row) / x.page_size), 0, x.page_count - 1);
-        from = base + page * x.batch + (first + row) % x.page_size * x.row;
+        from =
+            base + page_of(x, batch, first + row) * x.batch + (first + row) % x.page_size * x.row;
       } else if (valid && per_head) {
         from = base + (first + row) / per_head * x.head +
                static_cast<int64_t>(row0 + (first + row) % per_head) * x.row;
@@ -446,8 +463,8 @@ struct TileOrigin {
   }
 };
 
-// Turns x = q k^T into scores, the hidden ones too. Unless `slopes` is null, the derivative of the
-// softcap is written to it.
+// Turns x = q k^T into scores, the hidden ones too. If there is a softcap, its derivative is
+// written to `slopes`, unless this is null.
 template <int N>
 __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attention& a,
                               const Document& d, const TileOrigin& origin) {
@@ -458,10 +475,7 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
       if (slopes) slopes[n][i] = 1 - tanh * tanh;
     });
   } else {
-    each<N>([&](int n, int i, int, int) {
-      x[n][i] = __fmul_rn(x[n][i], a.scale);
-      if (slopes) slopes[n][i] = 1;
-    });
+    each<N>([&](int n, int i, int, int) { x[n][i] = __fmul_rn(x[n][i], a.scale); });
   }
   if (a.bias.data) {
     TFKERN_CUDA_DTYPE(a.bias.dtype, {

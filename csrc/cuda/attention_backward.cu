@@ -28,12 +28,12 @@ constexpr int kRows = kPlanes<T> == 3 && D == 256 ? kLeastRows : 64;
 // Keys (queries in dkv_kernel) that a block loads at each step of its walk.
 template <class T, int D>
 constexpr int kStep = kPlanes<T> == 1 && D <= 128 ? 32 : 16;
-// Loads that are in shared memory at a time. With head sizes up to 256, a second one would leave
+// Steps that are in shared memory at a time. With heads of 256 features, a second step would leave
 // no room for two blocks in an SM of sm_80; float32 is not copied asynchronously.
 template <class T, int D>
 constexpr int kStages = kPlanes<T> == 1 && D <= 128 ? 2 : 1;
-// Tells whether a block of dkv_kernel sums both dk and dv. Larger heads fill the registers with
-// one.
+// Tells whether a block of dkv_kernel sums both dk and dv. One of the two fills the registers if
+// heads are larger.
 template <class T, int D>
 constexpr bool kBoth = kPlanes<T> == 1 && D <= 64;
 
@@ -176,8 +176,10 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
     // that sees nothing are -inf, so that p = 0, or each_hidden sets p and ds to 0 below.
     x[n][i] = exp2_approx(fmaf(x[n][i] - query.lse, kLog2E, query.lse_rest));
     dp[n][i] = x[n][i] * (dp[n][i] - query.delta);
-    if (!of_bias) dp[n][i] *= slopes[n][i];
   });
+  if (in.softcap > 0 && !of_bias) {
+    each<N>([&](int n, int i, int, int) { dp[n][i] *= slopes[n][i]; });
+  }
   // Hidden scores went through the exponential as well, so their p and ds may be anything by now.
   each_hidden<N>(in, d, origin, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
   if (in.seed) drop(x, kept, in);
@@ -212,6 +214,7 @@ __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   Document d;
   int tile;
   if (!find_tile(in, blockIdx.x % a.tiles, false, kOwn, d, tile)) return;
+  tile = longest_first(in, d, kOwn, tile);
   const int h = static_cast<int>(blockIdx.x / a.tiles), t0 = tile * kOwn;
   if (t0 >= d.queries) return;
   const int t1 = min(t0 + kOwn, d.queries) - 1;
