@@ -72,8 +72,11 @@ __device__ inline void store_lse(const Forward& a, int64_t row, float m, float s
 }
 
 // Computes o and lse of a tile of rows or, with splits, acc / l, m and l over one part of the keys.
+// The launch bounds tell the compiler that an SM has no shared memory for a third block of larger
+// heads: it would spill to make room for one.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
+__global__ void __launch_bounds__(kThreads, kPlanes<T> == 1 && D > 64 ? 2 : 0)
+    forward_kernel(Forward a) {
   using K = Keys<T, D>;
   constexpr int N = K::kSize / 8;
   const Attention& in = a.in;
