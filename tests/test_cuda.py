@@ -86,15 +86,15 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
 
 # Bytes of stack that are known: float32 is in three parts, which fill the registers.
 SPILLS = {
-    "attention_forward_kernelIfLi128EE": 16,
+    "attention_forward_kernelIfLi128EE": 8,
+    "attention_forward_kernelIfLi256EE": 40,
     "attention_backward_dbias_kernelIfLi128EE": 16,
-    "attention_backward_dbias_kernelIfLi256EE": 72,
-    "attention_backward_dkv_kernelIfLi64EE": 32,
-    "attention_backward_dkv_kernelIfLi128EE": 40,
-    "attention_backward_dkv_kernelIfLi256EE": 136,
+    "attention_backward_dbias_kernelIfLi256EE": 40,
+    "attention_backward_dkv_kernelIfLi128EE": 8,
+    "attention_backward_dkv_kernelIfLi256EE": 40,
     "attention_backward_dq_kernelIfLi64EE": 8,
-    "attention_backward_dq_kernelIfLi128EE": 24,
-    "attention_backward_dq_kernelIfLi256EE": 56,
+    "attention_backward_dq_kernelIfLi128EE": 8,
+    "attention_backward_dq_kernelIfLi256EE": 32,
 }
 
 
@@ -169,6 +169,43 @@ def test_rows_that_are_not_there_have_no_logarithm():
     there = torch.arange(5) < torch.tensor([[3], [0]])
     assert torch.equal(lse[0, :, 0] != -torch.inf, there)
     assert not lse[1, :, 0][~there].any()
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 192])
+@pytest.mark.parametrize("D", [64, 96, 256])
+def test_pages_of_any_size_give_the_bits_of_keys_in_order(D, size):
+    """A tile of keys lies in one page or in several. Numbers of unused pages are out of range."""
+    count = 384 // size
+    q = torch.randn(2, 4, 2, D).bfloat16()
+    k, v = (torch.randn(2, 2, 384, D).bfloat16() for _ in range(2))
+    lengths = torch.tensor([300, 40])
+    table = torch.randperm(2 * count).view(2, count)
+    pages = [torch.empty(2 * count, 2, size, D, dtype=q.dtype) for _ in range(2)]
+    for paged, x in zip(pages, (k, v), strict=True):
+        paged[table.flatten()] = x.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
+    unused = torch.arange(count) * size >= lengths[:, None]
+    table[unused] = torch.arange(int(unused.sum())) * 1000 - 3000
+    o, lse = attention(q, k, v, causal=True, key_lengths=lengths)
+    paged = attention(q, *pages, causal=True, key_lengths=lengths, page_table=table)
+    assert torch.equal(paged[0], o) and torch.equal(paged[1], lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [8, 16, 72, 160])
+def test_queries_that_see_nothing_may_hold_anything(D, dtype):
+    """NaN in q and do of rows that a mask hides altogether does not reach the other gradients."""
+    q, do = (torch.randn(1, 2, 70, D).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, 1, 40, D).to(dtype) for _ in range(2))
+    hidden = torch.zeros(70, dtype=torch.bool)
+    hidden[[0, 33, 64, 69]] = True
+    mask = ~hidden[:, None].expand(1, 1, 70, 40)
+    clean = attention(q, k, v, do, mask=mask)
+    q[:, :, hidden] = do[:, :, hidden] = torch.nan
+    ops, args = emulation.load(), bind(q, k, v, mask=mask)
+    o, lse, dq, dk, dv, *_ = clean
+    found = ops.attention_backward(do, None, o, lse, *args, False)
+    assert all(torch.equal(x, y) for x, y in zip(found[:3], (dq, dk, dv), strict=True))
+    assert not dq[:, :, hidden].any() and torch.isfinite(dk).all() and torch.isfinite(dv).all()
 
 
 # ---- tiles, also for sizes that no test could compute ----

@@ -91,5 +91,15 @@ def test_fragments_are_laid_out_as_a_product_needs(order, dtype):
 
 
 def test_shuffle(order):
-    x = torch.randperm(32)
-    assert torch.equal(torch.ops.tfkern_planted.shuffle(x), x[torch.arange(32) ^ 3])
+    x, lanes = torch.randperm(32), torch.arange(32)
+    expected = torch.stack([x[lanes ^ 3], x[lanes // 4]])
+    assert torch.equal(torch.ops.tfkern_planted.shuffle(x), expected)
+
+
+@pytest.mark.parametrize("given", [[], [0], [63], [5, 40]], ids=str)
+def test_votes(order, given):
+    x = torch.zeros(64, dtype=torch.long)
+    x[given] = 1
+    of_warps = x.view(2, 32).any(1, keepdim=True).expand(2, 32).flatten()
+    expected = torch.stack([of_warps, x.any().expand(64), torch.zeros(64, dtype=torch.bool)])
+    assert torch.equal(torch.ops.tfkern_planted.vote(x), expected.long())

@@ -21,9 +21,8 @@
 namespace tfkern::cuda {
 namespace {
 
-constexpr int kRows = 64;  // rows (queries) of a block
-constexpr int kThreads = 2 * kRows;
-constexpr int kMaxSplits = 64;  // the most blocks that share the keys of a row
+constexpr int kRows = kThreads / 2;  // rows (queries) of a block
+constexpr int kMaxSplits = 64;       // the most blocks that share the keys of a row
 
 // Sizes of the tiles of keys: kSize keys each, kStages tiles in shared memory at a time, and
 // kShared bytes of shared memory together with the queries.
@@ -72,17 +71,12 @@ __device__ inline void store_lse(const Forward& a, int64_t row, float m, float s
   a.lse[a.rows() + row] = sum == 0 ? 0.0f : m - lse + logarithm;
 }
 
-// Stores x and, if more than one feature is left, y.
-template <class T>
-__device__ inline void store_pair(void* out, int64_t at, float x, float y, int left) {
-  T* to = static_cast<T*>(out) + at;
-  to[0] = from_float<T>(x);
-  if (left > 1) to[1] = from_float<T>(y);
-}
-
 // Computes o and lse of a tile of rows or, with splits, acc / l, m and l over one part of the keys.
+// The launch bounds tell the compiler that an SM has no shared memory for a third block of larger
+// heads: it would spill to make room for one.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
+__global__ void __launch_bounds__(kThreads, kPlanes<T> == 1 && D > 64 ? 2 : 0)
+    forward_kernel(Forward a) {
   using K = Keys<T, D>;
   constexpr int N = K::kSize / 8;
   const Attention& in = a.in;
@@ -92,9 +86,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   Document d;
   int tile;
   if (!find_tile(in, index % a.tiles, false, kRows, d, tile)) return;
-  // With a limit to the right the last queries see the most keys, so their blocks start first.
-  const int length = in.cu_seqlens_q.data ? d.queries : in.T;
-  if (in.right < kNoLimit && !a.packed) tile = tiles_of(length, kRows) - 1 - tile;
+  if (!a.packed) tile = longest_first(in, d, kRows, tile);
   const int per_head = a.packed ? d.queries : 0;
   const int h0 = static_cast<int>(index / a.tiles) * (a.packed ? in.group() : 1);
   const int row0 = tile * kRows, rows = a.packed ? d.queries * in.group() : d.queries;
@@ -120,8 +112,6 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
   };
 
   q.load(in.q, d.batch, h0, d.query0, row0, rows, per_head);
-  if (K::kStages == 2 && keys.begin < keys.end) load_keys(keys.begin, 0);
-  copy_commit();
   float acc[D / 8][4] = {};
   float m[2], l[2];  // for rows lane / 4 and lane / 4 + 8; l sums the columns of this lane only
   const TileOrigin rows_of_warp{h0, row0 + 16 * warp, 0, per_head, false, rows};
@@ -132,18 +122,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     m[half] = in.sink.data && split == 0 ? in.sink.number(0, h) : -kInfinity;
     l[half] = lane % 4 == 0 ? weight<T>(m[half], m[half]) : 0.0f;
   }
-  int stage = 0;
-  for (int s0 = keys.begin; s0 < keys.end; s0 += K::kSize) {
-    if constexpr (K::kStages == 2) {
-      if (s0 + K::kSize < keys.end) load_keys(s0 + K::kSize, stage ^ 1);
-      copy_commit();
-      copy_wait<1>();
-    } else {
-      load_keys(s0, 0);
-      copy_commit();
-      copy_wait<0>();
-    }
-    __syncthreads();
+  // A warp may have no rows if there are few, but it takes part in the copies.
+  const bool idle = row0 + 16 * warp >= rows;
+  const auto compute = [&](int step, int stage) {
+    if (idle) return;
+    const int s0 = keys.begin + step * K::kSize;
     float x[N][4] = {};
     multiply_rows<T>(x, q, 16 * warp, keys_at(stage));
     TileOrigin origin = rows_of_warp;
@@ -152,6 +135,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
                         s0 + K::kSize - 1 - t0 - d.offset() > in.right;
     scores<N>(x, nullptr, in, d, origin);
     each_hidden<N>(in, d, origin, limits, [&](int n, int i) { x[n][i] = -kInfinity; });
+    float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = m[half];
@@ -161,14 +145,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
       }
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-      const float factor = exp_below(m[half], most);
+      factor[half] = exp_below(m[half], most);
       m[half] = most;
-      l[half] *= factor;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        acc[n][2 * half] *= factor;
-        acc[n][2 * half + 1] *= factor;
-      }
+      l[half] *= factor[half];
 #pragma unroll
       for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -178,12 +157,26 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
         }
       }
     }
-    if (in.seed) drop(x, in, d, origin);
+    // Where no maximum of the warp's rows has grown, which is the rule after the first tiles of
+    // many, the factors are 1.
+    if (__any_sync(0xffffffff, factor[0] != 1 || factor[1] != 1)) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[n][i] *= factor[i / 2];
+      }
+    }
+    if (in.seed) {
+      uint32_t kept[4];
+      keep<N>(kept, in, d, origin);
+      drop(x, kept, in);
+    }
     multiply_columns<T>(acc, x, values_at(stage));
-    __syncthreads();  // all warps have read this tile before another overwrites it
-    if (K::kStages == 2) stage ^= 1;
-  }
-  copy_wait<0>();
+  };
+  walk<K::kStages>(
+      tiles_of(max(keys.end - keys.begin, 0), K::kSize),
+      [&](int step, int stage) { load_keys(keys.begin + step * K::kSize, stage); },
+      [](int, int) { __syncthreads(); }, compute);
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -206,13 +199,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
     }
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      const int feature = 8 * n + 2 * (lane % 4), left = in.Dv - feature;
+      const int feature = 8 * n + 2 * (lane % 4);
       const float x = acc[n][2 * half] * scale, y = acc[n][2 * half + 1] * scale;
-      if (left <= 0) continue;
       if (a.splits > 1) {
-        store_pair<float>(a.part_o, part * in.Dv + feature, x, y, left);
+        store_pair<float>(a.part_o, part * in.Dv, feature, in.Dv, x, y);
       } else {
-        store_pair<T>(a.o, at * in.Dv + feature, x, y, left);
+        store_pair<T>(a.o, at * in.Dv, feature, in.Dv, x, y);
       }
     }
   }

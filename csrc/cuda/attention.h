@@ -12,6 +12,8 @@
 // as an intrinsic.
 #pragma once
 
+#include <bit>
+
 #include "../attention_arguments.h"
 #include "../dropout.h"
 #include "../philox.h"
@@ -20,6 +22,7 @@
 namespace tfkern::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kThreads = 128;      // threads of most blocks, 16 rows of a tile to each warp
 constexpr int kNoLimit = 1 << 29;  // more than any row, key or distance
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -53,6 +56,12 @@ struct HeadView {
   Table pages;
   int page_size = 0, page_count = 0;
 };
+
+// The number of the page that holds a row of a batch.
+__device__ inline int page_of(const HeadView& x, int batch, int row) {
+  const int page = x.pages.integer(batch, row / x.page_size);
+  return max(0, min(page, x.page_count - 1));
+}
 
 // A (batch, head, query, key) tensor beside the scores; strides are in elements, 0 where broadcast.
 struct Elements {
@@ -142,6 +151,13 @@ __device__ inline bool find_tile(const Attention& a, int64_t i, bool of_keys, in
   return tile >= 0 && tile < tiles_of(of_keys ? document.keys : document.queries, size);
 }
 
+// The tile of queries that a block takes in place of `tile`. With a limit to the right the last
+// queries see the most keys, so their blocks start first.
+__device__ inline int longest_first(const Attention& a, const Document& d, int size, int tile) {
+  const int length = a.cu_seqlens_q.data ? d.queries : a.T;
+  return a.right < kNoLimit ? tiles_of(length, size) - 1 - tile : tile;
+}
+
 struct Range {
   int begin, end;  // end is not part of it
 };
@@ -181,11 +197,11 @@ __device__ inline void split(float x, float y, uint32_t (&planes)[kPlanes<T>]) {
   }
 }
 
-// ROWS rows of D features in pieces of 8 features (16 bytes). Pieces are swizzled, so that the 8
-// rows of a fragment lie in different banks.
+// ROWS rows of D features in pieces of 8 features (16 bytes). The pieces of a line (8 or 4 pieces
+// of a row) are swizzled, so that the 8 rows of a fragment lie in different banks.
 template <class T, int ROWS, int D>
 struct Tile {
-  static constexpr int kPieces = D / 8, kRows = ROWS;
+  static constexpr int kPieces = D / 8, kLine = D % 64 == 0 ? 8 : 4;
   static constexpr int64_t kBytes = int64_t{16} * kPlanes<T> * ROWS * kPieces;
 
   uint4* data;
@@ -193,26 +209,64 @@ struct Tile {
   __device__ uint4* end() const { return data + kBytes / 16; }
 
   __device__ uint4* piece(int plane, int row, int i) const {
-    const int swizzled = D % 64 == 0 ? i ^ (row & 7) : i ^ (row >> 1 & 3);
+    const int swizzled = kLine == 8 ? i ^ (row & 7) : i ^ (row >> 1 & 3);
     return data + (plane * ROWS + row) * kPieces + swizzled;
   }
 
+  // The address of the piece that is `rows` rows, a multiple of 8, and an even number `i` of pieces
+  // behind piece 0 or 1 of a row, whose address is `first`. Only the exclusive or costs an
+  // instruction where rows and i are constant.
+  __device__ static SharedAddress behind(SharedAddress first, int rows, int i) {
+    return (first ^ 16 * (i % kLine)) + 16 * (i / kLine * kLine + rows * kPieces);
+  }
+
+  // Copies rows of 16-bit elements that start at multiples of 16 bytes: the row at from + i * bytes
+  // goes to row i. Rows from `rows` on and features from `features` on become 0. Each thread copies
+  // the same piece of every kRowStep-th row, so that little besides the copies is left in the loop.
+  __device__ void copy(const char* from, int64_t bytes, int features, int rows) const {
+    constexpr int kRowStep = static_cast<int>(std::bit_floor(unsigned{kThreads / kPieces}));
+    static_assert(ROWS % kRowStep == 0);
+    const int row = threadIdx.x / kPieces, i = threadIdx.x % kPieces;
+    if (kRowStep * kPieces < kThreads && row >= kRowStep) return;
+    const bool there = 8 * i < features;
+    from += row * bytes + 16 * i;
+    if (rows >= ROWS) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += kRowStep) {
+        copy_async(piece(0, row + r, i), from + r * bytes, there);
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += kRowStep) {
+        copy_async(piece(0, row + r, i), from + r * bytes, there && row + r < rows);
+      }
+    }
+  }
+
   // Loads rows first to first + ROWS of a head, counted from row0; rows from `end` on become 0.
-  // With `per_head`, rows run through `per_head` rows of each head after the other. With `lse`,
-  // which points to the lse of row 0, rows that see nothing become 0 too, since they may hold
-  // anything. The tile is complete after copy_commit, copy_wait and __syncthreads.
+  // With `per_head`, rows run through `per_head` rows of each head after the other. The tile is
+  // complete after copy_commit, copy_wait and __syncthreads.
   __device__ void load(const HeadView& x, int batch, int head, int row0, int first, int end,
-                       int per_head = 0, const float* lse = nullptr) const {
+                       int per_head = 0) const {
     const char* base = x.data + head * x.head + (x.pages.data ? 0 : batch * x.batch);
+    if constexpr (kPlanes<T> == 1) {
+      const bool one_page = x.pages.data && x.page_size % ROWS == 0 && first < end;
+      if (x.aligned && !per_head && (one_page || !x.pages.data)) {
+        int64_t row = row0 + first;
+        if (one_page) {
+          base += page_of(x, batch, first) * x.batch;
+          row = first % x.page_size;
+        }
+        return copy(base + row * x.row, x.row, x.features, end - first);
+      }
+    }
     for (int i = threadIdx.x; i < ROWS * kPieces; i += blockDim.x) {
       const int row = i / kPieces, feature = i % kPieces * 8;
-      const bool valid = first + row < end && feature < x.features &&
-                         (lse == nullptr || lse[first + row] != -kInfinity);
+      const bool valid = first + row < end && feature < x.features;
       const char* from = x.data;
       if (valid && x.pages.data) {
-        const int page =
-            clamp(x.pages.integer(batch, (first + row) / x.page_size), 0, x.page_count - 1);
-        from = base + page * x.batch + (first + row) % x.page_size * x.row;
+        from =
+            base + page_of(x, batch, first + row) * x.batch + (first + row) % x.page_size * x.row;
       } else if (valid && per_head) {
         from = base + (first + row) / per_head * x.head +
                static_cast<int64_t>(row0 + (first + row) % per_head) * x.row;
@@ -248,6 +302,29 @@ struct Tile {
     }
   }
 };
+
+// Walks over `count` tiles that lie in `stages` places of shared memory in turn. With two stages,
+// the next tile is copied while this one is multiplied. load(i, stage) starts the copies of tile i,
+// sync(i, stage) is a barrier after which they are complete for all threads, and compute(i, stage)
+// uses the tile. What was copied before the walk is complete in compute, too.
+template <int stages, class Load, class Sync, class Compute>
+__device__ inline void walk(int count, const Load& load, const Sync& sync, const Compute& compute) {
+  if (stages == 2 && count > 0) load(0, 0);
+  for (int i = 0, stage = 0; i < count; ++i) {
+    if (stages == 1) {
+      __syncthreads();  // all warps have read the tile that is overwritten now
+      load(i, 0);
+    }
+    copy_commit();
+    copy_wait<0>();
+    sync(i, stage);  // with two stages, all warps have also read the tile before this one
+    if (stages == 2 && i + 1 < count) load(i + 1, stage ^ 1);
+    compute(i, stage);
+    if (stages == 2) stage ^= 1;
+  }
+  copy_commit();
+  copy_wait<0>();  // there may have been no tile
+}
 
 // c += a b over the products of planes that count, the smallest first; b is two fragments side by
 // side. The products are summed apart from c, since tensor cores truncate small terms that they add
@@ -285,18 +362,18 @@ template <class T, bool exchanged = false, int N, int R, int D>
 __device__ inline void multiply_rows(float (&c)[N][4], const Tile<T, R, D>& a, int row0,
                                      const Tile<T, 8 * N, D>& b) {
   const int lane = threadIdx.x % 32;
+  const SharedAddress a0 = shared_address(a.piece(0, row0 + lane % 16, lane / 16));
+  const SharedAddress b0 = shared_address(b.piece(0, lane / 16 * 8 + lane % 8, lane / 8 % 2));
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t left[kPlanes<T>][4], right[kPlanes<T>][4];
 #pragma unroll
-    for (int p = 0; p < kPlanes<T>; ++p) {
-      load_matrices(left[p], a.piece(p, row0 + lane % 16, 2 * k + lane / 16));
-    }
+    for (int p = 0; p < kPlanes<T>; ++p) load_matrices(left[p], a.behind(a0, p * R, 2 * k));
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
 #pragma unroll
       for (int p = 0; p < kPlanes<T>; ++p) {
-        load_matrices(right[p], b.piece(p, 8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        load_matrices(right[p], b.behind(b0, 8 * (p * N + n), 2 * k));
       }
       multiply_planes<T, exchanged>(c[n], c[n + 1], left, right);
     }
@@ -309,6 +386,8 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
                                         const Tile<T, R, D>& b) {
   static_assert(8 * N == D);
   const int lane = threadIdx.x % 32;
+  const SharedAddress b0 = shared_address(b.piece(0, lane % 16, lane / 16));
+  __syncwarp();  // products need the whole warp, whose lanes may have parted to form `a`
 #pragma unroll
   for (int k = 0; k < R / 16; ++k) {
     uint32_t left[kPlanes<T>][4], right[kPlanes<T>][4];
@@ -323,11 +402,29 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
     for (int n = 0; n < N; n += 2) {
 #pragma unroll
       for (int p = 0; p < kPlanes<T>; ++p) {
-        load_matrices_transposed(right[p],
-                                 b.piece(p, 16 * k + lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
+        load_matrices_transposed(right[p], b.behind(b0, p * R + 16 * k, n));
       }
       multiply_planes<T, false>(c[n], c[n + 1], left, right);
     }
+  }
+}
+
+// Stores x and y as features `feature`, which is even, and the next of the row that begins at
+// element `row` of a contiguous tensor, as far as the row has these features.
+template <class T>
+__device__ inline void store_pair(void* out, int64_t row, int feature, int features, float x,
+                                  float y) {
+  T* to = static_cast<T*>(out) + row + feature;
+  if (features % 2 == 0) {  // then every pair lies at a multiple of its size
+    if (feature >= features) return;
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(to) = pack(x, y, T{});
+    } else {
+      *reinterpret_cast<uint64_t*>(to) = uint64_t{__float_as_uint(y)} << 32 | __float_as_uint(x);
+    }
+  } else {
+    if (feature < features) to[0] = from_float<T>(x);
+    if (feature + 1 < features) to[1] = from_float<T>(y);
   }
 }
 
@@ -366,8 +463,8 @@ struct TileOrigin {
   }
 };
 
-// Turns x = q k^T into scores, the hidden ones too. Unless `slopes` is null, the derivative of the
-// softcap is written to it.
+// Turns x = q k^T into scores, the hidden ones too. If there is a softcap, its derivative is
+// written to `slopes`, unless this is null.
 template <int N>
 __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attention& a,
                               const Document& d, const TileOrigin& origin) {
@@ -378,10 +475,7 @@ __device__ inline void scores(float (&x)[N][4], float (*slopes)[4], const Attent
       if (slopes) slopes[n][i] = 1 - tanh * tanh;
     });
   } else {
-    each<N>([&](int n, int i, int, int) {
-      x[n][i] = __fmul_rn(x[n][i], a.scale);
-      if (slopes) slopes[n][i] = 1;
-    });
+    each<N>([&](int n, int i, int, int) { x[n][i] = __fmul_rn(x[n][i], a.scale); });
   }
   if (a.bias.data) {
     TFKERN_CUDA_DTYPE(a.bias.dtype, {
@@ -434,27 +528,41 @@ __device__ inline void each_hidden(const Attention& a, const Document& d, const 
   }
 }
 
-// Multiplies each element by 0 where it is dropped, else by 1 / (1 - p). Element (t, s) takes lane
-// s % 4 of counter (s / 4, t, document H + h, 0).
+// Finds the elements of a tile that dropout keeps: bit 4 n of kept[i] tells it of element (n, i).
+// Element (t, s) takes lane s % 4 of counter (s / 4, t, document H + h, 0). So a counter serves
+// four keys, which lie in two lanes or, if the tile is transposed, in four: each of these lanes
+// draws for its share of the counters and gives the others the bits.
 template <int N>
-__device__ inline void drop(float (&x)[N][4], const Attention& a, const Document& d,
+__device__ inline void keep(uint32_t (&kept)[4], const Attention& a, const Document& d,
                             const TileOrigin& origin) {
+  static_assert(N <= 8);  // 4 bits each
   const auto seed = static_cast<uint64_t>(*a.seed);
-  each<N>([&](int n, int i, int row, int column) {
-    if (i % 2 && !origin.transposed) return;  // its neighbour has the same draw
-    const Place p = origin.at(row, column);
-    const auto s = static_cast<uint32_t>(p.s);
-    const Philox draw(seed, s / 4, static_cast<uint32_t>(p.t),
+  const int lane = threadIdx.x % 32;
+  const int own = origin.transposed ? lane / 4 % 4 : lane % 2 * 2;  // draws for elements (n, own)
+  uint32_t bits = 0;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const Place p = origin.at(lane / 4 + 8 * (own / 2), 8 * n + 2 * (lane % 4) + own % 2);
+    const Philox draw(seed, static_cast<uint32_t>(p.s) / 4, static_cast<uint32_t>(p.t),
                       static_cast<uint32_t>(d.number) * a.H + p.h, 0);
-    const uint32_t even = s % 4 < 2 ? draw.lane[0] : draw.lane[2];
-    const uint32_t odd = s % 4 < 2 ? draw.lane[1] : draw.lane[3];
-    if (origin.transposed) {
-      x[n][i] *= (s % 2 ? odd : even) > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
-    } else {
-      x[n][i] *= even > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
-      x[n][i + 1] *= odd > a.dropout.last_dropped ? a.dropout.factor : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits |= uint32_t{draw.lane[i] > a.dropout.last_dropped} << (4 * n + i);
     }
-  });
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int from = origin.transposed ? (lane & ~12) + 4 * i : (lane & ~1) + i / 2;
+    const int key = origin.transposed ? own : own + i % 2;  // s % 4
+    kept[i] = __shfl_sync(0xffffffff, bits, from) >> key;
+  }
+}
+
+// Multiplies each element by 1 / (1 - p) if it is kept, and by 0 if it is dropped.
+template <int N>
+__device__ inline void drop(float (&x)[N][4], const uint32_t (&kept)[4], const Attention& a) {
+  each<N>(
+      [&](int n, int i, int, int) { x[n][i] *= kept[i] >> 4 * n & 1 ? a.dropout.factor : 0.0f; });
 }
 
 // ---- arguments ----

@@ -6,16 +6,16 @@
 //   dv = (p keep)^T do,  dq = scale ds k,  dk = scale ds^T q
 // clang-format on
 //
-//   delta_kernel: delta of each query, and its term of dsink.
+//   statistics_kernel: lse and delta of each query side by side, and its term of dsink.
 //   dq_kernel: a block owns a tile of queries and sums dq over the keys.
-//   dkv_kernel: a block owns a tile of keys and sums dk or dv over the queries of all heads that
-//     share the keys.
+//   dkv_kernel: a block owns a tile of keys and sums dk, dv or both over the queries of all heads
+//     that share the keys.
 //   dbias_kernel: a block owns a tile of dbias and sums over the dimensions that bias is broadcast
 //     along. If there are few tiles, several blocks sum parts of each, which are added afterwards.
 //   sink_kernel: a block sums dsink of a head.
 //
 // There are no atomics, and how the work is cut depends on the shapes only, so every run gives the
-// same bits. The workspace is one float per query (two with a sink), and the parts of dbias.
+// same bits. The workspace is four floats per query (five with a sink), and the parts of dbias.
 #include "attention_bias.h"
 
 namespace tfkern::cuda {
@@ -28,10 +28,22 @@ constexpr int kRows = kPlanes<T> == 3 && D == 256 ? kLeastRows : 64;
 // Keys (queries in dkv_kernel) that a block loads at each step of its walk.
 template <class T, int D>
 constexpr int kStep = kPlanes<T> == 1 && D <= 128 ? 32 : 16;
-// Bytes of shared memory: two tiles that the block owns and two that pass by.
+// Steps that are in shared memory at a time. With heads of 256 features, a second step would leave
+// no room for two blocks in an SM of sm_80; float32 is not copied asynchronously.
 template <class T, int D>
-constexpr int64_t kShared = 2 * (Tile<T, kRows<T, D>, D>::kBytes + Tile<T, kStep<T, D>, D>::kBytes);
-constexpr int kThreads = 128;  // threads of a block of delta_kernel and sink_kernel
+constexpr int kStages = kPlanes<T> == 1 && D <= 128 ? 2 : 1;
+// Tells whether a block of dkv_kernel sums both dk and dv. One of the two fills the registers if
+// heads are larger.
+template <class T, int D>
+constexpr bool kBoth = kPlanes<T> == 1 && D <= 64;
+
+// What a query needs besides q and do. All is 0 for rows that do not exist.
+struct alignas(16) Statistics {
+  float lse;       // log-sum-exp rounded; 0 if the query sees nothing
+  float lse_rest;  // what the rounding left out, times -log2(e)
+  float delta;
+  float unseen;  // 1 if the query sees nothing
+};
 
 struct Backward {
   Attention in;
@@ -39,8 +51,9 @@ struct Backward {
   HeadView d_o, o;
   // (B, H, T): log-sum-exp rounded, -inf in rows that see nothing, and what the rounding left out
   const float *lse, *lse_rest;
-  const float* dlse;          // (B, H, T), may be null
-  float *delta, *sink_terms;  // (B, H, T); sink_terms is null without a sink
+  const float* dlse;       // (B, H, T), may be null
+  Statistics* statistics;  // (B, H, T)
+  float* sink_terms;       // (B, H, T); null without a sink
   void *dq, *dk, *dv;
   void* dbias;  // dbias, or its parts one after the other in float32
   Dtype dbias_dtype;
@@ -51,9 +64,54 @@ struct Backward {
   }
 };
 
-// Computes delta and, with a sink, the term -p_sink delta of dsink. Each warp has one row.
+// A tile of queries in shared memory.
+template <class T, int ROWS, int D>
+struct Queries {
+  using Rows = Tile<T, ROWS, D>;
+  static constexpr int64_t kBytes = 2 * Rows::kBytes + ROWS * sizeof(Statistics);
+
+  Rows q, d_o;
+  Statistics* statistics;
+
+  __device__ explicit Queries(uint4* data)
+      : q{data}, d_o{q.end()}, statistics(reinterpret_cast<Statistics*>(d_o.end())) {}
+
+  __device__ void load(const Backward& a, const Document& d, int h, int t0) const {
+    q.load(a.in.q, d.batch, h, d.query0, t0, d.queries);
+    d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries);
+    const int i = threadIdx.x;
+    if (i < ROWS)
+      copy_async(statistics + i, a.statistics + a.row(d, h, t0 + i), t0 + i < d.queries);
+  }
+
+  // A barrier for tiles whose copies each thread has waited for. Queries that see nothing may hold
+  // anything, NaN included, and become 0.
+  __device__ void sync() const {
+    const bool unseen = threadIdx.x < ROWS && statistics[threadIdx.x].unseen != 0;
+    if (!__syncthreads_or(unseen)) return;
+    for (int i = threadIdx.x; i < ROWS * Rows::kPieces; i += blockDim.x) {
+      const int row = i / Rows::kPieces;
+      if (statistics[row].unseen == 0) continue;
+      for (int plane = 0; plane < kPlanes<T>; ++plane) {
+        *q.piece(plane, row, i % Rows::kPieces) = *d_o.piece(plane, row, i % Rows::kPieces) = {};
+      }
+    }
+    __syncthreads();
+  }
+};
+
+// Bytes of shared memory: the tiles that a block owns, and those that pass by.
+template <class T, int D>
+constexpr int64_t kQuerySums =
+    Queries<T, kRows<T, D>, D>::kBytes + 2 * kStages<T, D> * Tile<T, kStep<T, D>, D>::kBytes;
+template <class T, int D>
+constexpr int64_t kKeySums =
+    2 * Tile<T, kRows<T, D>, D>::kBytes + kStages<T, D> * Queries<T, kStep<T, D>, D>::kBytes;
+
+// Computes the statistics of each query and, with a sink, the term -p_sink delta of dsink. Each
+// warp has one row.
 template <class T>
-__global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
+__global__ void __launch_bounds__(kThreads) statistics_kernel(Backward a) {
   const Attention& in = a.in;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= static_cast<int64_t>(in.B) * in.H * in.T) return;
@@ -70,7 +128,8 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Backward a) {
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
   if (threadIdx.x % 32 != 0) return;
   if (seen && a.dlse) sum -= a.dlse[row];
-  a.delta[row] = sum;
+  a.statistics[row] =
+      seen ? Statistics{a.lse[row], -kLog2E * a.lse_rest[row], sum, 0} : Statistics{0, 0, 0, 1};
   if (a.sink_terms == nullptr) return;
   const float sink = in.sink.number(0, h);
   a.sink_terms[row] = seen ? -expf(sink - a.lse[row] - a.lse_rest[row]) * sum : 0.0f;
@@ -98,32 +157,32 @@ __global__ void __launch_bounds__(kThreads) sink_kernel(Backward a, void* dsink,
 
 // Turns x = q k^T of a tile into p keep, and dp = do v^T into ds, without the factor `scale`. ds is
 // the gradient before the softcap or, with `of_bias`, after it. Rows are queries or, if the origin
-// is transposed, keys.
-template <int N>
+// is transposed, keys. statistics(row, column) are those of the query of an element.
+template <int N, class F>
 __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Backward& a,
                                  const Document& d, const TileOrigin& origin, bool limits,
-                                 bool of_bias) {
+                                 bool of_bias, const F& statistics) {
   const Attention& in = a.in;
   float slopes[N][4];
+  uint32_t kept[4];
   scores<N>(x, slopes, in, d, origin);
-  if (in.seed) drop(dp, in, d, origin);
+  if (in.seed) {
+    keep<N>(kept, in, d, origin);
+    drop(dp, kept, in);
+  }
   each<N>([&](int n, int i, int row, int column) {
-    const Place p = origin.at(row, column);
-    const bool there = p.t < d.queries;
-    const int64_t at = a.row(d, p.h, p.t);
-    const float lse = there ? a.lse[at] : 0.0f, lse_rest = there ? a.lse_rest[at] : 0.0f;
-    const float delta = there ? a.delta[at] : 0.0f;
-    // x - lse is exact for all weights that matter, and lse_rest is small. A row that sees nothing
-    // has lse = -inf; its scores are -inf too, so that p = 0, or each_hidden sets p and ds to 0
-    // below.
-    x[n][i] -= lse == -kInfinity ? 0.0f : lse;
-    x[n][i] = exp2_approx(fmaf(x[n][i], kLog2E, -kLog2E * lse_rest));
-    dp[n][i] = x[n][i] * (dp[n][i] - delta);
-    if (!of_bias) dp[n][i] *= slopes[n][i];
+    const Statistics& query = statistics(row, column);
+    // x - lse is exact for all weights that matter, and lse_rest is small. The scores of a query
+    // that sees nothing are -inf, so that p = 0, or each_hidden sets p and ds to 0 below.
+    x[n][i] = exp2_approx(fmaf(x[n][i] - query.lse, kLog2E, query.lse_rest));
+    dp[n][i] = x[n][i] * (dp[n][i] - query.delta);
   });
+  if (in.softcap > 0 && !of_bias) {
+    each<N>([&](int n, int i, int, int) { dp[n][i] *= slopes[n][i]; });
+  }
   // Hidden scores went through the exponential as well, so their p and ds may be anything by now.
   each_hidden<N>(in, d, origin, limits, [&](int n, int i) { x[n][i] = dp[n][i] = 0; });
-  if (in.seed) drop(x, in, d, origin);
+  if (in.seed) drop(x, kept, in);
 }
 
 // Tells whether a length or the window may hide elements of queries t0 to t1 and keys s0 to s1.
@@ -138,9 +197,9 @@ template <class T, int N>
 __device__ inline void store_rows(void* out, const float (&acc)[N][4], int64_t first, int rows,
                                   int features, float scale) {
   each<N>([&](int n, int i, int row, int feature) {
-    if (row < rows && feature < features) {
-      static_cast<T*>(out)[(first + row) * features + feature] = from_float<T>(acc[n][i] * scale);
-    }
+    if (i % 2 || row >= rows) return;
+    store_pair<T>(out, (first + row) * features, feature, features, acc[n][i] * scale,
+                  acc[n][i + 1] * scale);
   });
 }
 
@@ -148,109 +207,128 @@ __device__ inline void store_rows(void* out, const float (&acc)[N][4], int64_t f
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>) dq_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
-  using Own = Tile<T, kOwn, D>;
+  using Own = Queries<T, kOwn, D>;
   using Step = Tile<T, kSize, D>;
   const Attention& in = a.in;
   const int warp = threadIdx.x / 32;
   Document d;
   int tile;
   if (!find_tile(in, blockIdx.x % a.tiles, false, kOwn, d, tile)) return;
+  tile = longest_first(in, d, kOwn, tile);
   const int h = static_cast<int>(blockIdx.x / a.tiles), t0 = tile * kOwn;
   if (t0 >= d.queries) return;
   const int t1 = min(t0 + kOwn, d.queries) - 1;
-  const Own q{shared_memory<uint4>()}, d_o{q.end()};
-  const Step k{d_o.end()}, v{k.end()};
-  const float* lse = a.lse + a.row(d, h, 0);
-  q.load(in.q, d.batch, h, d.query0, t0, d.queries, 0, lse);
-  d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries, 0, lse);
-  copy_commit();  // the loop may be empty
-  const Range keys = keys_of(in, d, t0, t1);
-  float dq[D / 8][4] = {};
-  for (int s0 = keys.begin / kSize * kSize; s0 < keys.end; s0 += kSize) {
-    k.load(in.k, d.batch, h / in.group(), d.key0, s0, d.keys);
-    v.load(in.v, d.batch, h / in.group(), d.key0, s0, d.keys);
-    copy_commit();
-    copy_wait<0>();
-    __syncthreads();
-    float x[N][4] = {}, dp[N][4] = {};
-    multiply_rows<T>(x, q, 16 * warp, k);
-    multiply_rows<T>(dp, d_o, 16 * warp, v);
-    const TileOrigin origin{h, t0 + 16 * warp, s0, 0, false, 0};
-    gradients<N>(x, dp, a, d, origin, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), false);
-    multiply_columns<T>(dq, dp, k);
-    __syncthreads();
-  }
-  copy_wait<0>();
+  const Own own{shared_memory<uint4>()};
+  const auto keys_at = [&](int stage) {
+    return Step{shared_memory<uint4>() + (Own::kBytes + 2 * stage * Step::kBytes) / 16};
+  };
+  const auto values_at = [&](int stage) { return Step{keys_at(stage).end()}; };
+  own.load(a, d, h, t0);
+  Range keys = keys_of(in, d, t0, t1);
+  keys.begin = keys.begin / kSize * kSize;
   const int first = t0 + 16 * warp;
+  float dq[D / 8][4] = {};
+  walk<kStages<T, D>>(
+      tiles_of(max(keys.end - keys.begin, 0), kSize),
+      [&](int i, int stage) {
+        const int s0 = keys.begin + i * kSize;
+        keys_at(stage).load(in.k, d.batch, h / in.group(), d.key0, s0, d.keys);
+        values_at(stage).load(in.v, d.batch, h / in.group(), d.key0, s0, d.keys);
+      },
+      [&](int i, int) { i == 0 ? own.sync() : __syncthreads(); },
+      [&](int i, int stage) {
+        if (first >= d.queries) return;
+        const int s0 = keys.begin + i * kSize;
+        float x[N][4] = {}, dp[N][4] = {};
+        multiply_rows<T>(x, own.q, 16 * warp, keys_at(stage));
+        multiply_rows<T>(dp, own.d_o, 16 * warp, values_at(stage));
+        gradients<N>(x, dp, a, d, {h, first, s0, 0, false, 0},
+                     cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), false,
+                     [&](int row, int) { return own.statistics[16 * warp + row]; });
+        multiply_columns<T>(dq, dp, keys_at(stage));
+      });
   store_rows<T>(a.dq, dq, a.row(d, h, first), d.queries - first, in.D, in.scale);
 }
 
-// Computes dk and dv of a tile of keys by a block each: registers then hold one of the two sums
-// whatever the head size, and only q k^T is formed twice. The launch bounds tell the compiler that
-// two blocks of the 16-bit types share an SM: it would spill to make room for a third.
+// Computes dk and dv of a tile of keys: one block both of them or, if registers hold only one of
+// the two sums, a block each, and then q k^T is formed twice. The launch bounds tell the compiler
+// that two blocks of the 16-bit types share an SM: it would spill to make room for a third.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
+  constexpr int kParts = kBoth<T, D> ? 1 : 2;
   using Own = Tile<T, kOwn, D>;
-  using Step = Tile<T, kSize, D>;
+  using Step = Queries<T, kSize, D>;
   const Attention& in = a.in;
   const int warp = threadIdx.x / 32;
-  const int part = static_cast<int>(blockIdx.x % 2);  // 0 is dk, 1 is dv
-  const int64_t index = blockIdx.x / 2;
+  const int part = static_cast<int>(blockIdx.x % kParts);
+  const bool of_k = kBoth<T, D> || part == 0, of_v = kBoth<T, D> || part == 1;
+  const int64_t index = blockIdx.x / kParts;
   Document d;
   int tile;
   if (!find_tile(in, index % a.tiles, true, kOwn, d, tile)) return;
   const int hk = static_cast<int>(index / a.tiles), s0 = tile * kOwn;
   if (s0 >= d.keys) return;
-  const int s1 = min(s0 + kOwn, d.keys) - 1;
+  const int s1 = min(s0 + kOwn, d.keys) - 1, first = s0 + 16 * warp;
   const Own k{shared_memory<uint4>()}, v{k.end()};
-  const Step q{v.end()}, d_o{q.end()};
+  const auto queries_at = [&](int stage) { return Step{v.end() + stage * Step::kBytes / 16}; };
   k.load(in.k, d.batch, hk, d.key0, s0, d.keys);
   v.load(in.v, d.batch, hk, d.key0, s0, d.keys);
-  copy_commit();  // the loop may be empty
-  const Range queries = queries_of(in, d, s0, s1);
-  float sum[D / 8][4] = {};
-  for (int h = hk * in.group(); h < (hk + 1) * in.group(); ++h) {
-    for (int t0 = queries.begin / kSize * kSize; t0 < queries.end; t0 += kSize) {
-      const float* lse = a.lse + a.row(d, h, 0);
-      q.load(in.q, d.batch, h, d.query0, t0, d.queries, 0, lse);
-      d_o.load(a.d_o, d.batch, h, d.query0, t0, d.queries, 0, lse);
-      copy_commit();
-      copy_wait<0>();
-      __syncthreads();
-      float x[N][4] = {}, dp[N][4] = {};
-      multiply_rows<T, true>(x, k, 16 * warp, q);
-      if (part == 0) multiply_rows<T>(dp, v, 16 * warp, d_o);
-      const TileOrigin origin{h, t0, s0 + 16 * warp, 0, true, 0};
-      gradients<N>(x, dp, a, d, origin, cuts(in, d, t0, t0 + kSize - 1, s0, s0 + kOwn - 1), false);
-      if (part == 0) {
-        multiply_columns<T>(sum, dp, q);
-      } else {
-        multiply_columns<T>(sum, x, d_o);
-      }
-      __syncthreads();
-    }
-  }
-  copy_wait<0>();
-  const int first = s0 + 16 * warp;
+  Range queries = queries_of(in, d, s0, s1);
+  queries.begin = queries.begin / kSize * kSize;
+  // The walk takes the heads that share the keys one after the other.
+  struct Place {
+    int h, t0;
+  } loaded{hk * in.group(), queries.begin}, used = loaded;
+  const auto advance = [&](Place& p) {
+    p.t0 += kSize;
+    if (p.t0 < queries.end) return;
+    p.t0 = queries.begin;
+    ++p.h;
+  };
+  float sums[kBoth<T, D> ? 2 : 1][D / 8][4] = {};  // dk before dv
+  walk<kStages<T, D>>(
+      tiles_of(max(queries.end - queries.begin, 0), kSize) * in.group(),
+      [&](int, int stage) {
+        queries_at(stage).load(a, d, loaded.h, loaded.t0);
+        advance(loaded);
+      },
+      [&](int, int stage) { queries_at(stage).sync(); },
+      [&](int, int stage) {
+        const Step step = queries_at(stage);
+        const auto [h, t0] = used;
+        advance(used);
+        if (first >= d.keys) return;
+        float x[N][4] = {}, dp[N][4] = {};
+        multiply_rows<T, true>(x, k, 16 * warp, step.q);
+        if (of_k) multiply_rows<T>(dp, v, 16 * warp, step.d_o);
+        gradients<N>(x, dp, a, d, {h, t0, first, 0, true, 0},
+                     cuts(in, d, t0, t0 + kSize - 1, s0, s0 + kOwn - 1), false,
+                     [&](int, int column) { return step.statistics[column]; });
+        if (of_k) multiply_columns<T>(sums[0], dp, step.q);
+        if (of_v) multiply_columns<T>(sums[kBoth<T, D>], x, step.d_o);
+      });
   const int64_t row = (static_cast<int64_t>(d.batch) * in.Hk + hk) * in.S + d.key0 + first;
-  store_rows<T>(part == 0 ? a.dk : a.dv, sum, row, d.keys - first, part == 0 ? in.D : in.Dv,
-                part == 0 ? in.scale : 1.0f);
+  if (of_k) store_rows<T>(a.dk, sums[0], row, d.keys - first, in.D, in.scale);
+  if (of_v) store_rows<T>(a.dv, sums[kBoth<T, D>], row, d.keys - first, in.Dv, 1.0f);
 }
 
 // Computes a tile of dbias, or one part of the sum.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>, N = kSize / 8;
-  using Own = Tile<T, kOwn, D>;
+  using Own = Queries<T, kOwn, D>;
   using Step = Tile<T, kSize, D>;
   const Attention& in = a.in;
   const BiasTiles& bias = a.bias;
   const int warp = threadIdx.x / 32;
   const int64_t part = blockIdx.x % bias.parts;
   const BiasTile own = bias.tile(blockIdx.x / bias.parts);
-  const Own q{shared_memory<uint4>()}, d_o{q.end()};
-  const Step k{d_o.end()}, v{k.end()};
+  const Own queries{shared_memory<uint4>()};
+  const auto keys_at = [&](int stage) {
+    return Step{shared_memory<uint4>() + (Own::kBytes + 2 * stage * Step::kBytes) / 16};
+  };
+  const auto values_at = [&](int stage) { return Step{keys_at(stage).end()}; };
   float sum[N][4] = {};
   const int64_t last = min((part + 1) * bias.part_terms, bias.terms());
   for (int64_t i = part * bias.part_terms, next; i < last; i = next) {
@@ -262,23 +340,28 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, 2) dbias_kernel(Backward a) {
     const int begin = max(term.s, keys.begin / kSize);
     const int end = min(term.s + static_cast<int>(next - i), tiles_of(keys.end, kSize));
     if (t0 >= d.queries || begin >= end) continue;
-    const float* lse = a.lse + a.row(d, h, 0);
-    q.load(in.q, d.batch, h, 0, t0, d.queries, 0, lse);
-    d_o.load(a.d_o, d.batch, h, 0, t0, d.queries, 0, lse);
-    for (int s0 = begin * kSize; s0 < end * kSize; s0 += kSize) {
-      k.load(in.k, d.batch, h / in.group(), 0, s0, d.keys);
-      v.load(in.v, d.batch, h / in.group(), 0, s0, d.keys);
-      copy_commit();
-      copy_wait<0>();
-      __syncthreads();
-      float x[N][4] = {}, dp[N][4] = {};
-      multiply_rows<T>(x, q, 16 * warp, k);
-      multiply_rows<T>(dp, d_o, 16 * warp, v);
-      const TileOrigin origin{h, t0 + 16 * warp, s0, 0, false, 0};
-      gradients<N>(x, dp, a, d, origin, cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), true);
-      each<N>([&](int n, int i, int, int) { sum[n][i] += dp[n][i]; });
-      __syncthreads();
-    }
+    queries.load(a, d, h, t0);
+    const int first = t0 + 16 * warp;
+    walk<kStages<T, D>>(
+        end - begin,
+        [&](int j, int stage) {
+          const int s0 = (begin + j) * kSize;
+          keys_at(stage).load(in.k, d.batch, h / in.group(), 0, s0, d.keys);
+          values_at(stage).load(in.v, d.batch, h / in.group(), 0, s0, d.keys);
+        },
+        [&](int j, int) { j == 0 ? queries.sync() : __syncthreads(); },
+        [&](int j, int stage) {
+          if (first >= d.queries) return;
+          const int s0 = (begin + j) * kSize;
+          float x[N][4] = {}, dp[N][4] = {};
+          multiply_rows<T>(x, queries.q, 16 * warp, keys_at(stage));
+          multiply_rows<T>(dp, queries.d_o, 16 * warp, values_at(stage));
+          gradients<N>(x, dp, a, d, {h, first, s0, 0, false, 0},
+                       cuts(in, d, t0, t0 + kOwn - 1, s0, s0 + kSize - 1), true,
+                       [&](int row, int) { return queries.statistics[16 * warp + row]; });
+          each<N>([&](int n, int i, int, int) { sum[n][i] += dp[n][i]; });
+        });
+    __syncthreads();  // all warps have read the tiles that the next term overwrites
   }
   auto* sums = shared_memory<float>();  // (kOwn, kSize)
   each<N>([&](int n, int i, int row, int column) {
@@ -313,9 +396,10 @@ void run(const Device& device, Backward& a, const Tensor& dbias) {
   const Attention& in = a.in;
   constexpr int kOwn = kRows<T, D>, kSize = kStep<T, D>;
   a.tiles = most_tiles(in, false, kOwn);
-  launch(device, dq_kernel<T, D>, a.tiles * in.H, 2 * kOwn, kShared<T, D>, a);
+  launch(device, dq_kernel<T, D>, a.tiles * in.H, 2 * kOwn, kQuerySums<T, D>, a);
   a.tiles = most_tiles(in, true, kOwn);
-  launch(device, dkv_kernel<T, D>, 2 * a.tiles * in.Hk, 2 * kOwn, kShared<T, D>, a);
+  launch(device, dkv_kernel<T, D>, (kBoth<T, D> ? 1 : 2) * a.tiles * in.Hk, 2 * kOwn,
+         kKeySums<T, D>, a);
   if (dbias.numel() == 0) return;
   const int64_t bias_sizes[] = {dbias.size(0), dbias.size(1), dbias.size(2), dbias.size(3)};
   a.bias = BiasTiles(in, bias_sizes, kOwn, kSize);
@@ -323,7 +407,7 @@ void run(const Device& device, Backward& a, const Tensor& dbias) {
   Tensor partial = empty(dbias, {parts, dbias.numel()}, ScalarType::Float);
   a.dbias = parts ? partial.data_ptr() : dbias.data_ptr();
   a.dbias_dtype = dtype(parts ? partial : dbias);
-  launch(device, dbias_kernel<T, D>, a.bias.tiles() * a.bias.parts, 2 * kOwn, kShared<T, D>, a);
+  launch(device, dbias_kernel<T, D>, a.bias.tiles() * a.bias.parts, 2 * kOwn, kQuerySums<T, D>, a);
   if (parts) sum_partials(device, partial, parts, dbias);
 }
 
@@ -331,7 +415,8 @@ template <class T>
 void run(const Device& device, Backward& a, const Tensor& dbias) {
   const int D = std::max(a.in.D, a.in.Dv);
   const int64_t rows = int64_t{a.in.B} * a.in.H * a.in.T;
-  launch(device, delta_kernel<T>, (rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, a);
+  launch(device, statistics_kernel<T>, (rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0,
+         a);
   if (D <= 64) return run<T, 64>(device, a, dbias);
   if (D <= 128) return run<T, 128>(device, a, dbias);
   run<T, 256>(device, a, dbias);
@@ -369,14 +454,15 @@ InputGradients backward(const AttentionArguments& given, const AttentionGradient
       return {dq, dk, dv, dbias, dsink};
     }
   }
-  Tensor delta = empty(q, {sizes.B, sizes.H, sizes.T}, ScalarType::Float);
+  constexpr int64_t kFloats = sizeof(Statistics) / sizeof(float);
+  Tensor statistics = empty(q, {sizes.B, sizes.H, sizes.T, kFloats}, ScalarType::Float);
   Tensor terms = empty(q, {sink ? rows : 0}, ScalarType::Float);
   a.d_o = heads(g.d_o);
   a.o = heads(g.o);
   a.lse = data<const float>(g.lse);
   a.lse_rest = a.lse + rows;
   a.dlse = g.dlse ? data<const float>(*g.dlse) : nullptr;
-  a.delta = static_cast<float*>(delta.data_ptr());
+  a.statistics = static_cast<Statistics*>(statistics.data_ptr());
   a.sink_terms = sink ? static_cast<float*>(terms.data_ptr()) : nullptr;
   a.dq = dq.data_ptr();
   a.dk = dk.data_ptr();

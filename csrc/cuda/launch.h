@@ -18,6 +18,11 @@
 #else
 #include <cuda_runtime.h>
 #include <dlfcn.h>
+
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define TFKERN_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(tfkern, CUDA, m)
 #endif
 
@@ -92,6 +97,8 @@ class Device {
     return count;
   }
 
+  int index() const { return index_; }
+
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 
  private:
@@ -99,6 +106,17 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+// Lets a kernel have more shared memory than the 48 KiB that need no permission. The driver is
+// asked once for each kernel and device, since a kernel's shared memory always has the same size.
+inline void allow_shared(const void* kernel, int device, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > allowed;
+  const std::lock_guard lock(mutex);
+  if (allowed.contains({kernel, device})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allowed.insert({kernel, device});
+}
 
 // Launches `kernel` on the current stream, unless the grid is empty.
 template <class... P>
@@ -108,8 +126,7 @@ void launch(const Device& device, void (*kernel)(P...), int64_t blocks, int thre
   check_grid(blocks);
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 << 10) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
+    allow_shared(function, device.index(), static_cast<int>(shared_bytes));
   }
   void* pointers[] = {&args...};
   check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,

@@ -45,8 +45,10 @@ __device__ inline float exp2_approx(float x) {
 
 // ---- asynchronous copies of 16 bytes to shared memory ----
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+using SharedAddress = uint32_t;  // an address in shared memory, in bytes
+
+__device__ inline SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
 }
 
 // Copies 16 bytes if `valid`; otherwise reads nothing and writes zeros.
@@ -68,17 +70,17 @@ __device__ inline void copy_wait() {
 
 // Loads four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix
 // i / 8.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 

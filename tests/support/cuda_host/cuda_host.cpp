@@ -9,6 +9,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -118,6 +119,7 @@ char* stacks() {
 }
 
 Fiber fibers[kMaxThreads];
+bool any_given, any_of_last;  // what threads gave to sync_block: to the next one, and to the last
 Warp warps[kMaxThreads / 32];
 Context scheduler;
 #if defined(__SANITIZE_ADDRESS__)
@@ -230,6 +232,7 @@ void run_block(int threads) {
   const auto warp_turns = turns((threads + 31) / 32, order + block.x);
   const auto lane_turns = turns(32, order + 2 * block.x + 1);
   prepare_shared();
+  any_given = false;
   for (int t = 0; t < threads; ++t) {
     fibers[t].state = State::ready;
     fibers[t].fake_stack = nullptr;
@@ -253,6 +256,7 @@ void run_block(int threads) {
       failure = "threads wait at __syncthreads or in a warp for others that never come";
     }
     for (int t = 0; t < threads; ++t) fibers[t].state = State::ready;
+    any_of_last = std::exchange(any_given, false);
   }
   check_margins();
 }
@@ -297,9 +301,11 @@ void copy_wait(size_t groups) {
   }
 }
 
-void sync_block() {
+bool sync_block(bool given) {
+  any_given |= given;
   fibers[thread.x].state = State::block;
   pause();
+  return any_of_last;
 }
 
 void sync_warp(uint32_t mask, void* slot, void (*op)(void* const*, uint32_t)) {

@@ -57,7 +57,8 @@ void copy_async(void* shared, const void* global, bool valid);
 void copy_commit();
 void copy_wait(size_t groups);
 
-void sync_block();
+// Waits for all threads of the block. Returns whether any of them gave true.
+bool sync_block(bool given = false);
 
 // Waits for the lanes of `mask`, which must all give the same op. The last lane to arrive calls
 // op(slots, mask), where slots[i] is the slot that lane i gave.
@@ -71,17 +72,18 @@ void sync_warp(uint32_t mask, void* slot, void (*op)(void* const* slots, uint32_
 #define gridDim ::cuda_host::grid_size
 
 inline void __syncthreads() { cuda_host::sync_block(); }
+inline int __syncthreads_or(int predicate) { return cuda_host::sync_block(predicate != 0); }
 inline void __syncwarp(uint32_t mask = 0xffffffff) {
   cuda_host::sync_warp(mask, nullptr, [](void* const*, uint32_t) {});
 }
 
 template <class T>
-T __shfl_xor_sync(uint32_t mask, T x, int lanes) {
+T __shfl_sync(uint32_t mask, T x, int from) {
   struct Slot {
     T given;
     int from;
     T got;
-  } slot{x, static_cast<int>(threadIdx.x % 32) ^ lanes, x};
+  } slot{x, from, x};
   cuda_host::sync_warp(mask, &slot, [](void* const* slots, uint32_t mask) {
     for (int i = 0; i < 32; ++i) {
       if (!(mask >> i & 1)) continue;
@@ -91,6 +93,26 @@ T __shfl_xor_sync(uint32_t mask, T x, int lanes) {
     }
   });
   return slot.got;
+}
+
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T x, int lanes) {
+  return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lanes);
+}
+
+// Whether `predicate` holds in any lane of `mask`.
+inline int __any_sync(uint32_t mask, int predicate) {
+  struct Slot {
+    bool given, any;
+  } slot{predicate != 0, false};
+  cuda_host::sync_warp(mask, &slot, [](void* const* slots, uint32_t mask) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= (mask >> i & 1) && static_cast<Slot*>(slots[i])->given;
+    for (int i = 0; i < 32; ++i) {
+      if (mask >> i & 1) static_cast<Slot*>(slots[i])->any = any;
+    }
+  });
+  return slot.any;
 }
 
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }

@@ -64,8 +64,8 @@ __global__ void product_kernel(const uint4* a, const uint4* b, float* c) {
   copy_wait<0>();
   __syncthreads();
   uint32_t fragment[4], other[4];
-  load_matrices(fragment, shared + lane % 16 * 2 + lane / 16);
-  load_matrices_transposed(other, shared + 32 + lane);  // rows 16 to 31 are 0
+  load_matrices(fragment, shared_address(shared + lane % 16 * 2 + lane / 16));
+  load_matrices_transposed(other, shared_address(shared + 32 + lane));  // rows 16 to 31 are 0
   float sum[4] = {0, 0, 0, 0};
   multiply(sum, fragment, other[0], other[1], T{});
   multiply(sum, fragment, other[2], other[3], T{});
@@ -82,15 +82,33 @@ Tensor product(Tensor a, Tensor b) {
   return c;
 }
 
-// Writes the value that a shuffle gives each lane of a warp.
+// Writes the values that two shuffles give each lane of a warp.
 __global__ void shuffle_kernel(const int64_t* x, int64_t* out) {
-  out[threadIdx.x] = __shfl_xor_sync(0xffffffff, x[threadIdx.x], 3);
+  const int lane = threadIdx.x;
+  out[lane] = __shfl_xor_sync(0xffffffff, x[lane], 3);
+  out[32 + lane] = __shfl_sync(0xffffffff, x[lane], lane / 4);
 }
 
 Tensor shuffle(Tensor x) {
-  Tensor out = empty(x, {32}, ScalarType::Long);
+  Tensor out = empty(x, {2, 32}, ScalarType::Long);
   launch(Device(x), shuffle_kernel, 1, 32, 0, static_cast<const int64_t*>(x.data_ptr()),
          static_cast<int64_t*>(out.data_ptr()));
+  return out;
+}
+
+// Writes the answers to three votes: of each warp, of the block, and of the block on nothing.
+__global__ void vote_kernel(const int64_t* x, int64_t* out) {
+  const int i = threadIdx.x, threads = blockDim.x;
+  const bool given = x[i] != 0;
+  out[i] = __any_sync(0xffffffff, given);
+  out[threads + i] = __syncthreads_or(given);
+  out[2 * threads + i] = __syncthreads_or(false);
+}
+
+Tensor vote(Tensor x) {
+  Tensor out = empty(x, {3, x.numel()}, ScalarType::Long);
+  launch(Device(x), vote_kernel, 1, static_cast<int>(x.numel()), 0,
+         static_cast<const int64_t*>(x.data_ptr()), static_cast<int64_t*>(out.data_ptr()));
   return out;
 }
 
@@ -101,10 +119,12 @@ STABLE_TORCH_LIBRARY(tfkern_planted, m) {
   m.def("reverse(Tensor x, int fault) -> Tensor");
   m.def("product(Tensor a, Tensor b) -> Tensor");
   m.def("shuffle(Tensor x) -> Tensor");
+  m.def("vote(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tfkern_planted, CPU, m) {
   m.impl("reverse", TORCH_BOX(&tfkern::cuda::reverse));
   m.impl("product", TORCH_BOX(&tfkern::cuda::product));
   m.impl("shuffle", TORCH_BOX(&tfkern::cuda::shuffle));
+  m.impl("vote", TORCH_BOX(&tfkern::cuda::vote));
 }

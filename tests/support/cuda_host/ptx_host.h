@@ -37,6 +37,9 @@ inline void copy_wait() {
   cuda_host::copy_wait(N);
 }
 
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+
 struct MatricesSlot {
   const uint16_t* row;
   uint32_t r[4];
@@ -59,15 +62,16 @@ void load_matrices_of_warp(void* const* slots, uint32_t mask) {
 }
 
 template <bool transposed>
-void load_matrices_as(uint32_t (&r)[4], const void* row) {
+void load_matrices_as(uint32_t (&r)[4], SharedAddress address) {
+  const auto* row = reinterpret_cast<const uint16_t*>(address);
   cuda_host::check_shared(row);
-  MatricesSlot slot{static_cast<const uint16_t*>(row), {}};
+  MatricesSlot slot{row, {}};
   cuda_host::sync_warp(0xffffffff, &slot, load_matrices_of_warp<transposed>);
   std::copy(slot.r, slot.r + 4, r);
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices_as<false>(r, row); }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) { load_matrices_as<false>(r, row); }
+inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
   load_matrices_as<true>(r, row);
 }
 
