@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 import sass  # noqa: E402
 
 PATH = ROOT / "benchmarks" / "results" / "bounds.csv"
+MISSING = 3  # the status where a tool is missing
 
 
 @dataclass(frozen=True)
@@ -163,17 +165,29 @@ def _run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _kernels(cubin: Path, arch: int, warps_of: Callable[[str], int | None]) -> Iterator[tuple]:
-    """Name, registers and counts of each kernel that is not for float32 or float16, whose codes
-    are those of bfloat16 with other conversions."""
+def _kernels(cubin: Path, arch: int, warps: int | None = None) -> Iterator[tuple]:
+    """Name, registers and counts of each kernel but those for float32 and float16: the latter's
+    codes are those of bfloat16 with other conversions."""
     usage = _run(tool("cuobjdump"), "-res-usage", cubin)
     registers = dict(re.findall(r" Function (\S+):\s+REG:(\d+)", usage))
-    for kernel in sass.kernels(_run(tool("nvdisasm"), "-c", cubin), r"_kernelI(f|NS_4Half)"):
-        yield (
-            kernel.name,
-            int(registers[kernel.name]),
-            sass.hot(kernel, arch, warps_of(kernel.name)),
-        )
+    wanted = [name for name in registers if not re.search(r"_kernelI(f|NS_4Half)", name)]
+    symbols = _symbols(cubin.read_bytes())
+    chosen = ",".join(str(symbols[name]) for name in wanted)
+    for kernel in sass.kernels(_run(tool("nvdisasm"), "-c", "-fun", chosen, cubin)):
+        yield kernel.name, int(registers[kernel.name]), sass.hot(kernel, arch, warps)
+
+
+def _symbols(elf: bytes) -> dict[str, int]:
+    """The index of each symbol of an ELF file of 64 bits, by which nvdisasm takes kernels."""
+    (first,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", elf, first + n * size) for n in range(count)]
+    table = next(section for section in sections if section[1] == 2)  # SHT_SYMTAB
+    names = sections[table[6]][4]  # the offset of the section that the table links to
+    found = {}
+    for n in range(table[5] // 24):
+        (offset,) = struct.unpack_from("<I", elf, table[4] + 24 * n)
+        found[elf[names + offset : elf.index(b"\0", names + offset)].decode()] = n
+    return found
 
 
 def _row(arch, backend, name, case, registers, launch, hot, compiler) -> dict[str, str]:
@@ -245,7 +259,7 @@ def triton_rows(task: tuple[int, str]) -> list[dict[str, str]]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            ((_, registers, hot),) = _kernels(Path(file.name), arch, lambda _, warps=warps: warps)
+            ((_, registers, hot),) = _kernels(Path(file.name), arch, warps)
         op = launch.fn.fn.__module__.split(".")[2]
         name = (op + launch.fn.__name__).removesuffix("_kernel")
         size = 32 * warps, compiled.metadata.shared
@@ -265,7 +279,7 @@ def native_rows(library: Path, arch: int) -> list[dict[str, str]]:
         for cubin in sorted(Path(folder).glob(f"*.sm_{arch}*.cubin")):
             version = re.search(rb"release [\d.]+, V([\d.]+)", cubin.read_bytes())
             compiler = f"nvcc {version[1].decode()}" if version else "nvcc"
-            for mangled, registers, hot in _kernels(cubin, arch, lambda _: None):
+            for mangled, registers, hot in _kernels(cubin, arch):
                 name, case = _name(mangled)
                 size = re.search(r"D=(\d+)", case)
                 launch = LAUNCHES.get(name)
@@ -275,7 +289,7 @@ def native_rows(library: Path, arch: int) -> list[dict[str, str]]:
 
 
 def _name(mangled: str) -> tuple[str, str]:
-    """The kernel, with its op in front, and its template arguments."""
+    """The kernel, with its op in front, and the numbers among its template arguments."""
     name, arguments = re.search(r"\d([a-z][a-z_]*)_kernel(I\w+?E(?=Ev))?", mangled).groups()
     file = re.search(r"_([a-z_]+)_cu_", mangled)
     values = re.findall(r"L[ib](\d+)E", arguments or "")
@@ -336,13 +350,17 @@ def changes(found: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+def environment() -> dict[str, str]:
+    """The environment of a process that can compile: Triton's interpreter cannot."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def main(arguments: list[str]) -> int:
     for name in ("cuobjdump", "nvdisasm"):
         if tool(name) is None:
             print(f"{name} is missing: it is part of the CUDA toolkit and of Triton")
-            return 3
+            return MISSING
     chosen = [int(a) for a in arguments if a.isdigit()]
-    os.environ.pop("TRITON_INTERPRET", None)
     found = rows(chosen or list(GPUS), list(QUICK if chosen else CASES))
     if "--check" not in arguments:
         PATH.write_text(table(found))

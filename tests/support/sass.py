@@ -83,20 +83,17 @@ RATES = {80: Rates(2, 8, 2048), 90: Rates(1, 6.4, 4096), 100: Rates(1, 4, 8192)}
 _CLOCKS = {"copy": 0, "shuffle": 4, "sync": 1, "mufu": 8, "control": 1, "uniform": 1, "alu": 2}
 
 
-def kernels(text: str, left_out: str = "$^") -> Iterator[Kernel]:
-    """The kernels of a text that `nvdisasm -c` has printed, but for those whose names match."""
+def kernels(text: str) -> Iterator[Kernel]:
+    """The kernels of a text that `nvdisasm -c` has printed."""
     name, code, labels, waiting = "", [], {}, []
     for line in text.splitlines():
         if found := re.match(r"^\.text\.(\S+):", line):
             if name:
                 yield Kernel(name, code, labels)
-            name = "" if re.search(left_out, found[1]) else found[1]
-            code, labels, waiting = [], {}, []
-        elif not name:
-            continue
+            name, code, labels, waiting = found[1], [], {}, []
         elif found := re.match(rf"^({_LABEL.pattern}):", line):
             waiting.append(found[1])
-        elif found := _LINE.match(line):
+        elif name and (found := _LINE.match(line)):
             address = int(found[1], 16)
             labels |= dict.fromkeys(waiting, address)
             waiting = []
