@@ -58,7 +58,7 @@ def test_matches_torch(backend, dtype, device, shape, affine, rms):
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("N", [2049, 6000, 10008, 20011])
+@pytest.mark.parametrize("N", [2049, 6000, 10008, 20011, 20016])
 def test_long_rows(backend, dtype, device, N, rms):
     """Some rows fit into a warp, some into a block, and the longest only into memory."""
     inputs = make((3, N), dtype, device, rms)
