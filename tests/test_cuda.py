@@ -239,7 +239,7 @@ def test_a_large_mean_reaches_no_element_past_the_row(N, dtype):
     dx = (dy - mean(dy)) rstd."""
     h = torch.full((2, N), 1e38).to(dtype)
     dy, rstd = torch.randn(2, N).to(dtype), torch.full((2,), 1e6)
-    weight, mean = torch.ones(N, dtype=dtype), h[:, 0].float()
+    weight, mean = torch.ones(N, dtype=dtype), h[:, 0].float().contiguous()
     options = (None, 0.0, False, 1)  # seed, dropout, separate residual, axes
     dx, *_ = emulation.load().layer_norm_backward(dy, None, h, weight, weight, mean, rstd, *options)
     expected = (dy.double() - dy.double().mean(1, keepdim=True)) * 1e6

@@ -56,19 +56,20 @@ GPUS = {
 # Threads and bytes of dynamic shared memory of a block, which only a launch tells: those of the
 # main case in bfloat16. A kernel that is not here has no occupancy in the table.
 _TILES = {64: 64, 96: 64, 128: 64, 256: 32}  # head size -> keys of a tile of the forward
-LAUNCHES: dict[str, Callable[[int], tuple[int, int]]] = {
+LAUNCHES: dict[str, Callable[[int], tuple[int, int]]] = {  # of the first template number
     "attention_forward": lambda D: (128, 2 * D * (64 + 4 * _TILES[D])),
     "attention_backward_dq": lambda D: (128, 4 * D * (64 + _TILES[D] // 2)),
     "attention_backward_dkv": lambda D: (128, 4 * D * (64 + _TILES[D] // 2)),
     "attention_combine": lambda _: (128, 0),
     "attention_backward_delta": lambda _: (128, 0),
-    "layer_norm_forward": lambda _: (128, 128),
-    "layer_norm_backward": lambda _: (128, 128),
-    "layer_norm_row_sums": lambda _: (512, 128),
+    # Rows of 16384 in forward, of 8192 or with 4 pieces a thread of 16384 in backward.
+    "layer_norm_forward": lambda _: (512, 256),
+    "layer_norm_backward": lambda K: (512, 256 + (131072 if K == 4 else 0)),
+    "layer_norm_row_sums": lambda _: (512, 256),
     "mlp_forward": lambda _: (128, 0),
     "mlp_backward": lambda _: (128, 0),
     "rotary_forward": lambda _: (128, 0),
-    "sum_partials": lambda _: (256, 1024),
+    "sum_partials": lambda _: (512, 2048),
 }
 
 
@@ -281,20 +282,29 @@ def native_rows(library: Path, arch: int) -> list[dict[str, str]]:
             compiler = f"nvcc {version[1].decode()}" if version else "nvcc"
             for mangled, registers, hot in _kernels(cubin, arch):
                 name, case = _name(mangled)
-                size = re.search(r"D=(\d+)", case)
+                size = re.search(r"\d+", case)
                 launch = LAUNCHES.get(name)
-                launch = launch and launch(int(size[1]) if size else 0)
+                launch = launch and launch(int(size[0]) if size else 0)
                 rows.append(_row(arch, "native", name, case, registers, launch, hot, compiler))
     return rows
+
+
+# How rows are held, by the second template argument, in forward and backward.
+_LAYER_NORM = ("in registers", "long"), ("in registers", "in shared memory", "long")
 
 
 def _name(mangled: str) -> tuple[str, str]:
     """The kernel, with its op in front, and the numbers among its template arguments."""
     name, arguments = re.search(r"\d([a-z][a-z_]*)_kernel(I\w+?E(?=Ev))?", mangled).groups()
     file = re.search(r"_([a-z_]+)_cu_", mangled)
-    values = re.findall(r"L[ib](\d+)E", arguments or "")
-    is_head = file and file[1].startswith("attention")
-    case = " ".join(f"D={value}" if is_head else value for value in values)
+    values = re.findall(r"(?:L[ib]|PartsE)(\d+)E", arguments or "")
+    op = file[1].split("_backward")[0] if file else ""
+    labels = {"attention": ["D={}"], "layer_norm": ["K={}", _LAYER_NORM[name == "backward"]]}
+    case = [
+        label[int(value)] if isinstance(label, tuple) else label.format(value)
+        for label, value in zip(labels.get(op, ["{}"] * len(values)), values, strict=False)
+    ]
+    case = " ".join(case + ["any type"] * (arguments or "").startswith("Iv"))
     return f"{file[1]}_{name}" if file else name, case
 
 
