@@ -15,7 +15,9 @@ constexpr int V = 8;                                // columns of a thread
 constexpr int kThreads = 128;                       // threads of a block
 constexpr int kForwardRows = 4, kBackwardRows = 2;  // rows that a thread works on at a time
 // Blocks that an SM runs at the same time: grids have as many, and registers are shared out so.
-constexpr int kForwardBlocks = 4, kBackwardBlocks = 4;
+constexpr int kForwardBlocks = 4;
+template <class T>
+constexpr int kBackwardBlocks = std::is_same_v<T, float> ? 3 : 4;
 
 // Returns sigma(x) = 1 / (1 + exp(-x)); `derivative` becomes its derivative. Neither loses digits
 // in either tail.
@@ -151,7 +153,7 @@ struct Backward {
 
 // Computes dpre, dup, h and partial sums of the gradients of the biases.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(Backward a) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>) backward_kernel(Backward a) {
   constexpr int K = kBackwardRows;
   Pieces at = a.tiling.first(K);
   const int64_t part = at.row / K;
@@ -228,7 +230,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
   const auto outputs = mlp_backward_outputs(pre, up, bias);
   const auto& [dpre, h, db] = outputs;
   const Device device(pre);
-  const Tiling tiles = tiling(device, M, F, kBackwardRows, kBackwardBlocks);
+  int per_sm = 0;
+  TFKERN_CUDA_DTYPE(dtype(pre), per_sm = kBackwardBlocks<T>);
+  const Tiling tiles = tiling(device, M, F, kBackwardRows, per_sm);
   const int64_t parts = tiles.groups * tiles.rows();
   Tensor partial = empty(pre, {parts, bias ? kinds * F : 0}, ScalarType::Float);
   const Backward a{tiles,
