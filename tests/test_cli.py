@@ -314,7 +314,7 @@ def test_an_extra_that_a_command_misses_is_one_line(monkeypatch, capsys, tmp_pat
         (["bench", "--help"], ["attention", "layer_norm", "mlp", "block", "model", "float64"]),
         (["bench", "block", "--help"], ["--against", "benchmarks/results", "2 threads"]),
         (["bench", "attention", "--help"], ["--lengths", "--causal", "--backward", "--out"]),
-        (["doctor", "--help"], ["--kernels"]),
+        (["doctor", "--help"], ["--kernels", "--bounds"]),
         (["validate", "--help"], ["--backend", "--dtype", "--seed", "--json", "float64"]),
     ],
 )
@@ -337,6 +337,18 @@ def test_doctor_lists_kernels_and_where_they_ran(capsys):
     output = capsys.readouterr().out
     assert "layer_norm_forward_kernel" in output and "no GPU yet" in output
     assert all(f"attention_{kernel}_kernel" in output for kernel in ("forward", "dkv", "decode"))
+
+
+def test_doctor_shows_bounds(monkeypatch, tmp_path, capsys):
+    assert main(["doctor", "--bounds"]) == 2
+    assert "--bounds needs --kernels" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "_kernels", lambda: [])
+    assert main(["doctor", "--kernels", "--bounds"]) == 0
+    output = capsys.readouterr().out
+    assert "no run is faster" in output and "H100 SXM" in output and "TFLOP/s" in output
+    monkeypatch.setattr("tfkern.benchmarks.__path__", [str(tmp_path)])
+    assert main(["doctor", "--kernels", "--bounds"]) == 0
+    assert "wheels hold no results" in capsys.readouterr().out
 
 
 def test_doctor_tells_which_gpus_ran_a_kernel(monkeypatch, tmp_path):

@@ -95,6 +95,8 @@ SPILLS = {
     "attention_backward_dq_kernelIfLi64EE": 8,
     "attention_backward_dq_kernelIfLi128EE": 8,
     "attention_backward_dq_kernelIfLi256EE": 32,
+    # For sm_80 alone, beside 64 registers of the row and 16384 sums in shared memory.
+    "layer_norm_backward_kernelINS_4HalfELi4ELNS1_5PartsE1EE": 8,
 }
 
 
@@ -265,6 +267,20 @@ def test_a_bias_that_is_broadcast_everywhere_is_summed_by_many_blocks(counting):
         assert 512 < parts <= 1024 and (parts - 1) * part_terms < terms <= parts * part_terms
         last = counting.bias_term(scores, scalar, 64, 16, 0, terms - 1).tolist()
         assert last == [B - 1, H - 1, query_tiles - 1, key_tiles - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N", [1000, 1001, 10000, 20011])
+def test_a_large_mean_reaches_no_element_past_the_row(N, dtype):
+    """-mean rstd overflows where a thread has no element. Here xhat is 0, so that backward is
+    dx = (dy - mean(dy)) rstd."""
+    h = torch.full((2, N), 1e38).to(dtype)
+    dy, rstd = torch.randn(2, N).to(dtype), torch.full((2,), 1e6)
+    weight, mean = torch.ones(N, dtype=dtype), h[:, 0].float().contiguous()
+    options = (None, 0.0, False, 1)  # seed, dropout, separate residual, axes
+    dx, *_ = emulation.load().layer_norm_backward(dy, None, h, weight, weight, mean, rstd, *options)
+    expected = (dy.double() - dy.double().mean(1, keepdim=True)) * 1e6
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-2, atol=20)
 
 
 def test_rows_of_a_norm_that_an_int_cannot_count():

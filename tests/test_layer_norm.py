@@ -66,7 +66,7 @@ def test_long_rows(backend, dtype, device, N, rms):
 
 @pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("N", [20011, 32768])
+@pytest.mark.parametrize("N", [20011, 20016, 32768])
 def test_longest_rows(backend, dtype, device, N, rms):
     inputs = make((3, N), dtype, device, rms)
     reason = tfkern.explain("layer_norm", **inputs, backend=backend).reasons.get(backend)

@@ -22,6 +22,16 @@
     __VA_ARGS__;                                \
   }
 
+// The same where the type is known to have 16 bits.
+#define TFKERN_CUDA_16_BIT(dtype, ...)    \
+  if ((dtype) == ::tfkern::Dtype::bf16) { \
+    using T = ::tfkern::BFloat16;         \
+    __VA_ARGS__;                          \
+  } else {                                \
+    using T = ::tfkern::Half;             \
+    __VA_ARGS__;                          \
+  }
+
 namespace tfkern::cuda {
 
 __device__ inline float to_float(float x) { return x; }
@@ -98,30 +108,45 @@ struct Pieces {
   int64_t column, column_step, columns;
 };
 
-template <class T, int K, int V>
-__device__ inline void load_as(float (&x)[K][V], const Matrix& m, const Pieces& at) {
+// Tells whether piece i, which is whole or past the end, lies within the columns. Counting in 32
+// bits saves registers: kernels take only rows of fewer elements so.
+__device__ inline bool has_piece(const Pieces& at, int i) {
+  const int column = static_cast<int>(at.column), step = static_cast<int>(at.column_step);
+  return column + i * step < static_cast<int>(at.columns);
+}
+
+// Loads pieces of which each is whole or past the end, in rows that start at multiples of 16 bytes.
+// With MAY_END a piece may also lie across the end, and is not loaded.
+template <class T, bool MAY_END = false, int K, int V>
+__device__ inline void load_whole(float (&x)[K][V], const Matrix& m, const Pieces& at) {
   constexpr int kLoads = V * sizeof(T) / 16;
   static_assert(kLoads >= 1);
   const T* first = reinterpret_cast<const T*>(m.data + at.row * m.stride) + at.column;
   const int64_t step = at.row_step * m.stride / static_cast<int64_t>(sizeof(T)) + at.column_step;
-  if (m.aligned) {
-    uint4 raw[K][kLoads];
+  uint4 raw[K][kLoads];
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
-      const bool whole =
-          at.row + i * at.row_step < at.rows && at.column + i * at.column_step + V <= at.columns;
+  for (int i = 0; i < K; ++i) {
+    const bool in_columns =
+        MAY_END ? at.column + i * at.column_step + V <= at.columns : has_piece(at, i);
+    const bool whole = in_columns && at.row + i * at.row_step < at.rows;
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        raw[i][j] = uint4{0, 0, 0, 0};
-        if (whole) raw[i][j] = reinterpret_cast<const uint4*>(first + i * step)[j];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < K; ++i) {
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) unpack<T>(x[i], j * (V / kLoads), raw[i][j]);
+    for (int j = 0; j < kLoads; ++j) {
+      raw[i][j] = uint4{0, 0, 0, 0};
+      if (whole) raw[i][j] = reinterpret_cast<const uint4*>(first + i * step)[j];
     }
   }
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) unpack<T>(x[i], j * (V / kLoads), raw[i][j]);
+  }
+}
+
+template <class T, int K, int V>
+__device__ inline void load_as(float (&x)[K][V], const Matrix& m, const Pieces& at) {
+  if (m.aligned) load_whole<T, true>(x, m, at);
+  const T* first = reinterpret_cast<const T*>(m.data + at.row * m.stride) + at.column;
+  const int64_t step = at.row_step * m.stride / static_cast<int64_t>(sizeof(T)) + at.column_step;
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     const int64_t left = at.columns - at.column - i * at.column_step;
@@ -134,9 +159,32 @@ __device__ inline void load_as(float (&x)[K][V], const Matrix& m, const Pieces& 
   }
 }
 
-template <int K, int V>
+// Loads rows of elements E whose pieces are whole, or for E = void any rows.
+template <class E = void, int K, int V>
 __device__ inline void load(float (&x)[K][V], const Matrix& m, const Pieces& at) {
-  TFKERN_CUDA_DTYPE(m.dtype, load_as<T>(x, m, at));
+  if constexpr (std::is_void_v<E>) {
+    TFKERN_CUDA_DTYPE(m.dtype, load_as<T>(x, m, at));
+  } else {
+    load_whole<E>(x, m, at);
+  }
+}
+
+// Stores pieces of which each is whole or past the end, in rows that start at multiples of 16
+// bytes.
+template <class T, int K, int V>
+__device__ inline void store_whole(const Matrix& m, const float (&x)[K][V], const Pieces& at) {
+  constexpr int kStores = V * sizeof(T) / 16;
+  T* first = reinterpret_cast<T*>(m.data + at.row * m.stride) + at.column;
+  const int64_t step = at.row_step * m.stride / static_cast<int64_t>(sizeof(T)) + at.column_step;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    if (at.row + i * at.row_step >= at.rows) continue;
+    if (!has_piece(at, i)) continue;
+#pragma unroll
+    for (int j = 0; j < kStores; ++j) {
+      reinterpret_cast<uint4*>(first + i * step)[j] = packed<T>(x[i], j * (V / kStores));
+    }
+  }
 }
 
 template <class T, int K, int V>
@@ -162,15 +210,34 @@ __device__ inline void store_as(const Matrix& m, const float (&x)[K][V], const P
   }
 }
 
-template <int K, int V>
+// Stores rows of elements E whose pieces are whole, or for E = void any rows.
+template <class E = void, int K, int V>
 __device__ inline void store(const Matrix& m, const float (&x)[K][V], const Pieces& at) {
-  TFKERN_CUDA_DTYPE(m.dtype, store_as<T>(m, x, at));
+  if constexpr (std::is_void_v<E>) {
+    TFKERN_CUDA_DTYPE(m.dtype, store_as<T>(m, x, at));
+  } else {
+    store_whole<E>(m, x, at);
+  }
 }
 
 // ---- sums of partial sums ----
 
-// out[n] = sum of partial[g][n] over g < G, in a fixed order; partial is (G, N) in float32, and out
-// is contiguous, of any shape.
-void sum_partials(const Device& device, const Tensor& partial, int64_t G, const Tensor& out);
+// Partial sums (G, N) in float32, and where their sums go: contiguous, of any shape.
+struct Partials {
+  const float* parts = nullptr;
+  Matrix out;
+};
+
+inline Partials partials(const Tensor& parts, const Tensor& out) {
+  return {static_cast<const float*>(parts.data_ptr()), {data<char>(out), 0, dtype(out)}};
+}
+
+// out[n] = sum of parts[g][n] over g < G, in a fixed order, for one or two such sums of one size.
+void sum_partials(const Device& device, int64_t G, int64_t N, const Partials& first,
+                  const Partials& second = {});
+
+inline void sum_partials(const Device& device, const Tensor& parts, int64_t G, const Tensor& out) {
+  sum_partials(device, G, out.numel(), partials(parts, out));
+}
 
 }  // namespace tfkern::cuda

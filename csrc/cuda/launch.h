@@ -59,6 +59,7 @@ class Device {
  public:
   explicit Device(const Tensor&) {}
   int multiprocessors() const { return 4; }
+  int64_t most_shared_bytes() const { return 163 << 10; }
 };
 
 template <class... P>
@@ -98,6 +99,13 @@ class Device {
   }
 
   int index() const { return index_; }
+
+  // The bytes of shared memory that a block may have.
+  int64_t most_shared_bytes() const {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_));
+    return bytes;
+  }
 
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 

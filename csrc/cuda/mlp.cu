@@ -14,7 +14,10 @@ namespace {
 constexpr int V = 8;                                // columns of a thread
 constexpr int kThreads = 128;                       // threads of a block
 constexpr int kForwardRows = 4, kBackwardRows = 2;  // rows that a thread works on at a time
-constexpr int kResidentBlocks = 8;                  // blocks that an SM runs at the same time
+// Blocks that an SM runs at the same time: grids have as many, and registers are shared out so.
+constexpr int kForwardBlocks = 4;
+template <class T>
+constexpr int kBackwardBlocks = std::is_same_v<T, float> ? 3 : 4;
 
 // Returns sigma(x) = 1 / (1 + exp(-x)); `derivative` becomes its derivative. Neither loses digits
 // in either tail.
@@ -30,8 +33,12 @@ __device__ inline float relu(float x, float& derivative) {
   return x <= 0 ? 0.0f : x;
 }
 
+// T is the type of the result. erfc keeps all digits where x is far below 0, but is some 20
+// instructions longer than erf, whose absolute error is far below a rounding of 16-bit numbers.
+template <class T>
 __device__ inline float gelu(float x, float& derivative) {
-  const float cdf = 0.5f * erfcf(-0.70710678f * x);
+  const float cdf = std::is_same_v<T, float> ? 0.5f * erfcf(-0.70710678f * x)
+                                             : 0.5f + 0.5f * erff(0.70710678f * x);
   derivative = cdf + x * (expf(-0.5f * x * x) * 0.39894228f);
   return x * cdf;
 }
@@ -69,10 +76,10 @@ __device__ void activate_as(float (&x)[K][V], float (&derivative)[K][V]) {
 }
 
 // x = act(x), derivative = act'(x)
-template <int K>
+template <class T, int K>
 __device__ void activate(float (&x)[K][V], float (&derivative)[K][V], Activation activation) {
   if (activation == Activation::relu) activate_as<relu>(x, derivative);
-  if (activation == Activation::gelu) activate_as<gelu>(x, derivative);
+  if (activation == Activation::gelu) activate_as<gelu<T>>(x, derivative);
   if (activation == Activation::gelu_tanh) activate_as<gelu_tanh>(x, derivative);
   if (activation == Activation::silu) activate_as<silu>(x, derivative);
   if (activation == Activation::quick_gelu) activate_as<quick_gelu>(x, derivative);
@@ -104,11 +111,11 @@ struct Tiling {
   __device__ int64_t step(int K) const { return groups * rows() * K; }
 };
 
-Tiling tiling(const Device& device, int64_t M, int64_t F, int K) {
+Tiling tiling(const Device& device, int64_t M, int64_t F, int K, int blocks_per_sm) {
   Tiling a{M, F, 1, 0, 0};
   while (a.threads_per_row < kThreads && a.threads_per_row * V < F) a.threads_per_row *= 2;
   a.column_blocks = (F + a.threads_per_row * V - 1) / (a.threads_per_row * V);
-  const int64_t resident = int64_t{kResidentBlocks} * device.multiprocessors();
+  const int64_t resident = int64_t{blocks_per_sm} * device.multiprocessors();
   a.groups = std::min((M + K * a.rows() - 1) / (K * a.rows()),
                       std::max<int64_t>(1, resident / std::max<int64_t>(a.column_blocks, 1)));
   return a;
@@ -120,19 +127,20 @@ struct Forward {
   Matrix pre, up, h;  // up is absent unless gated
 };
 
-// Computes h = act(pre), times up if gated.
-__global__ void __launch_bounds__(kThreads) forward_kernel(Forward a) {
+// Computes h = act(pre), times up if gated. All matrices have elements T.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(Forward a) {
   constexpr int K = kForwardRows;
   Pieces at = a.tiling.first(K);
   for (; at.row < at.rows; at.row += a.tiling.step(K)) {
     float h[K][V], other[K][V];
-    load(h, a.pre, at);
-    activate(h, other, a.activation);
+    load_as<T>(h, a.pre, at);
+    activate<T>(h, other, a.activation);
     if (a.up.data) {
-      load(other, a.up, at);
+      load_as<T>(other, a.up, at);
       scale(h, other);
     }
-    store(a.h, h, at);
+    store_as<T>(a.h, h, at);
   }
 }
 
@@ -144,28 +152,29 @@ struct Backward {
 };
 
 // Computes dpre, dup, h and partial sums of the gradients of the biases.
-__global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>) backward_kernel(Backward a) {
   constexpr int K = kBackwardRows;
   Pieces at = a.tiling.first(K);
   const int64_t part = at.row / K;
   float db[1][V] = {}, db_up[1][V] = {};
   for (; at.row < at.rows; at.row += a.tiling.step(K)) {
     float dh[K][V], h[K][V], derivative[K][V];
-    load(dh, a.dh, at);
-    load(h, a.pre, at);
+    load_as<T>(dh, a.dh, at);
+    load_as<T>(h, a.pre, at);
     // forward: h = act(pre) * up
-    activate(h, derivative, a.activation);
+    activate<T>(h, derivative, a.activation);
     scale(derivative, dh);
     if (a.up.data) {
       float up[K][V];
-      load(up, a.up, at);
+      load_as<T>(up, a.up, at);
       scale(dh, h);
       scale(h, up);
       scale(derivative, up);
-      store(a.dup, dh, at);
+      store_as<T>(a.dup, dh, at);
     }
-    store(a.dpre, derivative, at);
-    store(a.h, h, at);
+    store_as<T>(a.dpre, derivative, at);
+    store_as<T>(a.h, h, at);
 #pragma unroll
     for (int i = 0; i < K; ++i) {  // rows past the end add 0: dh is 0
 #pragma unroll
@@ -177,8 +186,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Backward a) {
   }
   at.row = part;
   at.rows = part + 1;
-  if (a.db.data) store(a.db, db, at);
-  if (a.db_up.data) store(a.db_up, db_up, at);
+  if (a.db.data) store_as<float>(a.db, db, at);
+  if (a.db_up.data) store_as<float>(a.db_up, db_up, at);
 }
 
 // ---- operators ----
@@ -201,8 +210,10 @@ Tensor mlp_activation_forward(Tensor pre, Optional up, ActivationName activation
   const int64_t M = pre.size(0), F = pre.size(1);
   const Tensor h = empty_like(pre, pre);
   const Device device(pre);
-  const Forward a{tiling(device, M, F, kForwardRows), act, matrix(pre), matrix(up), matrix(h)};
-  launch(device, forward_kernel, a.tiling.column_blocks * a.tiling.groups, kThreads, 0, a);
+  const Forward a{tiling(device, M, F, kForwardRows, kForwardBlocks), act, matrix(pre), matrix(up),
+                  matrix(h)};
+  const int64_t blocks = a.tiling.column_blocks * a.tiling.groups;
+  TFKERN_CUDA_DTYPE(a.pre.dtype, launch(device, forward_kernel<T>, blocks, kThreads, 0, a));
   return h;
 }
 
@@ -219,7 +230,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
   const auto outputs = mlp_backward_outputs(pre, up, bias);
   const auto& [dpre, h, db] = outputs;
   const Device device(pre);
-  const Tiling tiles = tiling(device, M, F, kBackwardRows);
+  int per_sm = 0;
+  TFKERN_CUDA_DTYPE(dtype(pre), per_sm = kBackwardBlocks<T>);
+  const Tiling tiles = tiling(device, M, F, kBackwardRows, per_sm);
   const int64_t parts = tiles.groups * tiles.rows();
   Tensor partial = empty(pre, {parts, bias ? kinds * F : 0}, ScalarType::Float);
   const Backward a{tiles,
@@ -232,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(Tensor dh, Tensor pre
                    matrix(h),
                    bias ? matrix(partial) : Matrix{},
                    bias && up ? from(partial, F) : Matrix{}};
-  launch(device, backward_kernel, tiles.column_blocks * tiles.groups, kThreads, 0, a);
+  const int64_t blocks = tiles.column_blocks * tiles.groups;
+  TFKERN_CUDA_DTYPE(a.pre.dtype, launch(device, backward_kernel<T>, blocks, kThreads, 0, a));
   if (bias) sum_partials(device, partial, parts, db);
   return outputs;
 }

@@ -78,14 +78,18 @@ class Launch:
     options: dict = field(repr=False)
     grid: tuple[int, ...] | None = None
 
-    def compile(self) -> Resources:
+    def kernel(self):
+        """The kernel as Triton compiles it, with the log of ptxas in its metadata."""
         source = ASTSource(self.fn, self.signature, self.constexprs, self.attrs)
         target = GPUTarget("cuda", self.arch, 32)
         # The option makes a cache key of its own, so that cached kernels have the log of ptxas.
         options = self.options | {"ptx_options": "--verbose"}
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.add_stages_inspection_hook = _keep_log
-            kernel = triton.compile(source, target=target, options=options)
+            return triton.compile(source, target=target, options=options)
+
+    def compile(self) -> Resources:
+        kernel = self.kernel()
         registers, stack = _usage(kernel.asm["cubin"])
         instructions = Counter(INSTRUCTIONS.findall(kernel.asm["ptx"]))
         # Shared memory is from Triton's metadata: it is asked for at launch, and the cubin says 0.

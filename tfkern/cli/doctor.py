@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,12 +25,18 @@ def command(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Lists each kernel and where it has run.")
     ] = False,
+    bounds: Annotated[
+        bool,
+        typer.Option("--bounds", help="With --kernels: what each GPU kernel can reach at best."),
+    ] = False,
 ) -> None:
     """Shows versions, the device, and which backends run each op here, or why they do not."""
-    show(kernels)
+    if bounds and not kernels:
+        raise ValueError("--bounds needs --kernels")
+    show(kernels, bounds)
 
 
-def show(kernels: bool = False) -> None:
+def show(kernels: bool = False, bounds: bool = False) -> None:
     """Prints the facts of this installation and machine, and every backend of every op."""
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts().items():
@@ -45,6 +52,31 @@ def show(kernels: bool = False) -> None:
         for kernel in _kernels():
             listed.add_row(*map(Text, kernel))
         screen.print(listed)
+    if bounds:
+        _show_bounds(screen)
+
+
+def _show_bounds(screen: Console) -> None:
+    """Prints the main columns of the file that tools/bounds.py makes."""
+    path = Path(tfkern.benchmarks.__path__[0]) / "results" / "bounds.csv"
+    if not path.is_file():
+        screen.print("Bounds are not known here: wheels hold no results.")
+        return
+    title = (
+        "Bounds by the busiest pipe, counted from machine code: no run is faster, most are slower"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in _BOUNDS:
+        table.add_column(name)
+    for row in report.read(path):
+        table.add_row(*(Text(row[name]) for name in _BOUNDS))
+    screen.print(table)
+
+
+_BOUNDS = (
+    *("gpu", "kernel", "backend", "case", "bound", "unit", "limit", "instructions"),
+    *("registers", "blocks per SM", "spills"),
+)
 
 
 def _facts() -> dict[str, str]:
