@@ -56,12 +56,21 @@ GPUS = {
 # Threads and bytes of dynamic shared memory of a block, which only a launch tells: those of the
 # main case in bfloat16. A kernel that is not here has no occupancy in the table.
 _TILES = {64: 64, 96: 64, 128: 64, 256: 32}  # head size -> keys of a tile of the forward
+
+
+def _backward(D: int) -> int:
+    """Bytes of a block: 64 rows of its own, and the steps of 32 or 16 rows that pass by, two
+    matrices of each; 16 bytes of statistics are for the queries among them."""
+    own, steps = 256 * D, 256 * D if D <= 128 else 64 * D
+    return own + steps + 1024
+
+
 LAUNCHES: dict[str, Callable[[int], tuple[int, int]]] = {  # of the first template number
     "attention_forward": lambda D: (128, 2 * D * (64 + 4 * _TILES[D])),
-    "attention_backward_dq": lambda D: (128, 4 * D * (64 + _TILES[D] // 2)),
-    "attention_backward_dkv": lambda D: (128, 4 * D * (64 + _TILES[D] // 2)),
+    "attention_backward_dq": lambda D: (128, _backward(D)),
+    "attention_backward_dkv": lambda D: (128, _backward(D)),
     "attention_combine": lambda _: (128, 0),
-    "attention_backward_delta": lambda _: (128, 0),
+    "attention_backward_statistics": lambda _: (128, 0),
     # Rows of 16384 in forward, of 8192 or with 4 pieces a thread of 16384 in backward.
     "layer_norm_forward": lambda _: (512, 256),
     "layer_norm_backward": lambda K: (512, 256 + (131072 if K == 4 else 0)),
@@ -110,8 +119,8 @@ def _mlp() -> None:
 
     from tfkern.kernels import mlp as op
 
-    x = torch.empty(16384, 4096, dtype=torch.bfloat16, device="cuda")
-    w1 = torch.empty(16384, 4096, dtype=torch.bfloat16, device="cuda")
+    x = torch.empty(16384, 1024, dtype=torch.bfloat16, device="cuda")
+    w1 = torch.empty(16384, 1024, dtype=torch.bfloat16, device="cuda")
     b1 = torch.empty(16384, dtype=torch.bfloat16, device="cuda")
     h, _ = op._forward(x, w1, b1, None, None, "gelu")
     op._backward(h, h, None, "gelu", True)
