@@ -173,7 +173,7 @@ def test_rows_that_are_not_there_have_no_logarithm():
     assert not lse[1, :, 0][~there].any()
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 192])
+@pytest.mark.parametrize("size", [16, 24, 32, 64, 192])
 @pytest.mark.parametrize("D", [64, 96, 256])
 def test_pages_of_any_size_give_the_bits_of_keys_in_order(D, size):
     """A tile of keys lies in one page or in several. Numbers of unused pages are out of range."""
@@ -202,12 +202,17 @@ def test_queries_that_see_nothing_may_hold_anything(D, dtype):
     hidden[[0, 33, 64, 69]] = True
     mask = ~hidden[:, None].expand(1, 1, 70, 40)
     clean = attention(q, k, v, do, mask=mask)
+    bias = torch.zeros(1, 1, 70, 40).masked_fill(~mask, -torch.inf)
+    biased = *clean[:2], *bind(q.clone(), k, v, bias=bias), True
+    dbias = emulation.load().attention_backward(do.clone(), None, *biased)[3]
     q[:, :, hidden] = do[:, :, hidden] = torch.nan
     ops, args = emulation.load(), bind(q, k, v, mask=mask)
     o, lse, dq, dk, dv, *_ = clean
     found = ops.attention_backward(do, None, o, lse, *args, False)
     assert all(torch.equal(x, y) for x, y in zip(found[:3], (dq, dk, dv), strict=True))
     assert not dq[:, :, hidden].any() and torch.isfinite(dk).all() and torch.isfinite(dv).all()
+    biased = o, lse, *bind(q, k, v, bias=bias), True
+    assert torch.equal(ops.attention_backward(do, None, *biased)[3], dbias)
 
 
 # ---- tiles, also for sizes that no test could compute ----

@@ -102,7 +102,7 @@ def test_what_is_said_of_cuda(monkeypatch, built, capability, dtypes, told):
         ("bfloat16", 256, True, 99, None),
         ("float32", 64, True, 99, None),
         ("float32", 128, False, 99, None),
-        ("float32", 128, True, 99, "needs 122880 bytes of shared memory for float32"),
+        ("float32", 128, True, 99, "needs 123904 bytes of shared memory for float32"),
         ("float32", 256, False, 99, "needs 147456 bytes of shared memory for float32"),
         ("float32", 256, True, 163, None),
         ("float16", 257, False, 227, "head sizes up to 256 on CUDA, got 257"),

@@ -72,8 +72,8 @@ __device__ inline void store_lse(const Forward& a, int64_t row, float m, float s
 }
 
 // Computes o and lse of a tile of rows or, with splits, acc / l, m and l over one part of the keys.
-// The launch bounds tell the compiler that an SM has no shared memory for a third block of larger
-// heads: it would spill to make room for one.
+// The launch bounds of heads above 64 features ask for two blocks an SM: the compiler would spill
+// to make room for a third, for which most of these heads have no shared memory anyway.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, kPlanes<T> == 1 && D > 64 ? 2 : 0)
     forward_kernel(Forward a) {
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, kPlanes<T> == 1 && D > 64 ? 2 : 0)
         }
       }
     }
-    // Where no maximum of the warp's rows has grown, which is the rule after the first tiles of
-    // many, the factors are 1.
+    // After the first tiles the maxima seldom grow. If none of the warp's rows has a new maximum,
+    // all factors are 1 and acc stays as it is.
     if (__any_sync(0xffffffff, factor[0] != 1 || factor[1] != 1)) {
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {

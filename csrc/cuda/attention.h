@@ -220,9 +220,10 @@ struct Tile {
     return (first ^ 16 * (i % kLine)) + 16 * (i / kLine * kLine + rows * kPieces);
   }
 
-  // Copies rows of 16-bit elements that start at multiples of 16 bytes: the row at from + i * bytes
-  // goes to row i. Rows from `rows` on and features from `features` on become 0. Each thread copies
-  // the same piece of every kRowStep-th row, so that little besides the copies is left in the loop.
+  // Copies rows of 16-bit elements that start at multiples of 16 bytes: row r of the tile lies at
+  // from + r * bytes. Rows from `rows` on and features from `features` on become 0. The block has
+  // kThreads threads. Each copies the same piece of every kRowStep-th row, so that little besides
+  // the copies is left in the loop.
   __device__ void copy(const char* from, int64_t bytes, int features, int rows) const {
     constexpr int kRowStep = static_cast<int>(std::bit_floor(unsigned{kThreads / kPieces}));
     static_assert(ROWS % kRowStep == 0);
@@ -409,12 +410,12 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&a)[R / 8
   }
 }
 
-// Stores x and y as features `feature`, which is even, and the next of the row that begins at
-// element `row` of a contiguous tensor, as far as the row has these features.
+// Stores x as feature `feature`, which is even, and y as the next one, of the row that begins at
+// element `row_start` of a contiguous tensor, as far as the row has these features.
 template <class T>
-__device__ inline void store_pair(void* out, int64_t row, int feature, int features, float x,
+__device__ inline void store_pair(void* out, int64_t row_start, int feature, int features, float x,
                                   float y) {
-  T* to = static_cast<T*>(out) + row + feature;
+  T* to = static_cast<T*>(out) + row_start + feature;
   if (features % 2 == 0) {  // then every pair lies at a multiple of its size
     if (feature >= features) return;
     if constexpr (sizeof(T) == 2) {
@@ -528,7 +529,8 @@ __device__ inline void each_hidden(const Attention& a, const Document& d, const 
   }
 }
 
-// Finds the elements of a tile that dropout keeps: bit 4 n of kept[i] tells it of element (n, i).
+// Finds the elements of a tile that dropout keeps: bit 4 n of kept[i] is 1 if element (n, i) is
+// kept, and the bits between mean nothing.
 // Element (t, s) takes lane s % 4 of counter (s / 4, t, document H + h, 0). So a counter serves
 // four keys, which lie in two lanes or, if the tile is transposed, in four: each of these lanes
 // draws for its share of the counters and gives the others the bits.

@@ -172,8 +172,9 @@ __device__ inline void gradients(float (&x)[N][4], float (&dp)[N][4], const Back
   }
   each<N>([&](int n, int i, int row, int column) {
     const Statistics& query = statistics(row, column);
-    // x - lse is exact for all weights that matter, and lse_rest is small. The scores of a query
-    // that sees nothing are -inf, so that p = 0, or each_hidden sets p and ds to 0 below.
+    // x - lse is exact for all weights that matter, and lse_rest is small. q, do, lse and delta of
+    // a query that sees nothing are 0, so its ds is 0, and so is what p adds to dv. Elements that
+    // are hidden are set to 0 below.
     x[n][i] = exp2_approx(fmaf(x[n][i] - query.lse, kLog2E, query.lse_rest));
     dp[n][i] = x[n][i] * (dp[n][i] - query.delta);
   });
@@ -277,10 +278,10 @@ __global__ void __launch_bounds__(2 * kRows<T, D>, kPlanes<T> == 1 ? 2 : 0) dkv_
   Range queries = queries_of(in, d, s0, s1);
   queries.begin = queries.begin / kSize * kSize;
   // The walk takes the heads that share the keys one after the other.
-  struct Place {
+  struct Position {
     int h, t0;
   } loaded{hk * in.group(), queries.begin}, used = loaded;
-  const auto advance = [&](Place& p) {
+  const auto advance = [&](Position& p) {
     p.t0 += kSize;
     if (p.t0 < queries.end) return;
     p.t0 = queries.begin;

@@ -19,8 +19,8 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 #define TFKERN_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(tfkern, CUDA, m)
@@ -116,14 +116,15 @@ class Device {
 };
 
 // Lets a kernel have more shared memory than the 48 KiB that need no permission. The driver is
-// asked once for each kernel and device, since a kernel's shared memory always has the same size.
+// asked again only if a kernel needs more on a device than before.
 inline void allow_shared(const void* kernel, int device, int bytes) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int> > allowed;
+  static std::map<std::pair<const void*, int>, int> allowed;  // bytes
   const std::lock_guard lock(mutex);
-  if (allowed.contains({kernel, device})) return;
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  allowed.insert({kernel, device});
+  most = bytes;
 }
 
 // Launches `kernel` on the current stream, unless the grid is empty.

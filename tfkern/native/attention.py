@@ -35,7 +35,7 @@ def _unavailable_on_cuda(a: Arguments, needs_grad: bool) -> str | None:
     if size > 256:
         return f"takes head sizes up to 256 on CUDA, got {size}"
     if a.q.dtype == torch.float32 and size > (64 if needs_grad else 128):
-        tiles = (144 if size > 128 else 120) << 10
+        tiles = 123904 if size <= 128 else 147968 if needs_grad else 147456
         if _shared_memory(a.q.device) < tiles:
             return f"needs {tiles} bytes of shared memory for float32 and head size {size}"
     return None

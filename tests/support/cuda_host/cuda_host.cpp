@@ -119,7 +119,8 @@ char* stacks() {
 }
 
 Fiber fibers[kMaxThreads];
-bool any_given, any_of_last;  // what threads gave to sync_block: to the next one, and to the last
+// whether a thread gave true to the sync_block under way, and to the one before
+bool any_given, any_of_last;
 Warp warps[kMaxThreads / 32];
 Context scheduler;
 #if defined(__SANITIZE_ADDRESS__)
