@@ -153,7 +153,7 @@ CASES: dict[str, Callable[[], None]] = {
        for kind, o in (("full", {}), ("causal", {"right": 0}))},
     "decode D=128": _decode,
     **{f"N={N}": _layer_norm(N) for N in (1024, 4096, 8192, 16384)},
-    "16384x4096x16384 gelu": _mlp,
+    "16384x1024x16384 gelu": _mlp,
     "D=128 halves": _rotary,
     "V=32000": _cross_entropy,
 }  # fmt: skip
