@@ -22,15 +22,15 @@ LEFT_OUT = "compile or opcheck or vmap or share_no_memory or changes_in_place or
 CHOSEN = f"native and not ({LEFT_OUT} or products_of_native)"
 
 
-# Sanitizers make it several times slower: a case of each kind always, all of them as slow tests. Of
-# attention, which takes longer than all others together, even these are slow tests.
+# Sanitizers make it several times slower: a case of each kind of the quickest ops always, all else
+# as slow tests.
 SOME = (
     f"{CHOSEN} and (each_value or activations or long_rows or (bfloat16 and (matches or residual)))"
 )
 
 
 def runs(op):
-    some = pytest.mark.slow if op == "attention" else ()
+    some = () if op in ("mlp", "rotary") else pytest.mark.slow
     for label, marks, *run in (
         ("plain", (), "plain", 1, CHOSEN),
         ("sanitized", some, "sanitized", 7, SOME),
