@@ -150,7 +150,7 @@ doctor.show = show
 
 def test_an_interrupt_that_the_caller_ignores_is_ignored():
     """A command in the background of a script is called so."""
-    code = "doctor.show = lambda kernels: (print('here', flush=True), time.sleep(1), print('on'))"
+    code = "doctor.show = lambda *_: (print('here', flush=True), time.sleep(1), print('on'))"
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process = planted(code, "doctor")
@@ -201,7 +201,7 @@ def test_where_the_output_goes(where, status, told):
     code = """
 import sys, time, tfkern_program
 from tfkern.cli import doctor
-doctor.show = lambda kernels: (time.sleep(0.2), print("x" * 100_000))
+doctor.show = lambda *_: (time.sleep(0.2), print("x" * 100_000))
 sys.exit(tfkern_program.main())
 """
     shell = f'"$0" -c "$1" doctor {where}; exit ${{PIPESTATUS[0]}}'
