@@ -103,7 +103,7 @@ def test_a_signal_during_a_benchmark(tmp_path, number):
 def test_a_main_thread_that_hears_nothing(number):
     """It is like a thread in a long kernel. The program ends all the same, with one line."""
     deaf = """
-def deaf(kernels):
+def deaf(*_):
     print("deaf", flush=True)
     while True:
         try:
@@ -127,7 +127,7 @@ def test_a_signal_while_nobody_reads_what_was_printed(number):
     """Output that fills the pipe leaves the buffer at the end only."""
     full = """
 import os, threading
-def show(kernels):
+def show(*_):
     os.set_blocking(1, False)
     try:
         while True:
